@@ -1,0 +1,44 @@
+# `make demo` and `make test` work on a fresh machine with Python 3.11 or 3.12 and g++: they install what is missing, here.
+VENV := .venv
+PY := $(VENV)/bin/python
+# uv makes the environment; a private copy is installed when the machine has none.
+UV := $(shell command -v uv || echo .uv/bin/uv)
+PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
+export NO_ALBUMENTATIONS_UPDATE := 1
+
+.PHONY: setup demo test lint encoders lock clean
+
+setup: $(VENV)/.ready
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
+
+$(VENV)/.ready: requirements.lock pyproject.toml | $(UV)
+	$(UV) venv --quiet --clear --python $(PYTHON) $(VENV)
+	$(UV) pip install --quiet --python $(PY) --require-hashes --no-deps -r requirements.lock
+	$(UV) pip install --quiet --python $(PY) --no-deps --editable .
+	touch $@
+
+demo: setup
+	$(VENV)/bin/unidiffuser demo
+
+test: setup lint
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# Retrains the small encoders that the project ships: a few hours on 2 cores, resumable.
+encoders: setup
+	$(PY) -m examples.encoders
+
+# Pins every dependency with hashes; run it after changing pyproject.toml.
+lock: | $(UV)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
+		--all-extras pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) .uv runs

@@ -1,0 +1,200 @@
+"""Datasets: immutable folders whose manifest, written last, is the commit."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from typing import Any, BinaryIO, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.store import Store, StoreError
+
+# Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
+FILES_INLINE = 2000
+
+
+class FileEntry(BaseModel):
+    """One file of a dataset; `path` is relative to the store, since units are shared between datasets of a stage."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    unit: str
+
+    @property
+    def name(self) -> str:
+        return self.path.rsplit("/", 1)[-1]
+
+
+class Stats(BaseModel):
+    """Rows in, rows out and rows dropped by reason. They always add up: in = out + dropped."""
+
+    rows_in: int = 0
+    rows_out: int = 0
+    dropped: dict[str, int] = Field(default_factory=dict)
+
+    def adds_up(self) -> bool:
+        return self.rows_in == self.rows_out + sum(self.dropped.values())
+
+    def drop(self, reason: str, rows: int = 1) -> None:
+        if rows:
+            self.dropped[reason] = self.dropped.get(reason, 0) + rows
+
+
+class InputRef(BaseModel):
+    stage: str
+    fingerprint: str
+
+
+class Manifest(BaseModel):
+    """What `<store>/<stage>/<fingerprint>/manifest.json` holds."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    stage: str
+    node: str
+    fingerprint: str
+    generation: int
+    inputs: dict[str, InputRef]
+    config: dict[str, Any]
+    sources: dict[str, str]
+    code: dict[str, Any]
+    columns: dict[str, str] = Field(alias="schema")
+    stats: Stats
+    summary: dict[str, Any]
+    seconds: float
+    created: str
+    files: list[FileEntry]
+
+    def reference(self) -> InputRef:
+        return InputRef(stage=self.stage, fingerprint=self.fingerprint)
+
+
+class Dataset:
+    """A committed dataset: its manifest and the store that it lies in."""
+
+    def __init__(self, store: Store, manifest: Manifest):
+        self.store = store
+        self.manifest = manifest
+
+    @property
+    def folder(self) -> str:
+        return folder_of(self.manifest.stage, self.manifest.fingerprint)
+
+    @property
+    def files(self) -> list[FileEntry]:
+        return self.manifest.files
+
+    def open(self, entry: FileEntry) -> BinaryIO:
+        return self.store.open(entry.path)
+
+    def url(self, entry: FileEntry) -> str:
+        return self.store.url(entry.path)
+
+    def file(self, name: str) -> FileEntry:
+        """The file of that name.
+
+        Raises:
+            StoreError: the dataset has no such file.
+        """
+        for entry in self.files:
+            if entry.name == name:
+                return entry
+        raise StoreError(f"{self.store.url(self.folder)}: the manifest lists no file {name}")
+
+
+def folder_of(stage: str, fingerprint: str) -> str:
+    return f"{stage}/{fingerprint}"
+
+
+def commit(store: Store, manifest: Manifest) -> Dataset:
+    """Write the manifest, which makes the dataset exist.
+
+    Raises:
+        ValueError: the row counts do not add up.
+    """
+    if not manifest.stats.adds_up():
+        stats = manifest.stats
+        lost = stats.rows_in - stats.rows_out - sum(stats.dropped.values())
+        raise ValueError(f"{manifest.node}: {lost} of {stats.rows_in} rows are neither written nor counted as dropped")
+    folder = folder_of(manifest.stage, manifest.fingerprint)
+    document = manifest.model_dump(mode="json", by_alias=True)
+    if len(manifest.files) > FILES_INLINE:
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(document["files"]), buffer)
+        store.write(f"{folder}/files.parquet", buffer.getvalue())
+        document["files"] = None
+    store.write_json(f"{folder}/manifest.json", document)
+    return Dataset(store, manifest)
+
+
+def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
+    """The committed dataset, or None when there is no manifest."""
+    folder = folder_of(stage, fingerprint)
+    document = store.read_json(f"{folder}/manifest.json")
+    if document is None:
+        return None
+    if document["files"] is None:
+        document["files"] = pq.read_table(io.BytesIO(store.read(f"{folder}/files.parquet"))).to_pylist()
+    return Dataset(store, Manifest.model_validate(document))
+
+
+def all_datasets(store: Store) -> Iterator[Dataset]:
+    """Every committed dataset of a store, by stage and fingerprint."""
+    for stage in store.list(""):
+        if stage.startswith(".") or stage == "nodes":
+            continue
+        for fingerprint in store.list(stage):
+            found = find(store, stage, fingerprint) if fingerprint != "units" else None
+            if found is not None:
+                yield found
+
+
+def by_prefix(store: Store, text: str) -> Dataset:
+    """The dataset that a person means by a fingerprint, its first characters, `stage/fingerprint` or a path to it.
+
+    Raises:
+        StoreError: no dataset or several datasets match.
+    """
+    wanted = text.rstrip("/").removesuffix("/manifest.json").rsplit("/", 1)[-1]
+    matches = [d for d in all_datasets(store) if d.manifest.fingerprint.startswith(wanted)]
+    if len(matches) == 1:
+        return matches[0]
+    if not matches:
+        raise StoreError(f"{text}: no dataset in {store.root} has this fingerprint; `unidiffuser status RECIPE` lists them")
+    names = ", ".join(f"{d.manifest.node} {d.manifest.fingerprint}" for d in matches[:4])
+    raise StoreError(f"{text}: {len(matches)} datasets match ({names}); give more characters")
+
+
+def verify(dataset: Dataset) -> list[str]:
+    """Compare every file with the manifest, by size and sha256; returns one line per damaged or missing file."""
+    problems = []
+    for entry in dataset.files:
+        where = dataset.url(entry)
+        try:
+            with dataset.open(entry) as file:
+                found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+        except StoreError:
+            problems.append(f"{where}: missing")
+            continue
+        if found != entry.sha256:
+            problems.append(f"{where}: damaged (sha256 {found[:12]}, the manifest says {entry.sha256[:12]})")
+    return problems
+
+
+def point(store: Store, recipe: str, node: str, reference: InputRef) -> None:
+    """Remember which dataset a recipe's node gave last, so that a later plan can say what changed since."""
+    path = f"nodes/{recipe}/{node}.json"
+    if store.read_json(path) != reference.model_dump():
+        store.write_json(path, reference.model_dump())
+
+
+def pointed(store: Store, recipe: str, node: str) -> Dataset | None:
+    """The dataset that a recipe's node gave last, or None when there is none (any more)."""
+    reference = store.read_json(f"nodes/{recipe}/{node}.json")
+    return find(store, reference["stage"], reference["fingerprint"]) if reference else None

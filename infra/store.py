@@ -1,0 +1,177 @@
+"""A store: one folder on any fsspec file system, in which a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+
+class StoreError(Exception):
+    """A store that cannot be read or written; the message names the path and the fix."""
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex sha256 of a local file, read in 1 MiB pieces.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Store:
+    """Reads and writes below one root, given as a local path or an fsspec URL (``s3://bucket/prefix``).
+
+    All paths are relative to the root, with ``/`` between the parts. Instances pickle: workers open their own connection.
+
+    Example:
+        >>> import tempfile
+        >>> store = Store(tempfile.mkdtemp())
+        >>> store.write("a/b.json", b"{}")
+        >>> store.read("a/b.json")
+        b'{}'
+    """
+
+    def __init__(self, root: str):
+        fs, path = fsspec.core.url_to_fs(root)
+        self.local = isinstance(fs, LocalFileSystem)
+        self.root = str(Path(path).resolve()) if self.local else root.rstrip("/")
+        self.fs = fs
+        self._base = self.root if self.local else path.rstrip("/")
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.root,)
+
+    def url(self, path: str) -> str:
+        """The address that fsspec, pyarrow or a person can open."""
+        return f"{self.root}/{path}"
+
+    def _full(self, path: str) -> str:
+        return f"{self._base}/{path}"
+
+    def exists(self, path: str) -> bool:
+        return bool(self.fs.exists(self._full(path)))
+
+    def open(self, path: str) -> BinaryIO:
+        """A seekable binary file for reading.
+
+        Raises:
+            StoreError: there is no such file.
+        """
+        try:
+            return self.fs.open(self._full(path), "rb")
+        except FileNotFoundError:
+            raise StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing") from None
+
+    def read(self, path: str) -> bytes:
+        with self.open(path) as file:
+            return file.read()
+
+    def read_json(self, path: str) -> Any:
+        """Parsed JSON, or None when there is no such file.
+
+        Raises:
+            StoreError: the file is not JSON.
+        """
+        try:
+            data = self.fs.cat_file(self._full(path))
+        except FileNotFoundError:
+            return None
+        try:
+            return json.loads(data)
+        except ValueError:
+            raise StoreError(f"{self.url(path)}: not JSON; delete the file and run again") from None
+
+    def list(self, path: str) -> list[str]:
+        """Names directly below a folder, sorted; empty when there is none."""
+        try:
+            found = self.fs.ls(self._full(path), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a small file atomically: after a crash it is there whole or not at all."""
+        if self.local:
+            target = Path(self._full(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.{uuid4().hex}.part")
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            self._rename(part, target)
+        else:
+            # One PUT: an object store shows an object only once it is complete.
+            self.fs.pipe_file(self._full(path), data)
+
+    def write_json(self, path: str, value: Any) -> None:
+        self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+    def publish(self, source: str | Path, path: str) -> tuple[int, str]:
+        """Move a finished local file into the store, read it back and return (bytes, sha256).
+
+        The digest is taken from the source first and compared with what arrived, so that a bad disk or a cut connection
+        cannot commit a damaged file.
+
+        Raises:
+            StoreError: what was read back differs from what was written.
+        """
+        digest, size = sha256_of(source), os.path.getsize(source)
+        if self.local:
+            target = Path(self._full(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.{uuid4().hex}.part")
+            shutil.copyfile(source, part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            self._check(sha256_of(part), digest, path)
+            self._rename(part, target)
+        else:
+            self.fs.put_file(str(source), self._full(path))
+            with self.fs.open(self._full(path), "rb") as stored:
+                self._check(hashlib.file_digest(stored, "sha256").hexdigest(), digest, path)
+        return size, digest
+
+    def _check(self, found: str, expected: str, path: str) -> None:
+        if found != expected:
+            raise StoreError(f"{self.url(path)}: read back {found[:12]}, wrote {expected[:12]}; check the disk and run again")
+
+    @staticmethod
+    def _rename(part: Path, target: Path) -> None:
+        """The moment at which a local file appears; the folder is flushed so that the name survives a power cut."""
+        os.replace(part, target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def fetch(self, path: str, target: str | Path) -> Path:
+        """Copy a stored file to a local path and return that path."""
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get_file(self._full(path), str(target))
+        return Path(target)
+
+    def remove(self, path: str) -> None:
+        """Delete a file or a whole folder; nothing happens when it is not there."""
+        if self.exists(path):
+            self.fs.rm(self._full(path), recursive=True)
+
+    def free_bytes(self) -> int | None:
+        """Room left on a local disk, in bytes; None for object stores, which have no such number."""
+        if not self.local:
+            return None
+        folder = Path(self.root)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free

@@ -1,0 +1,89 @@
+"""``python -m stages RECIPE NODE --store STORE``: make one node's dataset. This is what a Ray job runs; it also runs by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from infra.dataset import Dataset, find, point
+from infra.store import Store, StoreError
+from stages.catalog import stage_class
+from stages.contract import StageError
+from stages.graph import Planned, plan
+from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.runner import describe_drops, run_stage
+
+log = logging.getLogger("stages")
+
+
+def run_node(recipe: Recipe, node: str, store: Store) -> Dataset:
+    """Plan a recipe and run one node of it; Ray is started only when there is something to do.
+
+    Raises:
+        RecipeError, StageError, StoreError: with one line that says what to do.
+    """
+    if node not in recipe.nodes:
+        raise RecipeError(f"{node}: the recipe {recipe.name} has no such node; it has {', '.join(recipe.nodes)}")
+    planned = plan(recipe, store)[node]
+    dataset = find(store, planned.stage, planned.fingerprint)
+    if dataset is None:
+        connect_ray()
+        dataset = run_stage(planned, store, stage_class(planned.stage))
+    point(store, recipe.name, node, dataset.manifest.reference())
+    report(planned, dataset)
+    return dataset
+
+
+def connect_ray() -> None:
+    """Join the cluster that RAY_ADDRESS names (a Ray job has it set), or start Ray on this machine alone."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=True)
+    else:
+        ray.init(include_dashboard=False, log_to_driver=True)
+
+
+def report(planned: Planned, dataset: Dataset) -> None:
+    stats = dataset.manifest.stats
+    word = "reused" if planned.state == "hit" else "made"
+    log.info(
+        "%s: %s %s: %d rows in, %d out (%s)", planned.name, word, planned.fingerprint, stats.rows_in, stats.rows_out,
+        describe_drops(stats),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
+    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("node", help="node to make, such as laion-filter")
+    parser.add_argument("--store", default=os.environ.get("UNIDIFFUSER_STORE", "runs"), help="folder or fsspec URL")
+    parser.add_argument("--folder", type=Path, help="folder that relative paths in the recipe are taken from")
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of the recipe")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
+    try:
+        run_node(load_recipe(options.recipe, options.set, options.folder), options.node, Store(options.store))
+    except RecipeError as error:
+        return _fail(error, 2, options.debug)
+    except (StageError, StoreError) as error:
+        return _fail(error, 1, options.debug)
+    return 0
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"error: {error}", flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

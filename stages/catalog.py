@@ -1,0 +1,29 @@
+"""The stages by name. Modules are imported when asked for, and none imports torch or Ray at its top: a hit stays fast."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from stages.contract import Stage
+
+STAGES = {
+    "select": "stages.select:Select",
+    "download": "stages.download:Download",
+    "filter": "stages.filter:Filter",
+    "text-codec": "stages.text_codec:TextCodecStage",
+    "encode": "stages.encode:Encode",
+    "train": "stages.train:Train",
+    "evaluate": "stages.evaluate:Evaluate",
+    "export": "stages.export:Export",
+}
+SUBSET_STAGES = ("select", "download", "filter", "encode")
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The class of a stage.
+
+    Raises:
+        KeyError: there is no such stage.
+    """
+    module, _, attribute = STAGES[name].partition(":")
+    return getattr(import_module(module), attribute)

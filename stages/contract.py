@@ -1,0 +1,223 @@
+"""What a stage is: a declared function from datasets to a dataset. The runner does everything that all stages share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from infra.dataset import Dataset, FileEntry, Stats
+from infra.store import Store
+
+
+class StageError(Exception):
+    """A stage that cannot go on; the message is one line that names the thing and the fix."""
+
+
+def operational(default: Any, description: str, **bounds: Any) -> Any:
+    """A config field that can change how a result is reached, never the result: it stays out of every fingerprint."""
+    return Field(default, description=description, json_schema_extra={"operational": True}, **bounds)
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's configuration: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _is_operational(model: type[BaseModel], name: str) -> bool:
+    extra = model.model_fields[name].json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("operational"))
+
+
+def result_fields(config: BaseModel) -> dict[str, Any]:
+    """The configuration as JSON values, nested models included, without the operational fields."""
+    values: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        if not _is_operational(type(config), name):
+            value = getattr(config, name)
+            values[name] = result_fields(value) if isinstance(value, BaseModel) else config.model_dump(mode="json")[name]
+    return values
+
+
+def digest_of(value: Any) -> str:
+    """24 hex digits of the sha256 of a value's canonical JSON (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of work that is done or not done.
+
+    Attributes:
+        name: stable and readable; names the unit's files (``00003``).
+        digests: what decides the result besides the config: sha256 of the unit's own input files, step numbers.
+        payload: JSON that tells the worker what to read.
+        rows: rows that go in, for progress.
+    """
+
+    name: str
+    digests: tuple[str, ...]
+    payload: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
+
+
+class UnitRecord(BaseModel):
+    """`unit.json`: written after the unit's files, it makes the unit done."""
+
+    key: str
+    name: str
+    files: list[FileEntry]
+    stats: Stats
+    notes: dict[str, Any] = Field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a phase needs to know; pickled to the workers.
+
+    `inputs` are committed datasets by input name, `sources` files from outside as address -> digest, `weights` encoder
+    weights as config field -> digest.
+    """
+
+    store: Store
+    stage: str
+    node: str
+    config: Any
+    inputs: Mapping[str, Dataset]
+    sources: Mapping[str, str]
+    weights: Mapping[str, str]
+
+    def unit_folder(self, key: str) -> str:
+        return f"{self.stage}/units/{key[:2]}/{key}"
+
+    def unit_done(self, key: str) -> UnitRecord | None:
+        found = self.store.read_json(f"{self.unit_folder(key)}/unit.json")
+        return UnitRecord.model_validate(found) if found is not None else None
+
+
+class Output:
+    """Where a worker puts the files of one unit: a scratch folder that `publish` moves into the store, then the record."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.stats = Stats()
+        self.notes: dict[str, Any] = {}
+        self.rows: dict[str, int] = {}
+
+    def path(self, name: str, rows: int = 0) -> Path:
+        """Local path for a file of the unit; `rows` (settable later through `self.rows`) goes into the manifest."""
+        self.rows[name] = rows
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def publish(self, job: Job, key: str, name: str, seconds: float) -> UnitRecord:
+        files = []
+        for filename in sorted(self.rows):
+            path = f"{job.unit_folder(key)}/{filename}"
+            size, digest = job.store.publish(self.folder / filename, path)
+            files.append(FileEntry(path=path, rows=self.rows[filename], bytes=size, sha256=digest, unit=key))
+        record = UnitRecord(key=key, name=name, files=files, stats=self.stats, notes=self.notes, seconds=seconds)
+        job.store.write_json(f"{job.unit_folder(key)}/unit.json", record.model_dump(mode="json"))
+        return record
+
+
+@contextmanager
+def scratch_output() -> Iterator[Output]:
+    """An `Output` whose scratch folder is gone afterwards, also after an error."""
+    with TemporaryDirectory(prefix="unidiffuser-unit-") as folder:
+        yield Output(Path(folder))
+
+
+class Worker(Protocol):
+    """Runs units of one phase; built once per process, so that encoders are loaded once."""
+
+    def run(self, unit: Unit, out: Output) -> None: ...
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker takes, and how many workers at most (None: as many as the cluster holds)."""
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    workers: int | None = None
+
+
+Records = Mapping[str, list[UnitRecord]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One round of units, planned from the rounds before.
+
+    Attributes:
+        plan: (job, records of the earlier phases by phase name) -> units, in the order of the dataset's files.
+        worker: job -> Worker, called once in each worker process. A chain has none.
+        gang: for a chain (each unit builds on the one before): (job, all units, keys, done records) -> None. It publishes
+            a record per unit and may stop early only by raising.
+        fields: the config fields that this phase's result depends on; None means all. Others may change without redoing it.
+        resources: config -> what a worker takes.
+    """
+
+    name: str
+    plan: Callable[[Job, Records], Iterable[Unit]]
+    worker: Callable[[Job], Worker] | None = None
+    gang: Callable[[Job, list[Unit], list[str], list[UnitRecord]], None] | None = None
+    fields: frozenset[str] | None = None
+    resources: Callable[[Any], Resources] = lambda config: Resources()
+
+
+class Stage:
+    """Base of the stages; a subclass declares, the runner acts.
+
+    Class attributes:
+        name, version: the version goes up when the same config and inputs give another result.
+        Config: pydantic model of the configuration.
+        phases: in order; the files of the last one are the dataset's.
+        whole: names of inputs whose fingerprint decides every unit (a text codec, a checkpoint); the units of the other
+            inputs are decided by their own files.
+        may_be_empty: whether zero rows out is a result rather than a failure.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    Config: ClassVar[type[StageConfig]]
+    phases: ClassVar[tuple[Phase, ...]]
+    whole: ClassVar[frozenset[str]] = frozenset()
+    may_be_empty: ClassVar[bool] = False
+
+    @classmethod
+    def sources(cls, config: Any) -> list[str]:
+        """Files from outside the store: paths, globs or fsspec URLs. `Job.sources` holds what they resolved to."""
+        return []
+
+    @classmethod
+    def weights(cls, config: Any) -> dict[str, str]:
+        """Encoder weights that the result depends on, as config field -> digest."""
+        return {}
+
+    @classmethod
+    def bytes_needed(cls, job: Job) -> int:
+        """Disk space that the stage will take at most, in bytes, as well as can be told beforehand."""
+        return sum(entry.bytes for dataset in job.inputs.values() for entry in dataset.files)
+
+    @classmethod
+    def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
+        """Column name -> type of the dataset's rows."""
+        return {}
+
+    @classmethod
+    def summary(cls, job: Job, records: Records) -> dict[str, Any]:
+        """Small JSON facts about the result (metrics, histograms), shown in the artifacts."""
+        return {}

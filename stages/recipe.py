@@ -1,0 +1,288 @@
+"""Recipes: YAML that names subsets and training stages, checked field by field before anything starts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stages.catalog import STAGES, SUBSET_STAGES, stage_class
+from stages.contract import StageConfig
+
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+
+
+class RecipeError(Exception):
+    """A recipe that cannot be used; one line with the path of the field and what is expected."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A stage in a recipe. `inputs` maps the stage's input names to nodes; several of a kind are `data.SUBSET`."""
+
+    name: str
+    stage: str
+    config: StageConfig
+    inputs: dict[str, str] = field(default_factory=dict)
+
+
+class Encoders(BaseModel):
+    """The encoders that the stages share: `embedded`, a local folder, or a public model name."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vae: str = Field("embedded", description="AutoencoderKL that makes image latents")
+    clip: str = Field("embedded", description="open_clip model for image embeddings and caption similarity")
+    text: str = Field("embedded", description="open_clip model whose text tower gives the caption's hidden states")
+    gpt2: str = Field("embedded", description="GPT-2 that the text decoder starts from")
+
+
+class _Document(BaseModel):
+    """The outer shape of a recipe file; the stages' own fields are checked by their own models."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    name: str
+    description: str = ""
+    encoders: Encoders = Field(default_factory=lambda: Encoders.model_validate({}))
+    subsets: dict[str, dict[str, Any]]
+    text_codec: dict[str, Any] | None = Field(None, alias="text-codec")
+    train: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    evaluate: dict[str, Any] | None = None
+    export: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: its nodes in an order in which they can run, and the document that it was read from."""
+
+    name: str
+    description: str
+    nodes: dict[str, Node]
+    document: dict[str, Any]
+    folder: Path
+
+    def select(self, wanted: str) -> list[str]:
+        """The nodes that a node name or a bare stage name means.
+
+        Raises:
+            RecipeError: there is no such node.
+        """
+        names = [n.name for n in self.nodes.values() if wanted in (n.name, n.stage)]
+        if not names:
+            raise RecipeError(f"{wanted}: the recipe {self.name} has no such node; it has {', '.join(self.nodes)}")
+        return names
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
+    """Read and check a recipe file; `overrides` are ``a.b=c`` with YAML values.
+
+    Relative paths in the recipe are taken from `folder`, by default the one that the file lies in.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, or a field is unknown, of the wrong type or out of bounds.
+    """
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: expected a mapping with `name` and `subsets`")
+    for override in overrides:
+        _override(document, override)
+    return parse_recipe(document, (folder or path.parent).resolve())
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    dotted, separator, value = override.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {override}: expected a.b=value")
+    *parents, last = dotted.split(".")
+    place = document
+    for key in parents:
+        place = place.setdefault(key, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"--set {override}: {key} is not a mapping")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not YAML") from None
+
+
+def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
+    """Check a recipe document; relative paths in it are taken from `folder`.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    try:
+        outer = _Document.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, "")) from None
+    _check_name(outer.name, "name")
+    build = _Builder(outer, folder)
+    for subset, stages in outer.subsets.items():
+        build.subset(subset, stages)
+    build.codec_and_training()
+    return Recipe(outer.name, outer.description, build.ordered(), document, folder)
+
+
+class _Builder:
+    """Turns the document into nodes; keeps the order of the file except where an input must come first."""
+
+    def __init__(self, document: _Document, folder: Path):
+        self.document = document
+        self.folder = folder
+        self.nodes: dict[str, Node] = {}
+
+    def subset(self, subset: str, stages: dict[str, Any]) -> None:
+        place = f"subsets.{subset}"
+        _check_name(subset, place)
+        if not isinstance(stages, dict):
+            raise RecipeError(f"{place}: expected a mapping of stages")
+        before = stages.get("from")
+        if before is not None and before not in self.nodes:
+            raise RecipeError(f"{place}.from: no node {before} before it; expected one of {', '.join(self.nodes) or 'none'}")
+        if unknown := [key for key in stages if key not in (*SUBSET_STAGES, "from")]:
+            raise RecipeError(f"{place}.{unknown[0]}: unknown; expected {', '.join(SUBSET_STAGES)} or from")
+        start = 0 if before is None else SUBSET_STAGES.index(self.nodes[before].stage) + 1
+        if early := [stage for stage in SUBSET_STAGES[:start] if stage in stages]:
+            raise RecipeError(f"{place}.{early[0]}: {before} already stands after it; remove it or `from`")
+        for position, stage in enumerate(SUBSET_STAGES):
+            if stage not in stages:
+                # Without an encode a subset can still feed others or be inspected; a gap in the middle is a mistake.
+                if start <= position and any(later in stages for later in SUBSET_STAGES[position + 1 :]):
+                    raise RecipeError(f"{place}.{stage}: missing; every stage up to the last is needed (write `{stage}: {{}}`)")
+                continue
+            inputs = {} if before is None else {"rows": before}
+            if stage == "encode":
+                inputs["codec"] = "text-codec"
+            self.add(f"{subset}-{stage}", stage, stages[stage], f"{place}.{stage}", inputs)
+            before = f"{subset}-{stage}"
+
+    def codec_and_training(self) -> None:
+        document = self.document
+        encodes = any(node.stage == "encode" for node in self.nodes.values())
+        if encodes and document.text_codec is None:
+            raise RecipeError("text-codec: missing; encode needs it (write `text-codec: {captions: SUBSET}`)")
+        if document.text_codec is not None:
+            values = dict(document.text_codec)
+            subset = values.pop("captions", None)
+            node = f"{subset}-select"
+            if node not in self.nodes:
+                raise RecipeError(f"text-codec.captions: expected a subset that has a select, got {subset!r}")
+            self.add("text-codec", "text-codec", values, "text-codec", {"captions": node})
+        last = None
+        for name, given in document.train.items():
+            last = self.training(name, dict(given or {}))
+        for stage in ("evaluate", "export"):
+            values = getattr(document, stage)
+            if values is None:
+                continue
+            if last is None:
+                raise RecipeError(f"{stage}: needs a training stage; add one below `train`")
+            inputs = {"checkpoint": last, "codec": "text-codec"}
+            if stage == "evaluate":
+                inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
+            self.add(stage, stage, values, stage, inputs)
+
+    def training(self, name: str, values: dict[str, Any]) -> str:
+        place = f"train.{name}"
+        _check_name(str(name), place)
+        data, before = values.pop("data", None), values.pop("from", None)
+        if not isinstance(data, list) or not data:
+            raise RecipeError(f"{place}.data: expected a list of subsets, got {data!r}")
+        inputs = {}
+        for subset in data:
+            if f"{subset}-encode" not in self.nodes:
+                raise RecipeError(f"{place}.data: the subset {subset} has no encode")
+            inputs[f"data.{subset}"] = f"{subset}-encode"
+        if before is not None:
+            if f"train-{before}" not in self.nodes:
+                raise RecipeError(f"{place}.from: no training stage {before} before it")
+            inputs["init"] = f"train-{before}"
+        return self.add(f"train-{name}", "train", values, place, inputs)
+
+    def add(self, name: str, stage: str, values: Any, place: str, inputs: dict[str, str]) -> str:
+        model = stage_class(stage).Config
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            raise RecipeError(f"{place}: expected a mapping of fields, got {values!r}")
+        shared = self.document.encoders.model_dump()
+        values = {key: shared[key] for key in model.model_fields if key in shared} | values
+        try:
+            config = model.model_validate(self.with_paths(model, values))
+        except ValidationError as error:
+            raise RecipeError(_explain(error, place)) from None
+        if name in self.nodes:
+            raise RecipeError(f"{place}: there is a node {name} already")
+        self.nodes[name] = Node(name, stage, config, inputs)
+        return name
+
+    def with_paths(self, model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
+        """Make relative paths absolute, so that a recipe means the same wherever it is run from."""
+        resolved = dict(values)
+        for name, info in model.model_fields.items():
+            extra = info.json_schema_extra
+            kind = extra.get("path") if isinstance(extra, dict) else None
+            if kind and name in values:
+                value = values[name]
+                resolved[name] = [self.absolute(v) for v in value] if isinstance(value, list) else self.absolute(value)
+        return resolved
+
+    def absolute(self, value: Any) -> Any:
+        """Encoder references are left alone unless they look like a path: a public model name may hold a slash."""
+        if not isinstance(value, str) or "://" in value or os.path.isabs(value):
+            return value
+        return str((self.folder / value).resolve())
+
+    def ordered(self) -> dict[str, Node]:
+        done: dict[str, Node] = {}
+
+        def visit(name: str) -> None:
+            if name not in done:
+                for before in self.nodes[name].inputs.values():
+                    visit(before)
+                done[name] = self.nodes[name]
+
+        for name in self.nodes:
+            visit(name)
+        return done
+
+
+def external_file(default: Any, description: str, **bounds: Any) -> Any:
+    """A config field that holds a path, glob or URL (or a list): it counts by the content it leads to, not by its name."""
+    return Field(default, description=description, json_schema_extra={"operational": True, "path": True}, **bounds)
+
+
+def encoder(default: str, description: str) -> Any:
+    """A config field that names encoder weights: it counts by their digest."""
+    return Field(default, description=description, json_schema_extra={"operational": True})
+
+
+def _check_name(name: str, place: str) -> None:
+    if not NAME.fullmatch(str(name)) or name in STAGES:
+        raise RecipeError(f"{place}: {name!r} is no name; expected lower-case letters, digits and hyphens, and no stage's name")
+
+
+def _explain(error: ValidationError, place: str) -> str:
+    """The first problem as ``path: what is expected (got value)``; the number of further ones behind it."""
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    path = ".".join(str(part) for part in (place, *first["loc"]) if str(part) != "")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    if first["type"] == "extra_forbidden":
+        message = "unknown field"
+    elif first["type"] != "missing":
+        message += f" (got {first['input']!r})"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{path}: {message}{more}"

@@ -1,0 +1,209 @@
+"""The one runner of all stages: reuse, resume, Ray scheduling, retries, checking, commit and row counts.
+
+    fingerprint known -> manifest there? hit.
+    else, phase by phase: plan units -> those with a record are done -> run the rest -> their records
+    then: add up the rows, write the manifest.
+
+A kill at any moment leaves units that are done (their record is written last) and scratch files that no reader accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any
+
+from infra.dataset import Dataset, InputRef, Manifest, Stats, commit, find
+from infra.store import Store
+from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, digest_of, result_fields
+from stages.graph import Planned
+
+log = logging.getLogger("stages")
+
+# Never fill a disk to the brim: other programs and the stage's own scratch files need room too.
+DISK_RESERVE = 512 * 2**20
+
+
+def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
+    """Make the dataset of a planned node, or return it when it is committed already. Ray must be initialised on a miss.
+
+    Raises:
+        StageError: an input is missing, the disk is too small, a unit failed, or no row is left.
+    """
+    if (found := find(store, planned.stage, planned.fingerprint)) is not None:
+        return found
+    job = make_job(planned, store)
+    _check_disk(stage, job)
+    start = time.perf_counter()
+    records: dict[str, list[UnitRecord]] = {}
+    for phase in stage.phases:
+        records[phase.name] = run_phase(stage, phase, job, planned, records)
+    stats = add_up(stage, records)
+    last = records[stage.phases[-1].name]
+    if not stats.rows_out and not stage.may_be_empty:
+        raise StageError(f"{planned.name}: no row is left of {stats.rows_in}: {describe_drops(stats)}; loosen the conditions")
+    return commit(
+        store,
+        Manifest(
+            stage=planned.stage,
+            node=planned.name,
+            fingerprint=planned.fingerprint,
+            generation=planned.generation,
+            inputs={name: InputRef(stage=d.manifest.stage, fingerprint=d.manifest.fingerprint) for name, d in job.inputs.items()},
+            config=result_fields(planned.config),
+            sources={**planned.sources, **planned.weights},
+            code=code_identity(stage),
+            columns=stage.schema(job, last),
+            stats=stats,
+            summary=stage.summary(job, records),
+            seconds=round(time.perf_counter() - start, 3),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            files=[entry for record in last for entry in record.files],
+        ),
+    )
+
+
+def make_job(planned: Planned, store: Store) -> Job:
+    """The job with its input datasets.
+
+    Raises:
+        StageError: an input is not committed yet.
+    """
+    inputs = {}
+    for name, reference in planned.inputs.items():
+        dataset = find(store, reference.stage, reference.fingerprint)
+        if dataset is None:
+            raise StageError(
+                f"{planned.name}: its input {reference.stage}/{reference.fingerprint} is not in {store.root}; "
+                f"run with --from {planned.input_nodes[name]}"
+            )
+        inputs[name] = dataset
+    return Job(
+        store=store, stage=planned.stage, node=planned.name, config=planned.config, inputs=inputs,
+        sources=planned.sources, weights=planned.weights,
+    )  # fmt: skip
+
+
+def unit_key(stage: type[Stage], phase: Phase, job: Job, generation: int, unit: Unit) -> str:
+    """hash(stage, version, phase, the config fields that decide it, weights, whole inputs, the unit's own digests)."""
+    config = result_fields(job.config)
+    if phase.fields is not None:
+        config = {name: value for name, value in config.items() if name in phase.fields}
+    whole = {name: d.manifest.fingerprint for name, d in job.inputs.items() if name.split(".")[0] in stage.whole}
+    identity = [stage.name, stage.version, phase.name, config, dict(job.weights), whole, generation]
+    return digest_of([*identity, unit.name, *unit.digests])
+
+
+def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> list[UnitRecord]:
+    """Do what is not done of one phase; returns the records in the order of the plan."""
+    units = list(phase.plan(job, earlier))
+    keys = [unit_key(stage, phase, job, planned.generation, unit) for unit in units]
+    found = {key: record for key in keys if (record := job.unit_done(key)) is not None}
+    progress = Progress(job.node, phase.name, len(units), len(found))
+    if phase.gang is not None:
+        if len(found) < len(units):
+            phase.gang(job, units, keys, [found[key] for key in keys if key in found])
+            found = {key: record for key in keys if (record := job.unit_done(key)) is not None}
+    elif len(found) < len(units):
+        _run_pool(phase, job, units, keys, found, progress)
+    if missing := [unit.name for unit, key in zip(units, keys, strict=True) if key not in found]:
+        raise StageError(f"{job.node}: {phase.name} ended without {missing[0]} ({len(missing)} units missing)")
+    return [found[key] for key in keys]
+
+
+def _run_pool(
+    phase: Phase, job: Job, units: list[Unit], keys: list[str], found: dict[str, UnitRecord], progress: Progress
+) -> None:
+    # Imported here, not above: a hit must not pay for importing Ray.
+    from stages.pool import run_pool
+
+    def pending() -> Iterator[tuple[Unit, str]]:
+        return ((unit, key) for unit, key in zip(units, keys, strict=True) if key not in fixed)
+
+    def done(unit: Unit, record: UnitRecord) -> None:
+        found[record.key] = record
+        progress.advance(unit.rows)
+
+    fixed = frozenset(found)
+    run_pool(job, phase, pending(), len(units) - len(fixed), done)
+
+
+class Progress:
+    """Says how far a phase is, as lines that a program can read back: ``@progress {...}``."""
+
+    def __init__(self, node: str, phase: str, total: int, done: int):
+        self.node, self.phase, self.total, self.done, self.rows = node, phase, total, done, 0
+        self.start = time.monotonic()
+        if done:
+            log.info("%s: %s: %d of %d units were done already", node, phase, done, total)
+        self.say()
+
+    def advance(self, rows: int) -> None:
+        self.done += 1
+        self.rows += rows
+        self.say()
+
+    def say(self) -> None:
+        rate = self.rows / max(time.monotonic() - self.start, 1e-3)
+        emit_progress(self.node, self.phase, self.done, self.total, "units", {"rows": self.rows, "rows_per_s": round(rate, 1)})
+
+
+def emit_progress(node: str, phase: str, done: int, total: int, unit: str, more: dict[str, Any] | None = None) -> None:
+    """Print one progress line; `more` holds rates, losses and the like."""
+    fields = {"node": node, "phase": phase, "done": done, "total": total, "unit": unit, **(more or {})}
+    print(f"@progress {json.dumps(fields)}", flush=True)
+
+
+def add_up(stage: type[Stage], records: Records) -> Stats:
+    """Rows in of the first phase, rows out of the last, drops of all."""
+    stats = Stats(
+        rows_in=sum(r.stats.rows_in for r in records[stage.phases[0].name]),
+        rows_out=sum(r.stats.rows_out for r in records[stage.phases[-1].name]),
+    )
+    for phase in stage.phases:
+        for record in records[phase.name]:
+            for reason, rows in record.stats.dropped.items():
+                stats.drop(reason, rows)
+    stats.dropped = dict(sorted(stats.dropped.items(), key=lambda item: (-item[1], item[0])))
+    return stats
+
+
+def describe_drops(stats: Stats) -> str:
+    """``412 too_small, 3 undecodable``, the largest first."""
+    return ", ".join(f"{rows} {reason}" for reason, rows in stats.dropped.items()) or "nothing dropped"
+
+
+def code_identity(stage: type[Stage]) -> dict[str, Any]:
+    """Stage version, package version, git commit (with ``+`` when files differ from it) and Python version."""
+    return {
+        "stage_version": stage.version,
+        "package": package_version("unidiffuser"),
+        "git": git_commit(),
+        "python": platform.python_version(),
+    }
+
+
+def git_commit() -> str | None:
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def _check_disk(stage: type[Stage], job: Job) -> None:
+    free = job.store.free_bytes()
+    needed = stage.bytes_needed(job) + DISK_RESERVE
+    if free is not None and free < needed:
+        raise StageError(
+            f"{job.node}: needs about {needed / 2**30:.1f} GiB, {job.store.root} has {free / 2**30:.1f} GiB free; "
+            "free some space or point --store elsewhere"
+        )

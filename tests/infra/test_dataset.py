@@ -1,0 +1,94 @@
+"""Datasets: the manifest is the commit, and `verify` finds what no longer matches it."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from infra import dataset as module
+from infra.dataset import (
+    FileEntry,
+    InputRef,
+    Manifest,
+    Stats,
+    all_datasets,
+    by_prefix,
+    commit,
+    find,
+    point,
+    pointed,
+    verify,
+)
+from infra.store import Store, StoreError
+
+
+def manifest(store: Store, files: int = 3, fingerprint: str = "f" * 24, **fields) -> Manifest:
+    entries = []
+    for number in range(files):
+        data = f"content {number}".encode()
+        path = f"select/units/aa/k{number}/{number}.bin"
+        store.write(path, data)
+        entries.append(FileEntry(path=path, rows=2, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), unit=f"k{number}"))
+    values = dict(
+        stage="select", node="a-select", fingerprint=fingerprint, generation=0, inputs={}, config={"x": 1}, sources={},
+        code={"stage_version": 1}, columns={"url": "string"}, summary={}, seconds=1.0, created="2026-01-01T00:00:00+00:00",
+        stats=Stats(rows_in=8, rows_out=6, dropped={"small": 2}), files=entries,
+    )  # fmt: skip
+    return Manifest(**{**values, **fields})
+
+
+def test_commit_and_find(tmp_path):
+    store = Store(str(tmp_path))
+    assert find(store, "select", "f" * 24) is None
+    written = manifest(store)
+    commit(store, written)
+    assert find(store, "select", "f" * 24).manifest == written
+    assert [d.manifest.fingerprint for d in all_datasets(store)] == ["f" * 24]
+
+
+def test_many_files_move_beside_the_manifest(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILES_INLINE", 2)
+    store = Store(str(tmp_path))
+    written = manifest(store, files=3)
+    commit(store, written)
+    assert (tmp_path / "select" / ("f" * 24) / "files.parquet").exists()
+    assert find(store, "select", "f" * 24).manifest == written
+
+
+def test_rows_that_vanish_are_refused(tmp_path):
+    store = Store(str(tmp_path))
+    with pytest.raises(ValueError, match="a-select: 1 of 9 rows are neither written nor counted"):
+        commit(store, manifest(store, stats=Stats(rows_in=9, rows_out=6, dropped={"small": 2})))
+    assert find(store, "select", "f" * 24) is None
+
+
+def test_verify_names_damaged_and_missing_files(tmp_path):
+    store = Store(str(tmp_path))
+    dataset = commit(store, manifest(store))
+    assert verify(dataset) == []
+    damaged = Path(store.root, dataset.files[0].path)
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    Path(store.root, dataset.files[2].path).unlink()
+    problems = verify(dataset)
+    assert len(problems) == 2
+    assert "0.bin: damaged" in problems[0] and "2.bin: missing" in problems[1]
+
+
+def test_by_prefix(tmp_path):
+    store = Store(str(tmp_path))
+    for fingerprint in ("abc1" * 6, "abd2" * 6):
+        commit(store, manifest(store, fingerprint=fingerprint))
+    assert by_prefix(store, "abc").manifest.fingerprint == "abc1" * 6
+    assert by_prefix(store, f"{tmp_path}/select/{'abd2' * 6}/").manifest.fingerprint == "abd2" * 6
+    with pytest.raises(StoreError, match="2 datasets match"):
+        by_prefix(store, "ab")
+    with pytest.raises(StoreError, match="no dataset"):
+        by_prefix(store, "zz")
+
+
+def test_pointers(tmp_path):
+    store = Store(str(tmp_path))
+    assert pointed(store, "recipe", "a-select") is None
+    commit(store, manifest(store))
+    point(store, "recipe", "a-select", InputRef(stage="select", fingerprint="f" * 24))
+    assert pointed(store, "recipe", "a-select").manifest.node == "a-select"
