@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -28,7 +29,8 @@ class FileEntry(BaseModel):
 
     @property
     def name(self) -> str:
-        return self.path.rsplit("/", 1)[-1]
+        """Path inside the unit: `00000.tar`, or `uvit/config.json` for a unit that holds folders."""
+        return self.path.split(f"/{self.unit}/", 1)[-1]
 
 
 class Stats(BaseModel):
@@ -96,6 +98,10 @@ class Dataset:
     def url(self, entry: FileEntry) -> str:
         return self.store.url(entry.path)
 
+    def fetch(self, folder: Path) -> Path:
+        """Make the files available below a local folder; see `fetch_files`."""
+        return fetch_files(self.store, self.files, folder)
+
     def file(self, name: str) -> FileEntry:
         """The file of that name.
 
@@ -106,6 +112,18 @@ class Dataset:
             if entry.name == name:
                 return entry
         raise StoreError(f"{self.store.url(self.folder)}: the manifest lists no file {name}")
+
+
+def fetch_files(store: Store, files: list[FileEntry], folder: Path) -> Path:
+    """Make files available below a local folder, under their names; from a local store they are linked, not copied."""
+    for entry in files:
+        target = folder / entry.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if store.local:
+            target.symlink_to(store.url(entry.path))
+        else:
+            store.fetch(entry.path, target)
+    return folder
 
 
 def folder_of(stage: str, fingerprint: str) -> str:

@@ -165,7 +165,7 @@ class Phase:
         plan: (job, records of the earlier phases by phase name) -> units, in the order of the dataset's files.
         worker: job -> Worker, called once in each worker process. A chain has none.
         gang: for a chain (each unit builds on the one before): (job, all units, keys, done records) -> None. It publishes
-            a record per unit and may stop early only by raising.
+            a record a unit and may stop early only by raising. The dataset is the chain's last unit.
         fields: the config fields that this phase's result depends on; None means all. Others may change without redoing it.
         resources: config -> what a worker takes.
     """
@@ -192,7 +192,7 @@ class Stage:
 
     name: ClassVar[str]
     version: ClassVar[int]
-    Config: ClassVar[type[StageConfig]]
+    Config: ClassVar[type[BaseModel]]
     phases: ClassVar[tuple[Phase, ...]]
     whole: ClassVar[frozenset[str]] = frozenset()
     may_be_empty: ClassVar[bool] = False

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 from infra.dataset import Dataset, InputRef, find, pointed
 from infra.external import resolve
 from infra.store import Store
 from stages.catalog import stage_class
-from stages.contract import StageConfig, digest_of, result_fields
+from stages.contract import digest_of, result_fields
 from stages.recipe import Recipe, RecipeError
 
 State = Literal["hit", "stale", "miss"]
@@ -26,7 +28,7 @@ class Planned:
     recipe: str
     name: str
     stage: str
-    config: StageConfig
+    config: BaseModel
     inputs: dict[str, InputRef]
     input_nodes: dict[str, str]
     sources: dict[str, str]

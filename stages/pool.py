@@ -36,6 +36,11 @@ class PoolWorker:
             return out.publish(self.job, key, unit.name, time.perf_counter() - start)
 
 
+def gpus_each() -> float:
+    """GPUs that one worker of a model takes: a whole one wherever the cluster has any."""
+    return 1.0 if ray.cluster_resources().get("GPU") else 0.0
+
+
 def pool_size(resources: Resources, units: int) -> int:
     """Workers to start: what the cluster holds, at most one a unit.
 

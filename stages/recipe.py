@@ -13,7 +13,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.catalog import STAGES, SUBSET_STAGES, stage_class
-from stages.contract import StageConfig
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -28,7 +27,7 @@ class Node:
 
     name: str
     stage: str
-    config: StageConfig
+    config: BaseModel
     inputs: dict[str, str] = field(default_factory=dict)
 
 

@@ -108,9 +108,11 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
     found = {key: record for key in keys if (record := job.unit_done(key)) is not None}
     progress = Progress(job.node, phase.name, len(units), len(found))
     if phase.gang is not None:
-        if len(found) < len(units):
+        if keys[-1] not in found:
             phase.gang(job, units, keys, [found[key] for key in keys if key in found])
             found = {key: record for key in keys if (record := job.unit_done(key)) is not None}
+        # A chain is its last unit: the ones before are steps on the way, and may have given way to it.
+        units, keys = units[-1:], keys[-1:]
     elif len(found) < len(units):
         _run_pool(phase, job, units, keys, found, progress)
     if missing := [unit.name for unit, key in zip(units, keys, strict=True) if key not in found]:

@@ -46,6 +46,13 @@ def test_commit_and_find(tmp_path):
     assert [d.manifest.fingerprint for d in all_datasets(store)] == ["f" * 24]
 
 
+def test_fetch_gives_a_folder_with_the_files_names(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    dataset = commit(store, manifest(store))
+    folder = dataset.fetch(tmp_path / "here")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {f"{n}.bin": f"content {n}".encode() for n in range(3)}
+
+
 def test_many_files_move_beside_the_manifest(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FILES_INLINE", 2)
     store = Store(str(tmp_path))

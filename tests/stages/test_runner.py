@@ -1,0 +1,153 @@
+"""The runner's promises: nothing done twice, nothing lost, nothing half there."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.dataset import find, verify
+from infra.store import Store
+from stages.contract import StageError, result_fields
+from stages.runner import run_stage
+from tests.stages.toy import Count, Squares, planned
+
+ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def contents(dataset):
+    return [dataset.store.read(entry.path).decode() for entry in dataset.files]
+
+
+def stored(root):
+    """Path -> sha256 of every committed file; scratch files of dead writers do not count, since no reader accepts them."""
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(Path(root).rglob("*"))
+        if path.is_file() and path.suffix == ".txt"
+    }
+
+
+def committed(root):
+    """What must not depend on when and how often it was interrupted."""
+    manifest = json.loads(next(Path(root, "squares").glob("*/manifest.json")).read_text())
+    return {name: manifest[name] for name in ("files", "stats", "config", "fingerprint")}
+
+
+def test_rows_add_up_and_files_come_in_the_order_of_the_plan(store):
+    dataset = run_stage(planned(Squares, numbers=[3, 1, 2], limit=5), store, Squares)
+    assert contents(dataset) == ["1\n", "4\n"]
+    stats = dataset.manifest.stats
+    assert (stats.rows_in, stats.rows_out, stats.dropped) == (3, 2, {"over_limit": 1})
+    assert verify(dataset) == []
+
+
+def test_a_committed_dataset_is_returned_untouched(store):
+    first = run_stage(planned(Squares), store, Squares)
+    before = {path: path.stat().st_mtime_ns for path in Path(store.root).rglob("*") if path.is_file()}
+    second = run_stage(planned(Squares), store, Squares)
+    assert second.manifest == first.manifest
+    assert before == {path: path.stat().st_mtime_ns for path in Path(store.root).rglob("*") if path.is_file()}
+
+
+def test_only_what_changed_is_done_again(store):
+    """Another limit redoes `keep` but not `square`; another number does one unit of each."""
+    run_stage(planned(Squares), store, Squares)
+    units = {path.parent.name for path in Path(store.root).rglob("unit.json")}
+    assert len(units) == 6
+    run_stage(planned(Squares, "e" * 24, limit=4), store, Squares)
+    after_limit = {path.parent.name for path in Path(store.root).rglob("unit.json")}
+    assert len(after_limit - units) == 3
+    run_stage(planned(Squares, "d" * 24, numbers=[1, 2, 3, 4]), store, Squares)
+    after_number = {path.parent.name for path in Path(store.root).rglob("unit.json")}
+    assert len(after_number - after_limit) == 2
+
+
+def test_operational_fields_stay_out_of_the_identity():
+    assert result_fields(Squares.Config(speed=9)) == result_fields(Squares.Config())
+    assert result_fields(Squares.Config(limit=9)) != result_fields(Squares.Config())
+
+
+def test_a_worker_that_dies_is_replaced(store, tmp_path):
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "n2").write_text("2")
+    dataset = run_stage(planned(Squares, trap=str(trap)), store, Squares)
+    assert contents(dataset) == ["1\n", "4\n", "9\n"]
+    assert (trap / "n2").read_text() == "-1"
+
+
+def test_a_worker_that_keeps_dying_fails_the_stage_and_keeps_the_rest(store, tmp_path):
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "n3").write_text("99")
+    with pytest.raises(StageError, match="the worker of square n3 died 3 times"):
+        run_stage(planned(Squares, trap=str(trap)), store, Squares)
+    assert find(store, "squares", "f" * 24) is None
+    assert len(list(Path(store.root).rglob("square.txt"))) == 2
+
+
+def test_an_error_in_a_unit_is_one_line_with_its_name(store, tmp_path):
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    (trap / "n1").write_text("-1")
+    with pytest.raises(StageError, match="^toy-squares: square n1 failed: ValueError: number is cursed$"):
+        run_stage(planned(Squares, trap=str(trap)), store, Squares)
+
+
+def test_no_row_left_shows_the_reasons(store):
+    with pytest.raises(StageError, match="no row is left of 3: 3 over_limit"):
+        run_stage(planned(Squares, limit=0), store, Squares)
+    assert find(store, "squares", "f" * 24) is None
+
+
+def test_too_little_disk_is_said_before_anything_starts(store, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(StageError, match=r"needs about 0\.5 GiB, .* has 0\.0 GiB free"):
+        run_stage(planned(Squares), store, Squares)
+    assert not Path(store.root, "squares").exists()
+
+
+def test_a_chain_goes_on_from_its_last_unit(store):
+    with pytest.raises(RuntimeError, match="the gang died"):
+        run_stage(planned(Count, die_at=3), store, Count)
+    assert len(list(Path(store.root).rglob("unit.json"))) == 2
+    dataset = run_stage(planned(Count), store, Count)
+    assert contents(dataset) == ["3\n"]
+    longer = run_stage(planned(Count, "e" * 24, steps=5, die_at=3), store, Count)
+    assert contents(longer) == ["5\n"], "a longer chain goes on from the units of the shorter, past the step that is deadly"
+
+
+def run_killed(*arguments):
+    command = [sys.executable, "-m", "tests.stages.killed", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+
+
+def test_killed_between_any_two_writes_it_ends_with_the_same_files(tmp_path):
+    """SIGKILL just before the n-th file appears, for every n; then the same command again."""
+    result = run_killed("every", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    truth, manifest = stored(tmp_path / "whole"), committed(tmp_path / "whole")
+    writes = int((tmp_path / "whole" / "writes").read_text())
+    assert writes == 3 * 3 + 3 * 2 + 1, "three units of two files and a record, three of a file and a record, a manifest"
+    for number in range(1, writes + 1):
+        assert stored(tmp_path / str(number)) == truth, f"killed before write {number}"
+        assert committed(tmp_path / str(number)) == manifest
+
+
+@pytest.mark.parametrize("number", [11])
+def test_killed_on_ray_it_ends_with_the_same_files(tmp_path, number):
+    """Worker and driver die together in the middle of either phase; the next driver goes on."""
+    first = run_killed("ray", tmp_path / "store", number)
+    assert first.returncode == -9, first.stdout + first.stderr
+    assert find(Store(str(tmp_path / "store")), "squares", "f" * 24) is None
+    again = run_killed("ray", tmp_path / "store", 0)
+    assert again.returncode == 0, again.stdout + again.stderr
+    run_stage(planned(Squares), Store(str(tmp_path / "whole")), Squares)
+    assert stored(tmp_path / "store") == stored(tmp_path / "whole")
+    assert committed(tmp_path / "store") == committed(tmp_path / "whole")

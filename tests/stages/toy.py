@@ -1,0 +1,107 @@
+"""Two small stages that show what the runner does: one with two phases of independent units, one that is a chain."""
+
+import os
+import time
+from pathlib import Path
+
+from pydantic import Field
+
+from stages.contract import Phase, Stage, StageConfig, Unit, operational, scratch_output
+from stages.graph import Planned
+
+
+class SquaresConfig(StageConfig):
+    numbers: list[int] = [1, 2, 3]
+    limit: int = Field(1000, ge=0)
+    trap: str = operational("", "folder whose files make units die or fail")
+    speed: int = operational(1, "changes nothing but the time")
+
+
+class Square:
+    def __init__(self, job):
+        self.job = job
+
+    def run(self, unit, out):
+        number = unit.payload["number"]
+        trap = Path(self.job.config.trap, unit.name) if self.job.config.trap else None
+        if trap and trap.exists():
+            left = int(trap.read_text())
+            trap.write_text(str(left - 1))
+            if left > 0:
+                os._exit(1)
+            if left < 0:
+                raise ValueError("number is cursed")
+        out.path("square.txt", rows=1).write_text(f"{number * number}\n")
+        out.path("again.txt", rows=0).write_text(f"{number}\n" * 3)
+        out.stats.rows_in = out.stats.rows_out = 1
+        out.notes["square"] = number * number
+
+
+class Keep:
+    def __init__(self, job):
+        self.job = job
+
+    def run(self, unit, out):
+        out.stats.rows_in = 1
+        if unit.payload["square"] > self.job.config.limit:
+            out.stats.drop("over_limit")
+            return
+        out.path(f"{unit.name}.txt", rows=1).write_text(f"{unit.payload['square']}\n")
+        out.stats.rows_out = 1
+
+
+class Squares(Stage):
+    name = "squares"
+    version = 1
+    Config = SquaresConfig
+    phases = (
+        Phase("square", lambda job, _: _units(job), worker=Square, fields=frozenset()),
+        Phase("keep", lambda job, records: _kept(records["square"]), worker=Keep, fields=frozenset({"limit"})),
+    )
+
+
+def _units(job):
+    return [Unit(f"n{number}", (str(number),), {"number": number}, rows=1) for number in job.config.numbers]
+
+
+def _kept(records):
+    return [Unit(r.name, tuple(f.sha256 for f in r.files), {"square": r.notes["square"]}) for r in records]
+
+
+class CountConfig(StageConfig):
+    steps: int = 3
+    die_at: int = operational(0, "step at which the gang dies, once")
+
+
+def _count(job, units, keys, done):
+    """Each unit holds one more than the one before it; starts from the last that is done."""
+    value = done[-1].notes["value"] if done else 0
+    for unit, key in list(zip(units, keys, strict=True))[len(done) :]:
+        value += 1
+        if value == job.config.die_at:
+            raise RuntimeError("the gang died")
+        with scratch_output() as out:
+            out.path("value.txt", rows=1).write_text(f"{value}\n")
+            out.stats.rows_in = out.stats.rows_out = 1
+            out.notes["value"] = value
+            out.publish(job, key, unit.name, time.process_time())
+
+
+class Count(Stage):
+    name = "count"
+    version = 1
+    Config = CountConfig
+    phases = (
+        Phase(
+            "count",
+            lambda job, _: [Unit(f"step-{n}", (str(n),)) for n in range(1, job.config.steps + 1)],
+            gang=_count,
+            fields=frozenset(),
+        ),
+    )
+
+
+def planned(stage, fingerprint="f" * 24, **fields):
+    """A planned node of a toy stage, without a recipe around it."""
+    config = stage.Config(**fields)
+    return Planned("toys", f"toy-{stage.name}", stage.name, config, {}, {}, {}, {}, 0, fingerprint)

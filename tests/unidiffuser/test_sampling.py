@@ -1,0 +1,265 @@
+"""Tasks, samplers and guidance in a Gaussian world, where every distribution is known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unidiffuser.gaussian import IMAGE_AND_TEXT, GaussianWorld
+from unidiffuser.modalities import Modality, Part
+from unidiffuser.sampling import SAMPLERS, sample, slerp
+from unidiffuser.schedule import NoiseSchedule
+from unidiffuser.tasks import TASK_NAMES, Task
+from unidiffuser.uvit import UViT, UViTConfig
+
+COUNT = 2000
+SEEDS = range(COUNT)
+LAST = float(NoiseSchedule().alpha_bar[-1])
+
+
+@pytest.fixture(scope="module")
+def world() -> GaussianWorld:
+    return GaussianWorld.random(IMAGE_AND_TEXT)
+
+
+def reached(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the exact reverse process ends for N(mean, covariance), started from N(0, 1) at the last timestep.
+
+    The schedule does not end in pure noise (alpha_bar = 0.0047), so the start is a little wrong for any sampler. With
+    z / a as the state and v = (1 - a^2) / a^2, the flow is z_0 - mean = (C / (C + v))^1/2 (z_T / a - mean).
+    """
+    v = (1 - LAST) / LAST
+    values, vectors = torch.linalg.eigh(covariance)
+    root = vectors @ torch.diag((values / (values + v)).sqrt()) @ vectors.T
+    return mean - root @ mean, root @ root / LAST
+
+
+def check(drawn: Tensor, mean: Tensor, covariance: Tensor, slack: float = 0.02) -> None:
+    """Sample mean and covariance against the truth: 4.5 standard errors, and ``slack`` standard deviations of bias."""
+    std = covariance.diag().sqrt()
+    error = 4.5 / COUNT**0.5
+    assert ((drawn.mean(0) - mean).abs() / std).max() < error + slack
+    correlation_error = (drawn.T.cov() - covariance).abs() / (std[:, None] * std)
+    assert correlation_error.max() < error * 2**0.5 + 2 * slack
+
+
+def fixed(world: GaussianWorld, name: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A value of one modality, the same for all samples: as parts, and as one row of numbers."""
+    index = world.index(name)
+    full = world.mean + 1.2 * world.covariance.diag().sqrt()
+    parts = {k: v.expand(COUNT, *v.shape[1:]).float() for k, v in world.split(full[None]).items()}
+    own = [part.name for modality in world.modalities if modality.name == name for part in modality.parts]
+    return {k: parts[k] for k in own}, full[index][None]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("task", ["i", "t", "joint", "t2i", "i2t"])
+def test_every_task_and_sampler_draws_the_true_distribution(world, sampler, task):
+    condition: dict[str, Tensor] = {}
+    if task in ("t2i", "i2t"):
+        drawn_name, given_name = ("image", "text") if task == "t2i" else ("text", "image")
+        condition, value = fixed(world, given_name)
+        mean, covariance = world.conditional(drawn_name, given_name, value)
+        mean = mean[0]
+    else:
+        index = world.index(*{"i": ["image"], "t": ["text"], "joint": ["image", "text"]}[task])
+        mean, covariance = world.mean[index], world.covariance[index][:, index]
+    steps = 300 if sampler == "ddim" else 100
+    out = world.flat(sample(world, task, IMAGE_AND_TEXT, COUNT, steps, 0.0, SEEDS, sampler, condition))
+    check(out, *reached(mean, covariance))
+    check(out, mean, covariance, slack=0.1)  # the truth itself, with room for the wrong start
+
+
+@pytest.mark.parametrize("condition_t", [0, 300, 700, 1000])
+def test_noisy_condition_lies_between_conditional_and_marginal(world, condition_t):
+    condition, value = fixed(world, "text")
+    alpha_bar = world.alpha_bar[condition_t]
+    mean, covariance = world.conditional("image", "text", alpha_bar.sqrt() * value, condition_t)
+    i, j = world.index("image"), world.index("text")
+    own = alpha_bar * world.covariance[j][:, j] + (1 - alpha_bar) * torch.eye(len(j))
+    gain = alpha_bar.sqrt() * world.covariance[i][:, j] @ torch.linalg.inv(own)
+    mean, covariance = reached(mean[0], covariance)
+    out = sample(world, "t2i", IMAGE_AND_TEXT, COUNT, 100, 0.0, SEEDS, condition=condition, condition_t=condition_t)
+    check(world.flat(out), mean, covariance + (1 - alpha_bar) * gain @ gain.T, slack=0.03)
+
+
+@pytest.mark.parametrize(("task", "steps_of"), [("i2t2i", ["text", "image"]), ("t2i2t", ["image", "text"])])
+def test_chains_draw_each_step_given_the_one_before(world, task, steps_of):
+    condition, value = fixed(world, steps_of[-1])
+    out = sample(world, task, IMAGE_AND_TEXT, COUNT, 60, 0.0, SEEDS, condition=condition)
+    mean, covariance = world.conditional(steps_of[0], steps_of[-1], value)
+    name, given = steps_of[-1], steps_of[0]
+    i, j = world.index(name), world.index(given)
+    gain = world.covariance[i][:, j] @ torch.linalg.inv(world.covariance[j][:, j])
+    final_mean, final_covariance = world.conditional(name, given, mean)
+    drawn = {p.name: out[p.name] for m in IMAGE_AND_TEXT if m.name == name for p in m.parts}
+    assert set(out) == {"latent", "clip", "text"}
+    check(world.flat(drawn), final_mean[0], final_covariance + gain @ covariance @ gain.T, slack=0.1)
+
+
+def test_gibbs_chain_keeps_the_joint_and_forgets_its_start(world):
+    kept = world.flat(sample(world, "gibbs", IMAGE_AND_TEXT, COUNT, 60, 0.0, SEEDS, rounds=2))
+    check(kept, world.mean, world.covariance, slack=0.1)
+
+    condition, value = fixed(world, "text")
+    away = value[0] - world.mean[world.index("text")]
+    distances = []
+    for rounds in (1, 3):
+        out = sample(world, "gibbs", IMAGE_AND_TEXT, COUNT, 40, 0.0, SEEDS, condition=condition, rounds=rounds)
+        i, j = world.index("image"), world.index("text")
+        forth = world.covariance[i][:, j] @ torch.linalg.inv(world.covariance[j][:, j])
+        back = world.covariance[j][:, i] @ torch.linalg.inv(world.covariance[i][:, i])
+        expected = torch.linalg.matrix_power(back @ forth, rounds) @ away
+        found = out["text"].flatten(1).double().mean(0) - world.mean[j]
+        std = world.covariance[j][:, j].diag().sqrt()
+        assert ((found - expected).abs() / std).max() < 0.2
+        distances.append(found.norm())
+    assert distances[1] < distances[0]
+
+
+def two_numbers(correlation: float, std: float = 0.8, means: tuple[float, float] = (0.5, -0.4)) -> GaussianWorld:
+    modalities = tuple(Modality(name=n, parts=(Part(name=p, shape=(1,)),)) for n, p in (("image", "x"), ("text", "y")))
+    covariance = std**2 * torch.tensor([[1.0, correlation], [correlation, 1.0]])
+    return GaussianWorld(modalities, torch.tensor(means), covariance)
+
+
+def guided(scale: float, c_mean: float, c_var: float, u_mean: float, u_var: float) -> tuple[float, float]:
+    """Mean and standard deviation that guidance between two one-dimensional Gaussians ends in, from N(0, 1) at T.
+
+    With X = x / a and V = sigma / a, eps = (1 + s) V (X - c_mean) / (c_var + V^2) - s V (X - u_mean) / (u_var + V^2) and
+    dX / dV = eps, which is linear: its integrating factor is (c_var + V^2)^((1 + s) / 2) / (u_var + V^2)^(s / 2).
+    """
+    last = math.sqrt((1 - LAST) / LAST)
+    v = np.linspace(0, last, 200_001)
+    factor = (c_var + v**2) ** ((1 + scale) / 2) * (u_var + v**2) ** (-scale / 2)
+    push = (1 + scale) * v * c_mean / (c_var + v**2) - scale * v * u_mean / (u_var + v**2)
+    return factor[0] * np.trapezoid(push / factor, v), factor[0] / factor[-1] / math.sqrt(LAST)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_conditional_guidance_ends_in_the_closed_form(scale):
+    world = two_numbers(0.7)
+    value = torch.full((COUNT, 1), 0.6)
+    mean, covariance = world.conditional("image", "text", value[:1].double())
+    expected, std = guided(scale, mean.item(), covariance.item(), 0.5, 0.64)
+    out = sample(world, "t2i", world.modalities, COUNT, 200, scale, SEEDS, condition={"y": value})["x"]
+    assert out.mean().item() == pytest.approx(expected, abs=5 * std / COUNT**0.5 + 0.01)
+    assert out.std().item() == pytest.approx(std, rel=0.08)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0])
+def test_joint_guidance_ends_in_the_closed_form(scale):
+    """With equal variances the joint decouples into sum and difference, each guided away from the same marginal."""
+    world = two_numbers(0.6)
+    out = sample(world, "joint", world.modalities, COUNT, 200, scale, SEEDS)
+    x, y = out["x"][:, 0], out["y"][:, 0]
+    for drawn, mean, sign in (((x + y) / 2**0.5, 0.1, 1), ((x - y) / 2**0.5, 0.9, -1)):
+        mean /= 2**0.5
+        expected, std = guided(scale, mean, 0.64 * (1 + sign * 0.6), mean, 0.64)
+        assert drawn.mean().item() == pytest.approx(expected, abs=5 * std / COUNT**0.5 + 0.01)
+        assert drawn.std().item() == pytest.approx(std, rel=0.08)
+
+
+def test_guidance_interval_saves_the_unconditional_half_outside(world):
+    condition, _ = fixed(world, "text")
+    condition = {"text": condition["text"][:2]}
+
+    def draw(**settings):
+        world.rows_seen = 0
+        return sample(world, "t2i", IMAGE_AND_TEXT, 2, 20, 3.0, [1, 2], condition=condition, **settings)["latent"]
+
+    always = draw()
+    assert world.rows_seen == 20 * 2 * 2
+    middle = draw(guidance_interval=(300, 700))
+    assert world.rows_seen == 20 * 2 + 9 * 2  # timesteps 1 + 49.95 k, of which k = 6 .. 14 lie in 300 .. 700
+    never = draw(guidance_interval=(1001, 1001))
+    assert world.rows_seen == 20 * 2
+    torch.testing.assert_close(draw(guidance_interval=(1, 1000)), always)
+    assert not torch.allclose(middle, always) and not torch.allclose(middle, never)
+
+
+def test_interpolation_starts_and_ends_at_the_two_images(world):
+    parts = world.split(world.draw(2, seed=3))
+    images = {"latent": parts["latent"].float(), "clip": parts["clip"].float()}
+    out = sample(world, "interpolate", IMAGE_AND_TEXT, 8, 100, 0.0, [5] * 7, condition=images)
+    assert out["latent"].shape == (7, 1, 2, 2) and out["text"].shape == (7, 2, 2)
+    for name, image in images.items():
+        torch.testing.assert_close(out[name][[0, -1]], image, atol=0.03, rtol=0.03)
+    steps = out["latent"].flatten(1).diff(dim=0).norm(dim=1)
+    assert steps.max() < 0.6 * (images["latent"][1] - images["latent"][0]).norm()
+
+
+def test_slerp_keeps_the_norm_of_unit_vectors_and_its_ends():
+    a, b = torch.eye(3)[0], torch.eye(3)[1]
+    torch.testing.assert_close(slerp(a, b, 1 / 3), torch.tensor([math.cos(math.pi / 6), math.sin(math.pi / 6), 0.0]))
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, 2 * a, 0.5), 1.5 * a)
+
+
+def test_ddim_is_ddim(world):
+    """Against the update written out: x' = a' x_0 + s' eps, at evenly spaced timesteps from 1000 to 1."""
+    ours = sample(world, "t", IMAGE_AND_TEXT, 1, 10, 0.0, [7], "ddim")["text"]
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"latent": (1, 1, 2, 2), "clip": (1, 2), "text": (1, 2, 2)}
+    start, stand_in = ({n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(2))
+    x = start["text"].double()
+    timesteps = [int(i) + 1 for i in np.linspace(0, 999, 11).round()[::-1]]
+    for t, following in zip(timesteps, timesteps[1:], strict=False):
+        noise = world({**stand_in, "text": x}, {"image": torch.tensor(1000), "text": torch.tensor(t)})["text"]
+        now, then = world.alpha_bar[t], world.alpha_bar[following]
+        x = then.sqrt() * (x - (1 - now).sqrt() * noise) / now.sqrt() + (1 - then).sqrt() * noise
+    torch.testing.assert_close(ours, x.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def network() -> UViT:
+    torch.manual_seed(0)
+    model = UViT(UViTConfig(width=32, depth=2, heads=2, modalities=IMAGE_AND_TEXT, position_std=0.5)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("task", TASK_NAMES)
+def test_batch_size_changes_nothing(network, task):
+    seeds = [11, 12, 13, 14, 15] if task != "interpolate" else [11] * 5
+    condition = {}
+    if task in ("i2t", "i2t2i", "interpolate"):
+        rows = 2 if task == "interpolate" else 5
+        condition = {"latent": torch.randn(rows, 1, 2, 2), "clip": torch.randn(rows, 2)}
+    elif task in ("t2i", "t2i2t"):
+        condition = {"text": torch.randn(5, 2, 2)}
+    runs = [sample(network, task, IMAGE_AND_TEXT, n, 8, 2.0, seeds, condition=condition, rounds=2) for n in (1, 2, 5)]
+    for run in runs[1:]:
+        for name, part in run.items():
+            torch.testing.assert_close(part, runs[0][name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_sample_depends_on_its_own_seed_only(network):
+    first = sample(network, "joint", IMAGE_AND_TEXT, 8, 8, 1.0, [1, 2, 3])
+    again = sample(network, "joint", IMAGE_AND_TEXT, 8, 8, 1.0, [3, 9])
+    torch.testing.assert_close(first["text"][2], again["text"][0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(first["text"][0], first["text"][1])
+
+
+def test_wrong_requests_are_named(network):
+    def draw(task="t2i", **settings):
+        wanted = {"condition": {"text": torch.zeros(1, 2, 2)}, **settings}
+        return sample(network, task, IMAGE_AND_TEXT, 1, 4, 0.0, [1], **wanted)
+
+    with pytest.raises(ValueError, match="no task named 't2v'; there are t2i"):
+        draw("t2v")
+    with pytest.raises(ValueError, match="no sampler named 'euler'; there are dpm"):
+        draw(sampler="euler")
+    with pytest.raises(ValueError, match="the condition lacks text"):
+        draw(condition={})
+    with pytest.raises(ValueError, match="condition text: 2 rows where t2i takes 1"):
+        draw(condition={"text": torch.zeros(2, 2, 2)})
+    with pytest.raises(ValueError, match="condition_t must be in 0 .. 1000"):
+        draw(condition_t=1001)
+    with pytest.raises(ValueError, match="a task draws and is given"):
+        draw(Task(sample=("sound",)))

@@ -1,0 +1,192 @@
+"""The U-ViT against diffusers' implementation of the published network, with the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
+
+from unidiffuser.convert import to_diffusers
+from unidiffuser.modalities import (
+    Modality,
+    Part,
+    paper_modalities,
+    resized,
+    token_order,
+)
+from unidiffuser.uvit import UViT, UViTConfig, resize_positions
+
+
+def small_config(data_type_token: bool = False, latent: tuple[int, int, int] = (4, 8, 8), **settings) -> UViTConfig:
+    return UViTConfig(
+        width=64,
+        depth=4,
+        heads=4,
+        modalities=paper_modalities(latent, clip=24, text=(7, 16)),
+        data_type_token=data_type_token,
+        **settings,
+    )
+
+
+def inputs(config: UViTConfig, batch: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    x = {p.name: torch.randn(batch, *p.shape, generator=generator) for p in token_order(config.modalities)}
+    return x, {
+        "image": torch.tensor([1, 500, 1000][:batch]),
+        "text": torch.tensor([0, 999, 3][:batch]),
+    }
+
+
+@pytest.mark.parametrize("data_type_token", [False, True], ids=["v0", "v1"])
+@pytest.mark.parametrize("size", [8, 12])
+def test_outputs_equal_those_of_diffusers(data_type_token, size):
+    torch.manual_seed(0)
+    config = small_config(data_type_token, latent=(4, size, size))
+    model = UViT(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    settings, state = to_diffusers(model.state_dict(), config)
+    peer = UniDiffuserModel(**{k: v for k, v in settings.items() if not k.startswith("_")}).eval()
+    peer.load_state_dict(state)
+
+    x, t = inputs(config)
+    data_type = torch.tensor([0, 1, 1]) if data_type_token else None
+    with torch.no_grad():
+        ours = model(x, t, data_type)
+        latent, clip, text = peer(x["latent"], x["clip"][:, None], x["text"], t["image"], t["text"], data_type)
+    for name, theirs in {"latent": latent, "clip": clip[:, 0], "text": text}.items():
+        torch.testing.assert_close(ours[name], theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("data_type_token", "expected"), [(False, 952_504_912), (True, 952_509_520)])
+def test_published_number_of_parameters(data_type_token, expected):
+    with torch.device("meta"):
+        model = UViT(UViTConfig(data_type_token=data_type_token))
+    assert sum(parameter.numel() for parameter in model.parameters()) == expected
+
+
+def test_published_token_order():
+    assert [part.name for part in token_order(paper_modalities())] == [
+        "text",
+        "clip",
+        "latent",
+    ]
+    assert UViTConfig().tokens == 1104
+
+
+def test_another_latent_size_uses_bilinearly_interpolated_positions():
+    torch.manual_seed(0)
+    config = small_config(position_std=0.5)
+    model = UViT(config).eval()
+    wide = resized(config.modalities, {"latent": (4, 4, 12)})
+    x, t = inputs(config.model_copy(update={"modalities": wide}))
+    with torch.no_grad():
+        out = model(x, t)
+
+        # The same weights in a model declared for the other size, its table interpolated here row by row.
+        fixed = UViT(UViTConfig(**{**config.model_dump(), "modalities": wide})).eval()
+        table = model.position[0, -16:].reshape(4, 4, -1)
+        grid = torch.stack([torch.stack([_bilinear(table, 2, 6, r, c) for c in range(6)]) for r in range(2)])
+        state = {
+            **model.state_dict(),
+            "position": torch.cat([model.position[:, :-16], grid.reshape(1, 12, -1)], 1),
+        }
+        fixed.load_state_dict(state)
+        expected = fixed(x, t)
+    assert out["latent"].shape == (3, 4, 4, 12)
+    for name in out:
+        torch.testing.assert_close(out[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+def _bilinear(table: torch.Tensor, rows: int, columns: int, row: int, column: int) -> torch.Tensor:
+    """One value of ``table`` (h, w, D) resized to rows x columns, with pixel centres aligned as areas."""
+
+    def weights(size: int, new: int, index: int) -> list[tuple[int, float]]:
+        place = min(max((index + 0.5) * size / new - 0.5, 0), size - 1)
+        low = int(place)
+        return [(low, 1 - (place - low)), (min(low + 1, size - 1), place - low)]
+
+    return sum(
+        u * v * table[i, j] for i, u in weights(table.shape[0], rows, row) for j, v in weights(table.shape[1], columns, column)
+    )
+
+
+def test_resize_positions_gives_a_model_of_the_new_size_the_same_outputs():
+    torch.manual_seed(0)
+    old = small_config(position_std=0.5)
+    new = small_config(latent=(4, 16, 16))
+    model, grown = UViT(old).eval(), UViT(new).eval()
+    grown.load_state_dict(resize_positions(model.state_dict(), old, new))
+    x, t = inputs(new)
+    with torch.no_grad():
+        for name, value in model(x, t).items():
+            torch.testing.assert_close(grown(x, t)[name], value, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="only the sizes of grids may differ"):
+        resize_positions(model.state_dict(), old, small_config(latent=(6, 8, 8)))
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    plain = UViT(small_config())
+    thrifty = UViT(small_config(activation_checkpointing=True))
+    thrifty.load_state_dict(plain.state_dict())
+    x, t = inputs(plain.config)
+    for model in (plain, thrifty):
+        sum(out.square().mean() for out in model.train()(x, t).values()).backward()
+    for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_compiles_without_graph_breaks():
+    model = UViT(small_config(data_type_token=True)).eval()
+    x, t = inputs(model.config)
+    data_type = torch.zeros(3, dtype=torch.long)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for name, value in compiled(x, t, data_type).items():
+            torch.testing.assert_close(value, model(x, t, data_type)[name], atol=1e-5, rtol=1e-5)
+
+
+def test_attention_runs_in_the_autocast_type(monkeypatch):
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def record(query, key, value):
+        seen.append(query.dtype)
+        return attention(query, key, value)
+
+    monkeypatch.setattr("unidiffuser.uvit.F.scaled_dot_product_attention", record)
+    model = UViT(small_config())
+    x, t = inputs(model.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model(x, t)
+    assert seen == [torch.bfloat16] * 5
+
+
+def test_wrong_inputs_are_named():
+    model = UViT(small_config(data_type_token=True))
+    x, t = inputs(model.config)
+    with pytest.raises(ValueError, match=r"part clip: expected \(B, 24\), got \(3, 25\)"):
+        model({**x, "clip": torch.zeros(3, 25)}, t, 1)
+    with pytest.raises(ValueError, match="patches of 2 do not divide 7x8"):
+        model({**x, "latent": torch.zeros(3, 4, 7, 8)}, t, 1)
+    with pytest.raises(ValueError, match="data_type"):
+        model(x, t)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"name": "a", "shape": (4, 7, 8), "patch": 2}], "do not divide"),
+        ([{"name": "a", "shape": (4,), "patch": 2}], "only a grid"),
+        ([{"name": "a", "shape": (4,)}, {"name": "a", "shape": (2,)}], "must be unique"),
+    ],
+)
+def test_wrong_declarations_are_named(parts, message):
+    with pytest.raises(ValueError, match=message):
+        UViTConfig(
+            width=8,
+            depth=2,
+            heads=1,
+            modalities=(Modality(name="m", parts=tuple(Part(**p) for p in parts)),),
+        )

@@ -1,0 +1,162 @@
+"""What turns pictures and captions into the numbers that UniDiffuser models (paper, section 4.1), and back into pictures.
+
+`ImageLatents` wraps diffusers' AutoencoderKL, `ClipEncoder` an open_clip model with a separate text tower. Both take the
+small embedded weights, a local folder or a public name (see `unidiffuser.references`); a local folder is loaded offline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unidiffuser.references import local_folder
+
+
+def sample_latent(moments: Tensor, scaling_factor: float, generator: torch.Generator | None = None) -> Tensor:
+    """Draw a latent from stored moments and scale it: z = scaling_factor * (mean + exp(logvar / 2) * noise).
+
+    Args:
+        moments: (B, 2C, h, w), means and then log-variances, unscaled.
+    Returns:
+        (B, C, h, w) fp32.
+    """
+    mean, logvar = moments.float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return scaling_factor * (mean + torch.exp(0.5 * logvar) * noise)
+
+
+class ImageLatents:
+    """An AutoencoderKL, frozen.
+
+    Example:
+        >>> vae = ImageLatents.load("embedded")
+        >>> moments = vae.moments(images)                       # (B, 3, 256, 256) uint8 -> (B, 12, 8, 8)
+        >>> vae.decode(vae.sample_latent(moments)).shape        # (B, 3, 256, 256)
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.scaling_factor = float(model.config.scaling_factor)
+        self.channels = int(model.config.latent_channels)
+        self.reduction = 2 ** (len(model.config.block_out_channels) - 1)
+
+    @classmethod
+    def load(cls, ref: str = "embedded", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ImageLatents:
+        """Load weights by reference. Raises FileNotFoundError for a folder without them, OSError for an unknown name."""
+        from diffusers import AutoencoderKL
+
+        folder = local_folder(ref, "vae")
+        model = AutoencoderKL.from_pretrained(
+            str(folder or ref), torch_dtype=dtype, local_files_only=folder is not None, low_cpu_mem_usage=False
+        )
+        return cls(model.to(device=device, memory_format=torch.channels_last))
+
+    def latent_shape(self, px: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latent of a px x px picture. Raises ValueError if the autoencoder cannot halve px evenly."""
+        if px % self.reduction:
+            raise ValueError(f"size {px}: this autoencoder needs a multiple of {self.reduction} pixels")
+        return self.channels, px // self.reduction, px // self.reduction
+
+    @torch.inference_mode()
+    def moments(self, images: Tensor) -> Tensor:
+        """Encode (B, 3, H, W) uint8 pictures into (B, 2C, h, w) fp32: means and log-variances, not scaled."""
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images: expected uint8 values 0..255, got {images.dtype}")
+        x = images.to(self.model.device).to(self.model.dtype).div(127.5).sub(1)
+        posterior = self.model.encode(x.contiguous(memory_format=torch.channels_last)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float().contiguous()
+
+    def sample_latent(self, moments: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw (B, C, h, w) scaled latents from (B, 2C, h, w) moments."""
+        return sample_latent(moments, self.scaling_factor, generator)
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode (B, C, h, w) scaled latents into (B, 3, H, W) uint8 pictures."""
+        z = (z.to(self.model.device) / self.scaling_factor).to(self.model.dtype)
+        y = self.model.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+        return y.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).contiguous()
+
+    def save(self, folder: str) -> None:
+        """Write config.json and safetensors weights that `load` takes."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+
+
+class ClipEncoder:
+    """An open_clip model, frozen: image embeddings, and the hidden states and embeddings of captions.
+
+    Attributes:
+        context_length: L, tokens of a caption; text_width: W of a hidden state; embed_dim: D of an embedding.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, ref: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.model.text.output_tokens = True
+        self.tokenizer = tokenizer
+        self.ref = ref
+        self.context_length = int(model.context_length)
+        self.text_width = int(model.text.token_embedding.embedding_dim)
+        self.embed_dim = int(model.text.output_dim)
+        self._device = next(model.parameters()).device
+        self._dtype = next(model.parameters()).dtype
+
+    @classmethod
+    def load(cls, ref: str = "embedded", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ClipEncoder:
+        """Load by reference; a public name is MODEL/WEIGHTS of open_clip, like "ViT-B-32/openai".
+
+        Raises:
+            FileNotFoundError: a folder without the model. ValueError: a public name without weights. RuntimeError: an
+            unknown one.
+        """
+        import open_clip
+
+        folder = local_folder(ref, "clip")
+        if folder is not None:
+            name, weights = f"local-dir:{folder.resolve()}", None
+        else:
+            name, _, weights = ref.partition("/")
+            if not weights:
+                raise ValueError(f"clip {ref!r}: expected MODEL/WEIGHTS like 'ViT-B-32/openai', 'embedded' or a folder")
+        model = open_clip.create_model(
+            name, pretrained=weights, force_custom_text=True, force_quick_gelu=weights == "openai", require_pretrained=True
+        )
+        return cls(model.to(device=device, dtype=dtype), open_clip.get_tokenizer(name), ref)
+
+    @torch.inference_mode()
+    def image(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        """Embed pictures, PIL of any sizes or (B, 3, H, W) uint8, as (B, D) fp32, not normalised (as in the paper)."""
+        if isinstance(images, Tensor):
+            x = self._preprocess(images)
+        else:
+            arrays = (torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) for picture in images)
+            x = torch.cat([self._preprocess(array[None]) for array in arrays])
+        return self.model.encode_image(x).float()
+
+    def _preprocess(self, images: Tensor) -> Tensor:
+        """Shorter side to the model's size (bicubic, antialiased), centre crop, and the model's own mean and deviation."""
+        from torchvision.transforms import functional
+
+        settings = self.model.visual.preprocess_cfg
+        size = settings["size"][0] if isinstance(settings["size"], tuple | list) else settings["size"]
+        x = images.to(self._device).float().div(255)
+        x = functional.resize(x, [size], functional.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        x = functional.center_crop(x, [size, size])
+        return functional.normalize(x, list(settings["mean"]), list(settings["std"])).to(self._dtype)
+
+    @torch.inference_mode()
+    def _text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        pooled, tokens = self.model.text(self.tokenizer(list(captions)).to(self._device))
+        return pooled.float(), tokens.float()
+
+    def tokens(self, captions: Sequence[str]) -> Tensor:
+        """Last hidden states of the text tower, after its final norm: (B, L, W) fp32. Longer captions are cut at L tokens."""
+        return self._text(captions)[1]
+
+    def text(self, captions: Sequence[str]) -> Tensor:
+        """Embed captions as (B, D) fp32, comparable by cosine with `image`; not normalised."""
+        return self._text(captions)[0]

@@ -1,0 +1,223 @@
+"""Samples from any distribution that the joint network holds (arXiv 2303.06555, sections 4.1, 4.3 and 6.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from unidiffuser.guidance import GuidedNoise
+from unidiffuser.modalities import Modality, all_parts
+from unidiffuser.schedule import NoiseSchedule
+from unidiffuser.solver import SAMPLERS, invert, solve
+from unidiffuser.tasks import CHAINS, Task, task_named
+
+__all__ = ["SAMPLERS", "NoiseSource", "Sampler", "sample", "slerp"]
+
+
+class NoiseSource:
+    """Standard normal noise for all parts; each sample has a generator of its own.
+
+    The numbers that a sample gets depend on its seed and on how many draws came before, never on the batch it is in, on the
+    task, or on the device: they are drawn on the CPU.
+    """
+
+    def __init__(self, modalities: Sequence[Modality], seeds: Sequence[int], device: torch.device) -> None:
+        self.parts, self.device = all_parts(modalities), device
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(self) -> dict[str, Tensor]:
+        """Fresh noise by part, (B, *shape) in fp32."""
+        rows = [[torch.randn(part.shape, generator=g) for part in self.parts] for g in self.generators]
+        columns = zip(*rows, strict=True)
+        return {part.name: torch.stack(c).to(self.device) for part, c in zip(self.parts, columns, strict=True)}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A network with everything that stays the same from one draw to the next; see ``sample`` for the fields."""
+
+    model: nn.Module
+    modalities: Sequence[Modality]
+    schedule: NoiseSchedule
+    steps: int
+    guidance: float = 0.0
+    sampler: str = "dpm++2m"
+    guidance_interval: tuple[int, int] | None = None
+    data_type: int | None = None
+
+    def draw(self, task: Task, noise: NoiseSource, condition: Mapping[str, Tensor], condition_t: int = 0) -> dict[str, Tensor]:
+        """The parts of the modalities that ``task`` draws, given the clean parts ``condition``."""
+        start = noise.draw()
+        noise_of = self._noise_of(task, noise, condition, condition_t)
+        drawn = {part.name: start[part.name] for part in self._parts(task.sample)}
+        return solve(noise_of, drawn, self.schedule, self.steps, self.sampler)
+
+    def encode(self, task: Task, noise: NoiseSource, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The starting noise from which ``draw`` without guidance makes the drawn parts of ``data`` again."""
+        unguided = replace(self, guidance=0.0)._noise_of(task, noise, data, 0)
+        return invert(unguided, {part.name: data[part.name] for part in self._parts(task.sample)}, self.schedule, self.steps)
+
+    def decode(
+        self, task: Task, noise: NoiseSource, start: Mapping[str, Tensor], condition: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Like ``draw``, from a given starting noise."""
+        return solve(self._noise_of(task, noise, condition, 0), start, self.schedule, self.steps, self.sampler)
+
+    def chain(self, names: Sequence[str], noise: NoiseSource, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tasks one after the other, each given what the one before drew; the parts of all of them."""
+        drawn: dict[str, Tensor] = {}
+        given = dict(condition)
+        for name in names:
+            given = self.draw(task_named(name, self.modalities), noise, given)
+            drawn |= given
+        return drawn
+
+    def gibbs(self, noise: NoiseSource, condition: Mapping[str, Tensor], rounds: int) -> Iterator[dict[str, Tensor]]:
+        """Blocked Gibbs sampling: every modality in turn, given all others; yields all parts after each round.
+
+        Starts from ``condition``, which must hold all modalities but one, or from a joint sample if it is empty. The chain
+        samples the joint distribution through conditionals alone.
+        """
+        names = [modality.name for modality in self.modalities]
+        open_ = [m.name for m in self.modalities if any(part.name not in condition for part in m.parts)]
+        if len(open_) == len(names):
+            state = self.draw(Task(sample=tuple(names)), noise, {})
+            order = names
+        elif len(open_) == 1:
+            state = dict(condition)
+            order = [*open_, *(name for name in names if name not in open_)]
+        else:
+            raise ValueError(f"a Gibbs chain starts from nothing or from all modalities but one, {open_} are missing")
+        for _ in range(rounds):
+            for name in order:
+                others = tuple(other for other in names if other != name)
+                state = state | self.draw(Task(sample=(name,), given=others), noise, state)
+            yield state
+
+    def interpolate(
+        self, noise: NoiseSource, ends: Mapping[str, Tensor], frames: int, image: str = "image", text: str = "text"
+    ) -> dict[str, Tensor]:
+        """``frames`` images from one to another, both included, with the texts between theirs.
+
+        Each end is described (image to text), then encoded into its noise by the deterministic solver given that text. The
+        frames start from spherical interpolations of both (section 6.3, interpolation of two images).
+
+        Args:
+            noise: for two samples.
+            ends: the parts of the image, (2, *shape).
+        """
+        describe, depict = Task(sample=(text,), given=(image,)), Task(sample=(image,), given=(text,))
+        texts = self.draw(describe, noise, ends)
+        starts = self.encode(depict, noise, {**ends, **texts})
+        fractions = torch.linspace(0, 1, frames).tolist()
+
+        def between(pair: Tensor) -> Tensor:
+            return torch.stack([slerp(pair[0], pair[1], fraction) for fraction in fractions])
+
+        texts = {name: between(pair) for name, pair in texts.items()}
+        starts = {name: between(pair) for name, pair in starts.items()}
+        # One stand-in noise for all frames: it must not differ between neighbours.
+        shared = NoiseSource(self.modalities, [noise.generators[0].initial_seed()] * frames, noise.device)
+        return self.decode(depict, shared, starts, texts) | texts
+
+    def _noise_of(self, task: Task, noise: NoiseSource, condition: Mapping[str, Tensor], condition_t: int) -> GuidedNoise:
+        given_parts = self._parts(task.given)
+        missing = [part.name for part in given_parts if part.name not in condition]
+        if missing:
+            raise ValueError(f"this task is given {', '.join(task.given)}: the condition lacks {', '.join(missing)}")
+        stand_in, blur = noise.draw(), noise.draw()
+        given = {
+            part.name: self.schedule.add_noise(condition[part.name].to(noise.device).float(), blur[part.name], condition_t)
+            for part in given_parts
+        }
+        return GuidedNoise(
+            self.model, self.modalities, task, given, condition_t, stand_in,
+            self.guidance, self.guidance_interval, self.schedule.steps, self.data_type,
+        )  # fmt: skip
+
+    def _parts(self, names: Sequence[str]) -> list:
+        return [part for modality in self.modalities if modality.name in names for part in modality.parts]
+
+
+@torch.no_grad()
+def sample(
+    model: nn.Module,
+    task: str | Task,
+    modalities: Sequence[Modality],
+    batch: int,
+    steps: int,
+    guidance: float,
+    seeds: Sequence[int],
+    sampler: str = "dpm++2m",
+    condition: Mapping[str, Tensor] | None = None,
+    condition_t: int = 0,
+    guidance_interval: tuple[int, int] | None = None,
+    data_type: int | None = None,
+    rounds: int = 4,
+    schedule: NoiseSchedule | None = None,
+) -> dict[str, Tensor]:
+    """Draw one sample a seed.
+
+    Args:
+        model: a ``UViT``, or anything called alike; use evaluation mode, and autocast around the call if you want it.
+        task: one of ``tasks.TASK_NAMES``, or a ``Task`` for other modalities.
+        modalities: what is modelled. Grids may be declared in another size than the model's, which draws that size.
+        batch: samples a network call, at most; it changes memory and speed, and the result by rounding only.
+        steps: network calls a draw.
+        guidance: scale s in c + s (c - u); 0 is none, the paper uses 7. (diffusers' pipeline counts from 1.)
+        seeds: one a sample. For ``interpolate``, one a frame, of which the first counts.
+        sampler: a name in ``SAMPLERS``.
+        condition: clean given parts, (len(seeds), *shape); for ``interpolate`` the two images, (2, *shape).
+        condition_t: noise the condition up to this timestep first, 0 .. 1000: 0 conditions fully, 1000 not at all.
+        guidance_interval: guide only at timesteps from .. to.
+        data_type: 0 or 1, for a model with a data-type token.
+        rounds: rounds of ``gibbs``.
+        schedule: Stable Diffusion's, as in the paper, if None.
+
+    Returns:
+        The drawn parts by name, (len(seeds), *shape) in fp32; chains return the parts of all their steps' results.
+
+    Raises:
+        ValueError: an unknown task or sampler, a condition that is missing or has the wrong number of rows.
+    """
+    condition = dict(condition or {})
+    schedule = schedule or NoiseSchedule()
+    if not seeds or batch < 1:
+        raise ValueError(f"give at least one seed and a batch of 1 or more, not {len(seeds)} and {batch}")
+    if not 0 <= condition_t <= schedule.steps:
+        raise ValueError(f"condition_t must be in 0 .. {schedule.steps}, not {condition_t}")
+    rows = 2 if task == "interpolate" else len(seeds)
+    for name, part in condition.items():
+        if len(part) != rows:
+            raise ValueError(f"condition {name}: {len(part)} rows where {task} takes {rows}")
+    device = next(model.parameters(), torch.empty(0)).device
+    drawer = Sampler(model, modalities, schedule.to(device), steps, guidance, sampler, guidance_interval, data_type)
+    if task == "interpolate":
+        ends = {name: part.to(device).float() for name, part in condition.items()}
+        return drawer.interpolate(NoiseSource(modalities, [seeds[0], seeds[0]], device), ends, len(seeds))
+
+    pieces = []
+    for first in range(0, len(seeds), batch):
+        noise = NoiseSource(modalities, seeds[first : first + batch], device)
+        given = {name: part[first : first + batch] for name, part in condition.items()}
+        if task == "gibbs":
+            *_, drawn = drawer.gibbs(noise, given, rounds)
+        elif isinstance(task, str) and task in CHAINS:
+            drawn = drawer.chain(CHAINS[task], noise, given)
+        else:
+            drawn = drawer.draw(task_named(task, modalities), noise, given, condition_t)
+        pieces.append(drawn)
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def slerp(first: Tensor, second: Tensor, fraction: float) -> Tensor:
+    """Spherical interpolation between two tensors of one shape, taken as vectors; 0 gives the first."""
+    a, b = first.flatten(), second.flatten()
+    cosine = torch.dot(a, b) / (a.norm() * b.norm()).clamp(min=1e-12)
+    angle = torch.acos(cosine.clamp(-1, 1))
+    if angle.sin() < 1e-4:  # parallel: the arc is a line
+        return torch.lerp(first, second, fraction)
+    return (torch.sin((1 - fraction) * angle) * first + torch.sin(fraction * angle) * second) / torch.sin(angle)
