@@ -43,6 +43,8 @@ def connect_ray() -> None:
 
     if ray.is_initialized():
         return
+    # Ray's workers are nice to other programs by default, and starve beside them on a small machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address:
         ray.init(address=address, log_to_driver=True)

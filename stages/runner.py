@@ -173,13 +173,13 @@ def add_up(stage: type[Stage], records: Records) -> Stats:
         for record in records[phase.name]:
             for reason, rows in record.stats.dropped.items():
                 stats.drop(reason, rows)
-    stats.dropped = dict(sorted(stats.dropped.items(), key=lambda item: (-item[1], item[0])))
     return stats
 
 
 def describe_drops(stats: Stats) -> str:
     """``412 too_small, 3 undecodable``, the largest first."""
-    return ", ".join(f"{rows} {reason}" for reason, rows in stats.dropped.items()) or "nothing dropped"
+    largest = sorted(stats.dropped.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{rows} {reason}" for reason, rows in largest) or "nothing dropped"
 
 
 def code_identity(stage: type[Stage]) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def every(folder: str) -> None:
 def on_ray(root: str, number: int) -> None:
     import ray
 
+    os.environ["RAY_worker_niceness"] = "0"
     driver = os.getpid()
     hook = {"worker_process_setup_hook": lambda: kill_at(root, number, driver)}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hook)

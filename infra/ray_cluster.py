@@ -1,0 +1,86 @@
+"""The embedded Ray: one head with the Jobs API on loopback, small, behind a token, for as long as a command runs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+
+from infra.processes import Server, ServerError, free_port, recorded, spawn, stop, wait_until_ready
+from infra.ray_jobs import RayJobs
+
+# Room for what passes between workers; datasets go through the store, so this stays small.
+OBJECT_STORE_BYTES = 512 * 2**20
+START_SECONDS = 300.0
+# Ray takes 127.0.0.1 to mean "the machine's own address" and would listen there; any other loopback address it takes as it is.
+NODE_ADDRESS = "127.0.0.2"
+
+
+def configured_ray() -> str | None:
+    """The Ray cluster that the user named (RAY_ADDRESS), as the address of its Jobs API, or None for the embedded one."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return None
+    if not address.startswith(("http://", "https://")):
+        raise ServerError(f"RAY_ADDRESS={address}: expected the Jobs API, such as http://head:8265")
+    return address.rstrip("/")
+
+
+def start_ray(state: Path, cpus: int | None = None) -> Server:
+    """The embedded Ray: the one that survived an earlier command if it answers, else a new one on free ports, ready for jobs.
+
+    Raises:
+        ServerError: it does not come up; the message holds the last line of its log.
+    """
+    found = recorded("ray", state)
+    if found is not None:
+        if RayJobs(found.address, found.token).ready():
+            return found
+        stop(found, state)
+    port, token = free_port(), secrets.token_hex(16)
+    # Ray's sockets lie in its folder and their paths must stay below 107 bytes, which a store's path may exceed.
+    folder = tempfile.mkdtemp(prefix="unidiffuser-ray-", dir="/tmp")
+    environment = {**os.environ, **_environment(token)}
+    address = f"http://127.0.0.1:{port}"
+    server = spawn("ray", _command(port, folder, cpus), environment, state, address=address, folder=folder, token=token)
+    wait_until_ready(server, RayJobs(address, token).ready, state, START_SECONDS)
+    return server
+
+
+# `ray start` always adds a server for remote drivers where it can. Nothing here connects that way, it takes 90 MB, and when it
+# gives up on a slow machine Ray ends as a whole: so let Ray believe that its parts are missing.
+_RAY = "import ray.scripts.scripts as ray; ray.get_ray_client_dependency_error = lambda: 'not wanted'; ray.main()"
+
+
+def _command(port: int, folder: str, cpus: int | None) -> list[str]:
+    return [
+        sys.executable, "-c", _RAY, "start", "--head", "--block", "--disable-usage-stats", "--no-monitor",
+        f"--node-ip-address={NODE_ADDRESS}", f"--port={free_port(NODE_ADDRESS)}",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
+        f"--dashboard-agent-listen-port={free_port(NODE_ADDRESS)}",
+        # 0 means any free port; the default is a range that another Ray on this machine may hold.
+        "--min-worker-port=0", "--max-worker-port=0",
+        f"--temp-dir={folder}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--num-cpus={cpus or os.cpu_count()}",
+    ]  # fmt: skip
+
+
+def _environment(token: str) -> dict[str, str]:
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # A token of our own: without one Ray lets every user of the machine run code, or takes what ~/.ray happens to hold.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_enable_worker_prestart": "0",
+        # By default workers run at niceness 15 and starve beside other programs on a small machine.
+        "RAY_worker_niceness": "0",
+        # A machine that is busy with training answers late; its own head must not take that for a death.
+        "RAY_agent_register_timeout_ms": "300000",
+        "RAY_worker_register_timeout_seconds": "300",
+        "RAY_health_check_timeout_ms": "60000",
+        "RAY_health_check_failure_threshold": "10",
+        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
+        # Time for a stage to write its checkpoint when its job is stopped.
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
+    }

@@ -1,0 +1,128 @@
+"""Ray's Jobs API over plain HTTP, so that the process that submits and follows jobs never pays for importing Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from infra.processes import ServerError
+
+TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+
+
+def user_token() -> str | None:
+    """The token that Ray's own client would send: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token"))
+    return path.read_text().strip() if path.is_file() else None
+
+
+class RayJobs:
+    """Submits, follows and stops the jobs of one cluster.
+
+    Example:
+        >>> jobs = RayJobs("http://127.0.0.1:8265", token)          # doctest: +SKIP
+        >>> jobs.submit("hello-1", "echo hello")                    # doctest: +SKIP
+        >>> [line for line in jobs.follow("hello-1") if line]       # doctest: +SKIP
+        ['hello']
+    """
+
+    def __init__(self, address: str, token: str | None = None):
+        self.address = address.rstrip("/")
+        self.headers = {"Authorization": f"Bearer {token}"} if token else {}
+
+    def ready(self) -> bool:
+        """Whether the Jobs API answers and a node is there that could take a job."""
+        try:
+            self._call("GET", "/api/version")
+            nodes = self._call("GET", "/nodes?view=summary")
+        except ServerError:
+            return False
+        return bool(nodes["data"]["summary"])
+
+    def statuses(self) -> dict[str, str]:
+        """Submission id -> status of every job that the cluster knows."""
+        return {job["submission_id"]: job["status"] for job in self._call("GET", "/api/jobs/") if job.get("submission_id")}
+
+    def status(self, job: str) -> str:
+        return str(self._call("GET", f"/api/jobs/{job}")["status"])
+
+    def explanation(self, job: str) -> str:
+        """What Ray itself has to say about how a job ended."""
+        return str(self._call("GET", f"/api/jobs/{job}").get("message") or "")
+
+    def submit(self, job: str, entrypoint: str, environment: dict[str, str] | None = None) -> None:
+        """Submit a job under an id of our own.
+
+        Raises:
+            ServerError: Ray does not answer or refuses; the message holds its reason.
+        """
+        body: dict[str, Any] = {"submission_id": job, "entrypoint": entrypoint}
+        if environment:
+            body["runtime_env"] = {"env_vars": environment}
+        self._call("POST", "/api/jobs/", body)
+
+    def stop(self, job: str) -> None:
+        self._call("POST", f"/api/jobs/{job}/stop")
+
+    def follow(self, job: str, tick: float = 0.5) -> Iterator[str | None]:
+        """The job's log line by line from its start, each line once, until the job has ended.
+
+        Yields None at least every `tick` seconds while nothing is said, so that the caller can look around.
+        """
+        from websockets.exceptions import WebSocketException
+        from websockets.sync.client import connect
+
+        url = self.address.replace("http", "ws", 1) + f"/api/jobs/{job}/logs/tail"
+        seen, rest = 0, ""
+        while True:
+            try:
+                with connect(url, additional_headers=self.headers, max_size=None, proxy=None) as socket:
+                    position = 0
+                    while True:
+                        try:
+                            chunk = str(socket.recv(timeout=tick))
+                        except TimeoutError:
+                            yield None
+                            continue
+                        # A connection replays the log from its start.
+                        new = chunk[max(0, seen - position) :]
+                        position += len(chunk)
+                        seen = max(seen, position)
+                        *lines, rest = (rest + new).split("\n")
+                        yield from lines
+            except (WebSocketException, OSError):
+                pass
+            # The stream ends when the job does, and sometimes before.
+            if self.status(job) in TERMINAL:
+                whole = str(self._call("GET", f"/api/jobs/{job}/logs").get("logs") or "")
+                *lines, rest = (rest + whole[seen:]).split("\n")
+                yield from lines
+                if rest:
+                    yield rest
+                return
+            yield None
+            time.sleep(tick)
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        data = json.dumps(body).encode() if body is not None else None
+        headers = {**self.headers, "Content-Type": "application/json"}
+        request = urllib.request.Request(self.address + path, data=data, headers=headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return json.loads(reply.read() or b"null")
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise ServerError(f"Ray at {self.address} refuses the token; set RAY_AUTH_TOKEN to the cluster's") from None
+            text = error.read().decode(errors="replace").strip().splitlines()
+            raise ServerError(f"Ray at {self.address}: {method} {path}: {text[-1] if text else error.reason}") from None
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ServerError(f"no Ray Jobs API answers at {self.address} ({reason}); is the cluster up?") from None

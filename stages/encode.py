@@ -1,0 +1,177 @@
+"""encode: filtered images and captions in, Parquet shards of latents out (arXiv 2303.06555, section 6.1 and appendix).
+
+A row holds the autoencoder's moments (so that z is drawn anew each epoch), the CLIP image embedding, the text latent of the
+codec, and every score that the row gathered on its way, so that a training stage can tighten a threshold without encoding.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
+from stages.recipe import encoder
+from stages.tar import Sample, read_samples
+from unidiffuser.references import weights_digest
+
+# Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
+ROW_GROUP = 256
+T = TypeVar("T")
+SCORES = ("similarity", "clip_similarity", "aesthetic", "punsafe", "pwatermark")
+
+
+class EncodeConfig(StageConfig):
+    size: int = Field(256, ge=32, le=4096, description="side of the square images, in pixels")
+    vae: str = encoder("embedded", "AutoencoderKL that makes image latents")
+    clip: str = encoder("embedded", "open_clip model for image embeddings")
+    text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
+    precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="arithmetic of the encoders; auto: bf16 on CUDA")
+    batch: int = operational(16, "images encoded at once", ge=1)
+    workers: int | None = operational(None, "encoder processes at most; as many as the cluster holds when not given", ge=1)
+
+
+class Encoder:
+    """Loads the encoders once and turns shards into latents."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        from unidiffuser.encoders import ClipEncoder, ImageLatents
+        from unidiffuser.text_decoder import TextCodec
+
+        config: EncodeConfig = job.config
+        self.job = job
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        half = config.precision == "bf16" or (config.precision == "auto" and self.device == "cuda")
+        dtype = torch.bfloat16 if half else torch.float32
+        self.vae = ImageLatents.load(config.vae, self.device, dtype)
+        self.clip = ClipEncoder.load(config.clip, self.device, dtype)
+        self.text = self.clip if config.text == config.clip else ClipEncoder.load(config.text, self.device, dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            self.codec = TextCodec.load(job.inputs["codec"].fetch(Path(folder))).to(self.device).eval()
+
+    def run(self, unit: Unit, out: Output) -> None:
+        name = f"{unit.name}.parquet"
+        path = out.path(name)
+        writer: pq.ParquetWriter | None = None
+        try:
+            for group in _batches(self.images(unit, out), ROW_GROUP):
+                table = self.encode(group)
+                if writer is None:
+                    writer = pq.ParquetWriter(path, table.schema, compression="none", write_page_checksum=True)
+                writer.write_table(table, row_group_size=ROW_GROUP)
+                out.stats.rows_out += len(table)
+        finally:
+            if writer is not None:
+                writer.close()
+        if writer is None:
+            out.rows.pop(name)
+        else:
+            out.rows[name] = out.stats.rows_out
+
+    def images(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Any]]:
+        """Samples of a shard with their pixels, (3, size, size) uint8; what is too small is counted as dropped."""
+        import numpy as np
+        from PIL import Image, ImageOps
+
+        size = self.job.config.size
+        with self.job.store.open(unit.payload["path"]) as file:
+            for sample in read_samples(file):
+                out.stats.rows_in += 1
+                image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+                if min(image.size) < size:
+                    out.stats.drop("smaller_than_encoded_size")
+                    continue
+                square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+                yield sample, np.asarray(square).transpose(2, 0, 1)
+
+    def encode(self, group: list[tuple[Sample, Any]]) -> pa.Table:
+        """One row group: the encoders run over it in batches."""
+        import numpy as np
+        import torch
+
+        moments, clips, texts = [], [], []
+        for batch in _batches(group, self.job.config.batch):
+            pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(self.device)
+            with torch.inference_mode():
+                moments.append(self.vae.moments(pixels).half().cpu().numpy())
+                clips.append(self.clip.image(pixels).half().cpu().numpy())
+                hidden = self.text.tokens([sample.caption for sample, _ in batch])
+                texts.append(self.codec.encode(hidden.float()).half().cpu().numpy())
+        parts = {"moments": np.concatenate(moments), "clip": np.concatenate(clips), "text": np.concatenate(texts)}
+        shapes = {name: list(values.shape[1:]) for name, values in parts.items()}
+        facts = {"size": self.job.config.size, "scaling_factor": self.vae.scaling_factor, **shapes}
+        samples = [sample for sample, _ in group]
+        columns = {"key": pa.array([s.key for s in samples]), "caption": pa.array([s.caption for s in samples])}
+        columns |= {name: _binary(values) for name, values in parts.items()}
+        columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
+        columns |= {name: pa.array([s.meta[name] for s in samples], pa.int32()) for name in ("width", "height")}
+        return pa.table(columns).replace_schema_metadata({"unidiffuser": json.dumps(facts, sort_keys=True)})
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items (itertools.batched came with Python 3.12)."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _binary(values: Any) -> pa.Array:
+    """(N, ...) fp16 as N fixed-size binaries: ten times the read speed of a list or tensor column."""
+    width = values[0].nbytes
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values.tobytes())])
+
+
+def plan_shards(job: Job, _: Records) -> Iterator[Unit]:
+    """A unit for every WebDataset shard of the input."""
+    for entry in job.inputs["rows"].files:
+        if entry.name.endswith(".tar") and entry.rows:
+            yield Unit(entry.name.removesuffix(".tar"), (entry.sha256,), {"path": entry.path}, entry.rows)
+
+
+def encoder_resources(config: EncodeConfig) -> Resources:
+    """One worker a GPU where there are GPUs, else one a core."""
+    from stages.pool import gpus_each
+
+    return Resources(cpus=1, gpus=gpus_each(), workers=config.workers)
+
+
+class Encode(Stage):
+    """Latents in Parquet, one shard for one filtered shard, on a pool of actors."""
+
+    name = "encode"
+    version = 1
+    Config = EncodeConfig
+    whole = frozenset({"codec"})
+    phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources),)
+
+    @classmethod
+    def weights(cls, config: EncodeConfig) -> dict[str, str]:
+        return {
+            "vae": weights_digest(config.vae, "vae"),
+            "clip": weights_digest(config.clip, "clip"),
+            "text": weights_digest(config.text, "clip"),
+        }
+
+    @classmethod
+    def bytes_needed(cls, job: Job) -> int:
+        # fp16 moments of an 8 times smaller, 8-channel latent are the largest known; embeddings and text take 20 kB at most.
+        rows = job.inputs["rows"].manifest.stats.rows_out
+        return rows * ((job.config.size // 8) ** 2 * 16 + 20_000)
+
+    @classmethod
+    def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
+        for record in records:
+            for entry in record.files:
+                with job.store.open(entry.path) as file:
+                    return {field.name: str(field.type) for field in pq.read_schema(file)}
+        return {}

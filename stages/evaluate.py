@@ -1,0 +1,258 @@
+"""evaluate: what a checkpoint can do, between a floor and a ceiling, and a sheet of samples of every task.
+
+    draw     a unit per few prompts: images for the captions, by the trained and by an untrained network, captions for the images
+    report   one unit: scores, the sample sheet and the loss curve
+
+The score is a preference: how often does CLIP find a caption closer to the image that was made for it than to an image that
+was made for another caption? The untrained network gives the floor, the real images the ceiling.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord, operational
+from stages.export import assemble, encoder_digests
+from stages.pictures import loss_curve, sample_sheet
+from stages.recipe import encoder, external_file
+
+PROMPTS_A_UNIT = 50
+SHEET = 6
+
+
+class EvaluateConfig(StageConfig):
+    prompts: str = external_file(..., "Parquet file with a column `caption`, and `image` (bytes) where there are real images")
+    count: int = Field(200, ge=2, description="prompts to use, the first of the file")
+    steps: int = Field(20, ge=1, description="network calls a sample")
+    guidance: float = Field(3.0, ge=0, description="scale s of c + s * (c - u)")
+    sampler: str = Field("dpm++2m", description="sampler's name")
+    seed: int = Field(0, description="seed of the first sample; the n-th has seed + n")
+    weights: str = Field("ema", pattern="^(ema|model)$", description="which weights: the moving average or the last")
+    vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
+    clip: str = encoder("embedded", "open_clip model that judges, and embeds images")
+    text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
+    batch: int = operational(25, "samples drawn at once", ge=1)
+
+
+def read_prompts(job: Job) -> pa.Table:
+    """The prompts that the config asks for.
+
+    Raises:
+        StageError: no column `caption`, or fewer than two rows.
+    """
+    (address,) = job.sources
+    table = pq.read_table(address).slice(0, job.config.count)
+    if "caption" not in table.column_names:
+        raise StageError(
+            f"{address}: columns found: {', '.join(table.column_names)}; needed: caption, and image if there are any"
+        )
+    if len(table) < 2:
+        raise StageError(f"{address}: has {len(table)} rows; at least 2 prompts are needed to compare")
+    return table
+
+
+class Model:
+    """The assembled model, loaded once a worker, and its sampling settings."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        from unidiffuser.generation import UniDiffuser
+
+        self.job, self.config = job, job.config
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        with tempfile.TemporaryDirectory() as folder:
+            self.unidiffuser = UniDiffuser.load(assemble(job, Path(folder, "model")), device=self.device)
+        self.trained = self.unidiffuser.uvit
+        self.prompts = read_prompts(job)
+
+    def generate(self, task: str, count: int, first: int = 0, **inputs: Any) -> list[Any]:
+        """`count` results with the seeds from `first` on: one for every input, or that many where the task takes none."""
+        config = self.config
+        return self.unidiffuser.generate(
+            task, count=1 if inputs else count, steps=config.steps, guidance=config.guidance, sampler=config.sampler,
+            seeds=[config.seed + first + n for n in range(count)], batch=config.batch, **inputs,
+        )  # fmt: skip
+
+    def untrained(self) -> Any:
+        """A network of the same size that has learned nothing."""
+        import torch
+
+        from unidiffuser.uvit import UViT
+
+        torch.manual_seed(self.config.seed)
+        return UViT(self.trained.config).to(self.device).eval()
+
+    def real_images(self, start: int, stop: int) -> list[Any]:
+        from PIL import Image
+
+        values = self.prompts.slice(start, stop - start)["image"].to_pylist()
+        return [Image.open(io.BytesIO(value)).convert("RGB") for value in values]
+
+
+class Draw(Model):
+    """Makes an image for every caption, or a caption for every image, of a few prompts."""
+
+    def run(self, unit: Unit, out: Output) -> None:
+        start, stop = unit.payload["start"], unit.payload["stop"]
+        captions = self.prompts["caption"].to_pylist()[start:stop]
+        self.unidiffuser.uvit = self.trained
+        if unit.payload["kind"] == "captions":
+            results = self.generate("i2t", stop - start, start, images=self.real_images(start, stop))
+            table = pa.table({"caption": [result.caption for result in results]})
+        else:
+            if unit.payload["kind"] == "untrained":
+                self.unidiffuser.uvit = self.untrained()
+            else:
+                out.stats.rows_in = out.stats.rows_out = len(captions)
+            results = self.generate("t2i", stop - start, start, prompts=captions)
+            table = pa.table({"image": [_png(result.image) for result in results]})
+        pq.write_table(table, out.path("drawn.parquet", len(table)))
+
+
+class Report(Model):
+    """Scores what was drawn and draws the pictures."""
+
+    def run(self, unit: Unit, out: Output) -> None:
+        drawn = {kind: [self._read(path) for path in paths] for kind, paths in unit.payload["drawn"].items()}
+        captions = self.prompts["caption"].to_pylist()
+        scores = {
+            "text_to_image": self.preference(captions, _images(drawn["model"])),
+            "text_to_image_untrained": self.preference(captions, _images(drawn["untrained"])),
+        }
+        if "captions" in drawn:
+            real = self.real_images(0, len(captions))
+            written = [caption for table in drawn["captions"] for caption in table["caption"].to_pylist()]
+            scores["text_to_image_real"] = self.preference(captions, real)
+            scores["image_to_text"] = self.preference(written, real)
+        facts = {"prompts": len(captions), "preference": scores, "checkpoint": self.job.inputs["checkpoint"].manifest.fingerprint}
+        histories = self.histories()
+        facts["validation_loss"] = {
+            node: [[row["step"], round(row["loss"], 5)] for row in rows if row["kind"] == "validation"]
+            for node, rows in histories.items()
+        }
+        out.path("report.json", 1).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        loss_curve(out.path("loss-curve.png"), histories)
+        sample_sheet(out.path("sample-sheet.png"), self.sheet(captions, drawn))
+        out.stats.rows_in = out.stats.rows_out = len(captions)
+        out.notes |= facts
+
+    def _read(self, path: str) -> pa.Table:
+        with self.job.store.open(path) as file:
+            return pq.read_table(file)
+
+    def preference(self, captions: list[str], images: list[Any]) -> float:
+        """Share of pairs in which CLIP finds the caption closer to its own image than to that of the next prompt.
+
+        The n-th caption is paired with the image of the prompt half the list further on, so that neighbours in the file, which
+        may be alike, never meet. A tie counts half.
+        """
+        import torch
+        from torch.nn.functional import normalize
+
+        clip = self.unidiffuser.clip_image
+        batch = self.config.batch
+        with torch.inference_mode():
+            text = torch.cat([clip.text(captions[i : i + batch]) for i in range(0, len(captions), batch)])
+            image = torch.cat([clip.image(images[i : i + batch]) for i in range(0, len(images), batch)])
+        text, image = normalize(text, dim=-1), normalize(image, dim=-1)
+        own = (text * image).sum(-1)
+        other = (text * image.roll(len(images) // 2, 0)).sum(-1)
+        return round(float((own > other).float().mean() + 0.5 * (own == other).float().mean()), 4)
+
+    def histories(self) -> dict[str, list[dict[str, Any]]]:
+        """Training history by node, from the checkpoints of all training stages."""
+        found = {}
+        for name, dataset in self.job.inputs.items():
+            if name.startswith("history."):
+                lines = self.job.store.read(dataset.file("history.jsonl").path).decode().splitlines()
+                found[name.removeprefix("history.")] = [json.loads(line) for line in lines]
+        return found
+
+    def sheet(self, captions: list[str], drawn: dict[str, list[pa.Table]]) -> list[tuple[str, list[tuple[Any, str]]]]:
+        """Rows of the sample sheet; the three tasks without an input are drawn here."""
+        rows: list[tuple[str, list[tuple[Any, str]]]] = []
+        rows.append(("Text to image", list(zip(_images(drawn["model"]), captions, strict=True))[:SHEET]))
+        if "captions" in drawn:
+            written = drawn["captions"][0]["caption"].to_pylist()[:SHEET]
+            rows.append(("Image to text", list(zip(self.real_images(0, len(written)), written, strict=True))))
+        joint = self.generate("joint", SHEET)
+        rows.append(("Joint: image and text together", [(r.image, r.caption) for r in joint]))
+        rows.append(("Image only", [(r.image, "") for r in self.generate("i", SHEET)]))
+        rows.append(("Text only", [(None, r.caption) for r in self.generate("t", SHEET)]))
+        return rows
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _images(tables: list[pa.Table]) -> list[Any]:
+    from PIL import Image
+
+    return [Image.open(io.BytesIO(value)) for table in tables for value in table["image"].to_pylist()]
+
+
+def plan_draws(job: Job, _: Records) -> Iterator[Unit]:
+    """Units of `PROMPTS_A_UNIT` prompts for each kind of drawing; captions only where there are real images."""
+    table = read_prompts(job)
+    kinds = ["model", "untrained", *(["captions"] if "image" in table.column_names else [])]
+    digest = next(iter(job.sources.values()))
+    for kind in kinds:
+        for start in range(0, len(table), PROMPTS_A_UNIT):
+            stop = min(start + PROMPTS_A_UNIT, len(table))
+            yield Unit(f"{kind}-{start:05d}", (digest,), {"kind": kind, "start": start, "stop": stop}, stop - start)
+
+
+def plan_report(job: Job, records: Records) -> Iterator[Unit]:
+    drawn: dict[str, list[str]] = {}
+    for record in records["draw"]:
+        drawn.setdefault(record.name.rsplit("-", 1)[0], []).append(record.files[0].path)
+    history = [d.manifest.fingerprint for name, d in job.inputs.items() if name.startswith("history.")]
+    yield Unit("report", (*history, *(r.files[0].sha256 for r in records["draw"])), {"drawn": drawn})
+
+
+def sampler_resources(_: EvaluateConfig) -> Resources:
+    from stages.pool import gpus_each
+
+    return Resources(cpus=1, gpus=gpus_each())
+
+
+class Evaluate(Stage):
+    """report.json, sample-sheet.png and loss-curve.png; its rows are prompts."""
+
+    name = "evaluate"
+    version = 1
+    Config = EvaluateConfig
+    whole = frozenset({"checkpoint", "codec"})
+    phases = (
+        Phase("draw", plan_draws, worker=Draw, resources=sampler_resources),
+        Phase("report", plan_report, worker=Report, resources=sampler_resources),
+    )
+
+    @classmethod
+    def sources(cls, config: EvaluateConfig) -> list[str]:
+        return [config.prompts]
+
+    @classmethod
+    def weights(cls, config: EvaluateConfig) -> dict[str, str]:
+        return encoder_digests(config)
+
+    @classmethod
+    def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
+        return {"report": "JSON", "sample-sheet": "PNG", "loss-curve": "PNG"}
+
+    @classmethod
+    def summary(cls, job: Job, records: Records) -> dict[str, Any]:
+        return records["report"][0].notes

@@ -1,0 +1,197 @@
+"""text-codec: the projection of CLIP's text states to the text latent, and the GPT-2 that turns latents back into captions.
+
+Trained on caption reconstruction before the U-ViT and frozen from then on (arXiv 2303.06555, section 4.1 and appendix).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
+from stages.recipe import encoder
+from stages.runner import emit_progress
+from unidiffuser.references import weights_digest
+
+log = logging.getLogger("stages")
+
+
+class TextCodecConfig(StageConfig):
+    text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
+    gpt2: str = encoder("embedded", "GPT-2 that the decoder starts from")
+    latent_width: int = Field(64, ge=1, description="numbers a text token has in the U-ViT; the paper's is 64")
+    captions: int = Field(2_000_000, ge=1, description="captions to train on at most, the first of the selection")
+    steps: int = Field(20_000, ge=1, description="optimizer steps at most")
+    batch: int = Field(64, ge=1, description="captions a step")
+    lr: float = Field(2e-4, gt=0, description="AdamW learning rate; falls to zero over the steps on a cosine")
+    warmup_steps: int = Field(200, ge=0, description="steps over which the learning rate rises")
+    weight_decay: float = Field(0.03, ge=0, description="AdamW weight decay")
+    noise: float = Field(0.0, ge=0, description="noise on the latent while training, in its standard deviations")
+    validation_captions: int = Field(200, ge=1, description="held-out captions for BLEU-4")
+    validate_every: int = Field(1000, ge=1, description="steps between validations")
+    patience: int = Field(3, ge=1, description="validations without a better BLEU-4 after which training stops")
+    enough_bleu: float = Field(1.0, gt=0, le=1, description="BLEU-4 (0 to 1) at which training stops early")
+    beams: int = Field(5, ge=1, description="beams of the reported BLEU-4; 1 decodes greedily")
+    seed: int = Field(0, description="order of the captions and start of the new layers")
+
+
+def is_held_out(caption: str, fraction: float) -> bool:
+    """Whether a caption is kept for validation: decided by its own hash, so that it never moves when captions are added."""
+    return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") < fraction * 2**64
+
+
+class Trainer:
+    """Trains one codec; the worker of the stage's single unit."""
+
+    def __init__(self, job: Job):
+        import torch
+
+        from unidiffuser.encoders import ClipEncoder
+        from unidiffuser.text_decoder import TextCodec
+
+        self.job, self.config = job, job.config
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.clip = ClipEncoder.load(self.config.text, self.device)
+        torch.manual_seed(self.config.seed)
+        self.codec = TextCodec.new(self.config.gpt2, self.clip.text_width, self.config.latent_width).to(self.device)
+
+    def run(self, unit: Unit, out: Output) -> None:
+        captions = list(self.captions())
+        unique = sorted(set(captions))
+        fraction = min(0.1, 2 * self.config.validation_captions / max(1, len(unique)))
+        held = [c for c in unique if is_held_out(c, fraction)][: self.config.validation_captions]
+        train = [c for c in unique if not is_held_out(c, fraction)]
+        if not held or not train:
+            raise StageError(f"{self.job.node}: {len(unique)} distinct captions are too few; select more rows")
+        out.stats.rows_in = len(captions)
+        out.stats.drop("duplicate_caption", len(captions) - len(unique))
+        out.stats.rows_out = len(unique)
+        history = self.train(train, held)
+        best = self.bleu(held, self.config.beams)
+        out.notes |= {"bleu4": round(best, 4), "beams": self.config.beams, "held_out": len(held), "history": history}
+        log.info("%s: BLEU-4 %.3f on %d held-out captions, %d beams", self.job.node, best, len(held), self.config.beams)
+        self.codec.save(out.folder)
+        for path in sorted(out.folder.rglob("*")):
+            if path.is_file():
+                out.path(str(path.relative_to(out.folder)))
+
+    def captions(self) -> Iterator[str]:
+        """The first captions of the selection, in its order."""
+        left = self.config.captions
+        for entry in self.job.inputs["captions"].files:
+            if left <= 0:
+                return
+            with self.job.store.open(entry.path) as file:
+                column = pq.read_table(file, columns=["caption"])["caption"].to_pylist()[:left]
+            left -= len(column)
+            yield from column
+
+    def train(self, train: list[str], held: list[str]) -> list[dict[str, float]]:
+        """Reconstruct captions until BLEU-4 on the held-out ones stops rising; returns the history of validations.
+
+        The best weights are kept, not the last. The latent is brought to unit scale afterwards, since the diffusion's noise
+        schedule assumes it.
+        """
+        import torch
+
+        config = self.config
+        order = torch.Generator().manual_seed(config.seed)
+        optimizer = torch.optim.AdamW(self.codec.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        best, state, waited, history, losses = -1.0, None, 0, [], []
+        last_word = time.monotonic()
+        for step in range(1, config.steps + 1):
+            picks = torch.randint(len(train), (min(config.batch, len(train)),), generator=order).tolist()
+            batch = [train[i] for i in picks]
+            self.codec.train()
+            loss = self.codec.loss(self.codec.encode(self.clip.tokens(batch).clone()), batch, config.noise)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            if time.monotonic() - last_word > 5:
+                emit_progress(self.job.node, "train", step, config.steps, "steps", {"loss": round(losses[-1], 4)})
+                last_word = time.monotonic()
+            if step % config.validate_every and step != config.steps:
+                continue
+            bleu = self.bleu(held, beams=1)
+            history.append({"step": step, "loss": round(sum(losses) / len(losses), 5), "bleu4": round(bleu, 4)})
+            log.info("%s: step %d loss %.4f BLEU-4 %.3f", self.job.node, step, history[-1]["loss"], bleu)
+            losses.clear()
+            waited += 1
+            if bleu > best:
+                best, waited = bleu, 0
+                state = {name: value.detach().clone() for name, value in self.codec.state_dict().items()}
+            if waited >= config.patience or bleu >= config.enough_bleu:
+                break
+        assert state is not None
+        self.codec.load_state_dict(state)
+        self.codec.eval()
+        self.codec.standardise(self.clip.tokens(train[:512]))
+        return history
+
+    def rate(self, step: int) -> float:
+        import math
+
+        config = self.config
+        warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+
+    def bleu(self, captions: list[str], beams: int) -> float:
+        """Corpus BLEU-4 between captions and what the decoder makes of their latents, from 0 to 1 (sacrebleu)."""
+        from sacrebleu.metrics import BLEU
+
+        self.codec.eval()
+        decoded: list[str] = []
+        for start in range(0, len(captions), self.config.batch):
+            hidden = self.clip.tokens(captions[start : start + self.config.batch]).clone()
+            decoded += self.codec.decode(self.codec.encode(hidden), beams=beams)
+        return BLEU().corpus_score(decoded, [captions]).score / 100
+
+
+def plan_training(job: Job, _: Records) -> list[Unit]:
+    """One unit: the captions are small, and the codec is one model."""
+    entries = job.inputs["captions"].files
+    return [Unit("codec", tuple(entry.sha256 for entry in entries), rows=sum(entry.rows for entry in entries))]
+
+
+def trainer_resources(config: TextCodecConfig) -> Resources:
+    import ray
+
+    from stages.pool import gpus_each
+
+    gpus, cpus = gpus_each(), ray.cluster_resources().get("CPU", 1)
+    # Without a GPU the one worker may as well use the cores of a small machine, since nothing else runs meanwhile.
+    return Resources(cpus=1 if gpus else min(4, cpus), gpus=gpus, workers=1)
+
+
+class TextCodecStage(Stage):
+    """One dataset: codec.json, codec.safetensors and the GPT-2 folder that `TextCodec.load` reads."""
+
+    name = "text-codec"
+    version = 1
+    Config = TextCodecConfig
+    phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources),)
+
+    @classmethod
+    def weights(cls, config: TextCodecConfig) -> dict[str, str]:
+        return {"text": weights_digest(config.text, "clip"), "gpt2": weights_digest(config.gpt2, "gpt2")}
+
+    @classmethod
+    def bytes_needed(cls, job: Job) -> int:
+        return 2 * 2**30
+
+    @classmethod
+    def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
+        return {"caption": "string", "latent": f"({job.config.latent_width} numbers a token)"}
+
+    @classmethod
+    def summary(cls, job: Job, records: Records) -> dict[str, Any]:
+        return records["train"][0].notes

@@ -1,0 +1,105 @@
+"""Keeps stage versions honest: code that changed must come with a new version, or with a recorded reason why it need not.
+
+`versions.json` holds, for every stage, its version and a digest of the code that makes its result: the stage's own file and
+what that imports from this project, without comments, docstrings and layout. A test compares. After a change, either raise the
+stage's `version` (old datasets become stale) and run ``python -m stages.versions``, or, where the result is the same, run
+``python -m stages.versions --waive STAGE "why the result is the same"``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+from stages.catalog import STAGES, stage_class
+
+ROOT = Path(__file__).parent.parent
+RECORD = Path(__file__).parent / "versions.json"
+# How a stage is run, planned and stored does not decide what it makes.
+MACHINERY = {f"stages/{name}.py" for name in ("__init__", "__main__", "catalog", "contract", "graph", "pool", "recipe", "runner")}
+ROOMS = ("stages", "training", "unidiffuser")
+
+
+def sources(stage: str) -> list[Path]:
+    """Files of this project that decide a stage's result, sorted."""
+    module = STAGES[stage].split(":")[0]
+    found: set[Path] = set()
+    waiting = [ROOT / f"{module.replace('.', '/')}.py"]
+    while waiting:
+        path = waiting.pop()
+        if path in found or str(path.relative_to(ROOT)) in MACHINERY:
+            continue
+        found.add(path)
+        waiting += _imports(path)
+    return sorted(found)
+
+
+def _imports(path: Path) -> list[Path]:
+    """Project files that a file imports, at its top or inside a function."""
+    modules: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    files = [ROOT / f"{module.replace('.', '/')}.py" for module in modules if module.split(".")[0] in ROOMS]
+    return [file for file in files if file.is_file()]
+
+
+def code_digest(stage: str) -> str:
+    """sha256 over the syntax trees of a stage's sources, docstrings left out, as 24 hex digits."""
+    digest = hashlib.sha256()
+    for path in sources(stage):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        digest.update(f"{path.relative_to(ROOT)}\n{ast.unparse(tree)}\n".encode())
+    return digest.hexdigest()[:24]
+
+
+def problems() -> list[str]:
+    """A line for every stage whose code is not the recorded one."""
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    lines = []
+    for stage in STAGES:
+        version, known = stage_class(stage).version, recorded.get(stage, {})
+        if known.get("version") == version and known.get("digest") != code_digest(stage):
+            lines.append(
+                f"{stage}: its code changed but its version is still {version}: raise it in the stage's file, or run "
+                f'`python -m stages.versions --waive {stage} "why the result is the same"`'
+            )
+        elif known.get("version") != version:
+            lines.append(f"{stage}: version {version} is not recorded yet: run `python -m stages.versions`")
+    return lines
+
+
+def record(waive: str | None = None, reason: str = "") -> None:
+    """Write down new versions, and for the waived stage its new code under the old version, with the reason."""
+    recorded = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    for stage in STAGES:
+        version = stage_class(stage).version
+        if recorded.get(stage, {}).get("version") != version:
+            recorded[stage] = {"version": version, "digest": code_digest(stage), "waivers": []}
+        elif stage == waive:
+            recorded[stage]["digest"] = code_digest(stage)
+            recorded[stage]["waivers"].append(reason)
+    RECORD.write_text(json.dumps(recorded, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m stages.versions", description="Records the versions of the stages' code.")
+    parser.add_argument("--waive", nargs=2, metavar=("STAGE", "REASON"), help="the code changed, the result did not")
+    options = parser.parse_args()
+    record(*(options.waive or ()))
+    for line in problems():
+        print(line)
+    return 1 if problems() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Child servers, and the client of Ray's Jobs API against a small stand-in that misbehaves on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+from websockets.sync.server import ServerConnection, serve
+
+from infra.processes import (
+    ServerError,
+    free_port,
+    locked,
+    log_of,
+    nobody_else,
+    recorded,
+    share,
+    spawn,
+    stop,
+    strays,
+    wait_until_ready,
+)
+from infra.ray_cluster import configured_ray
+from infra.ray_jobs import RayJobs
+
+# A server with a child that ignores SIGTERM and a grandchild in a session of its own.
+STUBBORN = """
+import signal, subprocess, sys, time
+child = "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);" \\
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", child])
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def all_of(pid: int, count: int) -> list[psutil.Process]:
+    """The process and its descendants, once there are `count` of them."""
+    for _ in range(300):
+        found = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        if len(found) == count:
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{found} instead of {count} processes")
+
+
+def test_stopping_a_server_ends_what_it_started_also_what_resists(tmp_path: Path) -> None:
+    server = spawn("stubborn", [sys.executable, "-c", STUBBORN], dict(os.environ), tmp_path, address="http://nowhere")
+    family = all_of(server.pid, 3)
+    assert recorded("stubborn", tmp_path) == server
+    stop(server, tmp_path, grace=2.0)
+    assert not any(process.is_running() for process in family)
+    assert recorded("stubborn", tmp_path) is None and not (tmp_path / "stubborn.json").exists()
+
+
+def test_what_a_killed_server_leaves_is_found_by_its_mark(tmp_path: Path) -> None:
+    server = spawn("stubborn", [sys.executable, "-c", STUBBORN], dict(os.environ), tmp_path, address="http://nowhere")
+    family = all_of(server.pid, 3)
+    (tmp_path / "stubborn.json").unlink()
+    psutil.Process(server.pid).kill()
+    psutil.wait_procs(family[:1], timeout=10)
+    assert {process.pid for process in strays(tmp_path)} == {process.pid for process in family[1:]}
+    assert strays(tmp_path.parent) == []
+    for process in family[1:]:
+        process.kill()
+
+
+def test_another_process_with_the_same_pid_is_not_the_server(tmp_path: Path) -> None:
+    server = spawn("short", [sys.executable, "-c", "import time; time.sleep(600)"], dict(os.environ), tmp_path, address="x")
+    assert server.alive()
+    assert not server.model_copy(update={"created": server.created - 60}).alive()
+    stop(server, tmp_path)
+
+
+def test_a_server_that_ends_while_starting_says_its_last_line_and_leaves_no_record_and_no_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    command = [sys.executable, "-c", "raise SystemExit('no room left')"]
+    server = spawn("broken", command, dict(os.environ), tmp_path, address="x", folder=str(folder))
+    with pytest.raises(ServerError, match=r"the embedded broken server ended while starting: no room left"):
+        wait_until_ready(server, lambda: False, tmp_path, 20)
+    assert recorded("broken", tmp_path) is None and not folder.exists()
+    assert log_of("broken", tmp_path).read_text().strip() == "no room left"
+
+
+def test_the_record_is_for_its_owner_only(tmp_path: Path) -> None:
+    server = spawn("secret", [sys.executable, "-c", ""], dict(os.environ), tmp_path, address="x", token="t")
+    assert (tmp_path / "secret.json").stat().st_mode & 0o077 == 0
+    stop(server, tmp_path)
+
+
+def test_a_port_in_use_is_not_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert taken.getsockname()[1] not in {free_port() for _ in range(50)}
+
+
+def test_the_last_user_of_a_lock_knows_it(tmp_path: Path) -> None:
+    with locked(tmp_path / "users", shared=True) as first:
+        with locked(tmp_path / "users", shared=True) as second:
+            assert not nobody_else(first)
+        assert second.closed
+        assert nobody_else(first)
+        share(first)
+
+
+def test_an_address_that_is_not_of_the_jobs_api_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ServerError, match="RAY_ADDRESS=10.0.0.1:6379: expected the Jobs API, such as http://head:8265"):
+        configured_ray()
+
+
+class Stand:
+    """Answers as the Jobs API does; the log stream breaks off after `breaks` until all of it has been asked for twice."""
+
+    log = "first\nsecond line\nthird\nlast, without an end"
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.address = ""
+
+    def answer(self, connection: ServerConnection, request: Request) -> Response | None:
+        if request.headers.get("Authorization") != "Bearer secret":
+            return connection.respond(401, "Unauthorized")
+        if request.path.endswith("/tail"):
+            return None
+        ended = self.connections >= 2
+        body = {
+            "/api/jobs/one": {"status": "SUCCEEDED" if ended else "RUNNING"},
+            "/api/jobs/one/logs": {"logs": self.log},
+            "/api/jobs/": [{"submission_id": "one", "status": "RUNNING"}, {"submission_id": None, "status": "FAILED"}],
+        }.get(request.path)
+        if body is None:
+            return connection.respond(404, f"Traceback\nJob {request.path} does not exist")
+        data = json.dumps(body).encode()
+        return Response(200, "OK", Headers([("Content-Length", str(len(data))), ("Connection", "close")]), data)
+
+    def stream(self, socket: ServerConnection) -> None:
+        self.connections += 1
+        # The first connection breaks in the middle of a line, the second ends before the log does.
+        for chunk in [["first\nsec"], ["first\nsecond ", "line\nthi"]][min(self.connections, 2) - 1]:
+            socket.send(chunk)
+
+
+@contextmanager
+def standing() -> Iterator[Stand]:
+    stand = Stand()
+    with serve(stand.stream, "127.0.0.1", 0, process_request=stand.answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        stand.address = f"http://127.0.0.1:{server.socket.getsockname()[1]}"
+        yield stand
+        server.shutdown()
+
+
+def test_following_gives_each_line_once_over_broken_streams() -> None:
+    with standing() as stand:
+        lines = [line for line in RayJobs(stand.address, "secret").follow("one", tick=0.05) if line is not None]
+        assert stand.connections == 2
+    assert lines == stand.log.split("\n")
+
+
+def test_jobs_without_a_submission_are_nobodys() -> None:
+    with standing() as stand:
+        assert RayJobs(stand.address, "secret").statuses() == {"one": "RUNNING"}
+
+
+@pytest.mark.parametrize(
+    ("token", "path", "said"),
+    [(None, "one", "refuses the token; set RAY_AUTH_TOKEN"), ("secret", "two", "Job /api/jobs/two does not exist")],
+)
+def test_a_refusal_is_one_line(token: str | None, path: str, said: str) -> None:
+    with standing() as stand, pytest.raises(ServerError, match=said) as refusal:
+        RayJobs(stand.address, token).status(path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_ray_at_all_is_one_line() -> None:
+    jobs = RayJobs(f"http://127.0.0.1:{free_port()}")
+    assert not jobs.ready()
+    with pytest.raises(ServerError, match="no Ray Jobs API answers at .*; is the cluster up"):
+        jobs.statuses()

@@ -1,0 +1,85 @@
+"""Runs stages in the test process, or on one real local Ray that all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.dataset import Dataset
+from infra.external import resolve
+from infra.store import Store
+from stages.contract import Stage, digest_of, result_fields, scratch_output
+from stages.graph import Planned
+from stages.runner import run_stage
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """A local Ray with 2 CPUs."""
+    import ray
+
+    # Workers run at niceness 15 otherwise: on a busy machine a test would wait minutes for one to start.
+    os.environ["RAY_worker_niceness"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units run one after the other in this process; the rest of the runner is the real one."""
+
+    def run_pool(job, phase, pending, units, done):
+        worker = phase.worker(job)
+        for unit, key in pending:
+            with scratch_output() as out:
+                worker.run(unit, out)
+                done(unit, out.publish(job, key, unit.name, 0.0))
+
+    monkeypatch.setattr("stages.pool.run_pool", run_pool)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def make() -> Callable[..., Dataset]:
+    """(stage, store, inputs, **config) -> the node's dataset, planned as `stages.graph.plan` does."""
+
+    def make(stage: type[Stage], store: Store, inputs: dict[str, Dataset] | None = None, **config: Any) -> Dataset:
+        model = stage.Config.model_validate(config)
+        references = {name: dataset.manifest.reference() for name, dataset in (inputs or {}).items()}
+        sources, weights = resolve(stage.sources(model), store), stage.weights(model)
+        content = sorted((address.rsplit("/", 1)[-1], digest) for address, digest in sources.items())
+        before = {name: reference.fingerprint for name, reference in references.items()}
+        fingerprint = digest_of([stage.name, stage.version, result_fields(model), before, content, weights])
+        names = {name: name for name in references}
+        planned = Planned(
+            "test", f"test-{stage.name}", stage.name, model, references, names, sources, weights, 0, fingerprint
+        )  # fmt: skip
+        return run_stage(planned, store, stage)
+
+    return make
+
+
+@pytest.fixture
+def digests() -> Callable[[Dataset], dict[str, str]]:
+    """Dataset -> unit and name -> sha256 of every file."""
+    return lambda dataset: {f"{entry.unit}/{entry.name}": entry.sha256 for entry in dataset.files}
+
+
+@pytest.fixture
+def unit_times() -> Callable[[Store, str], dict[str, int]]:
+    """(store, stage) -> unit key -> modification time of its record: a unit that is done again gets another one."""
+
+    def times(store: Store, stage: str) -> dict[str, int]:
+        folder = Path(store.root, stage, "units")
+        return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/*/unit.json")}
+
+    return times

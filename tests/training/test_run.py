@@ -1,0 +1,216 @@
+"""The loop in one process: against plain torch, against the formulas, and against itself when interrupted."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.synthetic import KeepIn, config, history, losses, write_shards
+from training.checkpoint import CheckpointError, read_state
+from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.job import TrainingError, TrainJob
+from training.loader import Loader
+from training.loop import run, uvit_config
+from training.optimizer import learning_rate
+from unidiffuser.schedule import NoiseSchedule
+from unidiffuser.uvit import UViT
+from unidiffuser.weights import load_native
+
+CPU = torch.device("cpu")
+
+
+def job(folder: Path, shards: tuple[str, ...], settings: TrainConfig, **more) -> TrainJob:
+    return TrainJob(settings, shards, str(folder / "work"), KeepIn(str(folder)), **more)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def every_step(alone: None, shards: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("every-step")
+    run(job(folder, shards, config(checkpoint_every=1)), CPU)
+    return folder
+
+
+def start(shards: tuple[str, ...], settings: TrainConfig) -> UViT:
+    torch.manual_seed(settings.seed)
+    return UViT(uvit_config(settings, Loader(settings, shards).modalities))
+
+
+def loss_of(model: UViT, batch) -> torch.Tensor:
+    """UniDiffuser's objective written out for one batch, with the paper's weights."""
+    alpha_bar = NoiseSchedule().alpha_bar
+    noised = {}
+    for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
+        signal = alpha_bar[batch.timesteps[modality]].view(-1, *[1] * (batch.clean[part].dim() - 1))
+        noised[part] = signal.sqrt() * batch.clean[part] + (1 - signal).sqrt() * batch.noise[part]
+    predicted = model(noised, batch.timesteps)
+    mse = {part: (predicted[part] - batch.noise[part]).square().mean() for part in predicted}
+    return 0.75 * mse["latent"] + 0.02 * mse["clip"] + 0.23 * mse["text"]
+
+
+def test_learning_rate_follows_the_formula() -> None:
+    plain = ScheduleConfig(warmup_steps=10)
+    assert [learning_rate(step, 2.0, plain) for step in (0, 4, 9, 10, 10**6)] == [0.2, 1.0, 2.0, 2.0, 2.0]
+    cosine = ScheduleConfig(warmup_steps=10, decay="cosine", decay_steps=110, final_fraction=0.1)
+    for step in range(10, 110):
+        expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
+        assert learning_rate(step, 1.0, cosine) == pytest.approx(expected, abs=1e-12)
+    assert learning_rate(500, 1.0, cosine) == pytest.approx(0.1)
+
+
+def test_losses_and_weights_equal_plain_torch(every_step: Path, shards: tuple[str, ...]) -> None:
+    settings = config()
+    model, loader = start(shards, settings), Loader(settings, shards)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.9), weight_decay=0.03)
+    told = [row for row in history(every_step / "6") if row["kind"] == "train"]
+    for step in range(6):
+        optimizer.param_groups[0]["lr"] = min(1.0, (step + 1) / 2) * 5e-3
+        loss = loss_of(model, loader.batch(step))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        assert told[step]["loss"] == pytest.approx(loss.item(), abs=2e-6)
+        assert told[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        assert told[step]["lr"] == optimizer.param_groups[0]["lr"]
+    trained = load_native(every_step / "6").state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_moving_average_follows_the_formula(every_step: Path, shards: tuple[str, ...]) -> None:
+    average = {name: tensor.double() for name, tensor in start(shards, config()).state_dict().items()}
+    for step in range(1, 7):
+        weights = load_file(every_step / str(step) / "model.safetensors")
+        decay = min(0.9999, step / (9 + step))  # (1 + n) / (10 + n) with n = step - 1 updates before
+        average = {name: decay * old + (1 - decay) * weights[name].double() for name, old in average.items()}
+        saved = load_file(every_step / str(step) / "ema.safetensors")
+        for name, expected in average.items():
+            torch.testing.assert_close(saved[name].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(alone: None, shards: tuple[str, ...], tmp_path: Path) -> None:
+    """Stopped between two checkpoints, in the middle of an interval of the history: the same floats and the same files."""
+    settings = config(steps=10, log_every=4)
+    run(job(tmp_path / "whole", shards, settings), CPU)
+    steps = iter(range(1, 11))
+    first = run(job(tmp_path / "part", shards, settings), CPU, stop_requested=lambda: next(steps) == 5)
+    assert first.stopped and first.step == 5
+    rows: list = []
+    latest = str(tmp_path / "part" / "5")
+    last = run(job(tmp_path / "part", shards, settings, resume=lambda: latest), CPU, on_row=rows.append)
+    assert (last.step, last.stopped) == (10, False)
+    assert [row["step"] for row in rows] == [6, 8, 9, 10]  # 6, 9 and 10 are validations
+    assert history(tmp_path / "part/10") == history(tmp_path / "whole/10")
+    for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
+        name = f"10/{kind}.safetensors"
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_zero_stages_and_micro_batches_agree(every_step: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    for zero_stage, micro_batch in ((0, None), (2, 2), (3, 4)):
+        folder = tmp_path / str(zero_stage)
+        run(job(folder, shards, config(zero_stage=zero_stage, micro_batch=micro_batch)), CPU)
+        assert losses(folder / "6") == pytest.approx(losses(every_step / "6"), abs=1e-5)
+        ours, theirs = (load_file(place / "6" / "ema.safetensors") for place in (folder, every_step))
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_bf16_is_near_fp32_and_resumes_exactly(
+    every_step: Path, shards: tuple[str, ...], tmp_path: Path, zero_stage: int
+) -> None:
+    """Checkpoints hold the fp32 master weights, not their bf16 copies."""
+    settings = config(precision="bf16", zero_stage=zero_stage)
+    run(job(tmp_path / "whole", shards, settings), CPU)
+    run(job(tmp_path / "resumed", shards, settings, resume=str(tmp_path / "whole/3")), CPU)
+    assert losses(tmp_path / "whole/6") == pytest.approx(losses(every_step / "6"), abs=5e-3)
+    assert losses(tmp_path / "whole/6") != losses(every_step / "6")
+    assert history(tmp_path / "resumed/6") == history(tmp_path / "whole/6")
+    weights = load_file(tmp_path / "whole/6/model.safetensors")
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in weights.values())
+
+
+def test_next_stage_takes_weights_average_and_moments(every_step: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    """At the same size with moments, the first step of the new stage is the seventh step of the old optimizer."""
+    settings = config(steps=1, seed=6, schedule={"warmup_steps": 0})
+    previous = str(every_step / "6")
+    run(job(tmp_path / "next", shards, settings, init_from=previous, init_optimizer=True), CPU)
+
+    model = load_native(previous).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.9), weight_decay=0.03)
+    moments = {kind: load_file(every_step / "6" / f"{kind}.safetensors") for kind in ("exp_avg", "exp_avg_sq")}
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {"step": torch.tensor(6.0), **{kind: moments[kind][name] for kind in moments}}
+    loss_of(model, Loader(settings, shards).batch(0)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    optimizer.step()
+    trained = load_file(tmp_path / "next/1/model.safetensors")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-5)
+
+    state = read_state(tmp_path / "next/1")
+    assert (state["step"], state["optimizer_steps"], state["ema_updates"]) == (1, 7, 7)
+    old_average = load_file(every_step / "6/ema.safetensors")
+    new_average = load_file(tmp_path / "next/1/ema.safetensors")
+    for name, tensor in old_average.items():  # update number 6: decay 7 / 16
+        torch.testing.assert_close(new_average[name], 7 / 16 * tensor + 9 / 16 * trained[name], rtol=0, atol=1e-6)
+
+
+def test_next_stage_at_another_resolution_starts_from_the_trained_weights(
+    every_step: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The position table grows with the grid; all other weights are taken over, and so the loss starts lower."""
+    large = write_shards(tmp_path / "large", side=8)
+    settings = config(steps=1, optimizer={"lr": 1e-9})
+    run(job(tmp_path / "new", large, settings), CPU)
+    run(job(tmp_path / "next", large, settings, init_from=str(every_step / "6")), CPU)
+    old, new = load_file(every_step / "6/model.safetensors"), load_file(tmp_path / "next/1/model.safetensors")
+    assert old["position"].shape[1] + 12 == new["position"].shape[1]  # 2 x 2 patches became 4 x 4
+    assert all(torch.allclose(new[name], old[name], atol=1e-6) for name in old if name != "position")
+    assert losses(tmp_path / "next/1")[0] < losses(tmp_path / "new/1")[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(alone: None, shards: tuple[str, ...], tmp_path: Path) -> None:
+    wild = config(gradient_clip=0.0, optimizer={"lr": 1.0, "betas": (0.0, 0.0)}).model_copy(
+        update={"optimizer": OptimizerConfig.model_construct(lr=1e30, weight_decay=0.0, betas=(0.0, 0.0))}
+    )
+    with pytest.raises(TrainingError, match=r"step [23]: \w+ is (nan|inf)"):
+        run(job(tmp_path, shards, wild), CPU)
+    assert not (tmp_path / "3").exists()
+
+
+def test_checkpoints_of_other_runs_are_refused(every_step: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
+    previous = str(every_step / "6")
+    with pytest.raises(CheckpointError, match="saved with global_batch 8, this run has 4"):
+        run(job(tmp_path, shards, config(global_batch=4), resume=previous), CPU)
+    deeper = config(model={"width": 16, "depth": 4, "heads": 2})
+    with pytest.raises(CheckpointError, match="its model has depth 2, this run's has 4"):
+        run(job(tmp_path, shards, deeper, init_from=previous), CPU)
+    with pytest.raises(CheckpointError, match="is this a checkpoint folder"):
+        run(job(tmp_path, shards, config(), resume=str(tmp_path)), CPU)
+
+
+def test_config_errors_say_what_is_expected() -> None:
+    for changes, message in (
+        ({"global_batch": 9, "workers": 2}, "not divisible by workers 2"),
+        ({"micro_batch": 3}, "does not divide the 8 samples of a worker"),
+        ({"data": {"where": ["aesthetic 5"]}}, "write COLUMN OP NUMBER"),
+        ({"data": {"lanes": 3}}, "not divisible by data.lanes 3"),
+        ({"schedule": {"decay": "cosine"}}, "needs decay_steps"),
+        ({"model": {"width": 16, "depth": 3, "heads": 2}}, "must be even"),
+        ({"learning_rate": 1}, "Extra inputs are not permitted"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config(**copy.deepcopy(changes))

@@ -1,0 +1,146 @@
+"""A checkpoint on disk: a folder that any number of workers, with any ZeRO stage, can resume from.
+
+    config.json, model.safetensors    the weights as trained, fp32, a native folder of `unidiffuser.weights`
+    ema.safetensors                   their moving average, fp32, which sampling uses
+    exp_avg.safetensors, exp_avg_sq.safetensors    Adam's moments
+    trainer.json                      step, counters, and what must be the same in the run that resumes
+    history.jsonl                     the history so far
+
+Nothing random is stored: data order and noise are functions of the step. Rank 0 writes all of it, one kind of tensor at a
+time, so it holds one fp32 copy of the model in memory (3.8 GB for the paper's).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from training.ema import Ema
+from training.history import Meter, read_history, write_history
+from training.masters import MOMENTS, Masters
+from unidiffuser.uvit import UViTConfig, resize_positions
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or belongs to another run; the message names the file and the fix."""
+
+
+class TrainerState(BaseModel):
+    """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int
+    optimizer_steps: int
+    ema_updates: int
+    global_batch: int
+    seed: int
+    rows: int
+    pending: dict[str, float]
+    pending_steps: int
+    workers: int
+    zero_stage: int
+    precision: str
+
+
+def write_checkpoint(folder: Path, model: UViTConfig, masters: Masters, ema: Ema, state: TrainerState, meter: Meter) -> None:
+    """Write a checkpoint into a new folder. All workers call it; rank 0 writes."""
+    writes = dist.get_rank() == 0
+    if writes:
+        folder.mkdir(parents=True)
+    kinds = {"model": masters.vectors, "ema": ema.vectors, **{name: masters.moments(name) for name in MOMENTS}}
+    for kind, vectors in kinds.items():
+        tensors = masters.gather(vectors)
+        if writes:
+            save_file(tensors, folder / f"{kind}.safetensors")
+    if writes:
+        (folder / "config.json").write_text(model.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_history(folder / "history.jsonl", meter.rows)
+        (folder / "trainer.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class Checkpoint:
+    """A checkpoint opened for reading, for a model whose grids may have other sizes.
+
+    Args:
+        folder: as written by `write_checkpoint`.
+        model: configuration of the model that will take the weights.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the model has another width, depth, heads or parts.
+    """
+
+    def __init__(self, folder: str | Path, model: UViTConfig) -> None:
+        self.folder, self.model = Path(folder), model
+        try:
+            self.saved = UViTConfig.model_validate_json(self._read("config.json"))
+            self.state = TrainerState.model_validate_json(self._read("trainer.json"))
+        except ValidationError as error:
+            raise CheckpointError(f"{self.folder}: config.json or trainer.json is damaged: {error.errors()[0]['msg']}") from error
+        for field in ("width", "depth", "heads", "mlp_ratio"):
+            ours, theirs = getattr(model, field), getattr(self.saved, field)
+            if ours != theirs:
+                raise CheckpointError(f"{self.folder}: its model has {field} {theirs}, this run's has {ours}")
+        try:
+            self.tensor("model", "position")
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: its model does not fit the shards: {error}") from error
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"{self.folder / name}: cannot be read; is this a checkpoint folder?") from error
+
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """One fp32 tensor of `model`, `ema`, `exp_avg` or `exp_avg_sq`; the position table in this run's size."""
+        path = self.folder / f"{kind}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: tensor {name} cannot be read ({error})") from error
+        return resize_positions({name: tensor}, self.saved, self.model)[name] if name == "position" else tensor
+
+    def names(self) -> list[str]:
+        """Names of the tensors of the model."""
+        with safe_open(self.folder / "model.safetensors", framework="pt") as file:
+            return list(file.keys())
+
+    def check_same_run(self, global_batch: int, seed: int, rows: int) -> None:
+        """Raise CheckpointError unless a run with these values reads the data in the order of the one that was saved."""
+        for field, ours in (("global_batch", global_batch), ("seed", seed), ("rows", rows)):
+            theirs = getattr(self.state, field)
+            if ours != theirs:
+                raise CheckpointError(
+                    f"{self.folder}: saved with {field} {theirs}, this run has {ours}; start from it as a new stage instead"
+                )
+
+    def restore_masters(self, masters: Masters, ema: Ema) -> None:
+        """Set master weights and moving average exactly."""
+        masters.scatter(lambda name: self.tensor("model", name), masters.vectors)
+        masters.scatter(lambda name: self.tensor("ema", name), ema.vectors)
+        ema.updates = self.state.ema_updates
+
+    def restore_optimizer(self, masters: Masters) -> None:
+        """Set Adam's moments and step count exactly."""
+        moments = {kind: masters.empty() for kind in MOMENTS}
+        for kind, vectors in moments.items():
+            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors)  # type: ignore[misc]
+        masters.set_moments(moments, self.state.optimizer_steps)
+
+    def restore_history(self, meter: Meter) -> None:
+        """Set the history and the sums of the interval that was interrupted."""
+        meter.rows = read_history(self.folder / "history.jsonl")
+        meter.pending, meter.pending_steps = dict(self.state.pending), self.state.pending_steps
+
+
+def read_state(folder: str | Path) -> dict:
+    """`trainer.json` of a checkpoint as a dictionary, without importing the model."""
+    return json.loads((Path(folder) / "trainer.json").read_text(encoding="utf-8"))

@@ -1,0 +1,79 @@
+"""DeepSpeed around the U-ViT: configuration, precision, compilation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.config import TrainConfig
+from training.optimizer import adamw
+
+log = logging.getLogger(__name__)
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`"auto"` becomes bf16 where the GPU computes in it, and fp32 elsewhere (CPUs emulate bf16, tens of times slower)."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def deepspeed_config(config: TrainConfig, world: int, precision: str) -> dict[str, Any]:
+    """DeepSpeed's configuration for this run. The learning rate is set by the loop, so there is no scheduler."""
+    micro_batch = config.micro_batch or config.global_batch // world
+    return {
+        "train_batch_size": config.global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": config.global_batch // world // micro_batch,
+        "gradient_clipping": config.gradient_clip,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": {"stage": config.zero_stage},
+        # Our own torch AdamW: DeepSpeed's CPU Adam is compiled at the first start, which takes a minute and a compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def compiled(model: nn.Module, config: TrainConfig, device: torch.device) -> bool:
+    """Compile in place when asked for and possible; gives whether it was. ZeRO 3 gathers weights by hooks: left eager."""
+    if not config.compile or config.zero_stage == 3:
+        return False
+    compilers = [os.environ.get("CXX", "g++"), "clang++"] if device.type == "cpu" else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        log.warning("compile: no compiler found (%s), training goes on without", ", ".join(compilers))
+        return False
+    model.compile()
+    return True
+
+
+def initialise_engine(model: nn.Module, config: TrainConfig, world: int, device: torch.device) -> tuple[Any, str]:
+    """A DeepSpeed engine for `model` and the precision it computes in. torch.distributed must be initialised.
+
+    Raises:
+        ValueError: ZeRO stage 0 with bf16, which has no fp32 master weights.
+    """
+    precision = resolve_precision(config.precision, device)
+    if config.zero_stage == 0 and precision == "bf16":
+        raise ValueError("zero_stage 0 keeps no fp32 master weights for bf16; use zero_stage 1, or precision fp32")
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # Otherwise the first start on a machine compiles a shared-memory collective for a minute; gloo does without.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    model.to(device)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=adamw(model.parameters(), config.optimizer, device),
+        config=deepspeed_config(config, world, precision),
+        dist_init_required=False,
+    )
+    return engine, precision

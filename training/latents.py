@@ -1,0 +1,212 @@
+"""Reading latent shards: which rows count, and the bytes of a row group.
+
+A shard is a Parquet file of small row groups with the columns `key`, `moments`, `clip` and `text` (the last three
+fixed-size fp16 binaries) and numeric score columns; its schema metadata says the shapes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from training.config import Condition
+
+COMPARE: dict[str, Callable] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq, "!=": operator.ne,
+}  # fmt: skip
+PARTS = ("moments", "clip", "text")
+OPEN_FILES = 32
+
+
+class ShardError(ValueError):
+    """A shard that cannot be trained on; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """Shapes of a row: moments (2C, h, w), clip (D,), text (L, d), and the autoencoder's scaling factor."""
+
+    moments: tuple[int, int, int]
+    clip: tuple[int]
+    text: tuple[int, int]
+    scaling_factor: float
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Shape of a sampled latent, (C, h, w)."""
+        return self.moments[0] // 2, self.moments[1], self.moments[2]
+
+    @classmethod
+    def of(cls, schema: pa.Schema, name: str) -> LatentSpec:
+        """From the schema's metadata. Raises ShardError when it is not there or does not fit the columns."""
+        missing = [column for column in ("key", *PARTS) if column not in schema.names]
+        if missing:
+            raise ShardError(f"{name}: no column {', '.join(missing)}; a latent shard has key, {', '.join(PARTS)}")
+        told = json.loads((schema.metadata or {}).get(b"unidiffuser", b"{}"))
+        lacking = [field for field in (*PARTS, "scaling_factor") if field not in told]
+        if lacking:
+            raise ShardError(f"{name}: the schema metadata lacks {', '.join(lacking)}; write it with the encode stage")
+        for part in PARTS:
+            width = 2 * int(np.prod(told[part]))
+            if schema.field(part).type != pa.binary(width):
+                raise ShardError(f"{name}: {part} is {schema.field(part).type}, expected fixed_size_binary[{width}]")
+        moments, clip, text = (tuple(told[part]) for part in PARTS)
+        return cls(moments, clip, text, float(told["scaling_factor"]))
+
+
+def held_out(key: str, fraction: float) -> bool:
+    """Whether a key belongs to the validation rows: a hash, so that every stage and every run agree."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows count, and which of them are held out."""
+
+    where: tuple[Condition, ...]
+    fraction: float
+
+    def columns(self, schema: pa.Schema, name: str) -> list[str]:
+        """Columns that the conditions read, by name in the file; upper and lower case are alike."""
+        by_lower = {column.lower(): column for column in schema.names}
+        for condition in self.where:
+            column = by_lower.get(condition.column.lower())
+            kind = schema.field(column).type if column else None
+            if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+                numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+                raise ShardError(
+                    f"{name}: data.where names {condition.column}, numeric columns are {', '.join(numeric) or 'none'}"
+                )
+        return [by_lower[condition.column.lower()] for condition in self.where]
+
+    def split(self, table: pa.Table, columns: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers of the training rows and of the held-out rows of a row group."""
+        accepted = np.ones(len(table), dtype=bool)
+        for condition, column in zip(self.where, columns, strict=True):
+            values = table[column].cast(pa.float64()).to_numpy()
+            accepted &= COMPARE[condition.operator](values, condition.value) & ~np.isnan(values)
+        keys = table["key"].to_pylist()
+        held = np.array([held_out(key, self.fraction) for key in keys], dtype=bool).reshape(len(keys))
+        return np.flatnonzero(accepted & ~held), np.flatnonzero(accepted & held)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one row group, fp16, contiguous: each part (rows, *shape)."""
+
+    keys: list[str]
+    parts: dict[str, NDArray[np.float16]]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The row groups of all shards, in the given order: file, number in the file, training and held-out rows, (G,) each."""
+
+    spec: LatentSpec
+    file: NDArray[np.int64]
+    group: NDArray[np.int64]
+    train: NDArray[np.int64]
+    held: NDArray[np.int64]
+
+
+class LatentReader:
+    """Row groups of latent shards, on any fsspec file system; keeps some files open and `cache` row groups in memory."""
+
+    def __init__(self, shards: Sequence[str], selection: Selection, cache: int = 64) -> None:
+        if not shards:
+            raise ShardError("no latent shard was given to train on")
+        self.shards, self.selection, self.cache = list(shards), selection, cache
+        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], tuple[Rows, Rows]] = OrderedDict()
+
+    def _open(self, file: int) -> pq.ParquetFile:
+        if file not in self._files:
+            try:
+                self._files[file] = pq.ParquetFile(fsspec.open(self.shards[file], "rb").open(), pre_buffer=True)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {error}") from error
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)[1].close(force=True)
+        self._files.move_to_end(file)
+        return self._files[file]
+
+    def index(self, rank: int = 0, world: int = 1, gather: Callable[[list], list[list]] | None = None) -> ShardIndex:
+        """Count the rows of every row group, reading keys and scores only.
+
+        Args:
+            rank, world: this worker scans every `world`-th file from `rank`.
+            gather: gives everybody what every worker found, in the order of the ranks; needed when `world` > 1.
+
+        Raises:
+            ShardError: a file is damaged, has other shapes than the first, or lacks a column.
+        """
+        found = [self._scan(file) for file in range(rank, len(self.shards), world)]
+        everybody = gather(found) if gather is not None else [found]
+        by_file = sorted((scan for one in everybody for scan in one), key=lambda scan: scan[0])
+        spec = by_file[0][1]
+        for file, other, _ in by_file:
+            if other != spec:
+                raise ShardError(f"{self.shards[file]}: rows are {other}, but {self.shards[0]} has {spec}")
+        table = np.array(
+            [(file, group, *counts) for file, _, groups in by_file for group, counts in enumerate(groups)],
+            dtype=np.int64,
+        ).reshape(-1, 4)
+        return ShardIndex(spec, *(np.ascontiguousarray(column) for column in table.T))
+
+    def _scan(self, file: int) -> tuple[int, LatentSpec, list[tuple[int, int]]]:
+        parquet = self._open(file)
+        spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+        columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
+        counts = []
+        for group in range(parquet.num_row_groups):
+            train, held = self.selection.split(self._read(file, group, ["key", *columns]), columns)
+            counts.append((len(train), len(held)))
+        return file, spec, counts
+
+    def _read(self, file: int, group: int, columns: list[str]) -> pa.Table:
+        try:
+            return self._open(file).read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise ShardError(f"{self.shards[file]}: row group {group} cannot be read: {error}") from error
+
+    def rows(self, file: int, group: int) -> tuple[Rows, Rows]:
+        """Training rows and held-out rows of a row group."""
+        place = (file, group)
+        if place not in self._groups:
+            self._groups[place] = self._load(file, group)
+            if len(self._groups) > self.cache:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end(place)
+        return self._groups[place]
+
+    def _load(self, file: int, group: int) -> tuple[Rows, Rows]:
+        schema = self._open(file).schema_arrow
+        spec = LatentSpec.of(schema, self.shards[file])
+        columns = self.selection.columns(schema, self.shards[file])
+        table = self._read(file, group, ["key", *columns, *PARTS])
+        keys = table["key"].to_pylist()
+        parts = {part: self._numbers(table, part, getattr(spec, part), file, group) for part in PARTS}
+
+        def take(chosen: NDArray[np.int64]) -> Rows:
+            return Rows([keys[i] for i in chosen], {part: numbers[chosen] for part, numbers in parts.items()})
+
+        train, held = self.selection.split(table, columns)
+        return take(train), take(held)
+
+    def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:
+        column = table[part].combine_chunks()
+        if column.null_count:
+            raise ShardError(f"{self.shards[file]}: row group {group}: {column.null_count} rows have no {part}")
+        width = int(np.prod(shape))
+        flat = np.frombuffer(column.buffers()[1], dtype=np.float16, count=len(column) * width, offset=2 * width * column.offset)
+        return flat.reshape(len(column), *shape)

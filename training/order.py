@@ -1,0 +1,97 @@
+"""Which row is read at which place of the training: a pure function of (seed, place), the same for any number of workers.
+
+An epoch is a permutation of the N training rows. Row groups, which are what a file system reads well, are permuted;
+inside a window of K permuted groups the rows are permuted too. This gives a sequence S of all rows. A global batch of B
+rows takes an equal part from each of L lanes, which are equal stretches of S, so that a worker that serves L / W lanes
+reads only its share of the files and needs L / W windows in memory at a time:
+
+    place o of the epoch  ->  batch k = o // B, lane l = o % B // b, j = o % b  with b = B / L
+    S index               =   l * (N // B) * b + k * b + j        (the last N % B places: S index = o)
+
+Epochs follow each other without a gap: place g of the training is place g % N of epoch g // N, and step s reads the places
+s * B to (s + 1) * B - 1. So resuming at a step needs that step alone, and every row comes exactly once an epoch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def _generator(seed: int, *place: int) -> np.random.Generator:
+    """A counter-based generator: `seed` is its key, `place` the upper words of its counter."""
+    return np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, *place]))
+
+
+class Epoch:
+    """The sequence of one epoch.
+
+    Args:
+        counts: training rows in each row group, (G,); not all zero.
+        seed: of the run.
+        number: of the epoch, from 0.
+        window: row groups whose rows are mixed.
+        lanes: parallel stretches; divides `batch`.
+        batch: rows of a global batch.
+    """
+
+    def __init__(self, counts: Ints, seed: int, number: int, window: int, lanes: int, batch: int) -> None:
+        self.seed, self.number, self.window, self.lanes, self.batch = seed, number, window, lanes, batch
+        self.groups = _generator(seed, 0, number, 0).permutation(len(counts))
+        self.starts = np.concatenate([[0], np.cumsum(counts[self.groups])])
+        self.rows = int(self.starts[-1])
+        self.mixed = lru_cache(maxsize=2 * lanes + 2)(self._mixed)
+
+    def _mixed(self, window: int) -> tuple[Ints, Ints]:
+        """Group and row of each place of a window, both (rows of the window,)."""
+        first, last = window * self.window, min((window + 1) * self.window, len(self.groups))
+        start, end = self.starts[first], self.starts[last]
+        places = start + _generator(self.seed, 1, self.number, window).permutation(end - start)
+        within = np.searchsorted(self.starts, places, side="right") - 1
+        return self.groups[within], places - self.starts[within]
+
+    def locate(self, places: Ints) -> tuple[Ints, Ints]:
+        """Row group and training row in it, both (n,), at places (n,) of this epoch, 0 .. rows - 1."""
+        per_lane = self.batch // self.lanes
+        whole = self.rows // self.batch * self.batch
+        batch, within = np.divmod(places, self.batch)
+        lane, offset = np.divmod(within, per_lane)
+        striped = lane * (whole // self.lanes) + batch * per_lane + offset
+        index = np.where(places < whole, striped, places)
+
+        bounds = self.starts[:: self.window]
+        windows = np.searchsorted(bounds, index, side="right") - 1
+        groups, rows = np.empty_like(index), np.empty_like(index)
+        for window in np.unique(windows):
+            chosen = windows == window
+            window_groups, window_rows = self.mixed(int(window))
+            at = index[chosen] - self.starts[window * self.window]
+            groups[chosen], rows[chosen] = window_groups[at], window_rows[at]
+        return groups, rows
+
+
+class Order:
+    """The sequence of the whole training.
+
+    Raises:
+        ValueError: there is no row.
+    """
+
+    def __init__(self, counts: Ints, seed: int, window: int, lanes: int, batch: int) -> None:
+        self.rows = int(counts.sum())
+        if self.rows == 0:
+            raise ValueError("no row is left to train on: loosen data.where or give other shards")
+        self.epoch = lru_cache(maxsize=2)(lambda number: Epoch(counts, seed, number, window, lanes, batch))
+
+    def locate(self, places: Ints) -> tuple[Ints, Ints]:
+        """Row group and training row in it, both (n,), at places (n,) of the training."""
+        epochs, within = np.divmod(places, self.rows)
+        groups, rows = np.empty_like(places), np.empty_like(places)
+        for number in np.unique(epochs):
+            chosen = epochs == number
+            groups[chosen], rows[chosen] = self.epoch(int(number)).locate(within[chosen])
+        return groups, rows
