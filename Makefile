@@ -16,7 +16,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.lock pyproject.toml | $(UV)
 	$(UV) venv --quiet --clear --python $(PYTHON) $(VENV)
-	$(UV) pip install --quiet --python $(PY) --require-hashes --no-deps -r requirements.lock
+	$(UV) pip install --quiet --python $(PY) --compile-bytecode --require-hashes --no-deps -r requirements.lock
 	$(UV) pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
 

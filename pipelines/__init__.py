@@ -1,0 +1,1 @@
+"""What a person schedules: Prefect flows, lineage artifacts, and the `unidiffuser` command."""

@@ -24,7 +24,8 @@ class PoolWorker:
     """The Ray actor: builds the phase's worker once and runs units one at a time."""
 
     def __init__(self, job: Job, phase: Phase):
-        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(format="%(levelname)s %(message)s")
+        log.setLevel(logging.INFO)
         assert phase.worker is not None
         self.job = job
         self.worker = phase.worker(job)

@@ -7,6 +7,7 @@ small embedded weights, a local folder or a public name (see `unidiffuser.refere
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,25 @@ class ClipEncoder:
         )
         return cls(model.to(device=device, dtype=dtype), open_clip.get_tokenizer(name), ref)
 
+    def save(self, folder: str | Path) -> None:
+        """Write a model that came by a public name as a folder that `load` takes: config, safetensors, tokenizer."""
+        import open_clip
+        from open_clip.push_to_hf_hub import save_config_for_hf
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name, _, weights = self.ref.partition("/")
+        config = {**(open_clip.get_model_config(name) or {}), "custom_text": True}
+        if weights == "openai":
+            config["quick_gelu"] = True
+        save_config_for_hf(self.model, folder / "open_clip_config.json", model_config=config)
+        state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        save_file(state, folder / "open_clip_model.safetensors")
+        # open_clip's own tokenizer is part of the package; one of transformers is a file.
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(str(folder))
+
     @torch.inference_mode()
     def image(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Embed pictures, PIL of any sizes or (B, 3, H, W) uint8, as (B, D) fp32, not normalised (as in the paper)."""
@@ -148,7 +168,7 @@ class ClipEncoder:
         x = functional.center_crop(x, [size, size])
         return functional.normalize(x, list(settings["mean"]), list(settings["std"])).to(self._dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: the text codec is trained on these hidden states
     def _text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         pooled, tokens = self.model.text(self.tokenizer(list(captions)).to(self._device))
         return pooled.float(), tokens.float()

@@ -95,9 +95,9 @@ class TextCodec(nn.Module):
         dimensions, and the prefix so that the decoder sees what it saw before. Diffusion noise assumes that scale."""
         latent = self.encode(hidden).flatten(0, 1)
         mean, std = latent.mean(0), latent.std(0).clamp_min(1e-6)
-        self.prefix.bias += self.prefix.weight @ mean
-        self.prefix.weight *= std
-        self.projection.weight /= std[:, None]
+        self.prefix.bias.add_(self.prefix.weight @ mean)
+        self.prefix.weight.mul_(std)
+        self.projection.weight.div_(std[:, None])
         self.projection.bias.copy_((self.projection.bias - mean) / std)
 
     @torch.no_grad()

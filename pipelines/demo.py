@@ -1,0 +1,68 @@
+"""`unidiffuser demo`: the recipe configs/demo.yaml on a little web of composed pictures, served on loopback while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from infra.dataset import Dataset
+from infra.external import state_folder
+from infra.store import Store
+from pipelines.conduct import Wish, run_recipe
+from pipelines.run import Run
+from stages.recipe import load_recipe
+
+RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
+# The host that the little web's links name. It does not exist; the recipe's operational setting says where it is today.
+HOST = "little-web.example"
+
+
+def run_demo(store: Store, wish: Wish, console: Console) -> int:
+    """Build the little web if it is not there, serve it, run the recipe on it, and say where the results are.
+
+    Returns the exit code; raises what `run_recipe` raises.
+    """
+    folder = state_folder(store).parent / "little-web"
+    settings = [
+        f"subsets.little.select.metadata=['{folder}/metadata/part-*.parquet']",
+        f"evaluate.prompts='{folder}/held_out.parquet'",
+    ]
+    # What the person set comes last and wins; it is checked before anything is built.
+    load_recipe(RECIPE, [*settings, *wish.overrides])
+    _build_web(folder, console)
+    from examples.little_web.server import LittleWeb
+
+    with LittleWeb(folder) as web:
+        settings.append(f"subsets.little.download.hosts={{'{HOST}': '{web.address}'}}")
+        wish = replace(wish, overrides=[*settings, *wish.overrides])
+        return run_recipe(load_recipe(RECIPE, wish.overrides), store, wish, console, lambda run: _say_results(run, console))
+
+
+def _build_web(folder: Path, console: Console) -> None:
+    # The file that `build` writes last.
+    if (folder / "held_out.parquet").is_file():
+        return
+    from examples.little_web.build import build
+
+    with console.status("building a little web of 1,000 links"):
+        build(folder, rows=1000, seed=0)
+    console.print(f"built a little web of 1,000 links in {folder}", soft_wrap=True)
+
+
+def _say_results(run: Run, console: Console) -> None:
+    """The pictures of the datasets, and the folder that holds the exported model."""
+    made = [outcome.dataset for outcome in run.outcomes.values() if outcome.dataset is not None]
+    for dataset in made:
+        for entry in dataset.files:
+            if entry.name.endswith(".png"):
+                console.print(f"{dataset.manifest.node} {entry.name}: {dataset.url(entry)}", soft_wrap=True)
+    for dataset in made:
+        if dataset.manifest.stage == "export":
+            console.print(f"exported model: {_folder(dataset)}", soft_wrap=True)
+
+
+def _folder(dataset: Dataset) -> str:
+    """The folder that the dataset's files have in common; an export is one unit."""
+    return dataset.url(dataset.files[0]).removesuffix(f"/{dataset.files[0].name}")

@@ -1,0 +1,180 @@
+"""What `status`, `lineage` and `inspect` show, as tables and trees."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from infra.dataset import Dataset, FileEntry, find
+from infra.store import Store
+from pipelines.lineage import Branch
+from pipelines.run import plan_run
+from pipelines.terminal import PLAN_STYLES
+from stages.recipe import Recipe
+
+# How many rows and files `inspect` shows, how many characters of a cell, and how many cells of terminal a picture is wide.
+ROWS = 5
+FILES = 8
+CELL = 60
+PICTURE_WIDTH = 64
+
+
+def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
+    """A dictionary a node: fingerprint, state and why, rows, when made, where."""
+    rows = []
+    for node, planned in plan_run(recipe, store).items():
+        dataset = find(store, planned.stage, planned.fingerprint)
+        manifest = dataset.manifest if dataset else None
+        rows.append(
+            {
+                "node": node,
+                "stage": planned.stage,
+                "fingerprint": planned.fingerprint,
+                "state": planned.state,
+                "reasons": planned.reasons,
+                "rows_in": manifest.stats.rows_in if manifest else None,
+                "rows_out": manifest.stats.rows_out if manifest else None,
+                "dropped": manifest.stats.dropped if manifest else None,
+                "created": manifest.created if manifest else None,
+                "where": store.url(dataset.folder) if dataset else None,
+            }
+        )
+    return rows
+
+
+def status_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table()
+    for head in ("node", "state"):
+        table.add_column(head, no_wrap=True)
+    for head in ("rows in", "rows out"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("made", no_wrap=True)
+    table.add_column("where, or why not", overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["node"],
+            f"[{PLAN_STYLES[row['state']]}]{row['state']}[/]",
+            "" if row["rows_in"] is None else f"{row['rows_in']:,}",
+            "" if row["rows_out"] is None else f"{row['rows_out']:,}",
+            row["created"] or "",
+            escape(row["where"] or "; ".join(row["reasons"])),
+        )
+    return table
+
+
+def lineage_tree(title: str, root: Branch) -> Tree:
+    tree = Tree(f"{escape(root.label)} {title}" + ("" if root.branches else " nothing"))
+
+    def grow(tree: Tree, branches: list[Branch]) -> None:
+        for branch in branches:
+            grow(tree.add(escape(branch.label)), branch.branches)
+
+    grow(tree, root.branches)
+    return tree
+
+
+def inspect_dataset(dataset: Dataset, console: Console) -> None:
+    """Print identity, counts, files, schema, a few rows, and the first picture."""
+    manifest = dataset.manifest
+    facts = Table(show_header=False, box=None)
+    for name, value in (
+        ("dataset", f"{manifest.stage}/{manifest.fingerprint}"),
+        ("node", manifest.node),
+        ("made", f"{manifest.created} in {manifest.seconds:.1f} s, generation {manifest.generation}"),
+        ("code", json.dumps(manifest.code)),
+        ("where", dataset.store.url(dataset.folder)),
+        ("rows", f"{manifest.stats.rows_in:,} in, {manifest.stats.rows_out:,} out"),
+        ("dropped", ", ".join(f"{rows} {reason}" for reason, rows in manifest.stats.dropped.items()) or "nothing"),
+        ("inputs", ", ".join(f"{name}: {i.stage}/{i.fingerprint}" for name, i in manifest.inputs.items()) or "none"),
+        ("config", json.dumps(manifest.config)),
+        ("summary", json.dumps(manifest.summary)),
+    ):
+        facts.add_row(f"[bold]{name}[/]", escape(value))
+    console.print(facts)
+    console.print(_schema_table(manifest.columns), _files_table(manifest.files))
+    for entry in dataset.files:
+        if entry.name.endswith(".parquet"):
+            console.print(_rows_table(dataset, entry))
+            break
+    if (picture := first_picture(dataset)) is not None:
+        _show_picture(*picture, console)
+
+
+def _schema_table(columns: dict[str, str]) -> Table:
+    table = Table("column", "type", title="schema", title_justify="left")
+    for name, kind in columns.items():
+        table.add_row(name, escape(kind))
+    return table
+
+
+def _files_table(files: list[FileEntry]) -> Table:
+    table = Table("file", "rows", "bytes", "sha256", title=f"{len(files)} files", title_justify="left")
+    for entry in files[:FILES]:
+        table.add_row(entry.path, f"{entry.rows:,}", f"{entry.bytes:,}", entry.sha256[:12])
+    if len(files) > FILES:
+        table.add_row(f"and {len(files) - FILES} more", "", "", "")
+    return table
+
+
+def _rows_table(dataset: Dataset, entry: FileEntry) -> Table:
+    """The first rows of a Parquet file, a column a line, since LAION's rows are wider than terminals."""
+    with dataset.open(entry) as file:
+        batch = next(pq.ParquetFile(file).iter_batches(batch_size=ROWS), None)
+    rows = batch.to_pylist() if batch is not None else []
+    table = Table("column", *(f"row {n}" for n in range(len(rows))), title=entry.name, title_justify="left")
+    for name in rows[0] if rows else ():
+        table.add_row(name, *(escape(_cell(row[name])) for row in rows))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    text = str(value)
+    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+
+
+def first_picture(dataset: Dataset) -> tuple[str, bytes] | None:
+    """Name and bytes of the first picture: a PNG of the dataset, or a member of its first tar."""
+    import tarfile
+
+    for entry in dataset.files:
+        if entry.name.endswith(".png"):
+            with dataset.open(entry) as file:
+                return entry.name, file.read()
+    for entry in dataset.files:
+        if entry.name.endswith(".tar"):
+            with dataset.open(entry) as file, tarfile.open(fileobj=file) as tar:
+                for member in tar:
+                    if member.name.endswith((".jpg", ".png", ".webp")) and (content := tar.extractfile(member)):
+                        return f"{entry.name}: {member.name}", content.read()
+    return None
+
+
+def _show_picture(name: str, data: bytes, console: Console) -> None:
+    """A picture in coloured half blocks, which every terminal with colours can show."""
+    if not console.is_terminal:
+        console.print(f"picture: {name} (shown on a terminal)")
+        return
+    from PIL import Image
+    from rich.style import Style
+    from rich.text import Text
+
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    width = min(PICTURE_WIDTH, console.width)
+    height = max(2, image.height * width // image.width // 2 * 2)
+    pixels = image.resize((width, height))
+    console.print(name)
+    for y in range(0, height, 2):
+        line = Text()
+        for x in range(width):
+            above, below = pixels.getpixel((x, y)), pixels.getpixel((x, y + 1))
+            line.append("▀", Style(color=f"rgb{above}".replace(" ", ""), bgcolor=f"rgb{below}".replace(" ", "")))
+        console.print(line)

@@ -1,0 +1,160 @@
+"""A node as a Ray job: submit or re-attach, follow its log and progress, stop it when the run is to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from infra.processes import ServerError
+from infra.ray_jobs import TERMINAL, RayJobs
+from pipelines.run import Run
+from stages.graph import Planned
+
+Say = Callable[[int, str], None]
+Report = Callable[[dict[str, Any]], None]
+
+# What the job writes: "INFO text", and Ray's own "2026-01-01 00:00:00,000<tab>INFO file.py:1 -- text"; workers' lines come with
+# "(PoolWorker pid=1) " in front.
+_LEVEL = re.compile(
+    r"^(?:\([^)]*pid=[^)]*\)\s*)?(?:\d{4}-\d\d-\d\d [\d:,.]+\s+)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b:?\s*(.*)$", re.S
+)
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_WORKER = re.compile(r"^\([^)]*pid=[^)]*\)\s*")
+# How long a stopped job may take to write its checkpoint before the run no longer waits for it.
+STOP_SECONDS = 45.0
+
+
+class NodeFailed(Exception):
+    """A node's job failed; the message is the one line that the job ended with."""
+
+
+class NodeStopped(Exception):
+    """The run was stopped while the node was at work or waiting for its turn."""
+
+
+def job_environment() -> dict[str, str]:
+    """What a job needs besides the cluster's own environment."""
+    return {"PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+
+
+def make_as_job(run: Run, planned: Planned, say: Say, report: Report) -> float:
+    """Make one node's dataset by a Ray job; returns its seconds, without the time that it waited for its turn.
+
+    Raises:
+        NodeFailed: the job failed, or Ray cannot be reached.
+        NodeStopped: the run was stopped; so is the job.
+    """
+    with _own_turn(run):
+        run.view.started(planned.name)
+        start = time.perf_counter()
+        try:
+            ray = run.servers.ray()
+            job = submit_or_attach(ray, run, planned, say)
+            last_error, last_line = _follow(ray, job, run.stopping, say, report)
+            if run.stopping.is_set():
+                stop_job(ray, job)
+                raise NodeStopped(planned.name)
+            if ray.status(job) != "SUCCEEDED":
+                raise NodeFailed(last_error or _explain(ray, job, last_line))
+            return time.perf_counter() - start
+        except ServerError as error:
+            raise NodeFailed(str(error)) from error
+
+
+@contextmanager
+def _own_turn(run: Run) -> Iterator[None]:
+    """Hold one of the run's job slots; waits for it no longer than the run goes on."""
+    while not run.turn.acquire(timeout=0.2):
+        if run.stopping.is_set():
+            raise NodeStopped
+    try:
+        if run.stopping.is_set():
+            raise NodeStopped
+        yield
+    finally:
+        run.turn.release()
+
+
+def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say) -> str:
+    """The id of the node's job: one that is running already, else a new attempt."""
+    prefix = f"{planned.name}-{planned.fingerprint}-"
+    attempts = {int(job.removeprefix(prefix)): status for job, status in ray.statuses().items() if job.startswith(prefix)}
+    last = max(attempts, default=0)
+    if last and attempts[last] not in TERMINAL:
+        say(logging.INFO, f"re-attached to the job {prefix}{last}, which is still running")
+        return f"{prefix}{last}"
+    job = f"{prefix}{last + 1}"
+    command = [
+        sys.executable, "-m", "stages", str(run.snapshot()), planned.name,
+        "--store", run.store.root, "--folder", str(run.recipe.folder),
+    ]  # fmt: skip
+    ray.submit(job, shlex.join(command), job_environment())
+    say(logging.INFO, f"submitted the Ray job {job}")
+    return job
+
+
+def stop_job(ray: RayJobs, job: str) -> None:
+    """Stop a job and wait until it has ended, so that its last checkpoint is whole."""
+    ray.stop(job)
+    deadline = time.monotonic() + STOP_SECONDS
+    while ray.status(job) not in TERMINAL and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+def stop_orphans(ray: RayJobs, planned: Mapping[str, Planned], say: Say) -> None:
+    """Stop jobs that a killed command left running and that this run will not re-attach to."""
+    wanted = {f"{p.name}-{p.fingerprint}" for p in planned.values()}
+    for job, status in ray.statuses().items():
+        if status not in TERMINAL and job.rsplit("-", 1)[0] not in wanted:
+            say(logging.WARNING, f"stopped the job {job}, which an earlier command left running")
+            stop_job(ray, job)
+
+
+def _follow(ray: RayJobs, job: str, stopping: threading.Event, say: Say, report: Report) -> tuple[str, str]:
+    """Pass the job's lines on until it ends or the run is to stop; returns its last error line and last line of all."""
+    error = last = ""
+    for line in ray.follow(job):
+        if stopping.is_set():
+            break
+        if line is None or not (line := _COLOUR.sub("", line).rstrip()):
+            continue
+        if (line := _WORKER.sub("", line)).startswith("@progress "):
+            # A line cut by a dying process is no JSON; the next one is.
+            with suppress(ValueError):
+                report(json.loads(line.removeprefix("@progress ")))
+            continue
+        level, text = parse_line(line)
+        if line.startswith("error: "):
+            error = text
+        last = text
+        say(level, text)
+    return error, last
+
+
+def parse_line(line: str) -> tuple[int, str]:
+    """The level and text of a line of a job's log; a line that names no level counts as information.
+
+    Example:
+        >>> parse_line("WARNING filter: 3 units again")
+        (30, 'filter: 3 units again')
+    """
+    if line.startswith("error: "):
+        return logging.ERROR, line.removeprefix("error: ")
+    match = _LEVEL.match(line)
+    if match is None:
+        return logging.INFO, line
+    return logging.getLevelNamesMapping()[match[1]], match[2]
+
+
+def _explain(ray: RayJobs, job: str, last: str) -> str:
+    """Without an error line of its own (killed, out of memory) the job's last words and Ray's verdict must do."""
+    verdict = ray.explanation(job).strip().splitlines()
+    return f"the job {job} died: {last or (verdict[0] if verdict else 'it said nothing')}"

@@ -1,0 +1,105 @@
+"""What made a dataset and what it made: the tree, from the manifests alone, and the graph of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.dataset import Dataset, InputRef, all_datasets, find
+from infra.store import Store
+from pipelines.run import Run
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A dataset in a tree; `dataset` is None when its manifest is gone from the store."""
+
+    reference: InputRef
+    dataset: Dataset | None
+    branches: list[Branch] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        if self.dataset is None:
+            return f"{self.reference.stage} {self.reference.fingerprint} (removed)"
+        manifest = self.dataset.manifest
+        return f"{manifest.node} {manifest.fingerprint} ({manifest.stats.rows_out} rows, {manifest.created})"
+
+    def as_json(self, below: str) -> dict[str, Any]:
+        manifest = self.dataset.manifest if self.dataset else None
+        return {
+            "stage": self.reference.stage,
+            "fingerprint": self.reference.fingerprint,
+            "node": manifest.node if manifest else None,
+            "rows": manifest.stats.rows_out if manifest else None,
+            "created": manifest.created if manifest else None,
+            below: [branch.as_json(below) for branch in self.branches],
+        }
+
+
+def ancestors(store: Store, dataset: Dataset) -> Branch:
+    """The tree of what made a dataset."""
+
+    def grow(reference: InputRef) -> Branch:
+        found = find(store, reference.stage, reference.fingerprint)
+        inputs = found.manifest.inputs.values() if found else ()
+        return Branch(reference, found, [grow(before) for before in inputs])
+
+    return grow(dataset.manifest.reference())
+
+
+def descendants(store: Store, dataset: Dataset) -> Branch:
+    """The tree of what a dataset made, from every manifest of the store."""
+    users: dict[str, list[Dataset]] = {}
+    for other in all_datasets(store):
+        for reference in other.manifest.inputs.values():
+            users.setdefault(reference.fingerprint, []).append(other)
+
+    def grow(found: Dataset) -> Branch:
+        return Branch(found.manifest.reference(), found, [grow(user) for user in users.get(found.manifest.fingerprint, ())])
+
+    return grow(dataset)
+
+
+# Colours that read on the light and the dark page.
+_CLASSES = (
+    "classDef made fill:#2a7d4f,stroke:#1d5737,color:#fff",
+    "classDef reused fill:#3b6ea8,stroke:#2a4f79,color:#fff",
+    "classDef failed fill:#b23b3b,stroke:#7d2929,color:#fff",
+    "classDef waiting fill:#8a8a8a,stroke:#606060,color:#fff",
+)
+
+
+def mermaid(run: Run, nodes: Sequence[str]) -> str:
+    """The run's datasets and what they were made from, as a mermaid graph whose boxes lead to their artifacts."""
+    shown = list(dict.fromkeys([*(n for name in nodes for n in run.planned[name].input_nodes.values()), *nodes]))
+    lines = ["graph LR"]
+    for name in run.planned:
+        if name not in shown:
+            continue
+        outcome = run.outcomes.get(name)
+        dataset = outcome.dataset if outcome else find(run.store, run.planned[name].stage, run.planned[name].fingerprint)
+        rows = f"{dataset.manifest.stats.rows_out:,} rows" if dataset else "no dataset"
+        kind = outcome.result if outcome and outcome.result in ("made", "reused", "failed") else "waiting"
+        if outcome is None and dataset is not None:
+            kind = "reused"
+        lines.append(f'  {_box(name)}["{name}<br/>{rows}<br/>{run.planned[name].fingerprint[:12]}"]:::{kind}')
+        lines.append(f'  click {_box(name)} href "{artifact_link(run.recipe.name, name)}"')
+    for name in nodes:
+        lines += [f"  {_box(before)} --> {_box(name)}" for before in dict.fromkeys(run.planned[name].input_nodes.values())]
+    return "\n".join([*lines, *(f"  {line}" for line in _CLASSES)])
+
+
+def _box(node: str) -> str:
+    return "n_" + node.replace("-", "_")
+
+
+def artifact_key(recipe: str, node: str) -> str:
+    """One key a dataset node: the key's page in the UI is the history of its versions."""
+    return f"{recipe}-{node}"
+
+
+def artifact_link(recipe: str, node: str) -> str:
+    """Where the UI shows that history; without a host, since the server's port changes from command to command."""
+    return f"/v2/artifacts/key/{artifact_key(recipe, node)}"

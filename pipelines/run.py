@@ -1,0 +1,95 @@
+"""One run of a recipe: what it is about, what came of each node so far, and whether it is to stop. Knows no Prefect."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from infra.dataset import Dataset
+from infra.external import state_folder
+from infra.store import Store
+from pipelines.servers import Servers
+from stages.contract import digest_of
+from stages.graph import Planned, plan
+from stages.recipe import Recipe
+
+Result = Literal["reused", "made", "failed", "stopped", "not run"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a node; `seconds` are of this run, the manifest has those of the making."""
+
+    node: str
+    result: Result
+    seconds: float = 0.0
+    dataset: Dataset | None = None
+    message: str = ""
+
+
+class View(Protocol):
+    """Whoever watches a run: the terminal, or nobody."""
+
+    def started(self, node: str) -> None: ...
+
+    def progress(self, node: str, fields: dict[str, Any]) -> None: ...
+
+    def said(self, node: str, level: int, text: str) -> None: ...
+
+    def finished(self, outcome: Outcome) -> None: ...
+
+
+@dataclass
+class Run:
+    """A recipe on its way: the plan, the servers, and the outcomes by node.
+
+    `jobs` bounds how many nodes work at a time: on a small machine two of them are slower side by side than in turn.
+    """
+
+    recipe: Recipe
+    store: Store
+    planned: dict[str, Planned]
+    nodes: list[str]
+    servers: Servers
+    view: View
+    jobs: int = 1
+    stopping: threading.Event = field(default_factory=threading.Event)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    flow_run: str | None = None
+
+    def __post_init__(self) -> None:
+        self.turn = threading.BoundedSemaphore(self.jobs)
+
+    @property
+    def needs_ray(self) -> bool:
+        return any(self.planned[node].state != "hit" for node in self.nodes)
+
+    def snapshot(self) -> Path:
+        """The recipe's document after all overrides, as a file that a job reads. Named by content, so jobs share it."""
+        # In the order of the file: a subset may start from one before it.
+        document = json.dumps(self.recipe.document, indent=1, default=str)
+        folder = state_folder(self.store) / "recipes"
+        path = folder / f"{self.recipe.name}-{digest_of(document)[:12]}.json"
+        if not path.exists():
+            Store(str(folder)).write(path.name, document.encode())
+        return path
+
+    def finish(self, outcome: Outcome) -> None:
+        self.outcomes[outcome.node] = outcome
+        self.view.finished(outcome)
+
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes.values() if outcome.result == "failed"]
+
+
+def plan_run(recipe: Recipe, store: Store, force: Sequence[str] = ()) -> dict[str, Planned]:
+    """Plan a recipe; `force` takes nodes and stage names.
+
+    Raises:
+        RecipeError: a file or a forced node does not exist.
+    """
+    return plan(recipe, store, frozenset(node for wanted in force for node in recipe.select(wanted)))

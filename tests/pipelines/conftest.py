@@ -1,0 +1,123 @@
+"""A recipe that real Ray and Prefect run in seconds: two selects on Parquet files of our own, one of which must fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.processes import MARK
+
+ROWS = 60
+
+
+def write_metadata(path: Path, first: int = 0) -> None:
+    """`ROWS` rows of LAION's schema, 100 to 690 pixels wide in steps of 10."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    numbers = range(first, first + ROWS)
+    table = {
+        "URL": [f"http://pictures.example/{n}.png" for n in numbers],
+        "TEXT": [f"picture number {n}" for n in numbers],
+        "WIDTH": [100 + 10 * (n - first) for n in numbers],
+        "HEIGHT": [640] * ROWS,
+        "similarity": [0.3] * ROWS,
+    }
+    pq.write_table(pa.table(table), path)
+
+
+def write_recipe(folder: Path) -> Path:
+    """The recipe `tiny`: `good-select` keeps the 44 of 60 rows that are at least 256 wide; `bad-select` has no URL column."""
+    write_metadata(folder / "metadata" / "part-0.parquet")
+    pq.write_table(pa.table({"link": ["x"], "TEXT": ["y"]}), folder / "no-url.parquet")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(
+        "name: tiny\n"
+        "subsets:\n"
+        "  good: {select: {metadata: [metadata/*.parquet], min_width: 256}}\n"
+        "  bad: {select: {metadata: [no-url.parquet]}, download: {}}\n"
+    )
+    return recipe
+
+
+@dataclass
+class Command:
+    """A running `unidiffuser`, with what it has printed so far."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    def read_until(self, text: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if text in line:
+                return line
+        raise AssertionError(f"the command ended without saying {text!r}:\n{''.join(self.lines)}")
+
+    def finish(self, signal_number: int | None = None) -> tuple[int, str]:
+        if signal_number is not None:
+            self.process.send_signal(signal_number)
+        rest, _ = self.process.communicate(timeout=300)
+        self.lines += rest.splitlines(keepends=True)
+        return self.process.returncode, "".join(self.lines)
+
+
+def start(*arguments: str | Path) -> Command:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
+    command = [sys.executable, "-m", "pipelines.command", *map(str, arguments)]
+    return Command(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd="/")
+    )
+
+
+def survivors(store: Path) -> list[psutil.Process]:
+    """Processes that the servers of a store's commands left."""
+    mark, found = str((store / ".state").resolve()), []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@dataclass
+class Kept:
+    """The first run of `tiny`, whose servers were kept up."""
+
+    store: Path
+    recipe: Path
+    command: Command
+    address: str
+
+    def close(self) -> tuple[int, str]:
+        return self.command.finish(signal.SIGINT)
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
+    folder = tmp_path_factory.mktemp("tiny")
+    recipe, store = write_recipe(folder), folder / "store"
+    command = start("run", recipe, "--store", store, "--keep")
+    try:
+        line = command.read_until("This run in the Prefect UI: ")
+        yield Kept(store, recipe, command, line.split(": ", 1)[1].split("/v2/")[0])
+    finally:
+        if command.process.poll() is None:
+            command.process.send_signal(signal.SIGINT)
+            command.process.wait(timeout=60)
+        deadline = time.monotonic() + 10
+        while (left := survivors(store)) and time.monotonic() < deadline:
+            for process in left:
+                process.kill()

@@ -1,0 +1,179 @@
+"""From metadata to samples with two subsets, on real Ray, Prefect, img2dataset and DeepSpeed; then again, changed and grown."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from examples.little_web.build import add_part, build
+from examples.little_web.server import LittleWeb
+from infra.dataset import Dataset, find, verify
+from infra.store import Store
+from stages.graph import Planned, plan
+from stages.recipe import Recipe, load_recipe
+from tests.pipelines.conftest import start, survivors
+
+NODES = [
+    "little-select", "little-download", "little-filter", "text-codec", "little-encode", "large-filter", "large-encode",
+    "train-256", "train-512", "evaluate", "export",
+]  # fmt: skip
+ROWS = 110
+
+
+@dataclass
+class World:
+    """A recipe, a web, and a store in which the recipe ran once."""
+
+    recipe: Path
+    store: Store
+    hosts: str
+    printed: str
+
+    def load(self, *overrides: str) -> Recipe:
+        return load_recipe(self.recipe, [self.hosts, *overrides])
+
+    def planned(self, *overrides: str) -> dict[str, Planned]:
+        return plan(self.load(*overrides), self.store)
+
+    def dataset(self, node: str) -> Dataset:
+        planned = self.planned()[node]
+        found = find(self.store, planned.stage, planned.fingerprint)
+        assert found is not None, f"{node} is not committed"
+        return found
+
+    def run(self, *arguments: str) -> tuple[int, str]:
+        return start("run", self.recipe, "--store", self.store.root, "--set", self.hosts, *arguments).finish()
+
+    def unit_times(self, stage: str) -> dict[str, int]:
+        folder = Path(self.store.root, stage, "units")
+        return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("*/*/unit.json")}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("world")
+    build(folder / "web", rows=ROWS, seed=0)
+    recipe = Path(shutil.copy(Path(__file__).parent / "recipe.yaml", folder))
+    with LittleWeb(folder / "web") as web:
+        hosts = f"subsets.little.download.hosts={{little-web.example: '{web.address}'}}"
+        world = World(recipe, Store(str(folder / "store")), hosts, "")
+        code, world.printed = world.run()
+        assert code == 0, world.printed
+        yield world
+    assert survivors(Path(world.store.root)) == []
+
+
+def test_every_node_is_committed_whole_and_every_row_accounted_for(world: World) -> None:
+    datasets = {node: world.dataset(node) for node in world.load().nodes}
+    assert list(datasets) == NODES
+    for node, dataset in datasets.items():
+        assert verify(dataset) == [], node
+        assert dataset.manifest.stats.adds_up(), node
+        assert dataset.manifest.stats.rows_out > 0, node
+    rows = {node: dataset.manifest.stats for node, dataset in datasets.items()}
+    assert rows["little-select"].rows_in == ROWS
+    for before, after in pairwise(f"little-{stage}" for stage in ("select", "download", "filter", "encode")):
+        assert rows[before].rows_out == rows[after].rows_in
+    assert rows["little-download"].dropped, "a tenth of the little web's links misbehave"
+
+
+def test_the_closing_table_names_every_node_and_its_rows(world: World) -> None:
+    for node in NODES:
+        manifest = world.dataset(node).manifest
+        line = next(line for line in world.printed.splitlines() if node in line and manifest.fingerprint[:8] in line)
+        assert str(manifest.stats.rows_in) in line
+
+
+def test_latents_have_the_shapes_that_they_declare(world: World) -> None:
+    for node, side in (("little-encode", 8), ("large-encode", 16)):
+        dataset = world.dataset(node)
+        table = pq.read_table(dataset.url(dataset.files[0]))
+        facts = json.loads(table.schema.metadata[b"unidiffuser"])
+        assert facts["moments"][1:] == [side, side] and facts["text"][1] == 16
+        for part in ("moments", "clip", "text"):
+            width = 2
+            for length in facts[part]:
+                width *= length
+            assert table.schema.field(part).type.byte_width == width
+
+
+def test_the_second_training_stage_starts_from_the_first(world: World) -> None:
+    first, second = world.dataset("train-256"), world.dataset("train-512")
+    assert second.manifest.inputs["init"].fingerprint == first.manifest.fingerprint
+    history = [json.loads(line) for line in world.store.read(second.file("history.jsonl").path).decode().splitlines()]
+    assert [row["step"] for row in history if row["kind"] == "validation"][-1] == 3
+
+
+def test_pictures_are_pictures_and_the_export_samples(world: World, tmp_path: Path) -> None:
+    evaluation = world.dataset("evaluate")
+    for name in ("sample-sheet.png", "loss-curve.png"):
+        with evaluation.open(evaluation.file(name)) as file:
+            assert min(Image.open(file).size) > 300
+    report = json.loads(world.store.read(evaluation.file("report.json").path))
+    assert set(report["preference"]) == {"text_to_image", "text_to_image_untrained", "text_to_image_real", "image_to_text"}
+    assert all(0 <= value <= 1 for value in report["preference"].values())
+
+    from unidiffuser.generation import UniDiffuser
+
+    model = UniDiffuser.load(world.dataset("export").fetch(tmp_path / "export"))
+    (result,) = model.generate("joint", steps=2)
+    assert result.image is not None and result.image.size == (512, 512) and isinstance(result.caption, str)
+
+
+def test_again_reuses_everything_without_ray(world: World) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(world.store.root).glob("*/*/*") if path.is_file()}
+    log = Path(world.store.root, ".state", "logs", "ray.log")
+    log.unlink()
+    code, printed = world.run()
+    assert code == 0, printed
+    assert before == {path: path.stat().st_mtime_ns for path in Path(world.store.root).glob("*/*/*") if path.is_file()}
+    assert printed.count("reused") >= len(NODES)
+    assert not log.exists(), "Ray was started for nothing"
+
+
+def test_a_changed_threshold_makes_filter_and_what_follows_stale_and_only_that(world: World) -> None:
+    planned = world.planned("subsets.large.filter.min_side=600")
+    states = {node: planned[node].state for node in NODES}
+    stale = {"large-filter", "large-encode", "train-512", "evaluate", "export"}
+    assert {node for node, state in states.items() if state == "stale"} == stale
+    assert {node for node, state in states.items() if state == "hit"} == set(NODES) - stale
+    assert planned["large-filter"].reasons == ["min_side: 512 -> 600"]
+    assert planned["train-512"].reasons == ["input data.large (large-encode) is another dataset"]
+
+
+def test_a_hit_imports_neither_torch_nor_ray(world: World) -> None:
+    """The job's own command on a committed node."""
+    import subprocess
+
+    code = (
+        "import sys; from stages.__main__ import main; "
+        f"assert main([{str(world.recipe)!r}, 'evaluate', '--store', {world.store.root!r}, '--set', {world.hosts!r}]) == 0; "
+        "sys.exit(bool({'torch', 'ray', 'prefect', 'transformers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_an_appended_metadata_file_does_only_its_own_work(world: World) -> None:
+    """Last in this file: it grows the world's metadata."""
+    stages = ("select", "download", "filter", "encode")
+    before = {stage: world.unit_times(stage) for stage in stages}
+    rows = {node: world.dataset(node).manifest.stats.rows_out for node in NODES[:3]}
+    add_part(world.recipe.parent / "web", part=2, rows=30)
+    code, printed = world.run("--until", "little-encode")
+    assert code == 0, printed
+    after = {stage: world.unit_times(stage) for stage in stages}
+    for stage in stages:
+        assert before[stage].items() <= after[stage].items(), f"{stage} did a finished unit again"
+        assert len(after[stage]) > len(before[stage]), f"{stage} did nothing for the new file"
+    assert world.dataset("little-select").manifest.stats.rows_in == ROWS + 30
+    assert world.dataset("little-filter").manifest.stats.rows_out > rows["little-filter"]

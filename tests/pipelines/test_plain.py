@@ -1,0 +1,196 @@
+"""What needs no server: selection, log lines, lineage, pages, dry runs, and how errors are said."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, folder_of
+from infra.store import Store, sha256_of
+from pipelines import command
+from pipelines.artifacts import PICTURE_BYTES, data_uri
+from pipelines.jobs import parse_line
+from pipelines.lineage import ancestors, descendants
+from pipelines.selection import select_nodes
+from stages.recipe import Recipe, RecipeError, load_recipe
+from tests.pipelines.conftest import write_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    write_recipe(tmp_path)
+    document = tmp_path / "three.yaml"
+    document.write_text(
+        "name: three\n"
+        "subsets:\n"
+        "  a: {select: {metadata: [metadata/*.parquet]}, download: {}, filter: {}}\n"
+        "  b: {from: a-download, filter: {min_side: 300}}\n"
+    )
+    return load_recipe(document)
+
+
+@pytest.mark.parametrize(
+    ("only", "start", "until", "expected"),
+    [
+        ((), None, None, ["a-select", "a-download", "a-filter", "b-filter"]),
+        (("filter",), None, None, ["a-filter", "b-filter"]),
+        (("a-select", "b-filter"), None, None, ["a-select", "b-filter"]),
+        ((), "a-download", None, ["a-download", "a-filter", "b-filter"]),
+        ((), None, "b-filter", ["a-select", "a-download", "b-filter"]),
+        ((), "a-download", "a-filter", ["a-download", "a-filter"]),
+    ],
+)
+def test_only_from_and_until_choose_along_the_edges(
+    recipe: Recipe, only: tuple[str, ...], start: str | None, until: str | None, expected: list[str]
+) -> None:
+    assert select_nodes(recipe, only, start, until) == expected
+
+
+def test_a_node_that_the_recipe_lacks_is_misuse(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="nothing: the recipe three has no such node; it has a-select"):
+        select_nodes(recipe, ("nothing",))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("error: filter: no row is left", (logging.ERROR, "filter: no row is left")),
+        ("WARNING again", (logging.WARNING, "again")),
+        ("(PoolWorker pid=12, ip=127.0.0.2) ERROR stages: torn", (logging.ERROR, "stages: torn")),
+        ("2026-11-23 00:45:00,123\tINFO worker.py:1 -- here", (logging.INFO, "worker.py:1 -- here")),
+        ("INFORMATION without a level", (logging.INFO, "INFORMATION without a level")),
+    ],
+)
+def test_a_line_keeps_its_level(line: str, expected: tuple[int, str]) -> None:
+    assert parse_line(line) == expected
+
+
+def a_dataset(store: Store, stage: str, fingerprint: str, inputs: dict[str, InputRef], *files: Path) -> Dataset:
+    entries = []
+    for file in files:
+        path = f"{stage}/units/{fingerprint}/{file.name}"
+        store.publish(file, path)
+        entries.append(FileEntry(path=path, rows=1, bytes=file.stat().st_size, sha256=sha256_of(file), unit=fingerprint))
+    manifest = Manifest(
+        stage=stage, node=f"x-{stage}", fingerprint=fingerprint, generation=0, inputs=inputs, config={}, sources={},
+        code={"stage_version": 1, "package": "0"}, columns={"url": "string"},
+        stats=Stats(rows_in=3, rows_out=2, dropped={"small": 1}),
+        summary={}, seconds=1.0, created="2026-01-01T00:00:00+00:00", files=entries,
+    )  # fmt: skip
+    return commit(store, manifest)
+
+
+def test_lineage_goes_up_and_down(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    first = a_dataset(store, "select", "aa" * 12, {})
+    second = a_dataset(store, "download", "bb" * 12, {"rows": first.manifest.reference()})
+    third = a_dataset(store, "filter", "cc" * 12, {"rows": second.manifest.reference()})
+    a_dataset(store, "filter", "dd" * 12, {"rows": second.manifest.reference()})
+    up = ancestors(store, third)
+    assert [up.branches[0].dataset, up.branches[0].branches[0].label.split()[0]] != [None, None]
+    assert up.branches[0].branches[0].reference == first.manifest.reference()
+    down = descendants(store, first)
+    assert sorted(branch.reference.fingerprint[:2] for branch in down.branches[0].branches) == ["cc", "dd"]
+    store.remove(folder_of("select", "aa" * 12))
+    assert ancestors(store, third).branches[0].branches[0].label == f"select {'aa' * 12} (removed)"
+
+
+def test_a_large_picture_is_shrunk_until_the_page_can_hold_it(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (1500, 1200, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    store = Store(str(tmp_path / "store"))
+    dataset = a_dataset(store, "evaluate", "ee" * 12, {}, tmp_path / "noise.png")
+    uri = data_uri(dataset, dataset.files[0])
+    assert (tmp_path / "noise.png").stat().st_size > 5_000_000
+    assert len(uri) <= PICTURE_BYTES + 40
+    picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
+    assert picture.width / picture.height == pytest.approx(0.8, abs=0.01)
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["unidiffuser", *map(str, arguments)])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    return int(ended.value.code or 0)
+
+
+def test_misuse_is_one_line_with_the_path_of_the_field_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, store = write_recipe(tmp_path), tmp_path / "store"
+    code = run_main(monkeypatch, "run", recipe, "--store", store, "--set", "subsets.good.select.min_widht=3")
+    assert code == 2
+    assert capsys.readouterr().err == "error: subsets.good.select.min_widht: unknown field\n"
+    assert run_main(monkeypatch, "run", tmp_path / "none.yaml", "--store", store) == 2
+    assert "none.yaml: no such recipe file" in capsys.readouterr().err
+    assert not store.exists()
+
+
+def test_a_missing_input_of_a_chosen_node_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, store = write_recipe(tmp_path), tmp_path / "store"
+    assert run_main(monkeypatch, "run", recipe, "--only", "bad-download", "--store", store) == 1
+    said = capsys.readouterr().err
+    assert said == "error: bad-download: its input bad-select is not made (never made); run with --from bad-select\n"
+
+
+def test_a_dry_run_says_why_and_begins_no_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, store = write_recipe(tmp_path), tmp_path / "store"
+    run_main(monkeypatch, "run", recipe, "--dry-run", "--force", "bad-select", "--store", store)
+    said = capsys.readouterr().out
+    assert "never made; forced" in said and "input rows (bad-select) is forced" in said
+    assert not (store / "nodes").exists()
+
+
+def test_verify_names_what_is_damaged_and_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    for name in ("good.txt", "bent.txt", "gone.txt"):
+        (tmp_path / name).write_text(name)
+    dataset = a_dataset(store, "filter", "ab" * 12, {}, *(tmp_path / n for n in ("good.txt", "bent.txt", "gone.txt")))
+    arguments = ("verify", "abab", "--store", tmp_path / "store")
+    assert run_main(monkeypatch, *arguments) == 0
+    Path(dataset.url(dataset.files[1])).write_text("bent")
+    Path(dataset.url(dataset.files[2])).unlink()
+    capsys.readouterr()
+    assert run_main(monkeypatch, *arguments) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "bent.txt: damaged" in said[0] and "gone.txt: missing" in said[1]
+
+
+def test_inspect_and_lineage_show_a_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    first = a_dataset(store, "select", "aa" * 12, {})
+    a_dataset(store, "download", "bb" * 12, {"rows": first.manifest.reference()})
+    assert run_main(monkeypatch, "inspect", "select/aaaa", "--store", tmp_path / "store") == 0
+    said = capsys.readouterr().out
+    assert "3 in, 2 out" in said and "1 small" in said and "url" in said
+    assert run_main(monkeypatch, "lineage", "aaaa", "--json", "--store", tmp_path / "store") == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["fingerprint"] == "aa" * 12 and tree["made"][0]["fingerprint"] == "bb" * 12
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from pipelines.command import app\n"
+        "try: app(['--help'])\n"
+        "finally: print(sorted({'torch', 'ray', 'prefect', 'pyarrow', 'pydantic'} & set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "demo" in done.stdout and done.stderr.strip() == "[]"
