@@ -13,6 +13,8 @@ from typing import Any
 
 from infra.processes import ServerError
 
+# A log that has to be read as a whole again and again is asked for the less often the longer it is.
+LOG_BYTES_PER_SECOND = 500_000
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
 
@@ -100,16 +102,18 @@ class RayJobs:
                         yield from lines
             except (WebSocketException, OSError):
                 pass
-            # The stream ends when the job does, and sometimes before.
-            if self.status(job) in TERMINAL:
-                whole = str(self._call("GET", f"/api/jobs/{job}/logs").get("logs") or "")
-                *lines, rest = (rest + whole[seen:]).split("\n")
-                yield from lines
+            # The stream ends when the job does, and sometimes long before: then the log is asked for as a whole.
+            ended = self.status(job) in TERMINAL
+            whole = str(self._call("GET", f"/api/jobs/{job}/logs").get("logs") or "")
+            *lines, rest = (rest + whole[seen:]).split("\n")
+            seen = max(seen, len(whole))
+            yield from lines
+            if ended:
                 if rest:
                     yield rest
                 return
             yield None
-            time.sleep(tick)
+            time.sleep(max(tick, len(whole) / LOG_BYTES_PER_SECOND))
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         data = json.dumps(body).encode() if body is not None else None

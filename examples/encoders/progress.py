@@ -1,0 +1,96 @@
+"""Training that can be stopped at any moment: a state file every minute, a line every few seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SAVE_EVERY_SECONDS = 60.0
+SHOW_EVERY_SECONDS = 15.0
+WEIGHT_DECAY = 0.01
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.35) -> float:
+    """Warm up linearly, stay at the peak, and fall linearly to a fiftieth of it over the last `decay` of all steps."""
+    left = (steps - step) / max(1.0, decay * steps)
+    return peak * max(0.02, min(1.0, (step + 1) / warmup, left))
+
+
+class Averaged:
+    """An exponential moving average of a model's parameters, short at the start so that early weights are usable."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.998) -> None:
+        self.decay = decay
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        keep = min(self.decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.values[name].lerp_(value, 1 - keep)
+            else:
+                self.values[name].copy_(value)
+
+
+def train(
+    state_file: Path,
+    model: nn.Module,
+    loss_at: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
+    steps: int,
+    peak: float,
+    groups: list[dict[str, Any]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Train to `steps` with AdamW, resuming from `state_file`, and return the averaged weights: at once, if it is that far.
+
+    Args:
+        state_file: written every minute, first under another name, then renamed.
+        loss_at: the loss of one step and figures to print. Its data must depend on the step alone, so that a resumed run
+            sees what an uninterrupted one would have.
+        groups: AdamW's parameter groups, each with the `scale` of its learning rate.
+    """
+    groups = groups or [{"params": list(model.parameters()), "scale": 1.0}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    average, first = Averaged(model), 0
+    if state_file.exists():
+        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values, first = state["average"], state["step"]
+        print(f"{state_file.stem}: going on from step {first}", flush=True)
+
+    def save(step: int) -> None:
+        state_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = state_file.with_suffix(".partial")
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values, "step": step}
+        torch.save(state, partial)
+        partial.replace(state_file)
+
+    shown = saved = time.monotonic()
+    since = first
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, steps, peak)
+        optimizer.zero_grad(set_to_none=True)
+        loss, figures = loss_at(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update(model, step)
+        now = time.monotonic()
+        if now - shown >= SHOW_EVERY_SECONDS or step + 1 == steps:
+            text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            rate = (step + 1 - since) / (now - shown + 1e-9)
+            print(f"{state_file.stem}: {step + 1}/{steps} loss {loss.item():.4f} {text} {rate:.2f} steps/s", flush=True)
+            shown, since = now, step + 1
+        if now - saved >= SAVE_EVERY_SECONDS:
+            save(step + 1)
+            saved = now
+    if first < steps:
+        save(steps)
+    return average.values

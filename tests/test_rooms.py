@@ -1,0 +1,75 @@
+"""The rooms' rules: which may import which, and that a stage's code does not change without a new version."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from stages import versions
+
+ROOT = Path(__file__).parent.parent
+BELOW = {
+    "pipelines": {"stages", "training", "unidiffuser", "infra", "examples"},
+    "stages": {"training", "unidiffuser", "infra"},
+    "training": {"unidiffuser", "infra"},
+    "unidiffuser": set(),
+    "infra": set(),
+    "examples": {"unidiffuser", "infra"},
+}
+FORBIDDEN = {
+    "stages": {"prefect"},
+    "training": {"prefect"},
+    "unidiffuser": {"ray", "prefect", "deepspeed"},
+    "infra": {"torch"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", BELOW)
+def test_imports_point_downwards(room):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        wrong = imported(path) & ((BELOW.keys() - BELOW[room] - {room}) | FORBIDDEN.get(room, set()))
+        assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_ray_is_in_one_file_of_the_training_room():
+    users = [path.name for path in (ROOT / "training").glob("*.py") if "ray" in imported(path)]
+    assert users == ["launch.py"]
+
+
+def test_stage_code_does_not_change_without_a_new_version():
+    assert versions.problems() == []
+
+
+def test_a_change_of_code_is_noticed_and_one_of_comments_is_not(tmp_path, monkeypatch):
+    before = versions.code_digest("select")
+    copy = tmp_path / "project"
+    for path in versions.sources("select"):
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text(encoding="utf-8"))
+    monkeypatch.setattr(versions, "ROOT", copy)
+    stage = copy / "stages" / "select.py"
+    original = stage.read_text()
+    stage.write_text("# a comment\n" + original)
+    assert versions.code_digest("select") == before
+    stage.write_text(original + "\nCHANGED = 1\n")
+    assert versions.code_digest("select") != before
+
+
+def test_the_sources_of_a_stage_include_what_it_imports():
+    names = {str(path.relative_to(ROOT)) for path in versions.sources("train")}
+    assert {"stages/train.py", "training/loop.py", "unidiffuser/uvit.py", "unidiffuser/objective.py"} <= names
+    assert not names & versions.MACHINERY
