@@ -25,16 +25,18 @@ from stages.export import assemble, encoder_digests
 from stages.pictures import loss_curve, sample_sheet
 from stages.recipe import encoder, external_file
 
-PROMPTS_A_UNIT = 50
+PROMPTS_A_UNIT = 25
 SHEET = 6
 
 
 class EvaluateConfig(StageConfig):
     prompts: str = external_file(..., "Parquet file with a column `caption`, and `image` (bytes) where there are real images")
     count: int = Field(200, ge=2, description="prompts to use, the first of the file")
+    untrained: int = Field(50, ge=2, description="prompts that the untrained network gets, for the floor")
     steps: int = Field(20, ge=1, description="network calls a sample")
     guidance: float = Field(3.0, ge=0, description="scale s of c + s * (c - u)")
     sampler: str = Field("dpm++2m", description="sampler's name")
+    beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
     seed: int = Field(0, description="seed of the first sample; the n-th has seed + n")
     weights: str = Field("ema", pattern="^(ema|model)$", description="which weights: the moving average or the last")
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
@@ -79,8 +81,8 @@ class Model:
         """`count` results with the seeds from `first` on: one for every input, or that many where the task takes none."""
         config = self.config
         return self.unidiffuser.generate(
-            task, count=1 if inputs else count, steps=config.steps, guidance=config.guidance, sampler=config.sampler,
-            seeds=[config.seed + first + n for n in range(count)], batch=config.batch, **inputs,
+            task, count=1 if inputs else count, seeds=[config.seed + first + n for n in range(count)], steps=config.steps,
+            guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch, **inputs,
         )  # fmt: skip
 
     def untrained(self) -> Any:
@@ -127,7 +129,7 @@ class Report(Model):
         captions = self.prompts["caption"].to_pylist()
         scores = {
             "text_to_image": self.preference(captions, _images(drawn["model"])),
-            "text_to_image_untrained": self.preference(captions, _images(drawn["untrained"])),
+            "text_to_image_untrained": self.preference(captions[: self.config.untrained], _images(drawn["untrained"])),
         }
         if "captions" in drawn:
             real = self.real_images(0, len(captions))
@@ -210,8 +212,9 @@ def plan_draws(job: Job, _: Records) -> Iterator[Unit]:
     kinds = ["model", "untrained", *(["captions"] if "image" in table.column_names else [])]
     digest = next(iter(job.sources.values()))
     for kind in kinds:
-        for start in range(0, len(table), PROMPTS_A_UNIT):
-            stop = min(start + PROMPTS_A_UNIT, len(table))
+        count = min(len(table), job.config.untrained) if kind == "untrained" else len(table)
+        for start in range(0, count, PROMPTS_A_UNIT):
+            stop = min(start + PROMPTS_A_UNIT, count)
             yield Unit(f"{kind}-{start:05d}", (digest,), {"kind": kind, "start": start, "stop": stop}, stop - start)
 
 

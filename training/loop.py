@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,25 +32,6 @@ from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT, UViTConfig
 
 log = logging.getLogger(__name__)
-
-
-class _Objective(JointObjective):
-    """The joint objective on a `Batch`, whose timesteps and noise the loader drew for each sample by its place."""
-
-    def on(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        self._drawn = batch
-        return self(model, batch.clean)
-
-    def _noised(
-        self, batch: Any, generator: torch.Generator | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        drawn = self._drawn
-        noised = {
-            part.name: self.schedule.add_noise(drawn.clean[part.name], drawn.noise[part.name], drawn.timesteps[modality.name])
-            for modality in self.modalities
-            for part in modality.parts
-        }
-        return drawn.timesteps, drawn.noise, noised
 
 
 def uvit_config(config: TrainConfig, modalities: tuple[Modality, ...]) -> UViTConfig:
@@ -104,13 +84,17 @@ class _Run:
         schedule = NoiseSchedule().to(device)
         self.loader = Loader(self.config, job.shards, self.rank, self.world, _gathered, schedule.steps)
         self.model_config = uvit_config(self.config, self.loader.modalities)
-        self.objective = _Objective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
+        self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
         self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
         self.meter = Meter(self.config.global_batch, self.loader.rows, self.config.log_every)
         self.step, self.optimizer_steps = 0, 0
         self._start()
         held_out = self.loader.validation()
         self.held_out = held_out.split(self.config.micro_batch or len(held_out)) if held_out else []
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective on timesteps and noise that the loader drew for each sample by its place."""
+        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise)
 
     def _start(self) -> None:
         """Model, engine, moving average and counters: new, resumed, or from another run's checkpoint."""
@@ -165,7 +149,7 @@ class _Run:
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
         totals = torch.zeros(2 + len(self.parts), device=self.device)
         for micro_batch in micro_batches:
-            loss, parts = self.objective.on(self.engine, micro_batch)
+            loss, parts = self._loss(micro_batch)
             self.engine.backward(loss)
             self.engine.step()
             totals[1:] += torch.stack([loss.detach(), *(parts[name] for name in self.parts)]) / len(micro_batches)
@@ -204,7 +188,7 @@ class _Run:
                 for number in range(int(rounds)):
                     # With ZeRO 3 a forward pass is collective: who has run out of samples repeats one, and counts nothing.
                     batch = self._held_out(number).to(self.device)
-                    loss, parts = self.objective.on(self.engine, batch)
+                    loss, parts = self._loss(batch)
                     if number < len(self.held_out):
                         totals[0] += len(batch)
                         totals[1:] += torch.stack([loss, *(parts[name] for name in self.parts)]) * len(batch)

@@ -74,7 +74,37 @@ class JointObjective:
         Raises:
             KeyError: a part is missing from the batch.
         """
-        timesteps, noise, noised = self._noised(batch, generator)
+        return self.loss(model, batch, *self.draw(batch, generator), data_type)
+
+    def draw(
+        self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Independent timesteps 1 .. N by modality, (B,), and standard normal noise by part, fp32."""
+        timesteps, noise = {}, {}
+        for modality in self.modalities:
+            first = batch[modality.parts[0].name]
+            timesteps[modality.name] = torch.randint(
+                1, self.schedule.steps + 1, first.shape[:1], generator=generator, device=first.device
+            )
+            for part in modality.parts:
+                clean = batch[part.name]
+                noise[part.name] = torch.randn(clean.shape, generator=generator, device=clean.device)
+        return timesteps, noise
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        timesteps: Mapping[str, Tensor],
+        noise: Mapping[str, Tensor],
+        data_type: Tensor | int | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As calling the objective, with timesteps by modality, (B,), and noise by part that the caller drew."""
+        noised = {
+            part.name: self.schedule.add_noise(batch[part.name].float(), noise[part.name], timesteps[modality.name])
+            for modality in self.modalities
+            for part in modality.parts
+        }
         predicted = model(noised, timesteps) if data_type is None else model(noised, timesteps, data_type)
 
         loss = torch.zeros((), device=next(iter(noise.values())).device)
@@ -87,27 +117,6 @@ class JointObjective:
                 loss = loss + part.weight / self.total_weight * mse
                 parts[part.name] = mse.detach()
         return loss, parts
-
-    def _noised(
-        self, batch: Mapping[str, Tensor], generator: torch.Generator | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Timesteps by modality, noise by part and noised data by part, in fp32."""
-        timesteps, noise, noised = {}, {}, {}
-        for modality in self.modalities:
-            first = batch[modality.parts[0].name]
-            t = torch.randint(
-                1,
-                self.schedule.steps + 1,
-                first.shape[:1],
-                generator=generator,
-                device=first.device,
-            )
-            timesteps[modality.name] = t
-            for part in modality.parts:
-                clean = batch[part.name].float()
-                noise[part.name] = torch.randn(clean.shape, generator=generator, device=clean.device)
-                noised[part.name] = self.schedule.add_noise(clean, noise[part.name], t)
-        return timesteps, noise, noised
 
     def _sample_weight(self, t: Tensor) -> Tensor:
         if self.min_snr_gamma is None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,6 @@ from infra.store import Store
 from stages.contract import Stage, digest_of, result_fields, scratch_output
 from stages.graph import Planned
 from stages.runner import run_stage
-
-
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray with 2 CPUs."""
-    import ray
-
-    # Workers run at niceness 15 otherwise: on a busy machine a test would wait minutes for one to start.
-    os.environ["RAY_worker_niceness"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.training.gang import ROOT
 from tests.training.synthetic import KeepIn, config, write_shards
 from training.history import Row
 from training.job import TrainingError, TrainJob
 from training.launch import train
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import ray
-
-    environment = {"PYTHONPATH": str(ROOT)}
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside other work the workers would starve
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
-    yield
-    ray.shutdown()
-
-
-def test_progress_checkpoints_and_a_request_to_stop(cluster: None, tmp_path: Path) -> None:
+def test_progress_checkpoints_and_a_request_to_stop(ray_cluster: None, tmp_path: Path) -> None:
     shards = write_shards(tmp_path / "shards")
     settings = config(workers=2, steps=100_000, checkpoint_every=50_000, log_every=5)
     stop, rows = threading.Event(), []
@@ -45,7 +31,7 @@ def test_progress_checkpoints_and_a_request_to_stop(cluster: None, tmp_path: Pat
     assert steps == list(range(5, outcome.step + 1, 5))
 
 
-def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(cluster: None, tmp_path: Path) -> None:
+def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(ray_cluster: None, tmp_path: Path) -> None:
     missing = str(tmp_path / "gone.parquet")
     job = TrainJob(config(), (missing,), str(tmp_path / "work"), KeepIn(str(tmp_path)))
     with pytest.raises(TrainingError, match="gone.parquet: cannot be read"):
