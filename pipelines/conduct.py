@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -111,5 +112,9 @@ def _say_where(run: Run, address: str, wish: Wish, console: Console) -> None:
 
 
 def _wait_for_signal() -> None:
-    # Ctrl-C ends the waiting and nothing else: the run is over and well.
-    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    # Ctrl-C ends the waiting and nothing else: the run is over and well. Handlers, since a shell may have it ignored.
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.wait(1.0):
+        pass
