@@ -278,7 +278,7 @@ def _explain(error: ValidationError, place: str) -> str:
     problems = error.errors(include_url=False)
     first = problems[0]
     path = ".".join(str(part) for part in (place, *first["loc"]) if str(part) != "")
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = (first["msg"][0].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
     elif first["type"] != "missing":

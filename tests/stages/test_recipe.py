@@ -1,0 +1,167 @@
+"""Recipes: every mistake is one line with the path of the field; fingerprints follow what decides a result and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.store import Store
+from stages.graph import plan
+from stages.recipe import RecipeError, load_recipe
+
+GOOD = """
+name: good
+subsets:
+  a: {select: {metadata: [m/*.parquet]}, download: {}, filter: {}, encode: {size: 256}}
+  b: {from: a-download, filter: {min_side: 512}, encode: {size: 512}}
+text-codec: {captions: a}
+train:
+  small: {data: [a], steps: 10, global_batch: 4}
+  large: {from: small, data: [a, b], steps: 10, global_batch: 4}
+evaluate: {prompts: prompts.parquet}
+export: {}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "m").mkdir()
+    pq.write_table(pa.table({"URL": ["http://x.example/1.png"], "TEXT": ["a"]}), tmp_path / "m" / "0.parquet")
+    pq.write_table(pa.table({"caption": ["a", "b"]}), tmp_path / "prompts.parquet")
+    path = tmp_path / "good.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def fingerprints(recipe: Path, *overrides: str) -> dict[str, str]:
+    store = Store(str(recipe.parent / "store"))
+    return {name: node.fingerprint for name, node in plan(load_recipe(recipe, overrides), store).items()}
+
+
+def changed(recipe: Path, *overrides: str) -> set[str]:
+    before, after = fingerprints(recipe), fingerprints(recipe, *overrides)
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_nodes_and_their_inputs(recipe: Path) -> None:
+    nodes = load_recipe(recipe).nodes
+    assert {name: sorted(node.inputs.values()) for name, node in nodes.items()} == {
+        "a-select": [],
+        "a-download": ["a-select"],
+        "a-filter": ["a-download"],
+        "text-codec": ["a-select"],
+        "a-encode": ["a-filter", "text-codec"],
+        "b-filter": ["a-download"],
+        "b-encode": ["b-filter", "text-codec"],
+        "train-small": ["a-encode"],
+        "train-large": ["a-encode", "b-encode", "train-small"],
+        "evaluate": ["text-codec", "train-large", "train-large", "train-small"],
+        "export": ["text-codec", "train-large"],
+    }
+    done: set[str] = set()
+    for node in nodes.values():
+        assert set(node.inputs.values()) <= done, f"{node.name} comes before its input"
+        done.add(node.name)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("subsets.a.filter.min_sid=3", "subsets.a.filter.min_sid: unknown field"),
+        ("subsets.a.encode.size=big", "subsets.a.encode.size: input should be a valid integer.*got 'big'"),
+        ("subsets.a.encode.size=1", "subsets.a.encode.size: input should be greater than or equal to 32 .got 1."),
+        ("subsets.a.crop={}", "subsets.a.crop: unknown; expected select, download, filter, encode or from"),
+        ("subsets.b.from=a-crop", "subsets.b.from: no node a-crop before it"),
+        ("subsets.b.select={metadata: [x]}", "subsets.b.select: a-download already stands after it"),
+        ("subsets.A={}", "subsets.A: 'A' is no name"),
+        ("train.small.data=[c]", "train.small.data: the subset c has no encode"),
+        ("train.small.data=a", "train.small.data: expected a list of subsets"),
+        ("train.small.model.depth=3", "train.small.model: depth is 3; it must be even"),
+        ("train.small.optimizer.lr=fast", "train.small.optimizer.lr: input should be a valid number"),
+        ("train.large.from=none", "train.large.from: no training stage none before it"),
+        ("text-codec.captions=c", "text-codec.captions: expected a subset that has a select"),
+        ("encoders.vea=embedded", "encoders.vea: unknown field"),
+        ("trian={}", "trian: unknown field"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_path_of_the_field(recipe: Path, override: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as raised:
+        load_recipe(recipe, [override])
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_files_are_named(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="nowhere.yaml: no such recipe file"):
+        load_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(RecipeError, match="a-select: .*nothing-here.parquet: no such file"):
+        fingerprints(recipe, "subsets.a.select.metadata=[nothing-here.parquet]")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("name: [")
+    with pytest.raises(RecipeError, match="bad.yaml: not YAML"):
+        load_recipe(bad)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "subsets.a.download.threads=3",
+        "subsets.a.download.hosts={x.example: '127.0.0.1:1'}",
+        "subsets.a.filter.batch=3",
+        "subsets.a.encode.workers=3",
+        "train.small.workers=2",
+        "train.small.micro_batch=2",
+        "train.small.zero_stage=2",
+        "train.small.model.activation_checkpointing=true",
+        "description=other words",
+    ],
+)
+def test_operational_fields_change_no_fingerprint(recipe: Path, override: str) -> None:
+    assert changed(recipe, override) == set()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("subsets.b.filter.min_side=600", {"b-filter", "b-encode", "train-large", "evaluate", "export"}),
+        ("train.large.optimizer.lr=0.1", {"train-large", "evaluate", "export"}),
+        ("train.small.global_batch=8", {"train-small", "train-large", "evaluate", "export"}),
+        ("evaluate.guidance=1", {"evaluate"}),
+        ("text-codec.seed=1", {"text-codec", "a-encode", "b-encode", "train-small", "train-large", "evaluate", "export"}),
+    ],
+)
+def test_a_field_that_decides_a_result_changes_its_node_and_what_follows(recipe: Path, override: Any, expected: set[str]) -> None:
+    assert changed(recipe, override) == expected
+
+
+def test_files_count_by_content_and_not_by_place(recipe: Path, tmp_path: Path) -> None:
+    before = fingerprints(recipe)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    for name in ("m", "prompts.parquet", "good.yaml"):
+        source = tmp_path / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, other / name)
+    assert fingerprints(other / "good.yaml") == before
+    pq.write_table(pa.table({"caption": ["a", "c"]}), other / "prompts.parquet")
+    after = fingerprints(other / "good.yaml")
+    assert {name for name in before if before[name] != after[name]} == {"evaluate"}
+
+
+def test_force_begins_a_generation_that_stays(recipe: Path) -> None:
+    store = Store(str(recipe.parent / "store"))
+    loaded = load_recipe(recipe)
+    before = plan(loaded, store)
+    forced = plan(loaded, store, force=frozenset({"a-filter"}))
+    assert forced["a-filter"].generation == 1 and forced["a-filter"].fingerprint != before["a-filter"].fingerprint
+    assert forced["a-encode"].fingerprint != before["a-encode"].fingerprint
+    assert forced["b-filter"].fingerprint == before["b-filter"].fingerprint
+    assert {n: p.fingerprint for n, p in plan(loaded, store).items()} == {n: p.fingerprint for n, p in forced.items()}
+
+
+def test_the_recipes_that_we_ship_are_good() -> None:
+    for path in (Path(__file__).parent.parent.parent / "configs").glob("*.yaml"):
+        assert load_recipe(path).nodes
