@@ -24,7 +24,7 @@ from examples.little_web.compose import BACKGROUNDS, DRAWINGS, all_scenes, paint
 
 CHANNELS = (8, 8, 24, 48, 96, 128)
 LATENT_CHANNELS = 6
-STEPS = 12000
+STEPS = 4000
 PEAK_LEARNING_RATE = 1e-3
 KL_WEIGHT = 6e-4
 EDGE_WEIGHT = 1.0
