@@ -66,7 +66,8 @@ class Command:
 
     def finish(self, signal_number: int | None = None) -> tuple[int, str]:
         if signal_number is not None:
-            self.process.send_signal(signal_number)
+            # To the command's whole process group, as a terminal does.
+            os.killpg(self.process.pid, signal_number)
         rest, _ = self.process.communicate(timeout=300)
         self.lines += rest.splitlines(keepends=True)
         return self.process.returncode, "".join(self.lines)
@@ -76,7 +77,15 @@ def start(*arguments: str | Path) -> Command:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
     command = [sys.executable, "-m", "pipelines.command", *map(str, arguments)]
     return Command(
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd="/")
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            cwd="/",
+            start_new_session=True,
+        )  # fmt: skip
     )
 
 

@@ -11,23 +11,16 @@ import pytest
 from infra.dataset import Dataset
 from infra.external import resolve
 from infra.store import Store
-from stages.contract import Stage, digest_of, result_fields, scratch_output
+from stages.contract import Stage, digest_of, result_fields
 from stages.graph import Planned
 from stages.runner import run_stage
+from tests.stages import killed
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units run one after the other in this process; the rest of the runner is the real one."""
-
-    def run_pool(job, phase, pending, units, done):
-        worker = phase.worker(job)
-        for unit, key in pending:
-            with scratch_output() as out:
-                worker.run(unit, out)
-                done(unit, out.publish(job, key, unit.name, 0.0))
-
-    monkeypatch.setattr("stages.pool.run_pool", run_pool)
+    monkeypatch.setattr("stages.pool.run_pool", killed.in_process)
 
 
 @pytest.fixture
