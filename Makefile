@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup demo test lint encoders lock clean
+.PHONY: setup demo test test-slow lint encoders text-decoder shapes lock clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,10 @@ demo: setup
 test: setup lint
 	$(PY) -m pytest
 
+# Schedules, leases, crashes and cancellations of real deployments, which are mostly waiting.
+test-slow: setup
+	$(PY) -m pytest -m slow
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,6 +38,14 @@ lint: setup
 # Retrains the small encoders that the project ships: a few hours on 2 cores, resumable.
 encoders: setup
 	$(PY) -m examples.encoders
+
+# Trains the text decoder alone on captions of the demo's kind, and keeps its BLEU-4: a few minutes on 2 cores.
+text-decoder: setup
+	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
+
+# One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour on 2 cores, resumable.
+shapes: setup
+	$(PY) -m examples.shapes
 
 # Pins every dependency with hashes; run it after changing pyproject.toml.
 lock: | $(UV)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -18,7 +19,9 @@ from infra.store import Store, StoreError
 FILES_INLINE = 2000
 
 
-class FileEntry(BaseModel):
+# Slots: there are as many of these as files and units, and a model of pydantic takes ten times the memory.
+@dataclass(slots=True)
+class FileEntry:
     """One file of a dataset; `path` is relative to the store, since units are shared between datasets of a stage."""
 
     path: str
@@ -33,12 +36,13 @@ class FileEntry(BaseModel):
         return self.path.split(f"/{self.unit}/", 1)[-1]
 
 
-class Stats(BaseModel):
+@dataclass(slots=True)
+class Stats:
     """Rows in, rows out and rows dropped by reason. They always add up: in = out + dropped."""
 
     rows_in: int = 0
     rows_out: int = 0
-    dropped: dict[str, int] = Field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     def adds_up(self) -> bool:
         return self.rows_in == self.rows_out + sum(self.dropped.values())
@@ -141,10 +145,12 @@ def commit(store: Store, manifest: Manifest) -> Dataset:
         lost = stats.rows_in - stats.rows_out - sum(stats.dropped.values())
         raise ValueError(f"{manifest.node}: {lost} of {stats.rows_in} rows are neither written nor counted as dropped")
     folder = folder_of(manifest.stage, manifest.fingerprint)
-    document = manifest.model_dump(mode="json", by_alias=True)
-    if len(manifest.files) > FILES_INLINE:
+    many = len(manifest.files) > FILES_INLINE
+    document = manifest.model_dump(mode="json", by_alias=True, exclude={"files"} if many else None)
+    if many:
+        columns = {column.name: [getattr(entry, column.name) for entry in manifest.files] for column in fields(FileEntry)}
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(document["files"]), buffer)
+        pq.write_table(pa.table(columns), buffer)
         store.write(f"{folder}/files.parquet", buffer.getvalue())
         document["files"] = None
     store.write_json(f"{folder}/manifest.json", document)
@@ -158,7 +164,9 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
     if document is None:
         return None
     if document["files"] is None:
-        document["files"] = pq.read_table(io.BytesIO(store.read(f"{folder}/files.parquet"))).to_pylist()
+        table = pq.read_table(io.BytesIO(store.read(f"{folder}/files.parquet")))
+        columns = (table[column.name].to_pylist() for column in fields(FileEntry))
+        document["files"] = [FileEntry(*values) for values in zip(*columns, strict=True)]
     return Dataset(store, Manifest.model_validate(document))
 
 

@@ -1,16 +1,20 @@
-"""The embedded Prefect server: on loopback, with its database and UI files in the state folder, for as long as a command runs."""
+"""The embedded Prefect server, on loopback with its database and UI files in the state folder, and the worker beside it."""
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-from infra.processes import Server, free_port, recorded, spawn, stop, wait_until_ready
+from infra.processes import Server, free_port, recorded, running, spawn, stop, wait_until_ready
 
 START_SECONDS = 300.0
+# How often a flow says that it is alive; the least that Prefect takes.
+HEARTBEAT_SECONDS = 30
+WORKER = f"unidiffuser on {socket.gethostname()}"
 
 
 def configured_api() -> str | None:
@@ -30,6 +34,10 @@ def prefect_environment(state: Path, address: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         # Without this, starting the server writes into site-packages.
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),
+        # In memory, leases are lost with the server: runs that hold one die then, and slots of dead ones stay taken for ever.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # How soon a run that waits for another one of its recipe looks again; half a minute by default.
+        "PREFECT_SERVER_DEPLOYMENTS_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
     }
 
 
@@ -43,13 +51,21 @@ def start_prefect(state: Path) -> Server:
         if answers(found.address):
             return found
         stop(found, state)
-    port = free_port()
+    port = _port(state)
     address = f"http://127.0.0.1:{port}"
     # Blocks are a feature that nothing here uses; registering them costs a second of every start.
     environment = {**os.environ, **prefect_environment(state, address), "PREFECT_API_BLOCKS_REGISTER_ON_START": "false"}
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    (state / "prefect").mkdir(parents=True, exist_ok=True)
     return spawn("prefect", command, environment, state, address=address)
+
+
+def _port(state: Path) -> int:
+    """The port that the server had last, so that bookmarks, workers and running flows find it again; another when it is taken."""
+    memory = state / "prefect" / "port"
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    port = free_port(wanted=int(memory.read_text()) if memory.exists() else 0)
+    memory.write_text(str(port))
+    return port
 
 
 def wait_for_prefect(server: Server, state: Path) -> None:
@@ -68,3 +84,30 @@ def answers(address: str) -> bool:
             return reply.status == 200
     except (urllib.error.URLError, OSError):
         return False
+
+
+def start_worker(state: Path, address: str, pool: str) -> tuple[Server, bool]:
+    """A worker that runs the flows of a process pool as child processes, and whether it is a new one.
+
+    The one that an earlier command left is kept if it serves the same pool of the same API. Flows that a dead one has left go on.
+    """
+    serves = f"{address}/v2/work-pools/work-pool/{pool}"
+    found = running("worker", state)
+    if found is not None:
+        if found.address == serves:
+            return found, False
+        stop(found, state)
+    environment = {
+        **os.environ,
+        "PREFECT_API_URL": f"{address}/api",
+        # A flow looks for this machine's servers where this command did, whatever folder it runs in.
+        "UNIDIFFUSER_STATE": str(state.parent.resolve()),
+        # Look often, and take a run when its time has come, not before: one that waits for another would be taken in vain.
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+    }
+    command = [
+        sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", WORKER,
+    ]  # fmt: skip
+    return spawn("worker", command, environment, state, address=serves), True

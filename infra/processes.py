@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 # Every process below a server inherits this variable, whatever becomes of its parent: that is how survivors are recognised.
 MARK = "UNIDIFFUSER_SERVERS"
+SERVERS = ("prefect", "ray", "worker")
 
 
 class ServerError(Exception):
@@ -46,8 +47,15 @@ class Server(BaseModel):
             return False
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nobody listens on at this moment."""
+def free_port(host: str = "127.0.0.1", wanted: int = 0) -> int:
+    """A TCP port that nobody listens on at this moment; `wanted` if it is one of these."""
+    with socket.socket() as sock:
+        if wanted:
+            # As servers do it: what is left of closed connections does not make a port taken.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with contextlib.suppress(OSError):
+                sock.bind((host, wanted))
+                return wanted
     with socket.socket() as sock:
         sock.bind((host, 0))
         return int(sock.getsockname()[1])
@@ -85,16 +93,21 @@ def record(server: Server, state: Path) -> None:
     os.replace(part, path)
 
 
-def recorded(name: str, state: Path) -> Server | None:
-    """The server that an earlier command left running, or None; what a dead one left behind is removed."""
+def running(name: str, state: Path) -> Server | None:
+    """The server that an earlier command left, if it is alive; what a dead one has left is not touched."""
     try:
         server = Server.model_validate_json((state / f"{name}.json").read_text())
     except (FileNotFoundError, ValidationError):
         return None
-    if server.alive():
-        return server
-    stop(server, state)
-    return None
+    return server if server.alive() else None
+
+
+def recorded(name: str, state: Path) -> Server | None:
+    """The server that an earlier command left running, or None; what a dead one left behind is removed."""
+    if (server := running(name, state)) is None:
+        with contextlib.suppress(FileNotFoundError, ValidationError):
+            stop(Server.model_validate_json((state / f"{name}.json").read_text()), state)
+    return server
 
 
 def wait_until_ready(server: Server, ready: Callable[[], bool], state: Path, seconds: float) -> None:
@@ -158,16 +171,20 @@ def kill(processes: list[psutil.Process]) -> None:
     psutil.wait_procs(processes, timeout=5.0)
 
 
-def strays(state: Path) -> list[psutil.Process]:
-    """Processes that a server of this state folder started and that belong to no recorded server any more."""
-    ours, mine = str(state.resolve()), os.getpid()
-    known = {p.pid for name in ("prefect", "ray") if (s := recorded(name, state)) for p in family(s)}
-    found = []
+def marked(state: Path) -> list[psutil.Process]:
+    """Every process that a server of this state folder started, whatever became of that server; this one is none of them."""
+    ours, found = str(state.resolve()), []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.pid not in known and process.pid != mine and process.environ().get(MARK) == ours:
+            if process.pid != os.getpid() and process.environ().get(MARK) == ours:
                 found.append(process)
     return found
+
+
+def strays(state: Path) -> list[psutil.Process]:
+    """Processes that a server of this state folder started and that belong to no recorded server any more."""
+    known = {p.pid for name in SERVERS if (s := recorded(name, state)) for p in family(s)}
+    return [process for process in marked(state) if process.pid not in known]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import urllib.error
@@ -52,6 +53,11 @@ class RayJobs:
     def statuses(self) -> dict[str, str]:
         """Submission id -> status of every job that the cluster knows."""
         return {job["submission_id"]: job["status"] for job in self._call("GET", "/api/jobs/") if job.get("submission_id")}
+
+    def running(self, before: float = math.inf) -> list[str]:
+        """Ids of the jobs that have not ended and were submitted before a moment, in seconds since 1970."""
+        jobs = [job for job in self._call("GET", "/api/jobs/") if job.get("submission_id") and job["status"] not in TERMINAL]
+        return [job["submission_id"] for job in jobs if (job.get("start_time") or 0) / 1000 < before]
 
     def status(self, job: str) -> str:
         return str(self._call("GET", f"/api/jobs/{job}")["status"])

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+# Small files that an object store is asked for at once; the answers are held in memory.
+READ_AT_ONCE = 1000
 
 
 class StoreError(Exception):
@@ -26,6 +34,14 @@ def sha256_of(path: str | Path) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_local(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 class Store:
@@ -84,12 +100,26 @@ class Store:
         """
         try:
             data = self.fs.cat_file(self._full(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         try:
             return json.loads(data)
         except ValueError:
             raise StoreError(f"{self.url(path)}: not JSON; delete the file and run again") from None
+
+    def read_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """The contents of many small files in order, None for one that is not there; asked for many at a time."""
+        for start in range(0, len(paths), READ_AT_ONCE):
+            some = [self._full(path) for path in paths[start : start + READ_AT_ONCE]]
+            if self.local:
+                yield from map(_read_local, some)
+                continue
+            found = self.fs.cat(some, on_error="return")
+            for path in some:
+                data = found[self.fs._strip_protocol(path)]
+                if isinstance(data, Exception) and not isinstance(data, FileNotFoundError | NotADirectoryError):
+                    raise data
+                yield None if isinstance(data, Exception) else data
 
     def list(self, path: str) -> list[str]:
         """Names directly below a folder, sorted; empty when there is none."""
@@ -98,6 +128,10 @@ class Store:
         except FileNotFoundError:
             return []
         return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def modified(self, path: str) -> datetime:
+        """When a file was written."""
+        return self.fs.modified(self._full(path))
 
     def write(self, path: str, data: bytes) -> None:
         """Write a small file atomically: after a crash it is there whole or not at all."""
@@ -161,6 +195,26 @@ class Store:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         self.fs.get_file(self._full(path), str(target))
         return Path(target)
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[None]:
+        """Hold a name against every other process that works on this store; waits for it. The claim of one that dies is gone.
+
+        A byte of one file stands for a name, so nothing is left behind. Object stores and file systems without locks do nothing.
+        """
+        if not self.local:
+            yield
+            return
+        path = Path(self._full(".state/claims"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            byte = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+            yield
 
     def remove(self, path: str) -> None:
         """Delete a file or a whole folder; nothing happens when it is not there."""

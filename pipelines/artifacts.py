@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from infra.dataset import Dataset, FileEntry, Manifest
 from pipelines.lineage import artifact_link, mermaid
 from pipelines.run import Outcome, Run
+from pipelines.scores import scores_section
 from stages.graph import Planned
 
 # A page of the UI is one JSON reply: pictures are shrunk until they fit, and only the first few are shown.
@@ -42,7 +43,8 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome) -> str:
         "## Dropped",
         _drops(manifest),
         *_pictures(outcome.dataset),
-        *_block("Summary", manifest.summary),
+        *scores_section(manifest.summary.get("scores", {}), manifest.config),
+        *_block("Summary", {name: value for name, value in manifest.summary.items() if name != "scores"}),
         *_block("Configuration", manifest.config),
         *_block("Schema", manifest.columns),
     ]
@@ -84,9 +86,10 @@ def _code(manifest: Manifest) -> str:
 
 
 def _inputs(run: Run, planned: Planned) -> str:
+    # A parent is an earlier dataset of the node itself.
+    nodes = {name: planned.input_nodes.get(name, planned.name) for name in planned.inputs}
     lines = [
-        f"- {name}: [{planned.input_nodes[name]}]({artifact_link(run.recipe.name, planned.input_nodes[name])})"
-        f" `{reference.stage}/{reference.fingerprint}`"
+        f"- {name}: [{nodes[name]}]({artifact_link(run.recipe.name, nodes[name])}) `{reference.stage}/{reference.fingerprint}`"
         for name, reference in planned.inputs.items()
     ]
     outside = {**planned.sources, **planned.weights}

@@ -30,6 +30,14 @@ RecipeArgument = Annotated[Path, typer.Argument(help="Recipe file (YAML).", meta
 DatasetArgument = Annotated[
     str, typer.Argument(help="Fingerprint or its first characters, STAGE/FINGERPRINT, or the folder's path.", metavar="DATASET")
 ]
+CheckpointArgument = Annotated[
+    str,
+    typer.Argument(help="Export folder, folder in another layout, or export or train DATASET.", metavar="CHECKPOINT"),
+]
+VaeOption = Annotated[str | None, typer.Option("--vae", help="Autoencoder, where the checkpoint does not say.", metavar="REF")]
+ClipOption = Annotated[str | None, typer.Option("--clip", help="CLIP of the images, likewise.", metavar="REF")]
+TextOption = Annotated[str | None, typer.Option("--text", help="CLIP of the captions, likewise.", metavar="REF")]
+Gpt2Option = Annotated[str | None, typer.Option("--gpt2", help="GPT-2 of official files.", metavar="REF")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the recipe.", metavar="a.b=c")]
 JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="How many nodes work at a time.")]
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the servers and the UI up until Ctrl-C.")]
@@ -81,14 +89,15 @@ def demo(overrides: SetOption = None, jobs: JobsOption = 1, keep: KeepOption = F
 def status(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False, store: StoreOption = "runs") -> None:
     """Nodes of a recipe with fingerprints, rows, state, and where they lie."""
     from infra.store import Store
-    from pipelines.inspection import status_rows, status_table
+    from pipelines.inspection import funnel_table, status_rows, status_table
     from stages.recipe import load_recipe
 
-    rows = status_rows(load_recipe(recipe, overrides or ()), Store(store))
+    checked = load_recipe(recipe, overrides or ())
+    rows = status_rows(checked, Store(store))
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        console.print(status_table(rows))
+        console.print(status_table(rows), funnel_table(checked, rows))
 
 
 @app.command(epilog="Example: unidiffuser lineage 3f9a2c")
@@ -135,6 +144,136 @@ def verify(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
     console.print(f"{found.manifest.node} {found.manifest.fingerprint}: {len(found.files)} files are as the manifest says")
 
 
+@app.command(epilog="Example: unidiffuser retry-failed download/3f9a2c")
+def retry_failed(
+    dataset: DatasetArgument,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Recipe that it belongs to; else the one that made it.", metavar="RECIPE")
+    ] = None,
+    overrides: SetOption = None,
+    store: StoreOption = "runs",
+) -> None:
+    """Fetch again the rows of a download whose failure can heal, as a new dataset that the recipe goes on from."""
+    from infra.dataset import by_prefix
+    from infra.store import Store
+    from pipelines import retry
+    from stages.recipe import load_recipe
+
+    place = Store(store)
+    loaded = load_recipe(recipe, overrides or ()) if recipe else None
+    raise typer.Exit(retry.retry_failed(by_prefix(place, dataset), place, loaded, console))
+
+
+@app.command(
+    epilog="Example: unidiffuser sample 3f9a2c --task t2i --prompt 'a large red apple on the left of a blue background' --out out"
+)
+def sample(
+    checkpoint: CheckpointArgument,
+    task: Annotated[str, typer.Option("--task", help="t2i, i2t, joint, i, t, i2t2i, t2i2t, gibbs or interpolate.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What the picture shows (repeatable).")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture of any kind (repeatable).")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=999, help="Network calls a draw.")] = 50,
+    guidance: Annotated[float, typer.Option("--guidance", help="Scale s of c + s (c - u); 0 is none.")] = 7.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first result; the n-th has seed + n.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="Results of every input, or in all.")] = 1,
+    condition_t: Annotated[
+        int, typer.Option("--condition-t", help="Noise on the condition: 0 conditions fully, 1000 not at all.")
+    ] = 0,
+    sampler: Annotated[str, typer.Option("--sampler", help="dpm++2m, dpm++3m, unipc or ddim.")] = "dpm++2m",
+    size: Annotated[int | None, typer.Option("--size", help="Pixels a side, if not those it was trained for.")] = None,
+    beams: Annotated[int, typer.Option("--beams", min=1, help="Beams of the captions; 1 writes greedily.")] = 5,
+    interval: Annotated[
+        tuple[int, int] | None, typer.Option("--guidance-interval", help="Guide only at timesteps from .. to.", metavar="FROM TO")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Results drawn at once.")] = 16,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for pictures and results.jsonl.", metavar="DIR")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16, fp16; auto: bf16 on CUDA, else fp32.")] = "auto",
+    vae: VaeOption = None,
+    clip: ClipOption = None,
+    text: TextOption = None,
+    gpt2: Gpt2Option = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Draw pictures and captions from a checkpoint."""
+    from infra.store import Store
+    from pipelines import sampling
+    from pipelines.checkpoints import Named
+
+    request = sampling.Request(
+        checkpoint, task, prompt or (), image or (), count, seed,
+        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams), batch, device, dtype,
+    )  # fmt: skip
+    # Progress is no result: with --json it goes to stderr.
+    view = Console(stderr=True) if as_json else console
+    rows = sampling.run(request, Store(store), Named(vae, clip, text, gpt2), out, view)
+    if as_json:
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        return
+    console.print(sampling.results_table(rows))
+    if out is not None:
+        console.print(f"in {out}, with their settings in {sampling.RESULTS}", soft_wrap=True)
+
+
+@app.command(epilog="Example: unidiffuser convert runs/export/3f9a2c my-pipeline --to diffusers")
+def convert(
+    source: Annotated[str, typer.Argument(help="CHECKPOINT as of `sample`, or a lone U-ViT: a folder or .pth.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Folder, or .pth file for a lone official U-ViT.", metavar="DST")],
+    to: Annotated[str, typer.Option("--to", help="native, official or diffusers.", metavar="LAYOUT")],
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Heads of an official U-ViT, if not width / 64.")] = None,
+    vae: VaeOption = None,
+    clip: ClipOption = None,
+    text: TextOption = None,
+    gpt2: Gpt2Option = None,
+    store: StoreOption = "runs",
+) -> None:
+    """Write a checkpoint in another layout: ours, that of the official files, or a pipeline of diffusers."""
+    from infra.store import Store
+    from pipelines import checkpoints
+
+    with console.status(f"converting {source}"):
+        checkpoints.convert(source, target, to, Store(store), checkpoints.Named(vae, clip, text, gpt2), heads)
+    console.print(f"{to}: {target}", soft_wrap=True)
+
+
+@app.command(epilog="Example: unidiffuser deploy configs/demo.yaml")
+def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = "runs") -> None:
+    """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules."""
+    from infra.external import state_folder
+    from infra.store import Store
+    from pipelines.conduct import deploy_recipe
+    from stages.recipe import load_recipe
+
+    place = Store(store)
+    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console)
+
+
+@app.command(epilog="Example: unidiffuser up --store runs")
+def up(
+    pool: Annotated[
+        str, typer.Option("--pool", help="Work pool (of type process) that the worker serves.", metavar="NAME")
+    ] = "local",
+    store: StoreOption = "runs",
+) -> None:
+    """Start a Prefect server, a worker and Ray on this machine, and leave them running."""
+    from infra.external import state_folder
+    from infra.store import Store
+    from pipelines.machine import bring_up
+
+    bring_up(state_folder(Store(store)), pool, console)
+
+
+@app.command(epilog="Example: unidiffuser down --store runs")
+def down(store: StoreOption = "runs") -> None:
+    """Stop what `up` has started, and nothing else; runs on the worker are interrupted first."""
+    from infra.external import state_folder
+    from infra.store import Store
+    from pipelines.machine import bring_down
+
+    bring_down(state_folder(Store(store)), lambda text: console.print(text, soft_wrap=True))
+
+
 def main() -> None:
     """Entry point: errors that a person can mend are one line; 2 means misuse, 1 failure, 130 an interruption."""
     arguments = sys.argv[1:]
@@ -156,10 +295,11 @@ def main() -> None:
 def _exit_code(error: Exception) -> int:
     from infra.processes import ServerError
     from infra.store import StoreError
+    from pipelines.checkpoints import Misuse
     from stages.contract import StageError
     from stages.recipe import RecipeError
 
-    if isinstance(error, RecipeError):
+    if isinstance(error, RecipeError | Misuse):
         return 2
     return 1 if isinstance(error, StageError | StoreError | ServerError | OSError) else 0
 

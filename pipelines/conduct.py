@@ -6,21 +6,32 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from infra.external import state_folder
+from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.jobs import stop_orphans
+from pipelines.machine import find_api, find_machine
+from pipelines.parameters import Choice
 from pipelines.run import Run, plan_run
 from pipelines.selection import check_inputs, select_nodes
-from pipelines.servers import use_servers
+from pipelines.servers import Servers, use_servers
 from pipelines.terminal import TerminalView, closing_table, plan_table
+from stages.deployment import Schedule
 from stages.graph import Planned
 from stages.recipe import Recipe
+
+if TYPE_CHECKING:
+    # Prefect reads its settings when it is first imported, and that must wait until a server is chosen.
+    from prefect.states import State
 
 # Prefect shows every log line on the console as well; there it would bury ours. The UI has them all.
 QUIET_PREFECT = {"PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
@@ -37,6 +48,9 @@ class Wish:
     overrides: Sequence[str] = ()
     jobs: int = 1
     keep: bool = False
+
+    def choice(self) -> Choice:
+        return Choice(only=list(self.only), start=self.start, until=self.until, force=list(self.force))
 
 
 def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> None:
@@ -56,18 +70,23 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> None:
 def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_end: Callable[[Run], None] | None = None) -> int:
     """Run a recipe under Prefect and Ray; returns the exit code: 0, 1 when a node failed, 130 when it was interrupted.
 
+    Where `unidiffuser up` keeps the servers, the run is one of the recipe's deployment, and this command follows it.
+
     Raises:
         RecipeError, StageError, StoreError, ServerError: before anything ran, with one line that says what to do.
     """
     nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
+    if (address := find_machine(state_folder(store))) is not None:
+        return run_deployed(recipe, store, nodes, wish, address, console, at_end)
     planned = plan_run(recipe, store, wish.force)
     check_inputs(planned, nodes)
     with use_servers(state_folder(store)) as servers:
         address = servers.begin_prefect()
         with TerminalView(console) as view:
             run = Run(recipe, store, planned, nodes, servers, view, wish.jobs)
-            conduct(run, wish)
+            state = conduct(run, wish)
         console.print(closing_table(run))
+        _say_sum(state, console)
         if at_end is not None:
             at_end(run)
         _say_where(run, address, wish, console)
@@ -76,7 +95,84 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     return 130 if run.stopping.is_set() else 0
 
 
-def conduct(run: Run, wish: Wish) -> None:
+def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -> None:
+    """Register a recipe on the server that `unidiffuser up` keeps or PREFECT_API_URL names, and say what is there now.
+
+    Raises:
+        RecipeError, ServerError: with one line that says what to do.
+    """
+    address = find_api(state)
+    os.environ.update(QUIET_PREFECT)
+    from pipelines.deployments import deploy
+
+    with _server_errors(address):
+        done = deploy(recipe, store)
+    for name, deployment in done.deployments.items():
+        console.print(f"{name}: {address}/v2/deployments/deployment/{deployment}", soft_wrap=True)
+    for name in done.removed:
+        console.print(f"{name}: removed, as the recipe has no such node any more", soft_wrap=True)
+    for number, schedule in enumerate(recipe.deploy.schedules):
+        console.print(f"schedule {number}: {describe_schedule(schedule)}", soft_wrap=True)
+
+
+def describe_schedule(schedule: Schedule) -> str:
+    """``cron 0 2 * * * (Europe/Berlin), until little-encode``"""
+    kind = next(kind for kind in ("cron", "interval", "rrule") if getattr(schedule, kind) is not None)
+    chosen = {"only": ", ".join(schedule.only), "from": schedule.start, "until": schedule.until}
+    parts = [f"{kind} {getattr(schedule, kind)} ({schedule.timezone})"]
+    parts += [f"{name} {nodes}" for name, nodes in chosen.items() if nodes]
+    return ", ".join(parts if schedule.active else [*parts, "switched off"])
+
+
+def run_deployed(
+    recipe: Recipe,
+    store: Store,
+    nodes: list[str],
+    wish: Wish,
+    address: str,
+    console: Console,
+    at_end: Callable[[Run], None] | None,
+) -> int:
+    """As `run_recipe`, by a worker: the run goes on when this command is killed, and the UI can retry it."""
+    planned = plan_run(recipe, store)
+    check_inputs(planned, nodes)
+    os.environ.update(QUIET_PREFECT)
+    from pipelines.follow import follow, start_run
+
+    with _server_errors(address), TerminalView(console) as view:
+        run = Run(recipe, store, planned, nodes, Servers(state_folder(store)), view, wish.jobs)
+        flow_run = start_run(run, wish.choice(), list(wish.overrides))
+        page = f"{address}/v2/runs/flow-run/{flow_run}"
+        console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
+        state = follow(run, flow_run)
+    console.print(closing_table(run))
+    _say_sum(state, console)
+    if at_end is not None:
+        at_end(run)
+    if state.is_completed():
+        return 0
+    return 130 if state.is_cancelled() else 1
+
+
+@contextmanager
+def _server_errors(address: str) -> Iterator[None]:
+    """A server that cannot be reached, or refuses, is one line."""
+    from httpx import HTTPError
+
+    try:
+        yield
+    except HTTPError as error:
+        text = str(error).splitlines()
+        raise ServerError(f"the Prefect server at {address}: {text[0] if text else type(error).__name__}") from error
+
+
+def _say_sum(state: State[Any], console: Console) -> None:
+    """``nothing new: all 11 nodes reused``; why a run failed has been said already."""
+    if state.is_completed() and state.message:
+        console.print(state.message)
+
+
+def conduct(run: Run, wish: Wish) -> State[Any]:
     """Bring up what the run needs and run its flow; Prefect is imported while its server starts."""
     if run.needs_ray:
         run.servers.begin_ray(lambda ray: _stop_orphans(ray, run))
@@ -84,7 +180,7 @@ def conduct(run: Run, wish: Wish) -> None:
     from pipelines.flow import run_flow
 
     run.servers.wait_for_prefect()
-    run_flow(run, list(wish.overrides), list(wish.force))
+    return run_flow(run, wish.choice(), list(wish.overrides))
 
 
 def _stop_orphans(ray: RayJobs, run: Run) -> None:
@@ -92,7 +188,7 @@ def _stop_orphans(ray: RayJobs, run: Run) -> None:
         logging.getLogger("pipelines").log(level, text)
         run.view.said("ray", level, text)
 
-    stop_orphans(ray, run.planned, say)
+    stop_orphans(ray, run.planned, run.servers.since, say)
 
 
 def _say_where(run: Run, address: str, wish: Wish, console: Console) -> None:

@@ -1,41 +1,44 @@
-"""The Prefect side of a run: a flow with one task a node, chained by futures so that the graph's edges are the data's."""
+"""The Prefect side of a run: flows with one task a node, chained by futures so that the graph's edges are the data's."""
 
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 from uuid import UUID
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import StateType
+from prefect.artifacts import create_markdown_artifact
 from prefect.context import FlowRunContext
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import CancelledRun, FailedRun
 from prefect.futures import PrefectFuture
 from prefect.logging.handlers import APILogWorker
-from prefect.states import Cancelled, Completed, Crashed, Failed, State
+from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from infra.dataset import find, point
+from infra.processes import ServerError
+from infra.store import StoreError
 from pipelines.artifacts import dataset_page, run_page
+from pipelines.deployed import open_run, stop_left_jobs
+from pipelines.events import announce
 from pipelines.jobs import NodeFailed, NodeStopped, make_as_job
 from pipelines.lineage import artifact_key
-from pipelines.run import Outcome, Run
+from pipelines.parameters import Choice, values_of
+from pipelines.progress import ProgressArtifact
+from pipelines.run import Outcome, Run, snapshot
+from pipelines.slots import gpu_slots
+from pipelines.stopping import end_runs_of_killed_commands, stop_on_cancel, stop_on_signals
+from stages.contract import StageError
+from stages.recipe import RecipeError
 
 # The run that the flow and its tasks are about. Prefect copies the context into its threads.
 RUN: ContextVar[Run] = ContextVar("run")
 
-# How often the UI is asked whether somebody cancelled the run, and how often a progress bar there moves, in seconds.
-CANCEL_POLL = 3.0
-PROGRESS_EVERY = 2.0
+# What a job says goes to the task run's log under this name, apart from what Prefect says there.
+JOB_LOGGER = "prefect.task_runs.job"
 
 
 @task
@@ -43,7 +46,7 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
     """Make or reuse the dataset of one node, and publish its page. `inputs` are the results of the tasks before it."""
     run = RUN.get()
     planned = run.planned[node]
-    logger = get_run_logger()
+    logger: Any = get_run_logger()
     start = time.perf_counter()
     try:
         dataset = find(run.store, planned.stage, planned.fingerprint)
@@ -54,13 +57,16 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
             )
         else:
             logger.info("%s: %s", planned.state, "; ".join(planned.reasons))
-            progress = _ProgressArtifact(run, node)
-            seconds = make_as_job(run, planned, lambda level, text: _say(run, node, logger, level, text), progress.report)
+            progress = ProgressArtifact(run, node)
+            said = logger.getChild(JOB_LOGGER.rsplit(".", 1)[-1])
+            with gpu_slots(planned, run.stopping, lambda slots: logger.info("waiting for %d GPU slots", slots)):
+                seconds = make_as_job(run, planned, lambda level, text: _say(run, node, said, level, text), progress.report)
             dataset = find(run.store, planned.stage, planned.fingerprint)
             if dataset is None:
                 raise NodeFailed(f"the job ended well, but {planned.stage}/{planned.fingerprint} is not in {run.store.root}")
         assert dataset is not None
         point(run.store, run.recipe.name, node, dataset.manifest.reference())
+        announce(run, dataset)
         outcome = Outcome(node, "reused" if reused else "made", seconds or time.perf_counter() - start, dataset)
         create_markdown_artifact(
             dataset_page(run, planned, outcome), artifact_key(run.recipe.name, node), f"{planned.stage} {planned.fingerprint}"
@@ -72,7 +78,10 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
         run.finish(Outcome(node, "failed", time.perf_counter() - start, message=str(error)))
         return Failed(message=str(error))
     run.finish(outcome)
-    return Completed(message="reused" if reused else "made", data={"stage": planned.stage, "fingerprint": planned.fingerprint})
+    return Completed(
+        message="reused" if reused else f"made in {outcome.seconds:.1f} s",
+        data={"stage": planned.stage, "fingerprint": planned.fingerprint},
+    )
 
 
 def _say(run: Run, node: str, logger: Any, level: int, text: str) -> None:
@@ -80,49 +89,85 @@ def _say(run: Run, node: str, logger: Any, level: int, text: str) -> None:
     run.view.said(node, level, text)
 
 
-class _ProgressArtifact:
-    """The node's progress bar in the UI; made with its first report, moved at most every `PROGRESS_EVERY` seconds."""
-
-    def __init__(self, run: Run, node: str):
-        self.run, self.node = run, node
-        self.artifact: UUID | None = None
-        self.moved = 0.0
-
-    def report(self, fields: dict[str, Any]) -> None:
-        self.run.view.progress(self.node, fields)
-        finished = fields["done"] >= fields["total"]
-        if time.monotonic() - self.moved < PROGRESS_EVERY and not finished:
-            return
-        self.moved = time.monotonic()
-        percent = 100.0 * fields["done"] / max(fields["total"], 1)
-        words = f"{self.node} {describe_progress(fields)}"
-        if self.artifact is None:
-            self.artifact = cast(UUID, create_progress_artifact(percent, description=words))
-        else:
-            update_progress_artifact(self.artifact, percent, description=words)
-
-
-def describe_progress(fields: dict[str, Any]) -> str:
-    """``write: 3 of 10 units, rows 1200, rows_per_s 340.5``"""
-    known = ("node", "phase", "done", "total", "unit")
-    more = "".join(f", {name} {value}" for name, value in fields.items() if name not in known)
-    return f"{fields['phase']}: {fields['done']} of {fields['total']} {fields['unit']}{more}"
-
-
 # Every node has a thread; how many work at a time is the run's business (`Run.jobs`).
 THREADS: Any = ThreadPoolTaskRunner()
+EVERYTHING = Choice.model_validate({})
 
 
-@flow(name="recipe run", flow_run_name="{recipe}", task_runner=THREADS, validate_parameters=False)
-def recipe_run(recipe: str, nodes: list[str], store: str, overrides: list[str], force: list[str]) -> Any:
-    """Every chosen node of a recipe, as far as its inputs allow; the parameters say in the UI what was asked for."""
-    run = RUN.get()
+@flow(name="recipe", task_runner=THREADS, validate_parameters=False, on_cancellation=[stop_left_jobs])
+def recipe_run(
+    recipe: str,
+    store: str = "runs",
+    nodes: Choice = EVERYTHING,
+    config: dict[str, dict[str, Any]] | None = None,
+    overrides: list[str] | None = None,
+    jobs: int = 1,
+) -> Any:
+    """Every chosen node of a recipe, as far as its inputs allow.
+
+    Args:
+        recipe: The recipe: a YAML file, or the copy that `unidiffuser deploy` made of it.
+        store: Folder or fsspec URL of the datasets.
+        nodes: Which nodes to run; by default all.
+        config: Other values for fields of nodes, by node.
+        overrides: Further fields of the recipe, as --set takes them: a.b=c.
+        jobs: How many nodes work at a time.
+    """
+    return _conduct()
+
+
+@flow(name="node", task_runner=THREADS, validate_parameters=False, on_cancellation=[stop_left_jobs])
+def node_run(
+    recipe: str,
+    node: str,
+    store: str = "runs",
+    config: dict[str, Any] | None = None,
+    overrides: list[str] | None = None,
+    force: bool = False,
+) -> Any:
+    """One node of a recipe, from the committed datasets of the nodes before it.
+
+    Args:
+        recipe: The recipe: a YAML file, or the copy that `unidiffuser deploy` made of it.
+        node: The node.
+        store: Folder or fsspec URL of the datasets.
+        config: Other values for fields of the node.
+        overrides: Further fields of the recipe, as --set takes them: a.b=c.
+        force: Make it again, although nothing that decides it has changed.
+    """
+    return _conduct()
+
+
+def _conduct() -> Any:
+    """The flow's run: the one that a command has prepared, or in a worker's process the one that the parameters describe."""
     context = FlowRunContext.get()
     assert context is not None and context.flow_run is not None
-    run.flow_run = str(context.flow_run.id)
-    with _stop_on_signals(run), _stop_on_cancel(run, context.flow_run.id):
+    if (run := RUN.get(None)) is not None:
+        return _walk(run, context.flow_run.id)
+    logging.getLogger("prefect.flow_runs").addFilter(_no_traceback)
+    try:
+        with open_run(context.flow_run, context.parameters or {}) as run:
+            token = RUN.set(run)
+            try:
+                return _walk(run, context.flow_run.id)
+            finally:
+                RUN.reset(token)
+    except (RecipeError, StageError, StoreError, ServerError) as error:
+        return Failed(message=str(error))
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """Prefect's engine raises the final state of a run as an error of its own, and would end the log with that traceback."""
+    kind = record.exc_info[0] if isinstance(record.exc_info, tuple) else None
+    return kind not in (FailedRun, CancelledRun)
+
+
+def _walk(run: Run, flow_run: UUID) -> State[Any]:
+    """Submit a task a node, each after those that make its inputs, and publish the run's page when all have ended."""
+    run.flow_run = str(flow_run)
+    with stop_on_signals(run), stop_on_cancel(run, flow_run):
         futures: dict[str, PrefectFuture[Any]] = {}
-        for node in nodes:
+        for node in run.nodes:
             planned = run.planned[node]
             before = {name: futures[n] for name, n in planned.input_nodes.items() if n in futures}
             named = make_node.with_options(name=node, task_run_name=node)
@@ -148,70 +193,20 @@ def _final_state(run: Run) -> State[Any]:
     if run.stopping.is_set():
         return Cancelled(message="interrupted")
     made = sum(outcome.result == "made" for outcome in run.outcomes.values())
-    return Completed(message=f"{made} datasets made, {len(run.outcomes) - made} reused")
+    reused = len(run.outcomes) - made
+    return Completed(message=f"{made} datasets made, {reused} reused" if made else f"nothing new: all {reused} nodes reused")
 
 
-@contextmanager
-def _stop_on_signals(run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop the jobs and let the flow end in order; a second Ctrl-C breaks off at once."""
-
-    def stop(number: int, _: object) -> None:
-        if run.stopping.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        run.stopping.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _stop_on_cancel(run: Run, flow_run: UUID) -> Iterator[None]:
-    """Nobody but the flow itself can stop a run that has no deployment: ask the server whether it was cancelled."""
-    over = threading.Event()
-
-    def watch() -> None:
-        with get_client(sync_client=True) as client:
-            while not over.wait(CANCEL_POLL):
-                try:
-                    state = client.read_flow_run(flow_run).state
-                except Exception as error:  # a restarting server must not end the run
-                    logging.getLogger("pipelines").debug("the Prefect server does not answer: %s", error)
-                    continue
-                if state is not None and (state.is_cancelling() or state.is_cancelled()):
-                    run.stopping.set()
-                    return
-
-    thread = threading.Thread(target=watch, daemon=True, name="cancellation")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(timeout=10)
-
-
-def end_runs_of_killed_commands() -> None:
-    """A command that was killed could not say so: its runs would stay Running for ever."""
-    running = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])))
-    with get_client(sync_client=True) as client:
-        for flow_run in client.read_flow_runs(flow_run_filter=running):
-            client.set_flow_run_state(flow_run.id, Crashed(message="its command was killed"), force=True)
-
-
-def run_flow(run: Run, overrides: list[str], force: list[str]) -> State[Any]:
+def run_flow(run: Run, nodes: Choice, overrides: list[str]) -> State[Any]:
     """Run the flow in this process and return its final state; outcomes are in `run`."""
     if run.servers.alone and run.servers.embedded_prefect:
         end_runs_of_killed_commands()
+    named = recipe_run.with_options(flow_run_name=run.recipe.name)
+    asked, values = nodes.model_dump(by_alias=True, exclude_defaults=True), values_of(run.recipe, run.nodes)
     token = RUN.set(run)
     try:
-        return cast("State[Any]", recipe_run(run.recipe.name, run.nodes, run.store.root, overrides, force, return_state=True))
+        state = named(snapshot(run.recipe, run.store), run.store.root, asked, values, overrides, run.jobs, return_state=True)
+        return cast("State[Any]", state)
     finally:
         RUN.reset(token)
         # What Prefect sends in the background (states of tasks, logs) must arrive before its server is stopped.

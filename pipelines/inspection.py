@@ -17,6 +17,7 @@ from infra.store import Store
 from pipelines.lineage import Branch
 from pipelines.run import plan_run
 from pipelines.terminal import PLAN_STYLES
+from stages.catalog import FOLDER_STAGES, SUBSET_STAGES
 from stages.recipe import Recipe
 
 # How many rows and files `inspect` shows, how many characters of a cell, and how many cells of terminal a picture is wide.
@@ -66,6 +67,25 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
             row["created"] or "",
             escape(row["where"] or "; ".join(row["reasons"])),
         )
+    return table
+
+
+def funnel_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:
+    """What became of the rows of every subset, stage by stage: how many are left of all that came in, and why the others went."""
+    table = Table(title="rows", title_justify="left")
+    for head in ("node", "in", "out", "of all"):
+        table.add_column(head, justify="left" if head == "node" else "right", no_wrap=True)
+    table.add_column("dropped", overflow="fold")
+    first: dict[str, int] = {}
+    for row in rows:
+        if row["rows_in"] is None or row["stage"] not in (*SUBSET_STAGES, *FOLDER_STAGES):
+            continue
+        before = recipe.nodes[row["node"]].inputs.get("rows")
+        first[row["node"]] = first.get(before or "", row["rows_in"])
+        largest = sorted(row["dropped"].items(), key=lambda item: (-item[1], item[0]))
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in largest)
+        share = row["rows_out"] / max(first[row["node"]], 1)
+        table.add_row(row["node"], f"{row['rows_in']:,}", f"{row['rows_out']:,}", f"{share:.1%}", reasons)
     return table
 
 

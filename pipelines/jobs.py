@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.processes import ServerError
 from infra.ray_jobs import TERMINAL, RayJobs
-from pipelines.run import Run
+from pipelines.run import Run, snapshot
 from stages.graph import Planned
 
 Say = Callable[[int, str], None]
@@ -92,10 +92,7 @@ def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say) -> str:
         say(logging.INFO, f"re-attached to the job {prefix}{last}, which is still running")
         return f"{prefix}{last}"
     job = f"{prefix}{last + 1}"
-    command = [
-        sys.executable, "-m", "stages", str(run.snapshot()), planned.name,
-        "--store", run.store.root, "--folder", str(run.recipe.folder),
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "stages", snapshot(run.recipe, run.store), planned.name, "--store", run.store.root]
     ray.submit(job, shlex.join(command), job_environment())
     say(logging.INFO, f"submitted the Ray job {job}")
     return job
@@ -109,13 +106,22 @@ def stop_job(ray: RayJobs, job: str) -> None:
         time.sleep(0.2)
 
 
-def stop_orphans(ray: RayJobs, planned: Mapping[str, Planned], say: Say) -> None:
-    """Stop jobs that a killed command left running and that this run will not re-attach to."""
+def stop_orphans(ray: RayJobs, planned: Mapping[str, Planned], before: float, say: Say) -> None:
+    """Stop jobs that a killed command left running and that this run will not re-attach to; `before` is when this one began."""
     wanted = {f"{p.name}-{p.fingerprint}" for p in planned.values()}
-    for job, status in ray.statuses().items():
-        if status not in TERMINAL and job.rsplit("-", 1)[0] not in wanted:
+    for job in ray.running(before):
+        if job.rsplit("-", 1)[0] not in wanted:
             say(logging.WARNING, f"stopped the job {job}, which an earlier command left running")
             stop_job(ray, job)
+
+
+def stop_jobs_of(ray: RayJobs, planned: Mapping[str, Planned]) -> list[str]:
+    """Stop whatever jobs of these nodes are still running; returns their ids."""
+    wanted = {f"{p.name}-{p.fingerprint}" for p in planned.values()}
+    jobs = [job for job in ray.running() if job.rsplit("-", 1)[0] in wanted]
+    for job in jobs:
+        stop_job(ray, job)
+    return jobs
 
 
 def _follow(ray: RayJobs, job: str, stopping: threading.Event, say: Say, report: Report) -> tuple[str, str]:

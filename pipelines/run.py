@@ -6,11 +6,9 @@ import json
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from infra.dataset import Dataset
-from infra.external import state_folder
 from infra.store import Store
 from pipelines.servers import Servers
 from stages.contract import digest_of
@@ -68,22 +66,25 @@ class Run:
     def needs_ray(self) -> bool:
         return any(self.planned[node].state != "hit" for node in self.nodes)
 
-    def snapshot(self) -> Path:
-        """The recipe's document after all overrides, as a file that a job reads. Named by content, so jobs share it."""
-        # In the order of the file: a subset may start from one before it.
-        document = json.dumps(self.recipe.document, indent=1, default=str)
-        folder = state_folder(self.store) / "recipes"
-        path = folder / f"{self.recipe.name}-{digest_of(document)[:12]}.json"
-        if not path.exists():
-            Store(str(folder)).write(path.name, document.encode())
-        return path
-
     def finish(self, outcome: Outcome) -> None:
         self.outcomes[outcome.node] = outcome
         self.view.finished(outcome)
 
     def failures(self) -> list[Outcome]:
         return [outcome for outcome in self.outcomes.values() if outcome.result == "failed"]
+
+
+def snapshot(recipe: Recipe, store: Store) -> str:
+    """The recipe's document after all overrides, as a file in the store that jobs and deployments read; returns its address.
+
+    Named by content, so runs share it.
+    """
+    # In the order of the file: a subset may start from one before it.
+    document = json.dumps({**recipe.document, "folder": str(recipe.folder)}, indent=1, default=str)
+    path = f".state/recipes/{recipe.name}-{digest_of(document)[:12]}.json"
+    if not store.exists(path):
+        store.write(path, document.encode())
+    return store.url(path)
 
 
 def plan_run(recipe: Recipe, store: Store, force: Sequence[str] = ()) -> dict[str, Planned]:

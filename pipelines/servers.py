@@ -5,30 +5,36 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from infra.prefect_server import configured_api, prefect_environment, start_prefect, wait_for_prefect
-from infra.processes import Server, kill, locked, nobody_else, recorded, share, stop, strays
+from infra.processes import SERVERS, Server, kill, locked, nobody_else, recorded, share, stop, strays
 from infra.ray_cluster import configured_ray, start_ray
 from infra.ray_jobs import RayJobs, user_token
 
 # How long a server may take to end in order. Ray has nothing to save once its jobs are stopped; Prefect closes its database.
-GRACE = {"ray": 3.0, "prefect": 8.0}
+GRACE = {"ray": 3.0, "prefect": 8.0, "worker": 8.0}
+
+# While this file is there, the servers stay up whatever command ends: `unidiffuser up` writes it, `down` removes it.
+KEPT = "up.json"
 
 
 class Servers:
     """Prefect and Ray of one command; both come up in the background while the command goes on.
 
-    `alone` says that no other command uses the embedded servers, so that a job found running on them has lost its own.
+    `alone` says that no other command uses the embedded servers, so that a job found running on them has lost its own if it
+    began before `since`.
     """
 
-    def __init__(self, state: Path, cpus: int | None, alone: bool):
+    def __init__(self, state: Path, cpus: int | None = None, alone: bool = False):
         self.state = state
         self.cpus = cpus
         self.alone = alone
+        self.since = time.time()
         self.embedded_ray = configured_ray() is None
         self.embedded_prefect = configured_api() is None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="servers")
@@ -79,6 +85,13 @@ class Servers:
         """
         return RayJobs(str(configured_ray()), user_token()) if self._ray is None else self._ray.result()
 
+    def find_ray(self) -> RayJobs | None:
+        """The Jobs API of the cluster if it is there already."""
+        if not self.embedded_ray:
+            return self.ray()
+        found = recorded("ray", self.state)
+        return RayJobs(found.address, found.token) if found else None
+
     def close(self) -> None:
         """Stop the embedded servers; a start that is still under way then fails, and what it left is stopped too."""
         self._stop()
@@ -86,7 +99,7 @@ class Servers:
         self._stop()
 
     def _stop(self) -> None:
-        running = [server for name in GRACE if (server := recorded(name, self.state))]
+        running = [server for name in SERVERS if (server := recorded(name, self.state))]
         stopping = [threading.Thread(target=stop, args=(server, self.state, GRACE[server.name])) for server in running]
         for thread in stopping:
             thread.start()
@@ -96,7 +109,8 @@ class Servers:
 
 @contextmanager
 def use_servers(state: Path, cpus: int | None = None) -> Iterator[Servers]:
-    """The servers for one command. The last command that uses the embedded ones stops them, whatever way it ends.
+    """The servers for one command. The last command that uses the embedded ones stops them, whatever way it ends, unless
+    `unidiffuser up` keeps them.
 
     A command that was killed could not: its servers are found by their records and used again, and what it left without a
     record is killed here.
@@ -113,7 +127,7 @@ def use_servers(state: Path, cpus: int | None = None) -> Iterator[Servers]:
             yield servers
         finally:
             with _uninterrupted(), locked(entry):
-                if nobody_else(users):
+                if nobody_else(users) and not (state / KEPT).exists():
                     servers.close()
 
 

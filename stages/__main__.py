@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 
 from infra.dataset import Dataset, find, point
 from infra.store import Store, StoreError
@@ -63,19 +62,18 @@ def report(planned: Planned, dataset: Dataset) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m stages", description=__doc__)
-    parser.add_argument("recipe", help="recipe file (YAML)")
+    parser.add_argument("recipe", help="recipe file (YAML), path or fsspec URL")
     parser.add_argument("node", help="node to make, such as laion-filter")
     parser.add_argument("--store", default=os.environ.get("UNIDIFFUSER_STORE", "runs"), help="folder or fsspec URL")
-    parser.add_argument("--folder", type=Path, help="folder that relative paths in the recipe are taken from")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of the recipe")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
     try:
-        run_node(load_recipe(options.recipe, options.set, options.folder), options.node, Store(options.store))
+        run_node(load_recipe(options.recipe, options.set), options.node, Store(options.store))
     except RecipeError as error:
         return _fail(error, 2, options.debug)
-    except (StageError, StoreError) as error:
+    except (StageError, StoreError, OSError) as error:
         return _fail(error, 1, options.debug)
     return 0
 

@@ -9,6 +9,7 @@ from stages.contract import Stage
 STAGES = {
     "select": "stages.select:Select",
     "download": "stages.download:Download",
+    "folder": "stages.folder:Folder",
     "filter": "stages.filter:Filter",
     "text-codec": "stages.text_codec:TextCodecStage",
     "encode": "stages.encode:Encode",
@@ -17,6 +18,8 @@ STAGES = {
     "export": "stages.export:Export",
 }
 SUBSET_STAGES = ("select", "download", "filter", "encode")
+# Of a corpus of one's own, which is there already.
+FOLDER_STAGES = ("folder", "filter", "encode")
 
 
 def stage_class(name: str) -> type[Stage]:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from infra.dataset import Dataset, FileEntry, Stats
-from infra.store import Store
+from infra.store import Store, StoreError
 
 
 class StageError(Exception):
@@ -47,9 +47,17 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
     return values
 
 
+def canonical(value: Any) -> str:
+    """A value's canonical JSON: sorted keys, no spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
 def digest_of(value: Any) -> str:
-    """24 hex digits of the sha256 of a value's canonical JSON (sorted keys, no spaces)."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """24 hex digits of the sha256 of a value's canonical JSON."""
+    return digest_of_text(canonical(value))
+
+
+def digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -62,23 +70,29 @@ class Unit:
         digests: what decides the result besides the config: sha256 of the unit's own input files, step numbers.
         payload: JSON that tells the worker what to read.
         rows: rows that go in, for progress.
+        shared: key of a unit of an earlier dataset of the stage that has just this result; instead of a key of its own.
     """
 
     name: str
     digests: tuple[str, ...]
     payload: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
+    shared: str | None = None
 
 
-class UnitRecord(BaseModel):
+@dataclass(slots=True)
+class UnitRecord:
     """`unit.json`: written after the unit's files, it makes the unit done."""
 
     key: str
     name: str
     files: list[FileEntry]
     stats: Stats
-    notes: dict[str, Any] = Field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+
+
+RECORD = TypeAdapter(UnitRecord)
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ class Job:
     """All that a phase needs to know; pickled to the workers.
 
     `inputs` are committed datasets by input name, `sources` files from outside as address -> digest, `weights` encoder
-    weights as config field -> digest.
+    weights as config field -> digest, `lists` further files from outside, by the part they play.
     """
 
     store: Store
@@ -96,13 +110,29 @@ class Job:
     inputs: Mapping[str, Dataset]
     sources: Mapping[str, str]
     weights: Mapping[str, str]
+    lists: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def unit_folder(self, key: str) -> str:
         return f"{self.stage}/units/{key[:2]}/{key}"
 
     def unit_done(self, key: str) -> UnitRecord | None:
-        found = self.store.read_json(f"{self.unit_folder(key)}/unit.json")
-        return UnitRecord.model_validate(found) if found is not None else None
+        return self.units_done([key]).get(key)
+
+    def units_done(self, keys: Sequence[str]) -> dict[str, UnitRecord]:
+        """The records of those units that are done.
+
+        Raises:
+            StoreError: a record is damaged.
+        """
+        paths = [f"{self.unit_folder(key)}/unit.json" for key in keys]
+        records = {}
+        for key, path, data in zip(keys, paths, self.store.read_many(paths), strict=True):
+            if data is not None:
+                try:
+                    records[key] = RECORD.validate_json(data)
+                except ValidationError:
+                    raise StoreError(f"{self.store.url(path)}: no record of a unit; delete the file and run again") from None
+        return records
 
 
 class Output:
@@ -128,7 +158,7 @@ class Output:
             size, digest = job.store.publish(self.folder / filename, path)
             files.append(FileEntry(path=path, rows=self.rows[filename], bytes=size, sha256=digest, unit=key))
         record = UnitRecord(key=key, name=name, files=files, stats=self.stats, notes=self.notes, seconds=seconds)
-        job.store.write_json(f"{job.unit_folder(key)}/unit.json", record.model_dump(mode="json"))
+        job.store.write_json(f"{job.unit_folder(key)}/unit.json", RECORD.dump_python(record, mode="json"))
         return record
 
 
@@ -201,6 +231,11 @@ class Stage:
     def sources(cls, config: Any) -> list[str]:
         """Files from outside the store: paths, globs or fsspec URLs. `Job.sources` holds what they resolved to."""
         return []
+
+    @classmethod
+    def lists(cls, config: Any) -> dict[str, list[str]]:
+        """Further files from outside by the part they play, which decides too; `Job.lists` holds what they resolved to."""
+        return {}
 
     @classmethod
     def weights(cls, config: Any) -> dict[str, str]:

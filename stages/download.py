@@ -1,74 +1,69 @@
 """download: fetches the images of selected rows into WebDataset tars, a unit per shard, with img2dataset's engine.
 
-Beside each ``SHARD.tar`` (the images that came) lies ``SHARD.parquet`` with every row and what became of it.
+Beside each ``SHARD.tar`` (the images that came) lies ``SHARD.parquet`` with every row and what became of it. With an input
+``parent``, an earlier download of the same rows, only the rows whose failure can heal are fetched again; shards without
+such rows are the parent's own.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
+from infra.dataset import FileEntry
+from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
 from stages.fetch import can_heal
+from stages.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.laion import SCORES
-from stages.tar import Sample, ShardWriter
+from stages.politeness import Hosts, spread
+from stages.tar import Sample, ShardWriter, read_samples
 
 if TYPE_CHECKING:
-    from stages.engine import Outcome, ShardSink
+    from stages.engine import ShardSink
 
 # What a row is called when the engine gave it back neither as an image nor as a failure.
 LOST = "engine_error"
-RESULT = pa.schema(
-    [
-        ("status", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("sha256", pa.string()),
-    ]
-)
+MISMATCH = "hash_mismatch"
+# Columns by which metadata may list the digest of an image's bytes, the stronger first. (LAION's `hash` is of URL and text.)
+DIGESTS = ("sha256", "md5")
+# Columns of the metadata that the results need the names of.
+RENAMED = ("width", "height", *DIGESTS)
 
 
-class DownloadConfig(StageConfig):
-    """How images are fetched and stored; LAION's own settings by default."""
+class DownloadConfig(ImageConfig):
+    """How images are fetched, beside how they are stored."""
 
-    image_size: int = Field(512, ge=16, description="side that images are resized to, in pixels")
-    resize_mode: Literal["no", "keep_ratio", "keep_ratio_largest", "center_crop", "border"] = Field(
-        "keep_ratio", description="keep_ratio: the shorter side becomes image_size"
-    )
-    resize_only_if_bigger: bool = Field(True, description="never enlarge")
-    skip_reencode: bool = Field(True, description="keep the bytes as fetched where nothing changes the image")
-    encode_format: Literal["jpg", "png", "webp"] = "jpg"
-    encode_quality: int = Field(95, ge=0, le=100, description="0 to 100; for png the compression level, 0 to 9")
-    min_image_size: int = Field(0, ge=0, description="pixels of the shorter side as fetched")
-    max_pixels: int = Field(100_000_000, ge=1, description="width x height as fetched, judged before decoding")
-    max_bytes: int = Field(50_000_000, ge=1, description="of one body")
     timeout: float = Field(10.0, gt=0, description="seconds without a byte")
     deadline: float = Field(60.0, gt=0, description="seconds for one URL, retries included")
+    shard_deadline: float = Field(3600.0, gt=0, description="seconds for one shard; rows not reached by then can be retried")
     retries: int = Field(2, ge=0, description="further tries after server errors, timeouts and broken connections")
+    host_failures: int = Field(
+        16, ge=0, description="attempts that a host lets end in silence in a row until a shard leaves it alone; 0 never does"
+    )
     respect_noai: bool = Field(
         True, description="leave out images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex"
     )
     user_agent_token: str | None = Field(None, description="name that sites can address in X-Robots-Tag")
+    on_hash_mismatch: Literal["keep", "drop"] = Field(
+        "drop", description="what to do with bytes that differ from the metadata's sha256 or md5, where it has one"
+    )
     allow_private: bool = Field(False, description="allow private, loopback and link-local addresses")
     hosts: dict[str, str] = operational({}, "host name -> host:port to connect to in its place (a proxy, a mirror)")
     threads: int = operational(64, "connections of one worker", ge=1, le=1024)
+    host_connections: int = operational(8, "connections of one worker to one host; a host sees this times the workers", ge=1)
     cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
     workers: int | None = operational(None, "workers at most", ge=1)
-
-    @model_validator(mode="after")
-    def _png_quality(self) -> DownloadConfig:
-        if self.encode_format == "png" and self.encode_quality > 9:
-            raise ValueError("encode_quality is the compression level for png; expected 0 to 9")
-        return self
 
 
 class Fetcher:
@@ -79,74 +74,149 @@ class Fetcher:
 
         from stages.engine import download_rows
         from stages.fetch import Limits, WebOpener
+        from stages.network import Guard
 
         self.job = job
-        config: DownloadConfig = job.config
-        limits = Limits(
+        self.config: DownloadConfig = job.config
+        config = self.config
+        self.limits = Limits(
             config.timeout, config.deadline, config.retries, config.max_bytes, config.respect_noai, config.user_agent_token
         )  # fmt: skip
-        self.opener = WebOpener(limits, config.hosts, config.allow_private)
+        self.guard = Guard(config.hosts, config.allow_private)
+        self.opener = WebOpener
         self.install = urllib.request.install_opener
         self.download = download_rows
 
     def run(self, unit: Unit, out: Output) -> None:
-        with self.job.store.open(unit.payload["path"]) as file:
-            rows = pq.read_table(file)
-        wanted = pa.table({"row": pa.array(range(rows.num_rows), pa.int64()), "url": rows["url"]})
+        rows = self._read(unit.payload["path"])
+        kept = final_outcomes(self._read(unit.payload["table"])) if "table" in unit.payload else {}
+        tried = [row for row in range(rows.num_rows) if row not in kept]
         with TemporaryDirectory(dir=out.folder) as scratch:
-            # img2dataset calls urllib.request.urlopen, which asks the process's opener.
-            self.install(self.opener)
-            sink = self.download(wanted, self.job.config, Path(scratch))
+            sink = self._fetch(rows, tried, Path(scratch))
             try:
-                outcomes = [sink.outcomes.get(row) for row in range(rows.num_rows)]
+                fetched = self._compared(rows, tried, sink)
+                outcomes = [kept.get(row) or fetched[row] for row in range(rows.num_rows)]
                 self._write_table(out.path(f"{unit.name}.parquet", rows.num_rows), rows, outcomes)
-                self._write_tar(unit, out, rows, outcomes, sink)
+                self._write_tar(unit, out, rows, outcomes, kept, sink)
             finally:
                 sink.file.close()
         out.stats.rows_in = rows.num_rows
         for outcome in outcomes:
-            reason = outcome.reason if outcome else LOST
-            if reason:
-                out.stats.drop(reason)
+            if outcome.reason:
+                out.stats.drop(outcome.reason)
             else:
                 out.stats.rows_out += 1
+        out.notes["hash_mismatch"] = sum(outcome.hash_matches is False for outcome in outcomes)
+        if "table" in unit.payload:
+            out.notes |= {"retried": len(tried), "healed": sum(not fetched[row].reason for row in tried)}
+
+    def _read(self, path: str) -> pa.Table:
+        try:
+            with self.job.store.open(path) as file:
+                return pq.read_table(file)
+        except pa.ArrowInvalid as error:
+            raise StageError(f"{self.job.store.url(path)}: {error}; `unidiffuser verify` names what is damaged") from None
+
+    def _fetch(self, rows: pa.Table, tried: list[int], scratch: Path) -> ShardSink:
+        urls = rows["url"].take(pa.array(tried, pa.int64())).to_pylist()
+        order = spread(urls)
+        wanted = pa.table({"row": pa.array([tried[i] for i in order], pa.int64()), "url": [urls[i] for i in order]})
+        hosts = Hosts(self.config.host_connections, self.config.host_failures, time.monotonic() + self.config.shard_deadline)
+        # img2dataset calls urllib.request.urlopen, which asks the process's opener.
+        self.install(self.opener(self.limits, self.guard, hosts))
+        return self.download(wanted, self.config, scratch, with_md5=rows["md5"].null_count < rows.num_rows)
+
+    def _compared(self, rows: pa.Table, tried: list[int], sink: ShardSink) -> dict[int, Outcome]:
+        """The outcomes of the rows that were tried, compared with the digests that the metadata lists."""
+        columns = {name: rows[name].to_pylist() for name in DIGESTS}
+        compared = {}
+        for row in tried:
+            outcome = sink.outcomes.get(row) or Outcome(LOST)
+            listed = next(((name, column[row]) for name, column in columns.items() if column[row]), None)
+            if listed and not outcome.reason:
+                matches = getattr(outcome, listed[0]) == listed[1].strip().lower()
+                drop = not matches and self.config.on_hash_mismatch == "drop"
+                outcome = replace(outcome, reason=MISMATCH if drop else "", hash_matches=matches)
+            compared[row] = outcome
+        return compared
 
     @staticmethod
-    def _write_table(path: Path, rows: pa.Table, outcomes: list[Outcome | None]) -> None:
-        """Every row with its outcome; the sizes that the metadata listed are kept under names of their own."""
-        listed = rows.rename_columns([f"listed_{name}" if name in ("width", "height") else name for name in rows.column_names])
-        results = {name: [getattr(o, name, None) for o in outcomes] for name in RESULT.names if name != "status"}
-        results["status"] = [(o.reason or "success") if o else LOST for o in outcomes]
-        for field in RESULT:
-            listed = listed.append_column(field, pa.array(results[field.name], field.type))
-        pq.write_table(listed, path, compression="zstd")
+    def _write_table(path: Path, rows: pa.Table, outcomes: list[Outcome]) -> None:
+        """Every row with its outcome; sizes and digests that the metadata listed are kept under names of their own."""
+        table = rows.rename_columns([f"listed_{name}" if name in RENAMED else name for name in rows.column_names])
+        results: dict[str, list[Any]] = {"status": [outcome.reason or "success" for outcome in outcomes]}
+        results |= {name: [getattr(outcome, name) for outcome in outcomes] for name in (*MEASURED, "hash_matches")}
+        for field in (*RESULT, pa.field("hash_matches", pa.bool_())):
+            table = table.append_column(field, pa.array(results[field.name], field.type))
+        pq.write_table(table, path, compression="zstd")
 
-    def _write_tar(self, unit: Unit, out: Output, rows: pa.Table, outcomes: list[Outcome | None], sink: ShardSink) -> None:
-        extension = self.job.config.encode_format
+    def _write_tar(
+        self, unit: Unit, out: Output, rows: pa.Table, outcomes: list[Outcome], kept: dict[int, Outcome], sink: ShardSink
+    ) -> None:
+        extension = self.config.encode_format
         name = f"{unit.name}.tar"
-        with ShardWriter(out.path(name)) as tar:
+        with self._kept_samples(unit) as samples, ShardWriter(out.path(name)) as tar:
             for row, values in sorted(enumerate(rows.to_pylist()), key=lambda item: item[1]["key"]):
-                outcome = outcomes[row]
-                if outcome is not None and not outcome.reason:
-                    meta = meta_of(values, outcome)
-                    tar.add(Sample(values["key"], sink.image(outcome), extension, values["caption"], meta))
-                    out.rows[name] += 1
+                if outcomes[row].reason:
+                    continue
+                if row in kept:
+                    # Both tars are sorted by key, and every image of the earlier one is kept.
+                    sample = next(samples, None)
+                    if sample is None or sample.key != values["key"]:
+                        where = self.job.store.url(unit.payload["tar"])
+                        raise StageError(f"{where}: lacks {values['key']}; `unidiffuser verify` names what is damaged")
+                    tar.add(sample)
+                else:
+                    image, meta = sink.image(outcomes[row]), meta_of(values, outcomes[row])
+                    tar.add(Sample(values["key"], image, extension, values["caption"], meta))
+                out.rows[name] += 1
+
+    @contextmanager
+    def _kept_samples(self, unit: Unit) -> Iterator[Iterator[Sample]]:
+        if "tar" not in unit.payload:
+            yield iter(())
+            return
+        with self.job.store.open(unit.payload["tar"]) as file:
+            yield read_samples(file)
+
+
+def final_outcomes(table: pa.Table) -> dict[int, Outcome]:
+    """Row number -> outcome, of the rows that another try cannot change."""
+    found = {}
+    for row, values in enumerate(table.select([*RESULT.names, "hash_matches"]).to_pylist()):
+        if not can_heal(status := values.pop("status")):
+            found[row] = Outcome("" if status == "success" else status, **values)
+    return found
 
 
 def meta_of(values: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
-    """What goes into a sample's JSON: the metadata's columns, without its claims about the size, and what was measured."""
-    listed = {name: value for name, value in values.items() if name not in ("key", "caption", "width", "height")}
-    return listed | {name: getattr(outcome, name) for name in RESULT.names if name != "status"}
+    """What goes into a sample's JSON: the metadata's columns, without its claims about the image, and what was measured."""
+    listed = {name: value for name, value in values.items() if name not in ("key", "caption", *RENAMED)}
+    return listed | outcome.measured()
 
 
 def _units(job: Job, earlier: Records) -> Iterable[Unit]:
-    for entry in job.inputs["rows"].files:
-        yield Unit(entry.name.removesuffix(".parquet"), (entry.sha256,), {"path": entry.path}, entry.rows)
+    shards = job.inputs["rows"].files
+    parent = job.inputs.get("parent")
+    before = [list(files) for _, files in groupby(parent.files, key=lambda entry: entry.unit)] if parent else []
+    for number, entry in enumerate(shards):
+        unit = Unit(entry.name.removesuffix(".parquet"), (entry.sha256,), {"path": entry.path}, entry.rows)
+        # An earlier download of the same rows has the same shards in the same order.
+        yield _retry(job, unit, *before[number]) if before else unit
+
+
+def _retry(job: Job, unit: Unit, table: FileEntry, tar: FileEntry) -> Unit:
+    """The unit that fetches again what can heal, or the parent's own where nothing can."""
+    record = job.unit_done(table.unit)
+    if record is not None and not any(can_heal(reason) for reason in record.stats.dropped):
+        return replace(unit, shared=table.unit)
+    payload = {**unit.payload, "table": table.path, "tar": tar.path}
+    return replace(unit, digests=(*unit.digests, table.sha256, tar.sha256), payload=payload)
 
 
 class Download(Stage):
     name = "download"
-    version = 1
+    version = 2
     Config = DownloadConfig
     phases = (Phase("download", _units, Fetcher, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
 
@@ -165,8 +235,14 @@ class Download(Stage):
 
     @classmethod
     def summary(cls, job: Job, records: Records) -> dict[str, Any]:
-        """How many of the lost rows another try may bring."""
+        """How many of the lost rows another try may bring, how many this one brought, and bytes that were not as listed."""
         dropped: Counter[str] = Counter()
         for record in records["download"]:
             dropped.update(record.stats.dropped)
-        return {"can_heal": sum(rows for reason, rows in dropped.items() if can_heal(reason))}
+        facts = {"can_heal": sum(rows for reason, rows in dropped.items() if can_heal(reason))}
+        facts["hash_mismatch"] = sum(record.notes["hash_mismatch"] for record in records["download"])
+        if parent := job.inputs.get("parent"):
+            shared = {entry.unit for entry in parent.files}
+            own = [record for record in records["download"] if record.key not in shared]
+            facts |= {name: sum(record.notes.get(name, 0) for record in own) for name in ("retried", "healed")}
+        return facts

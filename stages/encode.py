@@ -2,6 +2,10 @@
 
 A row holds the autoencoder's moments (so that z is drawn anew each epoch), the CLIP image embedding, the text latent of the
 codec, and every score that the row gathered on its way, so that a training stage can tighten a threshold without encoding.
+
+A filter that embedded the images with the same CLIP passes its embeddings on (see `passed_on`). It saw the whole image, where
+encode sees the square that it cuts out and resizes; CLIP's own centre crop takes the same square. On the little web's images the
+two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more at 512 px.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ import io
 import json
 import tempfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -54,18 +59,21 @@ class Encoder:
         half = config.precision == "bf16" or (config.precision == "auto" and self.device == "cuda")
         dtype = torch.bfloat16 if half else torch.float32
         self.vae = ImageLatents.load(config.vae, self.device, dtype)
-        self.clip = ClipEncoder.load(config.clip, self.device, dtype)
-        self.text = self.clip if config.text == config.clip else ClipEncoder.load(config.text, self.device, dtype)
+        self.text = ClipEncoder.load(config.text, self.device, dtype)
+        self.clip: ClipEncoder | None = None
+        if not passed_on(job):
+            self.clip = self.text if config.text == config.clip else ClipEncoder.load(config.clip, self.device, dtype)
         with tempfile.TemporaryDirectory() as folder:
             self.codec = TextCodec.load(job.inputs["codec"].fetch(Path(folder))).to(self.device).eval()
 
     def run(self, unit: Unit, out: Output) -> None:
         name = f"{unit.name}.parquet"
         path = out.path(name)
+        passed = self.passed(unit)
         writer: pq.ParquetWriter | None = None
         try:
             for group in _batches(self.images(unit, out), ROW_GROUP):
-                table = self.encode(group)
+                table = self.encode(group, passed)
                 if writer is None:
                     writer = pq.ParquetWriter(path, table.schema, compression="none", write_page_checksum=True)
                 writer.write_table(table, row_group_size=ROW_GROUP)
@@ -77,6 +85,14 @@ class Encoder:
             out.rows.pop(name)
         else:
             out.rows[name] = out.stats.rows_out
+
+    def passed(self, unit: Unit) -> dict[str, bytes]:
+        """Key -> the filter's embedding, (D,) fp16; empty where encode computes them."""
+        if "embeddings" not in unit.payload:
+            return {}
+        with self.job.store.open(unit.payload["embeddings"]) as file:
+            table = pq.read_table(file, columns=["key", "clip"])
+        return dict(zip(table["key"].to_pylist(), table["clip"].to_pylist(), strict=True))
 
     def images(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Any]]:
         """Samples of a shard with their pixels, (3, size, size) uint8; what is too small is counted as dropped."""
@@ -94,7 +110,7 @@ class Encoder:
                 square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
                 yield sample, np.asarray(square).transpose(2, 0, 1)
 
-    def encode(self, group: list[tuple[Sample, Any]]) -> pa.Table:
+    def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes]) -> pa.Table:
         """One row group: the encoders run over it in batches."""
         import numpy as np
         import torch
@@ -104,7 +120,10 @@ class Encoder:
             pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(self.device)
             with torch.inference_mode():
                 moments.append(self.vae.moments(pixels).half().cpu().numpy())
-                clips.append(self.clip.image(pixels).half().cpu().numpy())
+                if self.clip is not None:
+                    clips.append(self.clip.image(pixels).half().cpu().numpy())
+                else:
+                    clips.append(np.stack([np.frombuffer(passed[sample.key], np.float16) for sample, _ in batch]))
                 hidden = self.text.tokens([sample.caption for sample, _ in batch])
                 texts.append(self.codec.encode(hidden.float()).half().cpu().numpy())
         parts = {"moments": np.concatenate(moments), "clip": np.concatenate(clips), "text": np.concatenate(texts)}
@@ -131,11 +150,24 @@ def _binary(values: Any) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(values), [None, pa.py_buffer(values.tobytes())])
 
 
+def passed_on(job: Job) -> bool:
+    """Whether the input holds the embeddings that encode would compute: by the same weights, in the same arithmetic."""
+    rows = job.inputs["rows"].manifest
+    embedded = rows.stage == "filter" and rows.config["clip_scores"] and rows.config["precision"] == job.config.precision
+    return bool(embedded and rows.sources["clip"] == job.weights["clip"])
+
+
 def plan_shards(job: Job, _: Records) -> Iterator[Unit]:
-    """A unit for every WebDataset shard of the input."""
+    """A unit for every WebDataset shard of the input, decided by the table of embeddings too where these are passed on."""
+    passed = passed_on(job)
+    digests = {entry.path: entry.sha256 for entry in job.inputs["rows"].files}
     for entry in job.inputs["rows"].files:
         if entry.name.endswith(".tar") and entry.rows:
-            yield Unit(entry.name.removesuffix(".tar"), (entry.sha256,), {"path": entry.path}, entry.rows)
+            unit = Unit(entry.name.removesuffix(".tar"), (entry.sha256,), {"path": entry.path}, entry.rows)
+            table = f"{entry.path.removesuffix('.tar')}.parquet"
+            if passed:
+                unit = replace(unit, digests=(*unit.digests, digests[table]), payload={**unit.payload, "embeddings": table})
+            yield unit
 
 
 def encoder_resources(config: EncodeConfig) -> Resources:
@@ -149,7 +181,7 @@ class Encode(Stage):
     """Latents in Parquet, one shard for one filtered shard, on a pool of actors."""
 
     name = "encode"
-    version = 1
+    version = 2
     Config = EncodeConfig
     whole = frozenset({"codec"})
     phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources),)

@@ -6,12 +6,13 @@ an image for a whole one. `ShardSink` and `ImageResizer` stand in those two plac
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
 import sys
+import urllib.request
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +34,8 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: E402
 
-from stages.fetch import FetchError  # noqa: E402
+from stages.images import ImageConfig, Outcome  # noqa: E402
+from stages.politeness import FetchError  # noqa: E402
 
 # What OpenCV decodes by itself as it should; the rest goes through Pillow first.
 DECODED_BY_OPENCV = frozenset({"JPEG", "PNG", "WEBP", "BMP"})
@@ -43,32 +45,16 @@ SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"
 
 REASON = re.compile(r"[a-z0-9_]+")
 
-# img2dataset's messages in the vocabulary of the counters; a fetch that failed speaks it already.
+# The resizer's messages in the vocabulary of the counters.
 REASONS = {"image too small": "too_small"}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one row. `reason` is empty for a success; then the image's bytes lie in the sink's spool.
-
-    Sizes are pixels: `width` and `height` of the stored image, `original_width` and `original_height` as fetched.
-    """
-
-    reason: str
-    offset: int = 0
-    length: int = 0
-    width: int | None = None
-    height: int | None = None
-    original_width: int | None = None
-    original_height: int | None = None
-    sha256: str | None = None
 
 
 class ShardSink:
     """Takes samples in the order in which they arrive: images into a spool file, outcomes into memory, by row number."""
 
-    def __init__(self, spool: Path):
+    def __init__(self, spool: Path, resizer: ImageResizer):
         self.file: BinaryIO = open(spool, "w+b")  # noqa: SIM115
+        self.resizer = resizer
         self.outcomes: dict[int, Outcome] = {}
         self.failure: OSError | None = None
 
@@ -76,12 +62,13 @@ class ShardSink:
         """img2dataset's writer interface."""
         row = meta["row"]
         if image is None:
-            message = meta["error_message"]
-            self.outcomes[row] = Outcome(REASONS.get(message) or (message if REASON.fullmatch(message) else "engine_error"))
+            self.outcomes[row] = Outcome(reason_of(meta["error_message"], meta["url"]))
             return
         sizes = {name: meta[name] for name in ("width", "height", "original_width", "original_height")}
         try:
-            self.outcomes[row] = Outcome("", self.spool(image), len(image), sha256=meta["sha256"], **sizes)
+            # The engine resizes and writes a sample before it turns to the next.
+            digests = {"sha256": meta["sha256"], "md5": self.resizer.md5}
+            self.outcomes[row] = Outcome("", **sizes, **digests, offset=self.spool(image), length=len(image))
         except OSError as error:
             # The engine would print this and go on without the row: a full disk must not look like a dead link.
             self.failure = self.failure or error
@@ -108,19 +95,30 @@ class ImageResizer:
     images (the first picture of an animation), and a file that ends early is told from one that is no image.
     """
 
-    def __init__(self, resizer: Resizer, max_pixels: int):
-        self.resizer = resizer
-        self.max_pixels = max_pixels
+    def __init__(self, config: ImageConfig, with_md5: bool = False):
+        self.resizer = Resizer(
+            config.image_size, config.resize_mode, config.resize_only_if_bigger, encode_format=config.encode_format,
+            encode_quality=config.encode_quality, skip_reencode=config.skip_reencode, min_image_size=config.min_image_size,
+        )  # fmt: skip
+        self.max_pixels = config.max_pixels
+        self.with_md5 = with_md5
+        self.md5: str | None = None
 
     def __call__(self, stream: io.BytesIO, boxes: None = None) -> tuple[Any, ...]:
-        """(bytes, width, height, original width, original height, None), or five times None and the reason."""
+        """(bytes, width, height, original width, original height, None), or five times None and the reason.
+
+        `self.md5` is then that of the stream's bytes, if it was asked for.
+        """
         data = stream.getvalue()
+        self.md5 = hashlib.md5(data, usedforsecurity=False).hexdigest() if self.with_md5 else None
         try:
             prepared = self.prepare(data)
         except FetchError as reason:
             return None, None, None, None, None, str(reason)
         result = self.resizer(io.BytesIO(prepared))
-        return result if result[5] in (None, "image too small") else (None, None, None, None, None, diagnosis(data))
+        if result[5] is not None:
+            result = (*result[:5], REASONS.get(result[5]) or diagnosis(data))
+        return result
 
     def prepare(self, data: bytes) -> bytes:
         """The same image in a form that OpenCV reads rightly.
@@ -136,7 +134,7 @@ class ImageResizer:
                 image = Image.open(io.BytesIO(data))
                 if image.width * image.height > self.max_pixels:
                     raise FetchError("too_many_pixels")
-                if image.format == "PNG" and data[PNG_BIT_DEPTH] == 16:
+                if (image.format == "PNG" and data[PNG_BIT_DEPTH] == 16) or image.mode.startswith("I;16"):
                     return _eight_bit(data)
                 turned = "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
                 if image.format in DECODED_BY_OPENCV and not turned:
@@ -153,7 +151,7 @@ class ImageResizer:
 
 
 def _eight_bit(data: bytes) -> bytes:
-    """A deep PNG scaled to 8 bits; Pillow would clip it."""
+    """A deep image scaled to 8 bits; Pillow would clip it."""
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     if pixels is None:
         raise FetchError(diagnosis(data))
@@ -166,26 +164,38 @@ def _lossless(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def reason_of(message: str, url: str) -> str:
+    """The engine's message where it is a reason already; else `bad_url` for what it could not even make a request of."""
+    if REASON.fullmatch(message):
+        return message
+    try:
+        urllib.request.Request(url)
+    except ValueError:
+        return "bad_url"
+    return "engine_error"
+
+
 def diagnosis(data: bytes) -> str:
     """Why bytes could not be decoded: `truncated` when they begin as an image does, else `not_an_image`."""
     try:
         Image.open(io.BytesIO(data)).load()
     except UnidentifiedImageError:
         # Formats whose index lies in the header region cannot even be opened when they end early.
-        return "truncated" if data.startswith(SIGNATURES) or data[4:8] == b"ftyp" else "not_an_image"
+        return "truncated" if data.startswith(SIGNATURES) or data[4:12] in (b"ftypavif", b"ftypavis") else "not_an_image"
     except Exception as error:
         early = any(word in str(error).lower() for word in ("truncated", "could not create decoder", "unexpected end"))
         return "truncated" if early else "not_an_image"
     return "not_an_image"
 
 
-def download_rows(rows: pa.Table, config: Any, scratch: Path) -> ShardSink:
-    """Fetch and resize the images of a shard.
+def download_rows(rows: pa.Table, config: Any, scratch: Path, with_md5: bool = False) -> ShardSink:
+    """Fetch and resize images through the opener that is installed in `urllib.request`.
 
     Args:
-        rows: columns `row` (0, 1, 2, ...) and `url`.
+        rows: columns `row` (its number) and `url`, in the order in which they are tried.
         config: a `DownloadConfig`.
         scratch: folder for the engine's own files.
+        with_md5: whether the outcomes hold MD5 sums.
 
     Returns:
         the outcomes by row number; a row that the engine lost has none.
@@ -196,14 +206,11 @@ def download_rows(rows: pa.Table, config: Any, scratch: Path) -> ShardSink:
     table = scratch / "rows.arrow"
     with pa.OSFile(str(table), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
         writer.write_table(rows)
-    sink = ShardSink(scratch / "images")
-    resizer = Resizer(
-        config.image_size, config.resize_mode, config.resize_only_if_bigger, encode_format=config.encode_format,
-        encode_quality=config.encode_quality, skip_reencode=config.skip_reencode, min_image_size=config.min_image_size,
-    )  # fmt: skip
+    resizer = ImageResizer(config, with_md5)
+    sink = ShardSink(scratch / "images", resizer)
     engine = Downloader(
         sample_writer_class=lambda *_: sink,
-        resizer=ImageResizer(resizer, config.max_pixels),
+        resizer=resizer,
         thread_count=config.threads,
         save_caption=False,
         extract_exif=False,

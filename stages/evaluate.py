@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from stages.assembly import assemble, encoder_digests
 from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord, operational
-from stages.export import assemble, encoder_digests
 from stages.pictures import loss_curve, sample_sheet
 from stages.recipe import encoder, external_file
 
@@ -236,7 +236,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png and loss-curve.png; its rows are prompts."""
 
     name = "evaluate"
-    version = 1
+    version = 2
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (

@@ -7,22 +7,25 @@ takes that place and says why a fetch failed in a small, stable vocabulary.
 
 from __future__ import annotations
 
+import email.utils
 import http.client
 import io
-import ipaddress
 import random
 import socket
 import ssl
+import string
 import time
 import urllib.request
-from collections.abc import Mapping
+import zlib
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.message import Message
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from stages.contract import StageError
+from stages.network import ForbiddenAddress, Guard, Wait
+from stages.politeness import FetchError, Hosts
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -33,12 +36,13 @@ FIRST_PAUSE = 0.5
 NO_AI = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
 WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
 
-# Reasons that another try may not meet again. Everything else is final: a page that is gone stays gone.
-HEALABLE = frozenset({"timeout", "connection", "dns", "truncated", "bad_response", "http_408", "http_425", "http_429"})
-
-
-class FetchError(Exception):
-    """Why a fetch failed; its text is the reason and nothing else, since it becomes a column and a counter."""
+# Reasons that a later try may not meet again. Everything else is final: a page that is gone stays gone.
+HEALABLE = frozenset(
+    {"timeout", "deadline", "shard_deadline", "host_down", "connection", "dns", "truncated", "bad_response",
+     "http_408", "http_425", "http_429"}
+)  # fmt: skip
+# Of these, the ones that mean that enough has been tried for now.
+ENOUGH = frozenset({"deadline", "shard_deadline", "host_down"})
 
 
 def can_heal(reason: str) -> bool:
@@ -54,7 +58,7 @@ class Limits:
         timeout: seconds without a byte.
         deadline: seconds for everything, retries and pauses included.
         retries: further tries after a failure that can heal.
-        max_bytes: of the body.
+        max_bytes: of the body, unpacked.
         respect_noai: whether X-Robots-Tag is obeyed.
         robot: the name that a site may address there.
     """
@@ -85,22 +89,11 @@ class Fetched:
 
 
 class WebOpener(urllib.request.OpenerDirector):
-    """An opener for `urllib.request.install_opener`.
+    """An opener for `urllib.request.install_opener`; one a shard, since its `hosts` know when the shard must be over."""
 
-    Args:
-        limits: see `Limits`.
-        hosts: host name -> ``host[:port]`` to connect to in its place; such a host may be anywhere, since a person named it.
-        allow_private: whether addresses that are not public (private, loopback, link-local, cloud metadata) may be dialled.
-    """
-
-    def __init__(self, limits: Limits, hosts: Mapping[str, str] | None = None, allow_private: bool = False):
+    def __init__(self, limits: Limits, guard: Guard, hosts: Hosts):
         super().__init__()
-        self.limits = limits
-        self.hosts = {name.lower(): _host_and_port(place) for name, place in (hosts or {}).items()}
-        self.allow_private = allow_private
-        self.tls = ssl.create_default_context()
-        # Set through the attribute that exists for it, so that reads over TLS end at the deadline too.
-        self.tls.sslsocket_class = _TlsSocket
+        self.limits, self.guard, self.hosts = limits, guard, hosts
 
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
         """Fetch a `urllib.request.Request`.
@@ -108,57 +101,73 @@ class WebOpener(urllib.request.OpenerDirector):
         Raises:
             FetchError: the reason.
         """
-        end = time.monotonic() + self.limits.deadline
+        wait = Wait(self.limits.timeout, min(time.monotonic() + self.limits.deadline, self.hosts.end))
         for attempt in range(self.limits.retries + 1):
             try:
-                return self._follow(fullurl.full_url, dict(fullurl.header_items()), end)
+                return self._follow(fullurl.full_url, dict(fullurl.header_items()), wait)
             except FetchError as error:
+                reason = str(error)
                 # Jitter, so that the threads that one broken server holds do not come back all at once.
-                pause = FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25)
-                if not can_heal(str(error)) or attempt == self.limits.retries or time.monotonic() + pause >= end:
+                pause = max(FIRST_PAUSE * 2**attempt * random.uniform(0.75, 1.25), error.pause or 0.0)
+                last = attempt == self.limits.retries or time.monotonic() + pause >= wait.end
+                if last or reason in ENOUGH or not can_heal(reason):
                     raise
                 time.sleep(pause)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _follow(self, url: str, headers: dict[str, str], end: float) -> Fetched:
+    def _follow(self, url: str, headers: dict[str, str], wait: Wait) -> Fetched:
         """Fetch a URL through its redirects; each of them is checked like the first address."""
         for _ in range(MAX_REDIRECTS + 1):
-            try:
-                found = self._get(url, headers, end)
-            except socket.gaierror:
-                raise FetchError("dns") from None
-            except TimeoutError:
-                raise FetchError("deadline" if time.monotonic() >= end else "timeout") from None
-            except ssl.SSLError:
-                raise FetchError("tls") from None
-            except http.client.IncompleteRead:
-                raise FetchError("truncated") from None
-            except http.client.RemoteDisconnected:
-                raise FetchError("connection") from None
-            except http.client.InvalidURL:
-                raise FetchError("bad_url") from None
-            except (http.client.HTTPException, ValueError):
-                raise FetchError("bad_response") from None
-            except OSError:
-                raise FetchError("connection") from None
+            if time.monotonic() >= self.hosts.end:
+                raise FetchError("shard_deadline")
+            place = _parse(url)
+            with self.hosts.turn(place[1], wait):
+                found = self._try(place, headers, wait)
             if isinstance(found, Fetched):
                 return found
-            url = found
+            url = urljoin(url, found)
         raise FetchError("too_many_redirects")
 
-    def _get(self, url: str, headers: dict[str, str], end: float) -> Fetched | str:
-        """One request: the response, or the address that it redirects to."""
-        scheme, host, port, target = _parse(url)
+    def _try(self, place: tuple[str, str, int, str], headers: dict[str, str], wait: Wait) -> Fetched | str:
+        """One request, whatever goes wrong put into a word."""
+        try:
+            return self._get(*place, headers, wait)
+        except FetchError:
+            raise
+        except ForbiddenAddress:
+            raise FetchError("forbidden_address") from None
+        except (socket.gaierror, UnicodeError):
+            raise FetchError("dns") from None
+        except TimeoutError:
+            ended = "shard_deadline" if time.monotonic() >= self.hosts.end else "deadline"
+            raise FetchError(ended if wait.over else "timeout") from None
+        except ssl.SSLError:
+            raise FetchError("tls") from None
+        except http.client.IncompleteRead:
+            raise FetchError("truncated") from None
+        except http.client.RemoteDisconnected:
+            raise FetchError("connection") from None
+        except http.client.InvalidURL:
+            raise FetchError("bad_url") from None
+        except (http.client.HTTPException, ValueError):
+            raise FetchError("bad_response") from None
+        except OSError:
+            raise FetchError("connection") from None
+
+    def _get(self, scheme: str, host: str, port: int, target: str, headers: dict[str, str], wait: Wait) -> Fetched | str:
+        """The response, or the address that it redirects to."""
         connection = http.client.HTTPConnection(host, port)
         connection.default_port = DEFAULT_PORTS[scheme]
-        connection.sock = self._connect(scheme, host, port, end)
+        connection.sock = self.guard.connect(scheme, host, port, wait)
         try:
             connection.request("GET", target, headers=headers | {"Accept-Encoding": "identity", "Connection": "close"})
             response = connection.getresponse()
             if response.status in REDIRECTS and (location := response.headers.get("Location")):
-                return urljoin(url, location.strip())
+                # Headers are read as Latin-1; what is no ASCII there goes back as the bytes that it was.
+                return quote(location.strip(), safe=string.punctuation, encoding="iso-8859-1")
             if response.status != 200:
-                raise FetchError(f"http_{response.status}")
+                asked = response.headers.get("Retry-After") if response.status in (429, 503) else None
+                raise FetchError(f"http_{response.status}", _retry_after(asked))
             if self.limits.respect_noai and forbids_training(response.headers, self.limits.robot):
                 raise FetchError("disallowed")
             return Fetched(response.headers, self._body(response))
@@ -177,60 +186,42 @@ class WebOpener(urllib.request.OpenerDirector):
                 raise FetchError("too_large")
         if expected is not None and body.tell() < expected:
             raise FetchError("truncated")
-        return body.getvalue()
-
-    def _connect(self, scheme: str, host: str, port: int, end: float) -> socket.socket:
-        """A connected socket that stops at the deadline; every address is judged before it is dialled."""
-        place, place_port = self.hosts.get(host.lower(), (host, None))
-        named = host.lower() in self.hosts
-        addresses = socket.getaddrinfo(place, place_port or port, type=socket.SOCK_STREAM)
-        error: OSError = ConnectionError()
-        for family, kind, protocol, _, address in addresses:
-            if not named and not self.allow_private and not is_public(str(address[0])):
-                raise FetchError("forbidden_address")
-            plain = _PlainSocket(family, kind, protocol)
-            plain.end, plain.patience = end, self.limits.timeout
-            try:
-                plain.settimeout(_patience(plain))
-                plain.connect(address)
-                return self._over_tls(plain, host) if scheme == "https" else plain
-            except OSError as problem:
-                plain.close()
-                error = problem
-        raise error
-
-    def _over_tls(self, plain: _PlainSocket, host: str) -> socket.socket:
-        plain.settimeout(_patience(plain))
-        secure: Any = self.tls.wrap_socket(plain, server_hostname=host)
-        secure.end, secure.patience = plain.end, plain.patience
-        return secure
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        return unpacked(body.getvalue(), encoding, self.limits.max_bytes)
 
 
-class _PlainSocket(socket.socket):
-    """Every wait for bytes is `patience` seconds at most, and never beyond `end`, also while headers trickle in."""
+def unpacked(data: bytes, encoding: str, limit: int) -> bytes:
+    """A body without its Content-Encoding: some servers compress what they were asked to leave alone, others only say so.
 
-    end: float = float("inf")
-    patience: float = 60.0
+    Raises:
+        FetchError: `too_large` beyond `limit` bytes, or `truncated`.
+    """
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return data
+    unpack = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    try:
+        found = unpack.decompress(data, limit + 1)
+    except zlib.error:
+        return data
+    if len(found) > limit:
+        raise FetchError("too_large")
+    if not unpack.eof:
+        raise FetchError("truncated")
+    return found
 
-    def recv_into(self, *arguments: Any, **named: Any) -> int:
-        self.settimeout(_patience(self))
-        return super().recv_into(*arguments, **named)
 
-
-class _TlsSocket(ssl.SSLSocket):
-    end: float = float("inf")
-    patience: float = 60.0
-
-    def recv_into(self, *arguments: Any, **named: Any) -> int:
-        self.settimeout(_patience(self))
-        return super().recv_into(*arguments, **named)
-
-
-def _patience(waiting: _PlainSocket | _TlsSocket) -> float:
-    left = waiting.end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return min(waiting.patience, left)
+def _retry_after(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which holds seconds or a date; None when there is none that can be read."""
+    if not value:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        moment = email.utils.parsedate_to_datetime(value)
+    except (ValueError, OverflowError):
+        return None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
 def forbids_training(headers: Message, robot: str | None) -> bool:
@@ -245,14 +236,6 @@ def forbids_training(headers: Message, robot: str | None) -> bool:
             if addressed and name in NO_AI:
                 return True
     return False
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public web (an IPv4 address inside an IPv6 one counts as itself)."""
-    ip = ipaddress.ip_address(address.split("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        ip = ip.ipv4_mapped or ip.sixtofour or ip
-    return ip.is_global and not ip.is_multicast
 
 
 def _parse(url: str) -> tuple[str, str, int, str]:
@@ -273,15 +256,3 @@ def _parse(url: str) -> tuple[str, str, int, str]:
         "?" + quote(parts.query, safe="%/:=&?~+!$,;'@()*[]") if parts.query else ""
     )
     return scheme, host, port or DEFAULT_PORTS[scheme], target
-
-
-def _host_and_port(place: str) -> tuple[str, int | None]:
-    """``host`` or ``host:port`` of `download.hosts`.
-
-    Raises:
-        StageError: neither.
-    """
-    host, _, port = place.partition(":")
-    if not host or (port and not port.isdigit()):
-        raise StageError(f"hosts: {place!r} is no place to connect to; expected host or host:port")
-    return host, int(port) if port else None

@@ -37,30 +37,47 @@ class Planned:
     fingerprint: str
     state: State = "miss"
     reasons: list[str] = field(default_factory=list)
+    lists: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def all_sources(self) -> dict[str, str]:
+        """Files from outside as address -> digest, whatever part they play."""
+        return self.sources | {address: digest for found in self.lists.values() for address, digest in found.items()}
 
 
-def plan(recipe: Recipe, store: Store, force: frozenset[str] = frozenset()) -> dict[str, Planned]:
-    """Plan every node of a recipe; nothing runs and nothing is written, except that `force` begins a new generation.
+def plan(
+    recipe: Recipe, store: Store, force: frozenset[str] = frozenset(), retry: frozenset[str] = frozenset()
+) -> dict[str, Planned]:
+    """Plan every node of a recipe; nothing runs and nothing is written, except that `force` and `retry` begin a new generation.
+
+    A generation begun by `force` starts from nothing. One begun by `retry` has the generation before as its input ``parent``, and
+    does again only what the stage says can end better.
 
     Raises:
-        RecipeError: a file that the recipe names does not exist.
+        RecipeError: a file or a folder of weights that the recipe names does not exist.
     """
     planned: dict[str, Planned] = {}
     for node in recipe.nodes.values():
         stage = stage_class(node.stage)
         try:
             sources = resolve(stage.sources(node.config), store)
+            lists = {part: resolve(patterns, store) for part, patterns in stage.lists(node.config).items()}
         except FileNotFoundError as error:
             raise RecipeError(f"{node.name}: {error}: no such file; expected a path, glob or URL that exists") from None
-        weights = stage.weights(node.config)
+        try:
+            weights = stage.weights(node.config)
+        except FileNotFoundError as error:
+            raise RecipeError(f"{node.name}: {error}") from None
         inputs = {name: InputRef(stage=planned[n].stage, fingerprint=planned[n].fingerprint) for name, n in node.inputs.items()}
         identity = [
             stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in inputs.items()},
-            _by_content(sources), weights,
+            _by_content(sources), weights, *([{part: _by_content(found) for part, found in lists.items()}] if lists else []),
         ]  # fmt: skip
         base = digest_of(identity)
-        generation = _generation(store, base, node.name in force)
-        fingerprint = digest_of([base, generation]) if generation else base
+        generation, parent = _generation(store, base, node.name in force, node.name in retry)
+        fingerprint = _fingerprint(base, generation)
+        if parent:
+            inputs["parent"] = InputRef(stage=stage.name, fingerprint=_fingerprint(base, generation - 1))
         draft = Planned(
             recipe.name,
             node.name,
@@ -72,6 +89,7 @@ def plan(recipe: Recipe, store: Store, force: frozenset[str] = frozenset()) -> d
             weights,
             generation,
             fingerprint,
+            lists=lists,
         )
         planned[node.name] = _with_state(draft, recipe, store, stage.version)
     return planned
@@ -82,14 +100,21 @@ def _by_content(sources: dict[str, str]) -> list[tuple[str, str]]:
     return sorted((address.rsplit("/", 1)[-1], digest) for address, digest in sources.items())
 
 
-def _generation(store: Store, base: str, force: bool) -> int:
-    """The generation of a forced rerun outlives the command, or the next plain run would fall back to the old result."""
+def _fingerprint(base: str, generation: int) -> str:
+    return digest_of([base, generation]) if generation else base
+
+
+def _generation(store: Store, base: str, force: bool, retry: bool) -> tuple[int, bool]:
+    """The generation, and whether it goes on from the one before it.
+
+    It outlives the command that began it, or the next plain run would fall back to the old result.
+    """
     path = f"nodes/generations/{base}.json"
-    generation = (store.read_json(path) or {"generation": 0})["generation"]
-    if force:
-        generation += 1
-        store.write_json(path, {"generation": generation})
-    return int(generation)
+    found = store.read_json(path) or {"generation": 0}
+    if force or retry:
+        found = {"generation": found["generation"] + 1, "retry": retry and not force}
+        store.write_json(path, found)
+    return int(found["generation"]), bool(found.get("retry"))
 
 
 def _with_state(draft: Planned, recipe: Recipe, store: Store, version: int) -> Planned:
@@ -109,12 +134,12 @@ def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
     lines = _config_changes("", manifest.config, result_fields(planned.config))
     if manifest.code["stage_version"] != version:
         lines.append(f"stage version {manifest.code['stage_version']} -> {version}")
-    for name in sorted({*planned.inputs, *manifest.inputs}):
+    for name in sorted({*planned.inputs, *manifest.inputs} - {"parent"}):
         old, new = manifest.inputs.get(name), planned.inputs.get(name)
         if old != new:
             lines.append(f"input {name} ({planned.input_nodes.get(name, 'gone')}) is another dataset")
     old_files = {name.rsplit("/", 1)[-1]: digest for name, digest in manifest.sources.items()}
-    new_files = dict(_by_content(planned.sources)) | planned.weights
+    new_files = dict(_by_content(planned.all_sources)) | planned.weights
     for name in sorted({*old_files, *new_files}):
         if name not in old_files:
             lines.append(f"new file {name}")
@@ -123,7 +148,8 @@ def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
         elif old_files[name] != new_files[name]:
             lines.append(f"{name} has other content")
     if manifest.generation != planned.generation:
-        lines.append(f"forced (generation {planned.generation})")
+        why = "what failed is tried again" if "parent" in planned.inputs else "forced"
+        lines.append(f"{why} (generation {planned.generation})")
     return lines or ["its dataset was removed"]
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-BINS = 100
+# Fine enough for a threshold: 0.01 of a similarity, 0.05 of LAION's aesthetic score.
+BINS = 200
 # Values outside the range count in the outermost bin.
 RANGES: dict[str, tuple[float, float]] = {
     "clip_similarity": (-1.0, 1.0),

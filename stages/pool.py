@@ -32,7 +32,10 @@ class PoolWorker:
 
     def run(self, unit: Unit, key: str) -> UnitRecord:
         start = time.perf_counter()
-        with scratch_output() as out:
+        # Another run may be at the same unit: two that differ (the web changes) must not mix their files.
+        with self.job.store.claimed(key), scratch_output() as out:
+            if (done := self.job.unit_done(key)) is not None:
+                return done
             self.worker.run(unit, out)
             return out.publish(self.job, key, unit.name, time.perf_counter() - start)
 

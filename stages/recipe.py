@@ -7,12 +7,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import fsspec
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.catalog import STAGES, SUBSET_STAGES, stage_class
+from stages.catalog import FOLDER_STAGES, STAGES, SUBSET_STAGES, stage_class
+from stages.deployment import Deploy
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -55,6 +57,8 @@ class _Document(BaseModel):
     train: dict[str, dict[str, Any]] = Field(default_factory=dict)
     evaluate: dict[str, Any] | None = None
     export: dict[str, Any] | None = None
+    deploy: Deploy = Field(default_factory=lambda: Deploy.model_validate({}))
+    folder: str | None = Field(None, description="where relative paths start, instead of the folder that the file lies in")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Recipe:
     nodes: dict[str, Node]
     document: dict[str, Any]
     folder: Path
+    deploy: Deploy
 
     def select(self, wanted: str) -> list[str]:
         """The nodes that a node name or a bare stage name means.
@@ -79,26 +84,34 @@ class Recipe:
         return names
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), folder: Path | None = None) -> Recipe:
-    """Read and check a recipe file; `overrides` are ``a.b=c`` with YAML values.
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe file, given by path or fsspec URL; `overrides` are ``a.b=c`` with YAML values.
 
-    Relative paths in the recipe are taken from `folder`, by default the one that the file lies in.
+    Relative paths in the recipe are taken from its `folder`, by default the one that the file lies in.
 
     Raises:
         RecipeError: the file is missing or not YAML, or a field is unknown, of the wrong type or out of bounds.
     """
-    path = Path(path)
     try:
-        document = yaml.safe_load(path.read_text())
+        with fsspec.open(str(path), "rt", encoding="utf-8") as file:
+            document = yaml.safe_load(file)
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: expected a mapping with `name` and `subsets`")
+    document = _unshared(document)
     for override in overrides:
         _override(document, override)
-    return parse_recipe(document, (folder or path.parent).resolve())
+    return parse_recipe(document, Path(path).parent)
+
+
+def _unshared(value: Any) -> Any:
+    """YAML's anchors give one mapping several places: a field that is set in one of them must not change in the others."""
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -118,7 +131,7 @@ def _override(document: dict[str, Any], override: str) -> None:
 
 
 def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
-    """Check a recipe document; relative paths in it are taken from `folder`.
+    """Check a recipe document; relative paths in it are taken from its `folder`, or from the argument when it names none.
 
     Raises:
         RecipeError: as `load_recipe`.
@@ -126,13 +139,14 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
     try:
         outer = _Document.model_validate(document)
     except ValidationError as error:
-        raise RecipeError(_explain(error, "")) from None
+        raise RecipeError(explain(error, "")) from None
     _check_name(outer.name, "name")
+    folder = (folder / (outer.folder or "")).resolve()
     build = _Builder(outer, folder)
     for subset, stages in outer.subsets.items():
         build.subset(subset, stages)
     build.codec_and_training()
-    return Recipe(outer.name, outer.description, build.ordered(), document, folder)
+    return Recipe(outer.name, outer.description, build.ordered(), document, folder, outer.deploy)
 
 
 class _Builder:
@@ -151,15 +165,19 @@ class _Builder:
         before = stages.get("from")
         if before is not None and before not in self.nodes:
             raise RecipeError(f"{place}.from: no node {before} before it; expected one of {', '.join(self.nodes) or 'none'}")
-        if unknown := [key for key in stages if key not in (*SUBSET_STAGES, "from")]:
-            raise RecipeError(f"{place}.{unknown[0]}: unknown; expected {', '.join(SUBSET_STAGES)} or from")
-        start = 0 if before is None else SUBSET_STAGES.index(self.nodes[before].stage) + 1
-        if early := [stage for stage in SUBSET_STAGES[:start] if stage in stages]:
+        if before is not None and "folder" in stages:
+            raise RecipeError(f"{place}.from: a folder has nothing before it; remove `from` or `folder`")
+        own = "folder" in stages or (before is not None and self.nodes[before].stage == "folder")
+        chain = FOLDER_STAGES if own else SUBSET_STAGES
+        if unknown := [key for key in stages if key not in (*chain, "from")]:
+            raise RecipeError(f"{place}.{unknown[0]}: unknown; expected {', '.join(chain)} or from")
+        start = 0 if before is None else chain.index(self.nodes[before].stage) + 1
+        if early := [stage for stage in chain[:start] if stage in stages]:
             raise RecipeError(f"{place}.{early[0]}: {before} already stands after it; remove it or `from`")
-        for position, stage in enumerate(SUBSET_STAGES):
+        for position, stage in enumerate(chain):
             if stage not in stages:
                 # Without an encode a subset can still feed others or be inspected; a gap in the middle is a mistake.
-                if start <= position and any(later in stages for later in SUBSET_STAGES[position + 1 :]):
+                if start <= position and any(later in stages for later in chain[position + 1 :]):
                     raise RecipeError(f"{place}.{stage}: missing; every stage up to the last is needed (write `{stage}: {{}}`)")
                 continue
             inputs = {} if before is None else {"rows": before}
@@ -176,9 +194,9 @@ class _Builder:
         if document.text_codec is not None:
             values = dict(document.text_codec)
             subset = values.pop("captions", None)
-            node = f"{subset}-select"
-            if node not in self.nodes:
-                raise RecipeError(f"text-codec.captions: expected a subset that has a select, got {subset!r}")
+            node = next((n for n in (f"{subset}-select", f"{subset}-folder") if n in self.nodes), None)
+            if node is None:
+                raise RecipeError(f"text-codec.captions: expected a subset that has a select or a folder, got {subset!r}")
             self.add("text-codec", "text-codec", values, "text-codec", {"captions": node})
         last = None
         for name, given in document.train.items():
@@ -221,7 +239,7 @@ class _Builder:
         try:
             config = model.model_validate(self.with_paths(model, values))
         except ValidationError as error:
-            raise RecipeError(_explain(error, place)) from None
+            raise RecipeError(explain(error, place)) from None
         if name in self.nodes:
             raise RecipeError(f"{place}: there is a node {name} already")
         self.nodes[name] = Node(name, stage, config, inputs)
@@ -236,6 +254,8 @@ class _Builder:
             if kind and name in values:
                 value = values[name]
                 resolved[name] = [self.absolute(v) for v in value] if isinstance(value, list) else self.absolute(value)
+            elif isinstance(values.get(name), dict) and (inner := _nested_model(info.annotation)):
+                resolved[name] = self.with_paths(inner, values[name])
         return resolved
 
     def absolute(self, value: Any) -> Any:
@@ -258,12 +278,18 @@ class _Builder:
         return done
 
 
+def _nested_model(annotation: Any) -> type[BaseModel] | None:
+    """The model of a field that holds one, also where it may be null."""
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def external_file(default: Any, description: str, **bounds: Any) -> Any:
     """A config field that holds a path, glob or URL (or a list): it counts by the content it leads to, not by its name."""
     return Field(default, description=description, json_schema_extra={"operational": True, "path": True}, **bounds)
 
 
-def encoder(default: str, description: str) -> Any:
+def encoder(default: str | None, description: str) -> Any:
     """A config field that names encoder weights: it counts by their digest."""
     return Field(default, description=description, json_schema_extra={"operational": True})
 
@@ -273,7 +299,7 @@ def _check_name(name: str, place: str) -> None:
         raise RecipeError(f"{place}: {name!r} is no name; expected lower-case letters, digits and hyphens, and no stage's name")
 
 
-def _explain(error: ValidationError, place: str) -> str:
+def explain(error: ValidationError, place: str) -> str:
     """The first problem as ``path: what is expected (got value)``; the number of further ones behind it."""
     problems = error.errors(include_url=False)
     first = problems[0]

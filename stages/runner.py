@@ -14,7 +14,7 @@ import logging
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -22,13 +22,15 @@ from typing import Any
 
 from infra.dataset import Dataset, InputRef, Manifest, Stats, commit, find
 from infra.store import Store
-from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, digest_of, result_fields
+from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, canonical, digest_of_text, result_fields
 from stages.graph import Planned
 
 log = logging.getLogger("stages")
 
 # Never fill a disk to the brim: other programs and the stage's own scratch files need room too.
 DISK_RESERVE = 512 * 2**20
+# Seconds between two lines of progress.
+SAY_EVERY = 0.5
 
 
 def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
@@ -58,7 +60,7 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
             generation=planned.generation,
             inputs={name: InputRef(stage=d.manifest.stage, fingerprint=d.manifest.fingerprint) for name, d in job.inputs.items()},
             config=result_fields(planned.config),
-            sources={**planned.sources, **planned.weights},
+            sources={**planned.all_sources, **planned.weights},
             code=code_identity(stage),
             columns=stage.schema(job, last),
             stats=stats,
@@ -80,37 +82,42 @@ def make_job(planned: Planned, store: Store) -> Job:
     for name, reference in planned.inputs.items():
         dataset = find(store, reference.stage, reference.fingerprint)
         if dataset is None:
+            # A parent belongs to no node of its own: without it only a fresh start is left.
+            way = f"--from {planned.input_nodes[name]}" if name in planned.input_nodes else f"--force {planned.name}"
             raise StageError(
-                f"{planned.name}: its input {reference.stage}/{reference.fingerprint} is not in {store.root}; "
-                f"run with --from {planned.input_nodes[name]}"
+                f"{planned.name}: its input {reference.stage}/{reference.fingerprint} is not in {store.root}; run with {way}"
             )
         inputs[name] = dataset
     return Job(
         store=store, stage=planned.stage, node=planned.name, config=planned.config, inputs=inputs,
-        sources=planned.sources, weights=planned.weights,
+        sources=planned.sources, weights=planned.weights, lists=planned.lists,
     )  # fmt: skip
 
 
-def unit_key(stage: type[Stage], phase: Phase, job: Job, generation: int, unit: Unit) -> str:
-    """hash(stage, version, phase, the config fields that decide it, weights, whole inputs, the unit's own digests)."""
+def unit_keys(stage: type[Stage], phase: Phase, job: Job, generation: int) -> Callable[[Unit], str]:
+    """Unit -> hash(stage, version, phase, the config fields that decide it, weights, whole inputs, the unit's own digests)."""
     config = result_fields(job.config)
     if phase.fields is not None:
         config = {name: value for name, value in config.items() if name in phase.fields}
     whole = {name: d.manifest.fingerprint for name, d in job.inputs.items() if name.split(".")[0] in stage.whole}
-    identity = [stage.name, stage.version, phase.name, config, dict(job.weights), whole, generation]
-    return digest_of([*identity, unit.name, *unit.digests])
+    # The digest of one list: what the units share is written out once, not once a unit.
+    shared = canonical([stage.name, stage.version, phase.name, config, dict(job.weights), whole, generation])[:-1]
+    return lambda unit: digest_of_text(f"{shared},{canonical([unit.name, *unit.digests])[1:]}")
 
 
 def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> list[UnitRecord]:
     """Do what is not done of one phase; returns the records in the order of the plan."""
     units = list(phase.plan(job, earlier))
-    keys = [unit_key(stage, phase, job, planned.generation, unit) for unit in units]
-    found = {key: record for key in keys if (record := job.unit_done(key)) is not None}
+    if not units:
+        return []
+    key_of = unit_keys(stage, phase, job, planned.generation)
+    keys = [unit.shared or key_of(unit) for unit in units]
+    found = job.units_done(keys)
     progress = Progress(job.node, phase.name, len(units), len(found))
     if phase.gang is not None:
         if keys[-1] not in found:
             phase.gang(job, units, keys, [found[key] for key in keys if key in found])
-            found = {key: record for key in keys if (record := job.unit_done(key)) is not None}
+            found = job.units_done(keys)
         # A chain is its last unit: the ones before are steps on the way, and may have given way to it.
         units, keys = units[-1:], keys[-1:]
     elif len(found) < len(units):
@@ -142,7 +149,7 @@ class Progress:
 
     def __init__(self, node: str, phase: str, total: int, done: int):
         self.node, self.phase, self.total, self.done, self.rows = node, phase, total, done, 0
-        self.start = time.monotonic()
+        self.start = self.said = time.monotonic()
         if done:
             log.info("%s: %s: %d of %d units were done already", node, phase, done, total)
         self.say()
@@ -150,9 +157,12 @@ class Progress:
     def advance(self, rows: int) -> None:
         self.done += 1
         self.rows += rows
-        self.say()
+        # A line a unit would be tens of megabytes of log.
+        if self.done == self.total or time.monotonic() - self.said >= SAY_EVERY:
+            self.say()
 
     def say(self) -> None:
+        self.said = time.monotonic()
         rate = self.rows / max(time.monotonic() - self.start, 1e-3)
         emit_progress(self.node, self.phase, self.done, self.total, "units", {"rows": self.rows, "rows_per_s": round(rate, 1)})
 

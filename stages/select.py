@@ -1,43 +1,66 @@
 """select: from LAION-schema Parquet to the rows that are worth downloading.
 
-    pick    a unit per metadata file: the rows that meet the conditions, as row numbers and digests of URL and hash
-    write   a unit per metadata file: those of them that no earlier row has the URL or hash of, in shards of `shard_rows`
+    pick        a unit per metadata file: the rows that meet the conditions and are in the sample, as keys of URL and hash
+    lists, match, admit     only with `allow` or `deny`, see `stages/lists.py`
+    duplicates  a unit per range of keys: which rows have the URL or hash of an earlier row
+    write       a unit per metadata file: the rows that are left, in shards of `shard_rows`
 
 "Earlier" means the picked rows above it in the same file and all picked rows of the files before it, in the order of file
-names. A picked row that is itself a duplicate counts too: the rule is then one of sets, not of the order of work. Units need
-nothing of each other's results, and a file that is appended (its name sorts last) changes nothing for those before it.
+names. A picked row that is itself a duplicate counts too: the rule is then one of sets, not of the order of work. A file that is
+appended (its name sorts last) changes nothing for those before it: of what was done before, only `duplicates` is done again.
+
+Refused before any work starts, with the file's name: Parquet that cannot be read or ends early, a missing column of the schema or
+of a condition, a column of a type that it cannot have. Refused with the row's number: a value that is no number where one is
+needed. Counted: rows without a URL or caption (`no_url`, `no_caption`, text that is not UTF-8 among them) or with a URL that
+names no web address (`bad_url`); then the first condition that a row fails, `not_sampled`, `not_allowed`, `denied`,
+`duplicate_url` and `duplicate_hash`, in this order.
+
+The work is linear in the rows, and nothing is gathered in one place. A worker needs about 300 MB: a batch of rows and the keys
+of a run (pick), the keys of one range (duplicates), or a batch, a shard and a byte a row of its own metadata file (write).
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import PurePosixPath
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.conditions import Condition, Verdict, columns_of, conditions
-from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
-from stages.laion import BATCH, CANONICAL, NAMES, open_metadata, text_digests
+from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, digest_of, operational
+from stages.keys import SPACE, Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, repeated, text_keys
+from stages.laion import CANONICAL, NAMES, Reading, check_metadata, open_metadata
+from stages.lists import Admit, Match, ReadList, admit_units, admitted, domain_keys, file_of, hash_keys, list_units, match_units
+from stages.presets import PRESETS
 from stages.recipe import external_file
+from stages.where import Where
 
-KEYS = pa.schema([("row", pa.int64()), ("url", pa.uint64()), ("hash", pa.int64())])
 GROUP = 1_000_000
 
 # What urllib would not even try: no scheme that we fetch, or no host.
 WEB_ADDRESS = r"^(?i:https?)://[^\s/?#]+"
+
+ListKind = Literal["auto", "url", "hash", "domain"]
 
 
 class SelectConfig(StageConfig):
     """Conditions on the metadata. Bounds are inclusive; one that is not set is not asked."""
 
     metadata: list[str] = external_file(..., "Parquet files with LAION's columns: paths, globs or fsspec URLs", min_length=1)
+    laion_schema: Literal[
+        "auto", "laion2B-en", "laion2B-en-joined", "laion-high-resolution", "laion-aesthetics", "relaion"
+    ] = Field("auto", description="the set whose columns every file must have; auto: whichever each file fits")  # fmt: skip
     columns: dict[str, str] = Field({}, description="column names of a corpus that is not LAION's, such as {url: link}")
+    preset: Literal["laion2B-en-256", "laion-high-resolution-512", "laion-aesthetics-512"] | None = operational(
+        None, "thresholds of one of the paper's subsets; the fields beside it override them, null takes one away"
+    )
     min_width: int | None = Field(None, ge=1, description="pixels")
     max_width: int | None = Field(None, ge=1, description="pixels")
     min_height: int | None = Field(None, ge=1, description="pixels")
@@ -54,9 +77,25 @@ class SelectConfig(StageConfig):
     max_caption_chars: int | None = Field(None, ge=1)
     min_caption_words: int | None = Field(None, ge=1)
     max_caption_words: int | None = Field(None, ge=1)
+    where: tuple[str, ...] = Field(
+        (), description='conditions on any column by its own name, such as "NSFW in [UNLIKELY, UNSURE]" or "LICENSE != ?"'
+    )
     keep_null: bool = Field(True, description="a row whose value is null meets conditions on it; false: counts as null_COLUMN")
+    sample: float | None = Field(None, gt=0, le=1, description="part of the rows that meet the conditions, told by their URL")
+    seed: int = Field(0, ge=0, lt=2**63, description="another seed, another sample")
+    allow: list[str] = external_file([], "files of URLs, hashes or domains; rows that none of them lists are dropped")
+    allow_by: ListKind = Field("auto", description="what `allow` lists; auto: the column that a file has, or how a line looks")
+    deny: list[str] = external_file([], "files of URLs, hashes or domains; rows that one of them lists are dropped")
+    deny_by: ListKind = Field("auto", description="what `deny` lists, as allow_by")
     shard_rows: int = Field(10_000, ge=1, description="rows of a shard, the piece that download does at once")
     cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
+            return PRESETS.get(name, {}) | values
+        return values
 
     @field_validator("columns")
     @classmethod
@@ -65,148 +104,214 @@ class SelectConfig(StageConfig):
             raise ValueError(f"{unknown[0]} is no column of ours; expected {', '.join(NAMES)}")
         return columns
 
+    @field_validator("where")
+    @classmethod
+    def _parsed(cls, where: tuple[str, ...]) -> tuple[str, ...]:
+        for text in where:
+            Where.parse(text)
+        return where
+
+
+def conditions_of(config: SelectConfig) -> tuple[list[Condition], Reading]:
+    """All conditions, and the reading that gives the columns that they ask for."""
+    own = [Where.parse(text) for text in config.where]
+    usual = conditions(config)
+    others = {where.label: (where.column, where.type) for where in own}
+    reading = Reading(config.laion_schema, config.columns, frozenset(columns_of(usual)), others)
+    return usual + [where.condition() for where in own], reading
+
 
 def judge(table: pa.Table, tests: list[Condition], keep_null: bool) -> Verdict:
     """Which rows of a canonical table to download: those with a web address and a caption that meet the conditions."""
     verdict = Verdict(np.ones(table.num_rows, dtype=bool))
-    verdict.drop("no_url", pc.equal(pc.utf8_length(table["url"]), 0), unknown=True)
+    verdict.drop("no_url", pc.equal(pc.binary_length(table["url"]), 0), unknown=True)
     verdict.drop("bad_url", pc.invert(pc.match_substring_regex(table["url"], WEB_ADDRESS)), unknown=True)
-    verdict.drop("no_caption", pc.equal(pc.utf8_length(table["caption"]), 0), unknown=True)
+    verdict.drop("no_caption", pc.equal(pc.binary_length(table["caption"]), 0), unknown=True)
     verdict.judge(table, tests, keep_null)
     return verdict
 
 
+def sampled(keys: Keys, sample: float, seed: int) -> np.ndarray:
+    """Mask of the keys that are in the sample: whatever file a URL lies in, and whatever else there is."""
+    return mixed(keys ^ mixed(np.array([seed]))) < np.uint64(min(int(sample * SPACE), SPACE - 1))
+
+
 class Pick:
-    """Worker of the first phase: which rows of a metadata file meet the conditions, and their digests."""
+    """Worker of the first phase: which rows of a metadata file meet the conditions, and their keys."""
 
     def __init__(self, job: Job):
         self.config: SelectConfig = job.config
-        self.tests = conditions(job.config)
-        self.needed = columns_of(self.tests)
+        self.tests, self.reading = conditions_of(job.config)
+        self.names = sorted({"url", "caption", "hash"} | columns_of(self.tests))
 
     def run(self, unit: Unit, out: Output) -> None:
-        picked = 0
-        with (
-            open_metadata(unit.payload["address"], self.config.columns, self.needed) as metadata,
-            pq.ParquetWriter(out.path("keys.parquet"), KEYS, compression="zstd", use_dictionary=False) as writer,
-        ):
-            for start, table in metadata.batches():
+        kinds = unit.payload["kinds"]
+        with ExitStack() as stack:
+            writers = {kind: stack.enter_context(KeyWriter(out.path(f"{kind}.parquet"))) for kind in kinds}
+            metadata = stack.enter_context(open_metadata(unit.payload["address"], self.reading))
+            out.notes["schema"] = metadata.schema
+            for start, table in metadata.batches(self.names):
                 verdict = judge(table, self.tests, self.config.keep_null)
+                kept = table.select(["url", "hash"]).filter(pa.array(verdict.passing)).combine_chunks()
+                rows = np.flatnonzero(verdict.passing)
+                keys = text_keys(kept["url"])
+                if self.config.sample is not None:
+                    chosen = sampled(keys, self.config.sample, self.config.seed)
+                    verdict.dropped["not_sampled"] = int((~chosen).sum())
+                    kept, rows, keys = kept.filter(pa.array(chosen)).combine_chunks(), rows[chosen], keys[chosen]
                 out.stats.rows_in += table.num_rows
-                for reason, rows in verdict.dropped.items():
-                    out.stats.drop(reason, rows)
-                indices = np.flatnonzero(verdict.passing)
-                kept = table.select(["url", "hash"]).take(pa.array(indices))
-                columns = [pa.array(indices + start), pa.array(text_digests(kept["url"])), kept["hash"].combine_chunks()]
-                writer.write_table(pa.table(columns, schema=KEYS), row_group_size=GROUP)
-                picked += len(indices)
-        out.rows["keys.parquet"] = picked
+                for reason, count in verdict.dropped.items():
+                    out.stats.drop(reason, count)
+                self._add(writers, kept, keys, rows + start)
+        for kind, writer in writers.items():
+            out.rows[f"{kind}.parquet"] = writer.count
+
+    @staticmethod
+    def _add(writers: dict[str, KeyWriter], kept: pa.Table, keys: Keys, rows: np.ndarray) -> None:
+        writers["url"].add(keys, rows)
+        known = kept["hash"].is_valid()
+        writers["hash"].add(hash_keys(kept["hash"].filter(known)), rows[known.to_numpy()])
+        if "domain" in writers:
+            domains, of = domain_keys(kept["url"].combine_chunks())
+            writers["domain"].add(domains, rows[of])
+
+
+class Duplicates:
+    """Worker of the phase before the last: holds the keys of one range, of all files."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def run(self, unit: Unit, out: Output) -> None:
+        low, high = unit.payload["range"]
+        paths = unit.payload["keys"]
+        files, first_keys, first_rows = [], [], []
+        with RowSets(out.path("again.parquet"), len(paths)) as sets:
+            for number, path in enumerate(paths):
+                with self.job.store.open(path) as file:
+                    for keys, rows in read_keys(file, low, high):
+                        again = repeated(keys)
+                        sets.add(number, rows[again])
+                        files.append(np.full(len(keys) - again.sum(), number, dtype=np.int32))
+                        first_keys.append(keys[~again])
+                        first_rows.append(rows[~again])
+            if files:
+                again = repeated(np.concatenate(first_keys))
+                number, rows = np.concatenate(files)[again], np.concatenate(first_rows)[again]
+                ends = np.searchsorted(number, np.unique(number), "right")
+                for some in np.split(np.arange(len(number)), ends[:-1]):
+                    if len(some):
+                        sets.add(int(number[some[0]]), rows[some])
+        out.rows["again.parquet"] = sets.writer.count
+        out.notes["again"] = sets.note()
 
 
 class Write:
-    """Worker of the second phase: drops duplicates and writes shards of the canonical columns."""
+    """Worker of the last phase: leaves duplicates out and writes shards of the canonical columns."""
 
     def __init__(self, job: Job):
         self.job = job
         self.config: SelectConfig = job.config
+        self.reading = Reading(self.config.laion_schema, self.config.columns)
 
     def run(self, unit: Unit, out: Output) -> None:
-        with self.job.store.open(unit.payload["keys"]) as file:
-            own = pq.read_table(file)
-        by_url, by_hash = Seen(own["url"]), Seen(own["hash"])
-        for path in unit.payload["earlier"]:
-            with self.job.store.open(path) as file:
-                for batch in pq.ParquetFile(file).iter_batches(BATCH):
-                    by_url.add(batch["url"])
-                    by_hash.add(batch["hash"])
-        same_url, same_hash = by_url.repeated(), by_hash.repeated()
-        out.stats.drop("duplicate_url", int(same_url.sum()))
-        out.stats.drop("duplicate_hash", int((same_hash & ~same_url).sum()))
-        kept = own["row"].to_numpy()[~(same_url | same_hash)]
-        out.stats.rows_in, out.stats.rows_out = own.num_rows, len(kept)
-        for number, shard in enumerate(self._shards(unit.payload["address"], unit.payload["file"], kept)):
-            path = out.path(f"{unit.name}-{number:05d}.parquet", shard.num_rows)
-            pq.write_table(shard, path, compression="zstd", row_group_size=GROUP)
+        number = unit.payload["number"]
+        with open_metadata(unit.payload["address"], self.reading) as metadata:
+            keep = np.zeros(metadata.rows, dtype=bool)
+            for rows in self._rows(unit.payload["url"]):
+                keep[rows] = True
+            out.stats.rows_in = int(keep.sum())
+            for kind, paths in unit.payload["again"].items():
+                before = keep.sum()
+                for path in paths:
+                    for rows in self._rows(path, number):
+                        keep[rows] = False
+                out.stats.drop(f"duplicate_{kind}", int(before - keep.sum()))
+            out.stats.rows_out = int(keep.sum())
+            tables = metadata.kept(CANONICAL.names[1:], keep)
+            for count, shard in enumerate(self._shards(unit.payload["file"], tables)):
+                path = out.path(f"{unit.name}-{count:05d}.parquet", shard.num_rows)
+                pq.write_table(shard, path, compression="zstd", row_group_size=GROUP)
 
-    def _shards(self, address: str, file: str, kept: np.ndarray) -> Iterator[pa.Table]:
+    def _rows(self, path: str, file: int | None = None) -> Iterator[np.ndarray]:
+        """Row numbers of a file of keys, or those that stand under a metadata file's number."""
+        with self.job.store.open(path) as opened:
+            for _, rows in read_keys(opened) if file is None else read_keys(opened, file, file + 1):
+                yield rows
+
+    def _shards(self, file: str, tables: Iterable[tuple[np.ndarray, pa.Table]]) -> Iterator[pa.Table]:
         """The kept rows with their keys, `shard_rows` at a time."""
         size = self.config.shard_rows
         waiting: list[pa.Table] = []
         held = 0
-        with open_metadata(address, self.config.columns, set()) as metadata:
-            for start, table in metadata.batches():
-                low, high = np.searchsorted(kept, (start, start + table.num_rows))
-                rows = kept[low:high]
-                numbers = pc.utf8_lpad(pa.array(rows).cast(pa.string()), 8, "0")
-                keys = pc.binary_join_element_wise(file, numbers, "")
-                taken = table.take(pa.array(rows - start))
-                waiting.append(taken.append_column("key", keys).select(CANONICAL.names).cast(CANONICAL))
-                held += len(rows)
-                while held >= size:
-                    joined = pa.concat_tables(waiting)
-                    yield joined.slice(0, size).combine_chunks()
-                    waiting, held = [joined.slice(size)], held - size
+        for rows, table in tables:
+            numbers = pc.utf8_lpad(pa.array(rows).cast(pa.string()), 8, "0")
+            waiting.append(table.add_column(0, CANONICAL.field("key"), pc.binary_join_element_wise(file, numbers, "")))
+            held += table.num_rows
+            while held >= size:
+                joined = pa.concat_tables(waiting)
+                yield joined.slice(0, size).combine_chunks()
+                waiting, held = [joined.slice(size)], held - size
         if held:
             yield pa.concat_tables(waiting).combine_chunks()
 
 
-class Seen:
-    """Which rows of one file have a value that an earlier row has; memory grows with this file's rows, not with the others'."""
-
-    def __init__(self, column: pa.ChunkedArray):
-        """`column`: the file's own values, shape (rows,), in row order; null equals nothing."""
-        valid = pc.is_valid(column).to_numpy().astype(bool)
-        self.values, first, inverse = np.unique(column.drop_null().to_numpy(), return_index=True, return_inverse=True)
-        self.before = np.zeros(len(self.values), dtype=bool)
-        self.place = np.full(len(column), -1)
-        self.place[valid] = inverse
-        self.first = np.zeros(len(column), dtype=bool)
-        self.first[np.flatnonzero(valid)[first]] = True
-
-    def add(self, column: pa.Array) -> None:
-        """Values of rows that come before the whole file."""
-        other = column.drop_null().to_numpy(zero_copy_only=False)
-        if len(self.values) and len(other):
-            at = np.minimum(np.searchsorted(self.values, other), len(self.values) - 1)
-            self.before[at[self.values[at] == other]] = True
-
-    def repeated(self) -> np.ndarray:
-        """Mask of the rows with an earlier equal, shape (rows,)."""
-        if not len(self.values):
-            return np.zeros(len(self.place), dtype=bool)
-        return (self.place >= 0) & (~self.first | self.before[self.place])
+def _files(job: Job) -> list[tuple[str, str]]:
+    """(address, digest) in the order that decides which row is earlier."""
+    # By name and content, as the fingerprint counts them: where the files lie must not decide which one comes first.
+    return sorted(job.sources.items(), key=lambda item: (PurePosixPath(item[0]).name, item[1]))
 
 
 def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    # By name and content, as the fingerprint counts them: where the files lie must not decide which one comes first.
-    for address, digest in sorted(job.sources.items(), key=lambda item: (PurePosixPath(item[0]).name, item[1])):
-        file = hashlib.sha256(digest.encode()).hexdigest()[:10]
-        yield Unit(PurePosixPath(address).stem, (digest,), {"address": address, "file": file})
+    files = _files(job)
+    check_metadata([address for address, _ in files], conditions_of(job.config)[1])
+    kinds = ("url", "hash", "domain") if any(job.lists.values()) else ("url", "hash")
+    for address, digest in files:
+        yield Unit(PurePosixPath(address).stem, (digest, *kinds), {"address": address, "kinds": kinds})
+
+
+def _duplicate_units(job: Job, earlier: Records) -> Iterable[Unit]:
+    """Decided by the keys of all files."""
+    for kind in ("url", "hash"):
+        keys = [file_of(record, kind) for record in admitted(earlier)]
+        paths, digest = tuple(entry.path for entry in keys), digest_of([entry.sha256 for entry in keys])
+        for low, high in ranges(sum(entry.rows for entry in keys)):
+            yield Unit(f"{kind}-{low:016x}", (digest, f"{low}-{high}"), {"keys": paths, "range": (low, high)})
 
 
 def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    """Decided by the metadata file and, through a running digest, by the keys of all files before it."""
-    before: list[str] = []
-    digest = ""
-    for unit, record in zip(_pick_units(job, earlier), earlier["pick"], strict=True):
-        (keys,) = record.files
-        digest = hashlib.sha256((digest + keys.sha256).encode()).hexdigest()
-        payload = {**unit.payload, "keys": keys.path, "earlier": tuple(before)}
-        yield Unit(unit.name, (*unit.digests, digest), payload, rows=keys.rows)
-        before.append(keys.path)
+    """Decided by the metadata file, its picked rows, and which of them are duplicates."""
+    files, left = _files(job), admitted(earlier)
+    found = {kind: [r for r in earlier["duplicates"] if r.name.startswith(f"{kind}-")] for kind in ("url", "hash")}
+    again = {kind: tuple(file_of(record, "again").path for record in records) for kind, records in found.items()}
+    digests = {kind: add_notes((r.notes["again"] for r in records), len(files)) for kind, records in found.items()}
+    for number, ((address, digest), record) in enumerate(zip(files, left, strict=True)):
+        picked = file_of(record, "url")
+        decided = (digest, picked.sha256, digests["url"][number], digests["hash"][number])
+        payload = {"address": address, "number": number, "file": digest_of(digest)[:10], "url": picked.path, "again": again}
+        yield Unit(PurePosixPath(address).stem, decided, payload, rows=picked.rows)
 
 
 def _resources(config: SelectConfig) -> Resources:
     return Resources(cpus=config.cpus)
 
 
+# What a phase does not name counts through the content of the files that it reads.
+_PICK = frozenset(SelectConfig.model_fields) - {"shard_rows", "allow_by", "deny_by"}
+_READ = frozenset({"laion_schema", "columns"})
+
+
 class Select(Stage):
     name = "select"
-    version = 1
+    version = 2
     Config = SelectConfig
     phases = (
-        Phase("pick", _pick_units, Pick, fields=frozenset(SelectConfig.model_fields) - {"shard_rows"}, resources=_resources),
-        Phase("write", _write_units, Write, resources=_resources),
+        Phase("pick", _pick_units, Pick, fields=_PICK, resources=_resources),
+        Phase("lists", list_units, ReadList, fields=frozenset({"columns", "allow_by", "deny_by"}), resources=_resources),
+        Phase("match", match_units, Match, fields=frozenset(), resources=_resources),
+        Phase("admit", admit_units, Admit, fields=frozenset(), resources=_resources),
+        Phase("duplicates", _duplicate_units, Duplicates, fields=frozenset(), resources=_resources),
+        Phase("write", _write_units, Write, fields=_READ | {"shard_rows"}, resources=_resources),
     )
 
     @classmethod
@@ -214,10 +319,24 @@ class Select(Stage):
         return config.metadata
 
     @classmethod
+    def lists(cls, config: SelectConfig) -> dict[str, list[str]]:
+        return {part: files for part in ("allow", "deny") if (files := getattr(config, part))}
+
+    @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        """No more than the metadata itself takes, as far as it lies on this machine."""
-        return sum(os.path.getsize(address) for address in job.sources if os.path.exists(address))
+        """No more than the metadata itself takes and once more a part of it for the keys, as far as it lies on this machine."""
+        return sum(os.path.getsize(address) for address in job.sources if os.path.exists(address)) * 3 // 2
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
         return {field.name: str(field.type) for field in CANONICAL}
+
+    @classmethod
+    def summary(cls, job: Job, records: Records) -> dict[str, Any]:
+        """Files by the schema that they were found to have, and entries of the lists by their kind."""
+        schemas = [record.notes["schema"] for record in records["pick"]]
+        lists = {
+            record.name: {entry.name.removesuffix(".parquet"): entry.rows for entry in record.files if entry.rows}
+            for record in records["lists"]
+        }
+        return {"schemas": {name: schemas.count(name) for name in sorted(set(schemas))}} | ({"lists": lists} if lists else {})

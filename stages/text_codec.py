@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from infra.dataset import FileEntry
 from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
 from stages.recipe import encoder
 from stages.runner import emit_progress
@@ -84,11 +85,11 @@ class Trainer:
     def captions(self) -> Iterator[str]:
         """The first captions of the selection, in its order."""
         left = self.config.captions
-        for entry in self.job.inputs["captions"].files:
+        for entry in tables(self.job):
             if left <= 0:
                 return
             with self.job.store.open(entry.path) as file:
-                column = pq.read_table(file, columns=["caption"])["caption"].to_pylist()[:left]
+                column = pq.read_table(file, columns=["caption"])["caption"].drop_null().to_pylist()[:left]
             left -= len(column)
             yield from column
 
@@ -156,9 +157,14 @@ class Trainer:
         return BLEU().corpus_score(decoded, [captions]).score / 100
 
 
+def tables(job: Job) -> list[FileEntry]:
+    """The files that hold captions; a folder's dataset has its images in others beside them."""
+    return [entry for entry in job.inputs["captions"].files if entry.name.endswith(".parquet")]
+
+
 def plan_training(job: Job, _: Records) -> list[Unit]:
     """One unit: the captions are small, and the codec is one model."""
-    entries = job.inputs["captions"].files
+    entries = tables(job)
     return [Unit("codec", tuple(entry.sha256 for entry in entries), rows=sum(entry.rows for entry in entries))]
 
 
@@ -176,7 +182,7 @@ class TextCodecStage(Stage):
     """One dataset: codec.json, codec.safetensors and the GPT-2 folder that `TextCodec.load` reads."""
 
     name = "text-codec"
-    version = 1
+    version = 2
     Config = TextCodecConfig
     phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources),)
 

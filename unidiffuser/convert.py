@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unidiffuser.modalities import paper_modalities, token_order
+from unidiffuser.tensors import WeightsError
 from unidiffuser.uvit import UViTConfig
-from unidiffuser.weights import WeightsError
 
 # Native name -> official name, of what is not the same in both: the ends of the network. Blocks are named alike.
 _OFFICIAL = {
@@ -86,21 +86,21 @@ def from_official(
     """
     table = {official: native for native, official in _OFFICIAL.items()}
     native = {_rename(name, table): tensor for name, tensor in state.items()}
+    sizes = ("inputs.latent.weight", "position", "inputs.clip.weight", "inputs.text.weight", "mid_block.mlp.fc1.weight")
+    if missing := [_rename(name, _OFFICIAL) for name in sizes if name not in native]:
+        raise WeightsError(f"not a published U-ViT: {', '.join(missing)} missing, by which its sizes are told")
     try:
         width, channels, patch, _ = native["inputs.latent.weight"].shape
         tokens = native["position"].shape[1]
-        clip, text = (
-            native["inputs.clip.weight"].shape[1],
-            native["inputs.text.weight"].shape[1],
-        )
-        hidden = native["mid_block.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError) as error:
-        raise WeightsError(f"not an official U-ViT: {error} is missing or has another number of axes") from error
+        clip, text, hidden = (native[name].shape[index] for name, index in zip(sizes[2:], (1, 1, 0), strict=True))
+    except (IndexError, ValueError) as error:
+        shapes = ", ".join(f"{_rename(name, _OFFICIAL)} {tuple(native[name].shape)}" for name in sizes)
+        raise WeightsError(f"not a published U-ViT: one of {shapes} has another number of axes") from error
     side = math.isqrt(max(tokens - 3 - text_tokens, 0))
     if side < 1 or side * side != tokens - 3 - text_tokens:
         raise WeightsError(
             f"the position table has {tokens} rows; less 2 timesteps, 1 CLIP and {text_tokens} text tokens that is not a "
-            "square of patches: give the number of text tokens"
+            "square of patches: name the CLIP of its captions, which tells the number of text tokens"
         )
     return UViTConfig(
         width=width,

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from unidiffuser.weights import WeightsError
+from unidiffuser.tensors import WeightsError
 
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _CODEC = {"projection": "encode_prefix", "prefix": "decode_prefix", "gpt2": "gpt"}

@@ -6,7 +6,8 @@ small embedded weights, a local folder or a public name (see `unidiffuser.refere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidiffuser.references import local_folder
+from unidiffuser.tensors import WeightsError, check_loading
 
 
 def sample_latent(moments: Tensor, scaling_factor: float, generator: torch.Generator | None = None) -> Tensor:
@@ -48,13 +50,19 @@ class ImageLatents:
 
     @classmethod
     def load(cls, ref: str = "embedded", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ImageLatents:
-        """Load weights by reference. Raises FileNotFoundError for a folder without them, OSError for an unknown name."""
+        """Load weights by reference.
+
+        Raises:
+            FileNotFoundError: a folder without the model. OSError: an unknown public name. WeightsError: tensors do not fit.
+        """
         from diffusers import AutoencoderKL
 
         folder = local_folder(ref, "vae")
-        model = AutoencoderKL.from_pretrained(
-            str(folder or ref), torch_dtype=dtype, local_files_only=folder is not None, low_cpu_mem_usage=False
-        )
+        model, info = AutoencoderKL.from_pretrained(
+            str(folder or ref), torch_dtype=dtype, local_files_only=folder is not None, low_cpu_mem_usage=False,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+        check_loading(info, folder or ref)
         return cls(model.to(device=device, memory_format=torch.channels_last))
 
     def latent_shape(self, px: int) -> tuple[int, int, int]:
@@ -88,18 +96,42 @@ class ImageLatents:
         self.model.save_pretrained(folder, safe_serialization=True)
 
 
+def clip_settings(ref: str) -> dict[str, Any]:
+    """open_clip's configuration of a model by reference, without its weights.
+
+    Raises:
+        FileNotFoundError: a folder without the model. ValueError: a public name without weights. OSError: an unknown one.
+    """
+    import open_clip
+
+    folder = local_folder(ref, "clip")
+    if folder is not None:
+        return json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    name, _, weights = ref.partition("/")
+    if not weights:
+        raise ValueError(f"clip {ref!r}: expected MODEL/WEIGHTS like 'ViT-B-32/openai', 'embedded' or a folder")
+    settings = open_clip.get_model_config(name)
+    if settings is None:
+        raise OSError(f"clip {ref!r}: open_clip knows no model {name}")
+    return settings | ({"quick_gelu": True} if weights == "openai" else {})
+
+
 class ClipEncoder:
     """An open_clip model, frozen: image embeddings, and the hidden states and embeddings of captions.
 
+    A tower of width 1 is none: a pipeline of diffusers holds the image tower of one CLIP and the text tower of another.
+
     Attributes:
+        settings: open_clip's configuration of the model.
         context_length: L, tokens of a caption; text_width: W of a hidden state; embed_dim: D of an embedding.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, ref: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, ref: str, settings: Mapping[str, Any]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.model.text.output_tokens = True
         self.tokenizer = tokenizer
         self.ref = ref
+        self.settings = dict(settings)
         self.context_length = int(model.context_length)
         self.text_width = int(model.text.token_embedding.embedding_dim)
         self.embed_dim = int(model.text.output_dim)
@@ -111,36 +143,30 @@ class ClipEncoder:
         """Load by reference; a public name is MODEL/WEIGHTS of open_clip, like "ViT-B-32/openai".
 
         Raises:
-            FileNotFoundError: a folder without the model. ValueError: a public name without weights. RuntimeError: an
-            unknown one.
+            FileNotFoundError: a folder without the model. ValueError: a public name without weights. OSError: an unknown
+            one, or it cannot be fetched. WeightsError: tensors do not fit.
         """
         import open_clip
 
-        folder = local_folder(ref, "clip")
-        if folder is not None:
-            name, weights = f"local-dir:{folder.resolve()}", None
-        else:
-            name, _, weights = ref.partition("/")
-            if not weights:
-                raise ValueError(f"clip {ref!r}: expected MODEL/WEIGHTS like 'ViT-B-32/openai', 'embedded' or a folder")
-        model = open_clip.create_model(
-            name, pretrained=weights, force_custom_text=True, force_quick_gelu=weights == "openai", require_pretrained=True
-        )
-        return cls(model.to(device=device, dtype=dtype), open_clip.get_tokenizer(name), ref)
+        settings, folder = clip_settings(ref), local_folder(ref, "clip")
+        name, _, weights = ref.partition("/") if folder is None else (f"local-dir:{folder.resolve()}", "", None)
+        try:
+            model = open_clip.create_model(
+                name, pretrained=weights, force_custom_text=True, force_quick_gelu=weights == "openai", require_pretrained=True
+            )
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise (OSError(f"clip {ref!r}: {reason}") if folder is None else WeightsError(f"{folder}: {reason}")) from error
+        return cls(model.to(device=device, dtype=dtype), open_clip.get_tokenizer(name), ref, settings)
 
     def save(self, folder: str | Path) -> None:
-        """Write a model that came by a public name as a folder that `load` takes: config, safetensors, tokenizer."""
-        import open_clip
+        """Write a folder that `load` takes: config, safetensors in the type of the weights, tokenizer."""
         from open_clip.push_to_hf_hub import save_config_for_hf
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name, _, weights = self.ref.partition("/")
-        config = {**(open_clip.get_model_config(name) or {}), "custom_text": True}
-        if weights == "openai":
-            config["quick_gelu"] = True
-        save_config_for_hf(self.model, folder / "open_clip_config.json", model_config=config)
+        save_config_for_hf(self.model, folder / "open_clip_config.json", model_config={**self.settings, "custom_text": True})
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(state, folder / "open_clip_model.safetensors")
         # open_clip's own tokenizer is part of the package; one of transformers is a file.
@@ -150,6 +176,7 @@ class ClipEncoder:
     @torch.inference_mode()
     def image(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Embed pictures, PIL of any sizes or (B, 3, H, W) uint8, as (B, D) fp32, not normalised (as in the paper)."""
+        self._require("vision_cfg", "image")
         if isinstance(images, Tensor):
             x = self._preprocess(images)
         else:
@@ -168,10 +195,27 @@ class ClipEncoder:
         x = functional.center_crop(x, [size, size])
         return functional.normalize(x, list(settings["mean"]), list(settings["std"])).to(self._dtype)
 
+    def ids(self, captions: Sequence[str]) -> Tensor:
+        """Token ids (B, L), cut at L tokens.
+
+        Behind a caption open_clip's own tokenizer puts zeros; the published model has seen the end-of-text token there, as
+        transformers' CLIPTokenizer puts it. It matters: the hidden states of all L tokens are modelled.
+        """
+        ids = self.tokenizer(list(captions))
+        if (end := getattr(self.tokenizer, "eot_token_id", None)) is None:
+            return ids
+        behind = (ids == end).flip(1).cumsum(1).flip(1) == 0
+        return ids.masked_fill(behind, end)
+
     @torch.no_grad()  # not inference mode: the text codec is trained on these hidden states
     def _text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        pooled, tokens = self.model.text(self.tokenizer(list(captions)).to(self._device))
+        self._require("text_cfg", "text")
+        pooled, tokens = self.model.text(self.ids(captions).to(self._device))
         return pooled.float(), tokens.float()
+
+    def _require(self, tower: str, name: str) -> None:
+        if self.settings[tower].get("width") == 1:
+            raise ValueError(f"clip {self.ref!r} has no {name} tower: name a whole CLIP model")
 
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Last hidden states of the text tower, after its final norm: (B, L, W) fp32. Longer captions are cut at L tokens."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +15,59 @@ from torch import Tensor
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.images import to_pil, to_rgb, to_square, to_tensor
 from unidiffuser.modalities import all_parts, resized
-from unidiffuser.sampling import sample
+from unidiffuser.sampling import SAMPLERS, sample
+from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.tasks import TASK_NAMES
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.uvit import UViT
 from unidiffuser.weights import load_native
 
 FOLDERS = ("uvit", "vae", "clip_image", "clip_text", "text_codec")
-_TAKES_PROMPTS = ("t2i", "t2i2t")
-_TAKES_IMAGES = ("i2t", "i2t2i", "interpolate")
+TAKES_PROMPTS = ("t2i", "t2i2t")
+TAKES_IMAGES = ("i2t", "i2t2i", "interpolate")
+DRAWS_IMAGES = tuple(task for task in TASK_NAMES if task not in ("i2t", "t"))
+# The tasks whose condition may be noised: the spectrum between conditional and marginal.
+TAKES_CONDITION_T = ("t2i", "i2t")
+
+
+class PromptCut(UserWarning):
+    """A prompt has more tokens than the text encoder reads; the message says what is left of it."""
+
+
+def check_request(
+    task: str,
+    prompts: Sequence[str] | None,
+    images: Sequence[Image.Image] | None,
+    sampler: str = "dpm++2m",
+    condition_t: int = 0,
+    guidance_interval: tuple[int, int] | None = None,
+) -> None:
+    """Say what is wrong with a request before anything is loaded; see ``UniDiffuser.generate`` for the arguments.
+
+    Raises:
+        ValueError: the task or the sampler is unknown, an input is missing or not taken, or a timestep is out of range.
+    """
+    last = NoiseSchedule().steps
+    if task not in TASK_NAMES:
+        raise ValueError(f"no task named {task!r}; there are {', '.join(TASK_NAMES)}")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"no sampler named {sampler!r}; there are {', '.join(SAMPLERS)}")
+    if task in TAKES_PROMPTS and (not prompts or images):
+        raise ValueError(f"{task} takes prompts, and no images")
+    if task in TAKES_IMAGES and (not images or prompts):
+        raise ValueError(f"{task} takes images, and no prompts")
+    if task == "interpolate" and len(images or ()) != 2:
+        raise ValueError(f"interpolate takes two images, not {len(images or ())}")
+    if task in ("joint", "i", "t") and (prompts or images):
+        raise ValueError(f"{task} takes neither prompts nor images")
+    if task == "gibbs" and prompts and images:
+        raise ValueError("gibbs starts from prompts or from images, not from both")
+    if not 0 <= condition_t <= last:
+        raise ValueError(f"condition_t must be in 0 .. {last}, not {condition_t}")
+    if condition_t and task not in TAKES_CONDITION_T:
+        raise ValueError(f"condition_t goes with {' and '.join(TAKES_CONDITION_T)}, not with {task}")
+    if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1] <= last:
+        raise ValueError(f"guidance_interval must be two timesteps in 0 .. {last}, the lower one first, not {guidance_interval}")
 
 
 @dataclass(frozen=True)
@@ -53,6 +98,8 @@ class UniDiffuser:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.uvit, self.vae, self.text_codec, self.dtype = uvit.eval(), vae, text_codec.eval(), dtype
+        # Picture by picture: the decoder's activations are the peak of memory, and a single picture keeps it as busy.
+        vae.model.enable_slicing()
         self.clip_image, self.clip_text = clip_image, clip_text
         self.device = uvit.position.device
         self.latent = {part.name: part for part in all_parts(uvit.config.modalities)}["latent"]
@@ -113,19 +160,24 @@ class UniDiffuser:
             size: pixels a side, if another than the model was trained for.
             batch: results computed at once; changes memory and speed, and results by rounding only.
             beams: width of the beam search that writes captions; 1 is greedy.
+            data_type: of a model with a data-type token; 1 if None, as in the published version 1.
 
         See ``sampling.sample`` for the others.
 
         Raises:
-            ValueError: the task is unknown, its input is missing, there is input that it does not take, or the number of
-                seeds is wrong.
+            ValueError: see ``check_request``; or the number of seeds is wrong, or the model cannot draw this size.
         """
-        inputs = self._inputs(task, prompts, images)
+        check_request(task, prompts, images, sampler, condition_t, guidance_interval)
+        inputs = prompts or images or None
         sources = [0] * count if inputs is None or task == "interpolate" else _repeat(len(inputs), count)
         seeds = list(seeds) if seeds is not None else list(range(len(sources)))
         if len(seeds) != len(sources):
             raise ValueError(f"{len(sources)} results need {len(sources)} seeds, not {len(seeds)}")
-        size = size or self.size
+        size = self.size if size is None else size
+        if size < 1 or size % (self.vae.reduction * self.latent.patch):
+            raise ValueError(f"size {size}: this model needs a multiple of {self.vae.reduction * self.latent.patch} pixels")
+        if data_type is None and self.uvit.config.data_type_token:
+            data_type = 1
         condition = self._condition(prompts, images, size)
         if task != "interpolate":
             condition = {name: part[torch.tensor(sources)] for name, part in condition.items()}
@@ -136,22 +188,6 @@ class UniDiffuser:
                 guidance_interval, data_type,
             )  # fmt: skip
         return self._results(drawn, seeds, sources, batch, beams)
-
-    def _inputs(self, task: str, prompts: Sequence[str] | None, images: Sequence[Image.Image] | None) -> Sequence[object] | None:
-        """The prompts or the images, whichever the task takes."""
-        if task not in TASK_NAMES:
-            raise ValueError(f"no task named {task!r}; there are {', '.join(TASK_NAMES)}")
-        if task in _TAKES_PROMPTS and (not prompts or images):
-            raise ValueError(f"{task} takes prompts, and no images")
-        if task in _TAKES_IMAGES and (not images or prompts):
-            raise ValueError(f"{task} takes images, and no prompts")
-        if task == "interpolate" and len(images or ()) != 2:
-            raise ValueError(f"interpolate takes two images, not {len(images or ())}")
-        if task in ("joint", "i", "t") and (prompts or images):
-            raise ValueError(f"{task} takes neither prompts nor images")
-        if task == "gibbs" and prompts and images:
-            raise ValueError("gibbs starts from prompts or from images, not from both")
-        return prompts or images or None
 
     def _condition(self, prompts: Sequence[str] | None, images: Sequence[Image.Image] | None, size: int) -> dict[str, Tensor]:
         """The parts of the prompts and images, one row each."""
@@ -176,12 +212,9 @@ class UniDiffuser:
 
         if fits(prompt):
             return
-        words = prompt.split()
-        kept = next((n for n in range(len(words) - 1, 0, -1) if fits(" ".join(words[:n]))), 0)
-        warnings.warn(
-            f"the prompt has more than the {length} tokens that the model reads; cut after: "
-            f"{' '.join(words[:kept])!r}", stacklevel=3,
-        )  # fmt: skip
+        kept = bisect_left(range(len(prompt)), True, key=lambda last: not fits(prompt[: last + 1]))
+        message = f"the prompt has more than the {length} tokens that the model reads; cut after: {prompt[:kept]!r}"
+        warnings.warn(message, PromptCut, stacklevel=3)
 
     def _results(self, drawn: dict[str, Tensor], seeds: list[int], sources: list[int], batch: int, beams: int) -> list[Generated]:
         images: list[Image.Image | None] = [None] * len(seeds)

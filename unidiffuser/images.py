@@ -18,8 +18,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image, dtype=np.float64)
-        # PIL only clips when it converts these: 16-bit greys would all turn white.
-        top = 65535.0 if image.mode.startswith("I") and levels.max(initial=0) > 255 else 255.0
+        # PIL only clips when it converts these: 16-bit greys would all turn white. Plain "I" holds 8 or 16 bits.
+        wide = image.mode.startswith("I;16") or (image.mode == "I" and levels.max(initial=0) > 255)
+        top = 65535.0 if wide else 255.0
         return Image.fromarray((levels.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

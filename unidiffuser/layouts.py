@@ -1,25 +1,54 @@
 """Checkpoints on disk in any of three layouts: recognised by what is there, converted into another.
 
-native    a folder with config.json and model.safetensors; or an export folder, which has it as ``uvit`` beside the encoders
-official  a .pth file; or a folder with uvit_v0.pth or uvit_v1.pth
-diffusers a folder of a UniDiffuserModel, or of a pipeline, which has it as ``unet``
+A lone U-ViT, or a whole set with the autoencoder, the CLIP towers and the text codec:
+
+    layout     lone U-ViT                                  whole set
+    native     folder with config.json, model.safetensors  export folder: uvit, vae, clip_image, clip_text, text_codec
+    official   a .pth file                                 folder with uvit_v0.pth or uvit_v1.pth, autoencoder_kl.pth and
+                                                           caption_decoder.pth; CLIP stands beside it (``references.Encoders``)
+    diffusers  folder of a UniDiffuserModel, or ``unet``   folder of a UniDiffuserPipeline
+
+Tensors are renamed and cut, never computed with: every way there and back is exact. What belongs to training alone (the loss
+weights, the initial scale of the position table) is native only, and has its default after a way back.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from unidiffuser.convert import from_diffusers, from_official, save_diffusers, to_official
-from unidiffuser.convert_parts import codec_to_official, vae_to_official
+from unidiffuser.convert import from_official, save_diffusers, to_official
+from unidiffuser.encoders import clip_settings
+from unidiffuser.generation import UniDiffuser
+from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_official, uvit_file
+from unidiffuser.pipeline_export import save_pipeline
+from unidiffuser.pipeline_import import import_pipeline, load_unet
+from unidiffuser.references import Encoders
+from unidiffuser.tensors import WeightsError, named, read_tensors
 from unidiffuser.uvit import UViT
-from unidiffuser.weights import WeightsError, build, load_native, read_tensors, save_native
+from unidiffuser.weights import build, load_native, save_native
 
 Layout = Literal["native", "official", "diffusers"]
-_OFFICIAL_FILES = ("uvit_v1.pth", "uvit_v0.pth")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+
+def set_layout(source: Path | str) -> Layout | None:
+    """The layout of the whole set that lies at ``source``; None where there is none."""
+    source = Path(source)
+    if (source / "uvit" / "config.json").is_file() and (source / "text_codec").is_dir():
+        return "native"
+    if (source / "model_index.json").is_file():
+        return "diffusers"
+    if uvit_file(source) is not None and (source / VAE_FILE).is_file() and (source / CODEC_FILE).is_file():
+        return "official"
+    return None
 
 
 def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 77) -> UViT:
@@ -35,65 +64,111 @@ def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 7
     """
     source = Path(source)
     if source.is_file():
-        return build(*from_official(read_tensors(source), heads, text_tokens), source)
+        state = read_tensors(source)
+        with named(source):
+            config, native = from_official(state, heads, text_tokens)
+        return build(config, native, source)
     for folder in (source, source / "uvit", source / "unet"):
         if not (folder / "config.json").is_file():
             continue
-        settings = json.loads((folder / "config.json").read_text())
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "modalities" in settings:
             return load_native(folder)
         if settings.get("_class_name") == "UniDiffuserModel":
-            files = [folder / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
-            file = next((file for file in files if file.is_file()), files[0])
-            return build(*from_diffusers(settings, read_tensors(file)), folder)
-    for name in _OFFICIAL_FILES:
-        if (source / name).is_file():
-            return load_uvit(source / name, heads, text_tokens)
+            return load_unet(folder)
+    if (file := uvit_file(source)) is not None:
+        return load_uvit(file, heads, text_tokens)
     raise FileNotFoundError(
         f"{source}: no U-ViT found; expected a .pth file, or a folder with uvit/config.json, unet/config.json, "
         "config.json or uvit_v1.pth"
     )
 
 
-def convert(source: Path | str, target: Path | str, to: Layout, heads: int | None = None, text_tokens: int = 77) -> None:
-    """Write the checkpoint ``source`` as ``target`` in another layout.
+@contextmanager
+def export_folder(source: Path | str, encoders: Encoders | None = None, heads: int | None = None) -> Iterator[Path]:
+    """The whole set ``source`` as an export folder: itself if it is one, else converted into a temporary folder.
 
-    A lone U-ViT becomes a lone U-ViT: a native folder, a .pth file, or a folder with ``unet``. An export folder becomes a
-    pipeline of diffusers, or a folder with the official uvit, autoencoder_kl and caption_decoder files.
+    Args:
+        encoders: what stands beside official files; the published ones if None.
+        heads: attention heads of an official U-ViT, if not width / 64.
 
     Raises:
-        FileNotFoundError, WeightsError: see ``load_uvit``.
+        FileNotFoundError: there is no whole set at ``source``, or a part of it is missing.
+        WeightsError: it is damaged, or does not fit together.
+    """
+    source, layout = Path(source), set_layout(source)
+    if layout == "native":
+        yield source
+        return
+    if layout is None:
+        raise FileNotFoundError(
+            f"{source}: no whole checkpoint; expected an export folder, a UniDiffuserPipeline of diffusers, or a folder with "
+            "uvit_v1.pth, autoencoder_kl.pth and caption_decoder.pth"
+        )
+    with tempfile.TemporaryDirectory(prefix="unidiffuser-") as scratch:
+        folder = Path(scratch, "export")
+        if layout == "diffusers":
+            import_pipeline(source, folder)
+        else:
+            import_official(source, folder, encoders or Encoders(), heads)
+        yield folder
+
+
+def convert(
+    source: Path | str, target: Path | str, to: Layout, heads: int | None = None, encoders: Encoders | None = None
+) -> None:
+    """Write the checkpoint ``source`` as ``target`` in another layout; a whole set becomes a whole set.
+
+    A lone U-ViT becomes a lone U-ViT: a native folder, a .pth file, or a folder with ``unet``.
+
+    Args:
+        heads, encoders: see ``export_folder``. A lone official U-ViT has as many text tokens as the CLIP of the captions.
+
+    Raises:
+        FileNotFoundError, WeightsError: see ``load_uvit`` and ``export_folder``.
         FileExistsError: there is something at ``target``.
     """
     source, target = Path(source), Path(target)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists: choose another name, or remove it")
-    if (source / "uvit").is_dir() and (source / "text_codec").is_dir() and to != "native":
-        _convert_export(source, target, to)
+    whole = set_layout(source)
+    if whole is None and to == "official" and target.suffix != ".pth":
+        raise WeightsError(f"{target}: an official U-ViT is a file, give a name that ends in .pth")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Written beside the target and renamed: what is there is whole.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        made = Path(scratch, "made")
+        if whole is None:
+            text = clip_settings((encoders or Encoders()).text)["text_cfg"]
+            _convert_uvit(load_uvit(source, heads, text.get("context_length", 77)), made, to)
+        else:
+            with export_folder(source, encoders, heads) as folder:
+                write_set(folder, made, to)
+        if target.is_dir():
+            target.rmdir()
+        made.rename(target)
+
+
+def write_set(folder: Path, target: Path, to: Layout) -> None:
+    """Write the export folder ``folder`` as ``target`` in a layout.
+
+    Raises:
+        WeightsError: that layout has no place for it.
+    """
+    if to == "native":
+        shutil.copytree(folder, target)
         return
-    model = load_uvit(source, heads, text_tokens)
+    model = UniDiffuser.load(folder)
+    if to == "diffusers":
+        save_pipeline(target, model)
+    else:
+        export_official(model, target)
+
+
+def _convert_uvit(model: UViT, target: Path, to: Layout) -> None:
     if to == "native":
         save_native(target, model)
     elif to == "diffusers":
         save_diffusers(target / "unet", model.state_dict(), model.config)
     else:
-        if target.suffix != ".pth":
-            raise WeightsError(f"{target}: an official U-ViT is a file, give a name that ends in .pth")
-        target.parent.mkdir(parents=True, exist_ok=True)
         torch.save(to_official(model.state_dict(), model.config), target)
-
-
-def _convert_export(source: Path, target: Path, to: Layout) -> None:
-    # Imported here: they load transformers and open_clip, which a lone U-ViT does not need.
-    from unidiffuser.generation import UniDiffuser
-    from unidiffuser.pipeline_export import save_pipeline
-
-    model = UniDiffuser.load(source)
-    if to == "diffusers":
-        save_pipeline(target, model)
-        return
-    target.mkdir(parents=True, exist_ok=True)
-    name = _OFFICIAL_FILES[0] if model.uvit.config.data_type_token else _OFFICIAL_FILES[1]
-    torch.save(to_official(model.uvit.state_dict(), model.uvit.config), target / name)
-    torch.save(vae_to_official(model.vae.model.state_dict()), target / "autoencoder_kl.pth")
-    torch.save(codec_to_official(model.text_codec.state_dict()), target / "caption_decoder.pth")

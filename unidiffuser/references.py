@@ -8,12 +8,23 @@ the text decoder. This module imports neither torch nor the model libraries, so 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 Kind = Literal["vae", "clip", "gpt2"]
 EMBEDDED = Path(__file__).parent / "embedded"
 _EXPECTED: dict[str, str] = {"vae": "config.json", "clip": "open_clip_config.json", "gpt2": "config.json"}
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """References of all that stands around a U-ViT; the defaults are the published model's."""
+
+    vae: str = "stabilityai/sd-vae-ft-mse"
+    clip: str = "ViT-B-32/openai"
+    text: str = "ViT-L-14/openai"
+    gpt2: str = "gpt2"
 
 
 def local_folder(ref: str, kind: Kind) -> Path | None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unidiffuser.references import local_folder
+from unidiffuser.tensors import check_loading, load_checked, read_tensors
 
 EOS = "<|EOS|>"
 
@@ -45,13 +46,17 @@ class TextCodec(nn.Module):
         """An untrained codec around a pretrained GPT-2; a vocabulary without `<|EOS|>` gets it.
 
         Raises:
-            FileNotFoundError: a folder without the model. OSError: an unknown public name.
+            FileNotFoundError: a folder without the model. OSError: an unknown public name. WeightsError: tensors do not fit.
         """
         from transformers import AutoTokenizer, GPT2LMHeadModel
 
         folder = local_folder(gpt2_ref, "gpt2")
         source, offline = str(folder or gpt2_ref), folder is not None
-        gpt2 = GPT2LMHeadModel.from_pretrained(source, dtype=torch.float32, local_files_only=offline)
+        model_class: Any = GPT2LMHeadModel
+        gpt2, info = model_class.from_pretrained(
+            source, dtype=torch.float32, local_files_only=offline, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        check_loading(info, source)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         if EOS not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"eos_token": EOS})
@@ -128,10 +133,15 @@ class TextCodec(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> TextCodec:
-        """Read a folder that `save` wrote, offline. Raises FileNotFoundError naming what is missing."""
+        """Read a folder that `save` wrote, offline.
+
+        Raises:
+            FileNotFoundError: a file is missing. WeightsError: tensors do not fit.
+        """
         folder = Path(folder)
         if not (folder / "codec.json").is_file():
             raise FileNotFoundError(f"{folder}: expected a text codec with codec.json, codec.safetensors and gpt2/")
         codec = cls.new(str(folder / "gpt2"), **json.loads((folder / "codec.json").read_text(encoding="utf-8")))
-        codec.load_state_dict(load_file(folder / "codec.safetensors"), strict=False)
+        ends = nn.ModuleDict({"projection": codec.projection, "prefix": codec.prefix})
+        load_checked(ends, read_tensors(folder / "codec.safetensors"), folder / "codec.safetensors")
         return codec.eval()

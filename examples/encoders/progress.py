@@ -45,6 +45,7 @@ def train(
     steps: int,
     peak: float,
     groups: list[dict[str, Any]] | None = None,
+    watch: Callable[[int, Averaged], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train to `steps` with AdamW, resuming from `state_file`, and return the averaged weights: at once, if it is that far.
 
@@ -53,12 +54,13 @@ def train(
         loss_at: the loss of one step and figures to print. Its data must depend on the step alone, so that a resumed run
             sees what an uninterrupted one would have.
         groups: AdamW's parameter groups, each with the `scale` of its learning rate.
+        watch: called after every step, with the number of steps done and the average so far.
     """
     groups = groups or [{"params": list(model.parameters()), "scale": 1.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
     average, first = Averaged(model), 0
     if state_file.exists():
-        state = torch.load(state_file, map_location="cpu", weights_only=True)
+        state = torch.load(state_file, map_location=next(model.parameters()).device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average.values, first = state["average"], state["step"]
@@ -82,6 +84,8 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update(model, step)
+        if watch is not None:
+            watch(step + 1, average)
         now = time.monotonic()
         if now - shown >= SHOW_EVERY_SECONDS or step + 1 == steps:
             text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())

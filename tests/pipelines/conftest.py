@@ -68,7 +68,7 @@ class Command:
         if signal_number is not None:
             # To the command's whole process group, as a terminal does.
             os.killpg(self.process.pid, signal_number)
-        rest, _ = self.process.communicate(timeout=300)
+        rest, _ = self.process.communicate(timeout=1800)
         self.lines += rest.splitlines(keepends=True)
         return self.process.returncode, "".join(self.lines)
 

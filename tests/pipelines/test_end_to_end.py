@@ -18,6 +18,7 @@ from examples.little_web.build import add_part, build
 from examples.little_web.server import LittleWeb
 from infra.dataset import Dataset, find, verify
 from infra.store import Store
+from pipelines.checkpoints import Named, opened
 from stages.graph import Planned, plan
 from stages.recipe import Recipe, load_recipe
 from tests.pipelines.conftest import start, survivors
@@ -130,9 +131,21 @@ def test_pictures_are_pictures_and_the_export_samples(world: World, tmp_path: Pa
 
     from unidiffuser.generation import UniDiffuser
 
-    model = UniDiffuser.load(world.dataset("export").fetch(tmp_path / "export"))
+    folder = world.dataset("export").fetch(tmp_path / "export")
+    model = UniDiffuser.load(folder)
     (result,) = model.generate("joint", steps=2)
     assert result.image is not None and result.image.size == (512, 512) and isinstance(result.caption, str)
+
+    # The checkpoint behind the export is found to be the same model, from its lineage alone.
+    with opened(world.dataset("train-512").manifest.fingerprint[:10], world.store, Named()) as assembled:
+        for part in ("uvit/model.safetensors", "text_codec/codec.safetensors", "vae/config.json"):
+            assert (assembled / part).read_bytes() == (folder / part).read_bytes()
+
+    from diffusers import UniDiffuserPipeline
+
+    pipeline = UniDiffuserPipeline.from_pretrained(folder / "diffusers")
+    drawn = pipeline(prompt="a large red apple", num_inference_steps=2, guidance_scale=1.0)
+    assert drawn.images[0].size == (512, 512)
 
 
 def test_again_reuses_everything_without_ray(world: World) -> None:

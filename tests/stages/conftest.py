@@ -21,6 +21,8 @@ from tests.stages import killed
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units run one after the other in this process; the rest of the runner is the real one."""
     monkeypatch.setattr("stages.pool.run_pool", killed.in_process)
+    # download installs an opener for its whole process, which is this one: it goes when the test ends.
+    monkeypatch.setattr("urllib.request._opener", None)
 
 
 @pytest.fixture
@@ -36,12 +38,17 @@ def make() -> Callable[..., Dataset]:
         model = stage.Config.model_validate(config)
         references = {name: dataset.manifest.reference() for name, dataset in (inputs or {}).items()}
         sources, weights = resolve(stage.sources(model), store), stage.weights(model)
-        content = sorted((address.rsplit("/", 1)[-1], digest) for address, digest in sources.items())
+        lists = {part: resolve(patterns, store) for part, patterns in stage.lists(model).items()}
+        content = [
+            sorted((address.rsplit("/", 1)[-1], digest) for address, digest in found.items())
+            for found in (sources, *lists.values())
+        ]
         before = {name: reference.fingerprint for name, reference in references.items()}
         fingerprint = digest_of([stage.name, stage.version, result_fields(model), before, content, weights])
         names = {name: name for name in references}
         planned = Planned(
-            "test", f"test-{stage.name}", stage.name, model, references, names, sources, weights, 0, fingerprint
+            "test", f"test-{stage.name}", stage.name, model, references, names, sources, weights, 0, fingerprint,
+            lists=lists,
         )  # fmt: skip
         return run_stage(planned, store, stage)
 

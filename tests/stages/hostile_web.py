@@ -4,114 +4,151 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import io
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.stages.hostile_files import FILES, JPEG
 
 HOST = "images.example"
+# Served by `tls_web`, with a certificate that nobody vouches for.
+TLS_HOST = "secure.example"
 
-
-def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def picture(width: int = 320, height: int = 240, seed: int = 0) -> Image.Image:
-    """Bright on the left, dark on the right, so that a turned picture can be told."""
-    across = np.linspace(255, 0, width)[None, :].repeat(height, 0)
-    return Image.fromarray(np.stack([across, across * 0.5, np.full_like(across, seed % 255)], -1).astype(np.uint8))
-
-
-def exif(orientation: int) -> Image.Exif:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
-
-
-def deep(width: int = 320) -> Image.Image:
-    return Image.fromarray(np.linspace(65535, 0, width)[None, :].repeat(240, 0).astype(np.uint16))
-
-
-JPEG = encoded(picture(), "JPEG")
-# Name -> (body, status that download gives it).
-FILES: dict[str, tuple[bytes, str]] = {
-    "jpeg": (JPEG, "success"),
-    "png": (encoded(picture(), "PNG"), "success"),
-    "webp": (encoded(picture(), "WEBP"), "success"),
-    "gif": (encoded(picture(), "GIF"), "success"),
-    "tiff": (encoded(picture(), "TIFF"), "success"),
-    "bmp": (encoded(picture(), "BMP"), "success"),
-    "gray": (encoded(picture().convert("L"), "JPEG"), "success"),
-    "cmyk": (encoded(picture().convert("CMYK"), "JPEG"), "success"),
-    "palette": (encoded(picture().convert("P"), "PNG"), "success"),
-    "deep": (encoded(deep(), "PNG"), "success"),
-    "transparent": (encoded(Image.new("RGBA", (320, 240), (255, 0, 0, 0)), "PNG"), "success"),
-    "turned": (encoded(picture(), "JPEG", exif=exif(6)), "success"),
-    "animated": (encoded(picture(), "GIF", save_all=True, append_images=[picture(seed=9)]), "success"),
-    "large": (encoded(picture(1600, 1200), "JPEG"), "success"),
-    "small": (encoded(picture(40, 30), "JPEG"), "too_small"),
-    "bomb": (encoded(Image.new("1", (12_000, 12_000)), "PNG"), "too_many_pixels"),
-    "heavy": (JPEG + bytes(3_000_000), "too_large"),
-    "empty": (b"", "empty"),
-    "html": (b"<!DOCTYPE html><html><body>gone</body></html>", "not_an_image"),
-    "svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="320" height="240"/>', "not_an_image"),
-    "noise": (bytes(range(256)) * 40, "not_an_image"),
-    "gzip": (gzip.compress(JPEG), "not_an_image"),
-    "half-jpeg": (JPEG[: len(JPEG) // 2], "truncated"),
-    "half-png": (encoded(picture(), "PNG")[:-200], "truncated"),
-    "half-webp": (encoded(picture(), "WEBP")[:-200], "truncated"),
-    "head-of-jpeg": (JPEG[:20], "truncated"),
+# Name -> (headers, body, status).
+HEADED: dict[str, tuple[list[tuple[str, str]], bytes, str]] = {
+    "jpeg-called-text": ([("Content-Type", "text/html; charset=utf-8")], JPEG, "success"),
+    "html-called-jpeg.jpg": ([("Content-Type", "image/jpeg")], FILES["html"][0], "not_an_image"),
+    "packed": ([("Content-Encoding", "gzip")], gzip.compress(JPEG), "success"),
+    "not-packed": ([("Content-Encoding", "gzip")], JPEG, "success"),
+    "packed-cut": ([("Content-Encoding", "gzip")], gzip.compress(JPEG)[:-30], "truncated"),
+    "packed-bomb": ([("Content-Encoding", "gzip")], gzip.compress(bytes(300_000_000), 1), "too_large"),
 }
-# Name -> (headers, status): a good image, marked.
+# Name -> (values of X-Robots-Tag, status): a good image, marked.
 MARKED: dict[str, tuple[list[str], str]] = {
     "noai": (["noai"], "disallowed"),
     "noimageai": (["NoImageAI, max-snippet:5"], "disallowed"),
     "noindex": (["all", "noindex"], "disallowed"),
+    "noimageindex": ([" noarchive ,noimageindex"], "disallowed"),
+    "capitals": (["NOAI"], "disallowed"),
     "after-value": (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], "disallowed"),
+    "after-another-robot": (["otherbot: nofollow", "noai"], "disallowed"),
     "other-robot": (["otherbot: noai"], "success"),
+    "other-robot-two": (["otherbot: nofollow, noai"], "success"),
     "follow": (["nofollow"], "success"),
+    "unreadable": ([";;, :, ::,"], "success"),
+}
+# Name -> (Location, status).
+MOVED: dict[str, tuple[str, str]] = {
+    "redirect": (f"http://{HOST}/jpeg", "success"),
+    "redirect-relative": ("/png", "success"),
+    "redirect-without-scheme": (f"//{HOST}/png", "success"),
+    "redirect-utf8": ("/caf\u00e9".encode().decode("latin-1"), "success"),
+    "redirect-loop": ("/redirect-loop", "too_many_redirects"),
+    "redirect-nowhere": ("", "http_302"),
+    "redirect-to-file": ("file:///etc/passwd", "bad_url"),
+    "redirect-to-ftp": (f"ftp://{HOST}/jpeg", "bad_url"),
+    "redirect-to-data": ("data:image/png;base64,iVBORw0KGgo=", "bad_url"),
+    "redirect-to-itself": ("http://", "too_many_redirects"),
+    "redirect-to-no-host": ("http://no-such-host.invalid/", "dns"),
+    "redirect-to-metadata": ("http://169.254.169.254/latest/meta-data", "forbidden_address"),
+    "redirect-to-loopback": ("http://127.0.0.1:9/", "forbidden_address"),
+    "redirect-to-private": ("http://10.0.0.1/", "forbidden_address"),
+    "redirect-to-decimal": ("http://2130706433/", "forbidden_address"),
+    "redirect-to-octal": ("http://0177.0.0.1/", "forbidden_address"),
+    "redirect-to-hexadecimal": ("http://0x7f.1/", "forbidden_address"),
+    "redirect-to-zero": ("http://0/", "forbidden_address"),
+    "redirect-to-mapped": ("http://[::ffff:169.254.169.254]/", "forbidden_address"),
+    "redirect-to-translated": ("http://[64:ff9b::a9fe:a9fe]/", "forbidden_address"),
+    "redirect-to-userinfo": (f"http://{HOST}@127.0.0.1/", "forbidden_address"),
 }
 # Name -> status: what the handler does by name.
 ACTS: dict[str, str] = {
-    **{f"status-{code}": f"http_{code}" for code in (204, 400, 401, 403, 404, 410, 429, 451, 500, 503)},
-    "redirect": "success",
-    "redirect-relative": "success",
-    "redirect-loop": "too_many_redirects",
-    "redirect-to-metadata": "forbidden_address",
-    "redirect-to-loopback": "forbidden_address",
-    "redirect-to-file": "bad_url",
-    "redirect-to-nowhere": "dns",
-    "not-modified": "http_304",
+    **{f"status-{code}": f"http_{code}" for code in (204, 206, 301, 304, 400, 401, 402, 403, 404, 408, 410, 418, 429, 451)},
+    **{f"status-{code}": f"http_{code}" for code in (500, 502, 503, 504, 599)},
+    **{f"redirect-{code}": "success" for code in (301, 303, 307, 308)},
+    "hops-10": "success",
+    "hops-11": "too_many_redirects",
     "stalls": "timeout",
     "never-answers": "timeout",
     "drips-body": "deadline",
     "drips-headers": "deadline",
+    "continues-forever": "deadline",
     "endless": "too_large",
+    "endless-chunks": "too_large",
+    "claims-too-much": "too_large",
+    "claims-too-little": "truncated",
+    "claims-words": "success",
+    "claims-less-than-nothing": "success",
     "resets": "connection",
+    "resets-late": "connection",
     "hangs-up": "connection",
     "short": "truncated",
+    "chunks-cut": "truncated",
+    "chunks-broken": "truncated",
     "nonsense": "bad_response",
+    "many-headers": "bad_response",
+    "long-header": "bad_response",
     "chunked": "success",
     "second-try": "success",
     "no-length": "success",
+    "slow": "success",
     "caf\u00e9 \u732b": "success",
     "query?a=1&b=\u00fc c": "success",
+    "fragment#part": "success",
+    "already%20quoted": "success",
+    "..%2f..%2fetc%2fpasswd": "success",
     "long" + "g" * 3000: "success",
 }
-STATUS = {**{n: s for n, (_, s) in FILES.items()}, **{n: s for n, (_, s) in MARKED.items()}, **ACTS}
+# URL -> status: what is wrong is in the address itself.
+URLS: dict[str, str] = {
+    "HTTP://IMAGES.EXAMPLE/shouted": "success",
+    f"http://someone:secret@{HOST}/userinfo": "success",
+    "http://b\u00fccher.example/idn": "success",
+    "http://no-such-host.invalid/": "dns",
+    f"https://{HOST}/plain-http-behind-https": "tls",
+    f"https://{TLS_HOST}/self-signed": "tls",
+    f"http://{HOST}:99999/": "bad_url",
+    f"http://{'a' * 70}.example/": "bad_url",
+    "http://[::1/": "bad_url",
+    "http://127.0.0.1/": "forbidden_address",
+    "http://2130706433/": "forbidden_address",
+    "http://0177.0.0.1/": "forbidden_address",
+    "http://0x7f000001/": "forbidden_address",
+    "http://127.1/": "forbidden_address",
+    "http://\u2460\u2461\u2466.0.0.1/": "forbidden_address",
+    "http://0.0.0.0/": "forbidden_address",
+    "http://169.254.169.254/latest/meta-data": "forbidden_address",
+    "http://[::1]/": "forbidden_address",
+    "http://[fe80::1]/": "forbidden_address",
+    "http://[::ffff:127.0.0.1]/": "forbidden_address",
+    "http://[64:ff9b::7f00:1]/": "forbidden_address",
+}
+PAGES = {
+    **{name: status for name, (_, status) in FILES.items()},
+    **{name: status for name, (*_, status) in HEADED.items()},
+    **{name: status for name, (_, status) in MARKED.items()},
+    **{name: status for name, (_, status) in MOVED.items()},
+    **ACTS,
+}
+# Every URL of the hostile web, and the status that download gives its row.
+STATUS = {**{f"http://{HOST}/{name}": status for name, status in PAGES.items()}, **URLS}
 
 
 class Handler(BaseHTTPRequestHandler):
     asked: Counter[str] = Counter()
+    # Hosts that take every request and answer none.
+    silent: set[str] = set()
 
     def log_message(self, *_: object) -> None:
         pass
@@ -127,75 +164,99 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = self.path.strip("/")
         self.asked[name] += 1
+        if self.headers["Host"] in self.silent:
+            time.sleep(3)
+            return
         with contextlib.suppress(OSError):
             if name in FILES:
                 self.reply(200, FILES[name][0])
+            elif name in HEADED:
+                self.reply(200, HEADED[name][1], HEADED[name][0])
             elif name in MARKED:
                 self.reply(200, JPEG, [("X-Robots-Tag", value) for value in MARKED[name][0]])
+            elif name in MOVED:
+                self.reply(302, b"", [("Location", MOVED[name][0])])
+            elif name.startswith("redirect-"):
+                self.reply(int(name[9:]), b"", [("Location", "/jpeg")])
+            elif name.startswith("hops-"):
+                hops = int(name[5:])
+                self.reply(302, b"", [("Location", f"/hops-{hops - 1}" if hops > 1 else "/jpeg")])
             elif name.startswith("status-"):
-                self.reply(int(name[7:]), b"" if name == "status-204" else b"sorry")
+                self.reply(int(name[7:]), b"" if name in ("status-204", "status-304") else b"sorry")
+            elif name.startswith("asks-to-wait-"):
+                first = self.asked[name] == 1
+                self.reply(429 if first else 200, b"" if first else JPEG, [("Retry-After", name[13:])] if first else [])
             else:
                 self.act(name)
 
     def act(self, name: str) -> None:
-        targets = {
-            "redirect": f"http://{HOST}/jpeg", "redirect-relative": "/png", "redirect-loop": "/redirect-loop",
-            "redirect-to-metadata": "http://169.254.169.254/latest/meta-data", "redirect-to-loopback": "http://127.0.0.1:9/",
-            "redirect-to-file": "file:///etc/passwd", "redirect-to-nowhere": "http://no-such-host.invalid/",
-        }  # fmt: skip
-        if name in targets:
-            self.reply(302, b"", [("Location", targets[name])])
-        elif name == "not-modified":
-            self.reply(304)
+        ok = b"HTTP/1.1 200 OK\r\n"
+        size = f"Content-Length: {len(JPEG)}\r\n\r\n".encode()
+        whole = {
+            "short": ok + size + JPEG[:900],
+            "claims-too-much": ok + b"Content-Length: 1000000000000\r\n\r\n" + JPEG,
+            "claims-too-little": ok + b"Content-Length: 900\r\n\r\n" + JPEG,
+            "claims-words": ok + b"Content-Length: plenty\r\n\r\n" + JPEG,
+            "claims-less-than-nothing": ok + b"Content-Length: -1\r\n\r\n" + JPEG,
+            "no-length": ok + b"\r\n" + JPEG,
+            "chunked": ok + b"Transfer-Encoding: chunked\r\n\r\n" + f"{len(JPEG):x}\r\n".encode() + JPEG + b"\r\n0\r\n\r\n",
+            "chunks-cut": ok + b"Transfer-Encoding: chunked\r\n\r\n" + f"{len(JPEG):x}\r\n".encode() + JPEG[:900],
+            "chunks-broken": ok + b"Transfer-Encoding: chunked\r\n\r\nzebra\r\n" + JPEG,
+            "nonsense": b"I am no web server\r\n\r\n",
+            "many-headers": ok + b"".join(b"X-%d: x\r\n" % number for number in range(200)) + size + JPEG,
+            "long-header": ok + b"X-Long: " + b"x" * 70_000 + b"\r\n" + size + JPEG,
+        }
+        if name in whole:
+            self.wfile.write(whole[name])
         elif name == "stalls":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n" + JPEG[:100])
+            self.wfile.write(ok + size + JPEG[:100])
             time.sleep(3)
         elif name == "never-answers":
             time.sleep(3)
-        elif name == "drips-body":
-            self.drip(b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n")
+        elif name == "slow":
+            time.sleep(0.5)
+            self.reply(200, JPEG)
+        elif name.startswith("drips-body"):
+            self.repeat(ok + size, b"x", 0.1)
         elif name == "drips-headers":
-            self.drip(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+            self.repeat(ok + b"X-Slow: ", b"x", 0.1)
+        elif name == "continues-forever":
+            self.repeat(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.1)
         elif name == "endless":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n")
-            while True:
-                self.wfile.write(bytes(100_000))
-        elif name == "resets":
+            self.repeat(ok + b"\r\n", bytes(100_000), 0)
+        elif name == "endless-chunks":
+            self.repeat(ok + b"Transfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + bytes(0x10000) + b"\r\n", 0)
+        elif name in ("resets", "resets-late"):
+            if name == "resets-late":
+                self.wfile.write(ok + size + JPEG[:900])
+                time.sleep(0.2)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         elif name == "hangs-up":
             self.close_connection = True
-        elif name == "short":
-            self.wfile.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(JPEG)}\r\n\r\n".encode() + JPEG[:900])
-        elif name == "nonsense":
-            self.wfile.write(b"I am no web server\r\n\r\n")
-        elif name == "chunked":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
-            self.wfile.write(f"{len(JPEG):x}\r\n".encode() + JPEG + b"\r\n0\r\n\r\n")
         elif name == "second-try" and self.asked[name] % 2:
             self.reply(503)
-        elif name == "no-length":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\n" + JPEG)
         else:
             self.reply(200, JPEG)
 
-    def drip(self, head: bytes) -> None:
+    def repeat(self, head: bytes, piece: bytes, pause: float) -> None:
         self.wfile.write(head)
         while True:
-            self.wfile.write(b"x")
-            time.sleep(0.1)
+            self.wfile.write(piece)
+            time.sleep(pause)
 
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
+    def handle_error(self, *_: object) -> None:
+        """Clients that hang up are the rule here."""
+
 
 @contextlib.contextmanager
-def hostile_web() -> Iterator[str]:
+def served(server: Server) -> Iterator[str]:
     """Serves until the block ends; gives ``host:port``."""
-    Handler.asked.clear()
-    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
@@ -204,3 +265,43 @@ def hostile_web() -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextlib.contextmanager
+def hostile_web() -> Iterator[str]:
+    """The pages of `STATUS` but for TLS; gives ``host:port``."""
+    Handler.asked.clear()
+    with served(Server(("127.0.0.1", 0), Handler)) as place:
+        yield place
+
+
+def self_signed(host: str) -> bytes:
+    """Key and certificate of a host, in PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return secret + certificate.public_bytes(pem)
+
+
+@contextlib.contextmanager
+def tls_web(folder: Path) -> Iterator[str]:
+    """The same pages behind a certificate that nobody vouches for; gives ``host:port``."""
+    (folder / "self-signed.pem").write_bytes(self_signed(TLS_HOST))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "self-signed.pem")
+    server = Server(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    with served(server) as place:
+        yield place

@@ -5,94 +5,30 @@ from __future__ import annotations
 import io
 import random
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from infra.dataset import Dataset, FileEntry, Manifest, Stats, commit
 from infra.store import Store
-from stages.contract import StageError, digest_of
+from stages.contract import StageError, result_fields
 from stages.download import Download
-from stages.duplicates import THUMBNAIL_BYTES, Near, thumbnail
 from stages.filter import Filter, FilterConfig
 from stages.histogram import RANGES
 from stages.select import Select
-from stages.tar import Sample, ShardWriter, read_samples
+from stages.tar import Sample
 from tests.stages.hostile_web import HOST, hostile_web
-
-
-class ColourClip:
-    """Stands in for CLIP: an image is its mean colour, a caption the colour that it names first."""
-
-    WORDS = {"red": (1.0, 0.1, 0.1), "green": (0.1, 1.0, 0.1), "blue": (0.1, 0.1, 1.0)}
-
-    def image(self, images):
-        return torch.tensor(np.stack([np.asarray(image).reshape(-1, 3).mean(0) / 255 + 0.01 for image in images]))
-
-    def text(self, captions):
-        found = (next((word for word in caption.split() if word in self.WORDS), None) for caption in captions)
-        return torch.tensor([self.WORDS[word] if word else (0.5, 0.5, 0.5) for word in found], dtype=torch.float64)
+from tests.stages.shards import ColourClip, blots, download, encoded, kept_of, sample
 
 
 @pytest.fixture(autouse=True)
 def colour_clip(monkeypatch):
-    monkeypatch.setattr("stages.filter.load_clip", lambda config: ColourClip())
+    monkeypatch.setattr("stages.heads.Scorer.load_clip", lambda self, ref: ColourClip(ref))
     monkeypatch.setattr("stages.filter.weights_digest", lambda ref, kind: f"digest of {ref}")
-
-
-def sample(number: int, image: bytes, caption: str = "a picture of something", **meta: object) -> Sample:
-    return Sample(f"{number:08d}", image, "jpg", caption, {"url": f"http://a.example/{number}", "width": 1, "height": 1, **meta})
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def blots(chance: random.Random, width: int = 256, height: int = 256) -> Image.Image:
-    """A picture that nothing else resembles: a few coloured boxes."""
-    pixels = np.full((height, width, 3), chance.randrange(256), np.uint8)
-    for _ in range(8):
-        x, y = chance.randrange(width - 40), chance.randrange(height - 40)
-        pixels[y : y + chance.randrange(30, 120), x : x + chance.randrange(30, 120)] = [chance.randrange(256) for _ in range(3)]
-    return Image.fromarray(pixels)
-
-
-def download(store: Store, shards: list[list[Sample]]) -> Dataset:
-    """A committed dataset as the download stage writes them."""
-    files = []
-    for number, samples in enumerate(shards):
-        name = f"{number:05d}.tar"
-        local = store.root + f".{name}"
-        with ShardWriter(local) as tar:
-            for one in samples:
-                tar.add(one)
-        size, digest = store.publish(local, f"download/units/{name}")
-        files.append(FileEntry(path=f"download/units/{name}", rows=len(samples), bytes=size, sha256=digest, unit=str(number)))
-    rows = sum(len(samples) for samples in shards)
-    manifest = Manifest(
-        stage="download", node="test-download", fingerprint=digest_of([entry.sha256 for entry in files]), generation=0,
-        inputs={}, config={}, sources={}, code={}, schema={"key": "string"}, stats=Stats(rows_in=rows, rows_out=rows),
-        summary={}, seconds=0, created="", files=files,
-    )  # fmt: skip
-    return commit(store, manifest)
-
-
-def kept_of(dataset: Dataset) -> list[Sample]:
-    found = []
-    for entry in dataset.files:
-        if entry.name.endswith(".tar"):
-            with dataset.open(entry) as file:
-                samples = list(read_samples(file))
-            assert len(samples) == entry.rows
-            found += samples
-    return found
 
 
 def mixed(seed: int, count: int = 60) -> list[list[Sample]]:
@@ -114,19 +50,20 @@ def mixed(seed: int, count: int = 60) -> list[list[Sample]]:
         words = chance.choice(["red", "green", "blue", "some"])
         caption = chance.choice([f"a {words} thing", f"{words} x", f"the {words} big box", f"one {words} jar"])
         scores = {name: chance.choice([None, *[chance.random()] * 5]) for name in ("punsafe", "pwatermark", "similarity")}
-        shards[-1].append(sample(number, data, caption, aesthetic=chance.choice([None, *[10 * chance.random()] * 5]), **scores))
+        scores["aesthetic"] = chance.choice([None, *[10 * chance.random()] * 5])
+        language = chance.choice([None, *["en"] * 12, "de"])
+        shards[-1].append(sample(number, data, caption, language=language, **scores))
     return shards
 
 
 def expected(shards: list[list[Sample]], config: FilterConfig) -> tuple[list[str], dict[str, int]]:
     kept, dropped, earlier = [], {}, []
-    for one in (sample for shard in shards for sample in shard):
+    for one in (one for shard in shards for one in shard):
         reason = first_reason(one, config)
         if reason is None:
-            small = np.asarray(Image.open(io.BytesIO(one.image)).convert("RGB").resize((16, 16), Image.Resampling.BOX)).astype(
-                int
-            )
-            if any(np.abs(small - other).max() <= config.duplicate_tolerance for other in earlier):
+            picture = Image.open(io.BytesIO(one.image)).convert("RGB")
+            small = np.asarray(picture.resize((16, 16), Image.Resampling.BOX)).astype(int)
+            if any(alike(small, other, config.duplicate_tolerance) for other in earlier):
                 reason = "near_duplicate"
             earlier.append(small)
         if reason is None:
@@ -134,6 +71,15 @@ def expected(shards: list[list[Sample]], config: FilterConfig) -> tuple[list[str
         else:
             dropped[reason] = dropped.get(reason, 0) + 1
     return kept, dropped
+
+
+def alike(one: np.ndarray, other: np.ndarray, tolerance: int) -> bool:
+    """Thumbnails (16, 16, 3), pixel by pixel and by the brightness of their quarters."""
+    for top, left in ((0, 0), (0, 8), (8, 0), (8, 8)):
+        means = [int((t[top : top + 8, left : left + 8] @ [2, 5, 1]).mean() / 8) for t in (one, other)]
+        if abs(means[0] - means[1]) > tolerance // 4:
+            return False
+    return bool(np.abs(one - other).max() <= tolerance)
 
 
 def first_reason(one: Sample, config: FilterConfig) -> str | None:
@@ -151,18 +97,22 @@ def first_reason(one: Sample, config: FilterConfig) -> str | None:
         ("min_caption_chars", len(one.caption) < 7),
         ("min_caption_words", len(one.caption.split()) < 3),
     ]
+    language = one.meta["language"]
     for column, name, below in (("clip_similarity", "min_clip_similarity", True), ("punsafe", "max_punsafe", False),
                                 ("pwatermark", "max_pwatermark", False), ("aesthetic", "min_aesthetic", True)):  # fmt: skip
         value, bound = scores[column], getattr(config, name)
         if not config.keep_null:
             bounds.append((f"null_{column}", value is None))
         bounds.append((name, value is not None and (value < bound if below else value > bound)))
+    if not config.keep_null:
+        bounds.append(("null_language", language is None))
+    bounds.append(("language", language not in (None, "en")))
     return next((name for name, fails in bounds if fails), None)
 
 
 CONDITIONS = {
     "max_aspect_ratio": 2.0, "min_caption_chars": 7, "min_clip_similarity": 0.75, "max_punsafe": 0.9, "max_pwatermark": 0.95,
-    "min_aesthetic": 1.0,
+    "min_aesthetic": 1.0, "languages": ["en"],
 }  # fmt: skip
 
 
@@ -175,7 +125,7 @@ def test_keeps_and_counts_what_a_plain_loop_does(store, make, in_process, keep_n
     stats = dataset.manifest.stats
     assert [sample.key for sample in kept_of(dataset)] == kept
     assert stats.dropped == dropped and stats.rows_in == 180
-    assert {"undecodable", "min_side", "near_duplicate", "min_clip_similarity", "min_caption_words"} <= set(dropped)
+    assert {"undecodable", "min_side", "near_duplicate", "min_clip_similarity", "min_caption_words", "language"} <= set(dropped)
     assert len(kept) >= 5
 
 
@@ -200,23 +150,12 @@ def test_a_threshold_redoes_only_the_writing_and_a_filter_feeds_a_filter(store, 
     loose = make(Filter, store, {"rows": rows})
     done = unit_times(store, "filter")
     tight = make(Filter, store, {"rows": rows}, min_aesthetic=4.0)
-    assert len(done) == 6 and len(unit_times(store, "filter")) == 9 and unit_times(store, "filter").items() > done.items()
+    # Of three shards: the group's survey, its comparison, its list, and the writing; no image is decoded again.
+    assert len(done) == 9 and len(unit_times(store, "filter")) == 15 and unit_times(store, "filter").items() > done.items()
+    assert len(list(Path(store.root).glob("filter/units/*/*/scores.parquet"))) == 3
     twice = make(Filter, store, {"rows": loose}, min_aesthetic=4.0)
     first, second = kept_of(tight), kept_of(twice)
     assert {one.key for one in second} <= {one.key for one in first} and second
-
-
-def test_appended_shard_keeps_finished_units_and_equals_a_run_from_nothing(
-    tmp_path, store, make, in_process, digests, unit_times
-):
-    shards = mixed(4, 90)
-    before = make(Filter, store, {"rows": download(store, shards[:2])})
-    done = unit_times(store, "filter")
-    after = make(Filter, store, {"rows": download(store, shards)})
-    assert unit_times(store, "filter").items() > done.items() and len(unit_times(store, "filter")) == len(done) + 2
-    assert digests(after).items() > digests(before).items()
-    other = Store(str(tmp_path / "other"))
-    assert digests(make(Filter, other, {"rows": download(other, shards)})) == digests(after)
 
 
 def test_histograms_count_every_score(store, make, in_process):
@@ -226,40 +165,10 @@ def test_histograms_count_every_score(store, make, in_process):
     assert set(scores) == {"similarity", "punsafe", "pwatermark", "aesthetic"}
     for name, histogram in scores.items():
         values = np.array([one.meta[name] for one in rows if one.meta[name] is not None], np.float32)
-        assert histogram["counts"] == np.histogram(values, 100, RANGES[name])[0].tolist()
+        assert histogram["counts"] == np.histogram(values, 200, RANGES[name])[0].tolist()
         assert histogram["unknown"] == len(rows) - len(values)
         for threshold, left in histogram["rows_at"]:
             assert left == (values < threshold if name in ("punsafe", "pwatermark") else values >= threshold).sum()
-
-
-def test_near_duplicates_equal_a_comparison_of_all_pairs():
-    chance = np.random.default_rng(0)
-    centres = chance.integers(0, 256, (40, THUMBNAIL_BYTES))
-    thumbs = np.clip(centres[chance.integers(0, 40, 400)] + chance.integers(-7, 8, (400, THUMBNAIL_BYTES)), 0, 255).astype(
-        np.uint8
-    )
-    thumbs[::50] = 255
-    near = Near(thumbs[300:], 12)
-    near.add(thumbs[:200])
-    near.add(thumbs[200:300])
-    gaps = np.abs(thumbs[:, None].astype(np.int16) - thumbs[None].astype(np.int16)).max(-1) <= 12
-    truth = [bool(gaps[row, :row].any()) for row in range(300, 400)]
-    assert near.resembles.tolist() == truth and 0 < sum(truth) < 100
-
-
-@pytest.mark.parametrize("change", ["jpeg", "webp", "half"])
-def test_reencoded_pictures_are_near_duplicates_and_others_are_not(change):
-    chance = random.Random(6)
-    pictures = [blots(chance) for _ in range(40)]
-    if change == "half":
-        copies = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in pictures]
-    else:
-        copies = [Image.open(io.BytesIO(encoded(picture, change.upper(), quality=80))).convert("RGB") for picture in pictures]
-    thumbs = [np.frombuffer(b"".join(map(thumbnail, some)), np.uint8).reshape(-1, THUMBNAIL_BYTES) for some in (pictures, copies)]
-    near = Near(thumbs[1], 12)
-    assert not near.resembles.any()
-    near.add(thumbs[0])
-    assert near.resembles.mean() > 0.9
 
 
 @pytest.mark.parametrize(
@@ -279,6 +188,16 @@ def test_damaged_shard_is_named(store, make, in_process, keep, words):
 def test_threshold_without_scores_is_refused():
     with pytest.raises(ValidationError, match="min_clip_similarity needs clip_scores"):
         FilterConfig(clip_scores=False, min_clip_similarity=0.2)
+
+
+def test_presets_are_thresholds_that_a_field_beside_them_overrides():
+    plain, basic = FilterConfig(), FilterConfig(preset="datacomp-basic", min_side=512)
+    assert (plain.min_side, plain.max_aspect_ratio, plain.min_caption_chars, plain.min_caption_words) == (200, 3.0, 6, 3)
+    assert result_fields(basic) == {**result_fields(plain), "min_side": 512, "languages": ["en"]}
+    asked = result_fields(FilterConfig(preset="none"))
+    assert [
+        name for name, value in asked.items() if value is not None and name.startswith(("min_", "max_", "lang", "dupl"))
+    ] == []
 
 
 def test_three_stages_on_ray_and_again_in_this_process(tmp_path, make, ray_cluster, digests, request):

@@ -131,8 +131,8 @@ def test_clip_sees_every_part(clip: ClipEncoder) -> None:
 def test_a_public_model_is_written_as_a_folder_that_loads_offline(tmp_path: Path) -> None:
     """With random weights: what counts is that architecture, weights, preprocessing and tokenizer come back."""
     torch.manual_seed(0)
-    model = open_clip.create_model("ViT-S-32", force_custom_text=True)
-    public = ClipEncoder(model, open_clip.get_tokenizer("ViT-S-32"), "ViT-S-32/none")
+    model, settings = open_clip.create_model("ViT-S-32", force_custom_text=True), open_clip.get_model_config("ViT-S-32")
+    public = ClipEncoder(model, open_clip.get_tokenizer("ViT-S-32"), "ViT-S-32/none", settings)
     public.save(tmp_path)
     local = ClipEncoder.load(str(tmp_path))
     pictures = torch.randint(0, 256, (2, 3, 250, 200), dtype=torch.uint8)

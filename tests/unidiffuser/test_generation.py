@@ -92,10 +92,20 @@ def test_batch_size_changes_nothing_and_seeds_do(model):
     assert np.abs(whole[1] - draw(seeds=[0, 9, 2, 3])[1]).max() > 1
 
 
+@pytest.mark.parametrize(("task", "rows"), [("t2i", 2), ("joint", 3), ("i", 1)])
+def test_guidance_costs_rows_of_one_call_and_no_further_call(model, task, rows):
+    sizes = []
+    hook = model.uvit.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0]["latent"])))
+    inputs = {"prompts": PROMPTS} if task == "t2i" else {"count": 2}
+    model.generate(task, **inputs, steps=5, guidance=3.0, beams=1)
+    hook.remove()
+    assert sizes == [2 * rows] * 5
+
+
 def test_another_size_is_drawn_with_interpolated_positions(model):
     assert model.size == 32
     assert model.generate("joint", steps=2, size=48, beams=1)[0].image.size == (48, 48)
-    with pytest.raises(ValueError, match="multiple of 4"):
+    with pytest.raises(ValueError, match="multiple of 8"):
         model.generate("joint", steps=2, size=50)
 
 
@@ -134,6 +144,8 @@ def test_empty_long_and_foreign_prompts_work_and_say_what_was_cut(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert len(model.generate("t2i", prompts=["一只熊猫"], steps=1)) == 1
+    with pytest.warns(UserWarning, match="cut after: '一只熊猫"):  # no spaces to cut at
+        model.generate("t2i", prompts=["一只熊猫" * 20], steps=1)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +157,11 @@ def test_empty_long_and_foreign_prompts_work_and_say_what_was_cut(model):
         ({"task": "joint", "prompts": PROMPTS}, "joint takes neither"),
         ({"task": "interpolate", "images": [noise_image(0)]}, "takes two images, not 1"),
         ({"task": "t2i", "prompts": PROMPTS, "seeds": [1]}, "2 results need 2 seeds, not 1"),
+        ({"task": "joint", "sampler": "euler"}, "no sampler named 'euler'; there are dpm"),
+        ({"task": "joint", "condition_t": 5}, "condition_t goes with t2i and i2t, not with joint"),
+        ({"task": "t2i", "prompts": PROMPTS, "condition_t": -1}, "condition_t must be in 0 .. 1000, not -1"),
+        ({"task": "joint", "guidance_interval": (5, 1001)}, "guidance_interval must be two timesteps in 0 .. 1000"),
+        ({"task": "gibbs", "prompts": PROMPTS, "images": [noise_image(0)]}, "gibbs starts from prompts or from images"),
     ],
 )
 def test_wrong_requests_are_named(model, request_, message):
@@ -178,6 +195,10 @@ def test_images_of_every_kind_become_the_rgb_that_one_sees():
 
     grey = Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16))
     assert [to_rgb(reopened(grey, "PNG")).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
+    dark = Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint16))
+    assert [to_rgb(dark).getpixel((x, 0))[0] for x in range(3)] == [0, 0, 1]
+    assert to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(Image.new("L", (2, 2), 77)).getpixel((0, 0)) == (77, 77, 77)
 
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
@@ -187,6 +208,9 @@ def test_images_of_every_kind_become_the_rgb_that_one_sees():
     animated = reopened(red, "GIF", save_all=True, append_images=[green])
     animated.seek(1)
     assert to_rgb(animated).getpixel((0, 0)) == (255, 0, 0)
+    moving = reopened(red, "WEBP", save_all=True, append_images=[green], lossless=True)
+    moving.seek(1)
+    assert to_rgb(moving).getpixel((0, 0)) == (255, 0, 0)
 
 
 def test_to_square_takes_the_middle():

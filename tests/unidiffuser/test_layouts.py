@@ -1,18 +1,29 @@
-"""Checkpoints between layouts, on disk: lone U-ViTs, export folders, and the official files of the other parts."""
+"""Checkpoints between layouts, on disk: lone U-ViTs, whole sets there and back, and what is damaged or missing."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors.torch import load_file, save_file
 
-from tests.unidiffuser.test_generation import export  # noqa: F401
+from tests.unidiffuser.test_generation import PROMPTS, export, noise_image  # noqa: F401
 from tests.unidiffuser.test_weights import assert_same, model_of
 from unidiffuser.convert_parts import codec_from_official, vae_from_official, vae_to_official
-from unidiffuser.layouts import convert, load_uvit
+from unidiffuser.encoders import ClipEncoder, ImageLatents
+from unidiffuser.generation import UniDiffuser
+from unidiffuser.layouts import convert, export_folder, load_uvit, set_layout
+from unidiffuser.references import Encoders
+from unidiffuser.tensors import WeightsError, read_tensors
 from unidiffuser.text_decoder import TextCodec
-from unidiffuser.weights import WeightsError, load_native, read_tensors, save_native
+from unidiffuser.uvit import UViT, UViTConfig
+from unidiffuser.weights import load_native, save_native
 
 
 @pytest.mark.parametrize("data_type_token", [False, True], ids=["v0", "v1"])
@@ -28,6 +39,14 @@ def test_a_lone_uvit_goes_round_all_layouts_unchanged(data_type_token, tmp_path)
     assert_same(loaded.state_dict(), model.state_dict())
 
 
+def test_a_lone_official_uvit_of_another_text_takes_its_tokens_from_the_clip(export, tmp_path):  # noqa: F811
+    convert(export / "uvit", tmp_path / "uvit.pth", "official")
+    with pytest.raises(WeightsError, match="uvit.pth: the position table has .* name the CLIP of its captions"):
+        convert(tmp_path / "uvit.pth", tmp_path / "back", "native", heads=2)
+    convert(tmp_path / "uvit.pth", tmp_path / "back", "native", heads=2, encoders=Encoders(text="embedded"))
+    assert_same(load_native(tmp_path / "back").state_dict(), load_native(export / "uvit").state_dict())
+
+
 def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_named(tmp_path):
     save_native(tmp_path / "a", model_of())
     with pytest.raises(FileExistsError, match="a exists: choose another name"):
@@ -36,20 +55,145 @@ def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_named(tmp_path):
         convert(tmp_path / "nothing", tmp_path / "b", "native")
     with pytest.raises(WeightsError, match="a name that ends in .pth"):
         convert(tmp_path / "a", tmp_path / "b", "official")
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint; expected an export folder"):
+        with export_folder(tmp_path / "a"):
+            pass
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match="list.pth: expected a dictionary of tensors, found list"):
         load_uvit(tmp_path / "list.pth")
 
 
-def test_an_export_folder_becomes_the_official_files(export, tmp_path):  # noqa: F811
-    convert(export, tmp_path / "official", "official")
-    tokens = load_native(export / "uvit").config.modalities[1].parts[0].shape[0]
-    again = load_uvit(tmp_path / "official", heads=2, text_tokens=tokens)
-    assert_same(again.state_dict(), load_native(export / "uvit").state_dict())
+def beside(folder: Path) -> Encoders:
+    """What the official files of an export folder leave out: its own other parts."""
+    return Encoders(vae=str(folder / "vae"), clip=str(folder / "clip_image"), text=str(folder / "clip_text"), gpt2="embedded")
 
+
+def state_of(model: UniDiffuser) -> dict[str, torch.Tensor]:
+    """Every tensor that sampling uses."""
+    text = {name: tensor for name, tensor in model.clip_text.model.text.state_dict().items() if name != "text_projection"}
+    parts = {
+        "uvit": model.uvit.state_dict(), "vae": model.vae.model.state_dict(), "codec": model.text_codec.state_dict(),
+        "clip_image": model.clip_image.model.visual.state_dict(), "clip_text": text,
+    }  # fmt: skip
+    return {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
+
+
+def assert_sample_alike(one: UniDiffuser, other: UniDiffuser) -> None:
+    for task, inputs in (("t2i2t", {"prompts": PROMPTS}), ("i2t", {"images": [noise_image(0)]})):
+        a, b = (model.generate(task, **inputs, steps=3, guidance=1.0, beams=2) for model in (one, other))
+        assert [result.caption for result in a] == [result.caption for result in b]
+        for mine, theirs in zip(a, b, strict=True):
+            assert mine.image is None or np.array_equal(np.asarray(mine.image), np.asarray(theirs.image))
+
+
+@pytest.mark.parametrize("to", ["official", "diffusers"])
+def test_a_whole_set_comes_back_to_the_last_bit(export, to, tmp_path):  # noqa: F811
+    convert(export, tmp_path / "away", to)
+    assert set_layout(tmp_path / "away") == to
+    convert(tmp_path / "away", tmp_path / "back", "native", heads=2, encoders=beside(export))
+    before, after = UniDiffuser.load(export), UniDiffuser.load(tmp_path / "back")
+    assert_same(state_of(before), state_of(after))
+    assert_sample_alike(before, after)
+
+
+def test_a_pipeline_comes_back_to_the_last_bit(export, tmp_path):  # noqa: F811
+    convert(export, tmp_path / "pipeline", "diffusers")
+    convert(tmp_path / "pipeline", tmp_path / "native", "native")
+    convert(tmp_path / "native", tmp_path / "again", "diffusers")
+    files = sorted(path.relative_to(tmp_path / "pipeline") for path in (tmp_path / "pipeline").rglob("*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        assert_same(load_file(tmp_path / "pipeline" / file), load_file(tmp_path / "again" / file))
+    for name in ("unet", "text_decoder"):
+        one, other = (json.loads((tmp_path / kind / name / "config.json").read_text()) for kind in ("pipeline", "again"))
+        assert one == other
+
+
+def test_a_model_with_a_data_type_token_converts_and_samples(export, tmp_path):  # noqa: F811
+    """Its samples are those of data type 1 unless told otherwise, as in diffusers."""
+    shutil.copytree(export, tmp_path / "v1")
+    config = load_native(export / "uvit").config
+    torch.manual_seed(1)
+    token = UViT(UViTConfig(**{**config.model_dump(), "data_type_token": True}))
+    for parameter in token.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_native(tmp_path / "v1" / "uvit", token)
+    convert(tmp_path / "v1", tmp_path / "official", "official")
+    assert (tmp_path / "official" / "uvit_v1.pth").is_file()
+    convert(tmp_path / "official", tmp_path / "back", "native", heads=2, encoders=beside(export))
+    model = UniDiffuser.load(tmp_path / "back")
+    assert_same(model.uvit.state_dict(), token.state_dict())
+    images = [np.asarray(model.generate("i", steps=3, data_type=kind)[0].image) for kind in (None, 1, 0)]
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+
+
+def test_half_a_clip_says_what_it_lacks(export, tmp_path):  # noqa: F811
+    convert(export, tmp_path / "pipeline", "diffusers")
+    convert(tmp_path / "pipeline", tmp_path / "native", "native")
+    with pytest.raises(ValueError, match="has no text tower"):
+        ClipEncoder.load(str(tmp_path / "native" / "clip_image")).text(["a lion"])
+    with pytest.raises(ValueError, match="has no image tower"):
+        ClipEncoder.load(str(tmp_path / "native" / "clip_text")).image([noise_image(0)])
+
+
+DAMAGED = {
+    "unet": ("diffusion_pytorch_model.safetensors", "vae_img_in.proj.weight"),
+    "vae": ("diffusion_pytorch_model.safetensors", "decoder.conv_in.weight"),
+    "image_encoder": ("model.safetensors", "vision_model.embeddings.class_embedding"),
+    "text_decoder": ("diffusion_pytorch_model.safetensors", "encode_prefix.bias"),
+}
+
+
+@pytest.mark.parametrize("part", DAMAGED)
+def test_a_damaged_part_of_a_pipeline_is_named_and_nothing_is_left(export, part, tmp_path):  # noqa: F811
+    convert(export, tmp_path / "pipeline", "diffusers")
+    name, tensor = DAMAGED[part]
+    state = load_file(tmp_path / "pipeline" / part / name)
+    del state[tensor]
+    save_file(state, tmp_path / "pipeline" / part / name, metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=part if part != "vae" else "conv_in.weight") as error:
+        with export_folder(tmp_path / "pipeline") as folder:
+            UniDiffuser.load(folder)
+    assert "missing" in str(error.value)
+    if part != "vae":  # copied, and read by whoever samples
+        with pytest.raises(WeightsError):
+            convert(tmp_path / "pipeline", tmp_path / "back", "native")
+        assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_a_part_that_is_missing_is_named(export, tmp_path):  # noqa: F811
+    convert(export, tmp_path / "pipeline", "diffusers")
+    shutil.rmtree(tmp_path / "pipeline" / "text_encoder")
+    with pytest.raises(FileNotFoundError, match="text_encoder/config.json: not found"):
+        convert(tmp_path / "pipeline", tmp_path / "back", "native")
+    convert(export, tmp_path / "official", "official")
+    with pytest.raises(FileNotFoundError, match="nowhere: expected a folder"):
+        convert(tmp_path / "official", tmp_path / "back", "native", encoders=Encoders(text="/nowhere", gpt2="embedded"))
+
+
+def test_wrong_tensors_of_encoders_and_codec_are_named(export, tmp_path):  # noqa: F811
+    def copy(part: str, file: str, change) -> Path:
+        folder = Path(shutil.copytree(export / part, tmp_path / part, dirs_exist_ok=True))
+        state = load_file(folder / file)
+        change(state)
+        save_file(state, folder / file, metadata={"format": "pt"})
+        return folder
+
+    with pytest.raises(WeightsError, match=r"1 missing: .*conv_out.bias.*nothing was loaded"):
+        ImageLatents.load(str(copy("vae", "diffusion_pytorch_model.safetensors", lambda s: s.pop("decoder.conv_out.bias"))))
+    with pytest.raises(WeightsError, match=r"1 of another shape: projection.bias \(3,\) instead of \(8,\)"):
+        TextCodec.load(copy("text_codec", "codec.safetensors", lambda s: s.update({"projection.bias": torch.zeros(3)})))
+    shutil.rmtree(tmp_path / "text_codec")
+    with pytest.raises(WeightsError, match=r"1 missing: transformer.h.0.ln_1.weight"):
+        TextCodec.load(copy("text_codec", "gpt2/model.safetensors", lambda s: s.pop("transformer.h.0.ln_1.weight")))
+    with pytest.raises(WeightsError, match="clip_text: .*Missing key.*ln_final.bias"):
+        ClipEncoder.load(str(copy("clip_text", "open_clip_model.safetensors", lambda s: s.pop("text.ln_final.bias"))))
+
+
+def test_official_files_have_the_official_names(export, tmp_path):  # noqa: F811
+    convert(export, tmp_path / "official", "official")
     official = read_tensors(tmp_path / "official" / "autoencoder_kl.pth")
-    vae = AutoencoderKL.from_pretrained(export / "vae")
-    assert_same(vae_from_official(official), vae.state_dict())
+    assert_same(vae_from_official(official), AutoencoderKL.from_pretrained(export / "vae").state_dict())
 
     codec = TextCodec.load(export / "text_codec")
     decoder = read_tensors(tmp_path / "official" / "caption_decoder.pth")

@@ -1,0 +1,79 @@
+"""What the Prefect server does by itself about our runs: a run whose process died is marked and started again."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
+from prefect.events import DeploymentEventTrigger
+
+from infra.prefect_server import HEARTBEAT_SECONDS
+from pipelines.deployed import RETRYING
+from pipelines.events import COMMITTED, labels
+from stages.recipe import Recipe
+
+FLOWS = ("recipe", "node")
+# Runs with this tag are started again after a crash.
+RETRY_TAG = "retry-after-crash"
+
+_HEARTBEAT = "prefect.flow-run.heartbeat"
+_ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+_ANY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
+
+# A process that is killed together with its worker says nothing. Three heartbeats that do not come are no busy machine any more.
+DEAD_RUNS = AutomationCore(
+    name="unidiffuser: mark runs whose process died",
+    description="A run of ours that no longer says that it is alive, and has not ended either, is Crashed.",
+    trigger=EventTrigger(
+        posture=Posture.Proactive,
+        after={_HEARTBEAT},
+        expect={_HEARTBEAT, *(f"prefect.flow-run.{end}" for end in _ENDS)},
+        match=_ANY_RUN,
+        match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
+        for_each={"prefect.resource.id"},
+        within=timedelta(seconds=3 * HEARTBEAT_SECONDS),
+    ),
+    actions=[ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message="its process died: no heartbeat came any more")],
+)
+# A worker reports a crash twice, the second time after a second: to start the run at the first report would have the second one
+# end the new attempt. So it is started when nothing more has happened to it for a while.
+RETRY = AutomationCore(
+    name="unidiffuser: start crashed runs again",
+    description="The new attempt attaches to the job that still runs, and reuses what is done. The recipe says how often.",
+    trigger=EventTrigger(
+        posture=Posture.Proactive,
+        after={"prefect.flow-run.Crashed"},
+        expect={f"prefect.flow-run.{state}" for state in ("Pending", "Running", "AwaitingRetry", RETRYING, *_ENDS[:-1])},
+        match=_ANY_RUN,
+        match_related={"prefect.resource.role": "tag", "prefect.resource.id": f"prefect.tag.{RETRY_TAG}"},
+        for_each={"prefect.resource.id"},
+        within=timedelta(seconds=10),
+    ),
+    actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name=RETRYING, message="started again after its process died")],
+)
+
+
+def install(client: SyncPrefectClient) -> None:
+    """Make or renew the automations that all recipes share."""
+    for automation in (DEAD_RUNS, RETRY):
+        found = [UUID(str(old.id)) for old in client.read_automations_by_name(automation.name)]
+        if found:
+            client.update_automation(found[0], automation)
+        else:
+            client.create_automation(automation)
+
+
+def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID) -> None:
+    """Start the recipe's deployment when a node that it names under `deploy.after` has committed a new dataset."""
+    client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
+    for other in recipe.deploy.after:
+        trigger = DeploymentEventTrigger(
+            name=f"{recipe.name} after {other.recipe} {other.node}",
+            expect={COMMITTED},
+            match=labels(other.recipe, other.node),
+        )
+        trigger.set_deployment_id(deployment)
+        client.create_automation(trigger.as_automation())

@@ -1,0 +1,178 @@
+"""What a person may mean by CHECKPOINT, as a local export folder: a folder in any layout, or a dataset of the store."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from infra.dataset import Dataset, by_prefix, find
+from infra.store import Store, StoreError
+from stages.assembly import assemble
+from stages.contract import Job, StageError
+from stages.export import ExportConfig
+from unidiffuser.references import Encoders, weights_digest
+
+Part = Literal["vae", "clip", "text"]
+
+
+class Misuse(Exception):
+    """A command that cannot mean anything; one line that names the argument and the fix."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """Encoders that the person named; None leaves the choice to the checkpoint."""
+
+    vae: str | None = None
+    clip: str | None = None
+    text: str | None = None
+    gpt2: str | None = None
+
+    @property
+    def or_published(self) -> Encoders:
+        return Encoders(**{name: ref for name, ref in asdict(self).items() if ref is not None})
+
+
+def quiet_libraries() -> None:
+    """No bars and notes of the model libraries while a command loads: what matters of them is raised as an error."""
+    import logging
+
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    # transformers imports DeepSpeed, which then writes to stdout that it found no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+@contextmanager
+def said_in_a_line() -> Iterator[None]:
+    """What goes wrong with files and weights, as this command's own errors.
+
+    Raises:
+        Misuse: the target exists, or an encoder's name cannot be one.
+        StageError: a file is missing, tensors do not fit, or a public encoder cannot be fetched.
+    """
+    from unidiffuser.tensors import WeightsError
+
+    try:
+        yield
+    except FileExistsError as error:
+        raise Misuse(str(error)) from None
+    except (WeightsError, OSError) as error:
+        raise StageError(" ".join(str(error).split())) from error
+    except ValueError as error:
+        raise Misuse(str(error)) from error
+
+
+@contextmanager
+def opened(checkpoint: str, store: Store, named: Named, heads: int | None = None) -> Iterator[Path]:
+    """A local folder for `UniDiffuser.load`, gone afterwards unless the checkpoint is such a folder itself.
+
+    Args:
+        checkpoint: a folder with a whole set in any layout, or an export or training dataset: its fingerprint, the first
+            characters of that, STAGE/FINGERPRINT, or the path of its folder.
+
+    Raises:
+        Misuse: it is none of these, or an encoder of a training checkpoint must be named.
+        OSError, WeightsError, ValueError: see `said_in_a_line`, which is for them.
+    """
+    from unidiffuser.layouts import export_folder, set_layout
+
+    if set_layout(checkpoint) is not None:
+        with export_folder(checkpoint, named.or_published, heads) as folder:
+            yield folder
+        return
+    dataset = dataset_of(checkpoint, store)
+    with tempfile.TemporaryDirectory(prefix="unidiffuser-") as scratch:
+        folder = Path(scratch, "export")
+        if dataset.manifest.stage == "export":
+            yield dataset.fetch(folder)
+        else:
+            yield assemble(training_job(dataset, named), folder)
+
+
+def convert(source: str, target: Path, to: Any, store: Store, named: Named, heads: int | None = None) -> None:
+    """Write a checkpoint, or a lone U-ViT in any layout, as `target`; a training dataset becomes a whole set.
+
+    Raises:
+        Misuse: see `opened`; or there is something at `target`.
+        StageError: see `said_in_a_line`.
+    """
+    from unidiffuser import layouts
+
+    if to not in layouts.LAYOUTS:
+        raise Misuse(f"--to {to}: expected {', '.join(layouts.LAYOUTS)}")
+    quiet_libraries()
+    path = Path(source)
+    with said_in_a_line():
+        if path.exists() and not (path / "manifest.json").is_file():
+            layouts.convert(path, target, to, heads, named.or_published)
+        else:
+            with opened(source, store, named) as folder:
+                layouts.convert(folder, target, to)
+
+
+def dataset_of(checkpoint: str, store: Store) -> Dataset:
+    """The export or training dataset that a person means.
+
+    Raises:
+        Misuse: there is none, or it is of another stage.
+    """
+    path = Path(checkpoint)
+    if (path / "manifest.json").is_file():
+        store = Store(str(path.resolve().parent.parent))
+    elif path.exists():
+        raise Misuse(
+            f"{checkpoint}: no whole checkpoint; expected an export folder, a UniDiffuserPipeline of diffusers, a folder with "
+            "uvit_v1.pth, autoencoder_kl.pth and caption_decoder.pth, or an export or train dataset"
+        )
+    try:
+        dataset = by_prefix(store, checkpoint)
+    except StoreError as error:
+        raise Misuse(f"{error} (CHECKPOINT is a folder or a dataset)") from None
+    if dataset.manifest.stage not in ("export", "train"):
+        raise Misuse(f"{checkpoint}: a dataset of {dataset.manifest.node}; a checkpoint is one of export or train")
+    return dataset
+
+
+def training_job(checkpoint: Dataset, named: Named) -> Job:
+    """What `stages.assembly.assemble` needs: the codec and the encoders of the latents that the checkpoint was trained on.
+
+    Manifests hold digests of encoders, not their names: tried are the named ones, the embedded and the published.
+
+    Raises:
+        Misuse: the codec is gone, or no encoder that was tried has the digest.
+    """
+    store, node = checkpoint.store, checkpoint.manifest.node
+    data = next(reference for name, reference in checkpoint.manifest.inputs.items() if name.startswith("data."))
+    encode = find(store, data.stage, data.fingerprint)
+    reference = encode.manifest.inputs["codec"] if encode else None
+    codec = find(store, reference.stage, reference.fingerprint) if reference else None
+    if encode is None or codec is None:
+        raise Misuse(f"{node} {checkpoint.manifest.fingerprint}: its text codec is no longer in the store; use an export of it")
+    config = ExportConfig.model_validate({part: _encoder(part, encode, node, named) for part in ("vae", "clip", "text")})
+    return Job(
+        store=store, stage="export", node=node, config=config, inputs={"checkpoint": checkpoint, "codec": codec}, sources={},
+        weights={},
+    )  # fmt: skip
+
+
+def _encoder(part: Any, encode: Dataset, node: str, named: Named) -> str:
+    wanted = encode.manifest.sources[part]
+    asked = getattr(named, part)
+    kind = cast(Literal["vae", "clip"], "vae" if part == "vae" else "clip")
+    for reference in [asked] if asked else ["embedded", getattr(Encoders(), part)]:
+        try:
+            if weights_digest(reference, kind) == wanted:
+                return reference
+        except FileNotFoundError as error:
+            raise Misuse(f"--{part} {error}") from None
+    tried = f"--{part} {asked} is not it" if asked else "it is neither the embedded nor the published one"
+    raise Misuse(f"{node}: name the encoder `{part}` that it was trained with ({tried}) with --{part}, or use an export")

@@ -1,0 +1,149 @@
+"""`unidiffuser up` and `down`: the servers of one machine that stay while commands come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from infra.prefect_server import WORKER, answers, configured_api, prefect_environment, start_worker
+from infra.processes import SERVERS, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
+from infra.ray_cluster import configured_ray
+from pipelines.servers import GRACE, KEPT, use_servers
+from stages.deployment import Pool
+
+# How long the runs that `down` interrupts may take to stop their jobs, and a worker to come up, in seconds.
+STOP_SECONDS = 60.0
+START_SECONDS = 120.0
+
+
+def bring_up(state: Path, pool: str, console: Console) -> None:
+    """Start what is not running of Prefect server, Ray and worker of a pool, and leave it running.
+
+    Raises:
+        ServerError: one of them does not come up; what was started for it is stopped again, unless it was up before.
+    """
+    before = {name: server.pid for name in SERVERS if (server := running(name, state))}
+    with use_servers(state) as servers:
+        servers.begin_ray(lambda _: None)
+        address = servers.begin_prefect()
+        servers.wait_for_prefect()
+        _bring_up_worker(state, address, Pool(name=pool))
+        servers.ray()
+        (state / KEPT).write_text(json.dumps({"pool": pool}))
+    console.print(_table(state, before, address))
+
+
+def _bring_up_worker(state: Path, address: str, pool: Pool) -> None:
+    from prefect.client.orchestration import get_client
+
+    from pipelines.deployments import ensure_pool
+
+    with get_client(sync_client=True) as client:
+        ensure_pool(client, pool)
+        worker, fresh = start_worker(state, address, pool.name)
+
+        def ready() -> bool:
+            seen = [w.last_heartbeat_time for w in client.read_workers_for_work_pool(pool.name) if w.name == WORKER]
+            return any(moment is not None and moment.timestamp() > worker.created for moment in seen)
+
+        if fresh:
+            wait_until_ready(worker, ready, state, START_SECONDS)
+
+
+def _table(state: Path, before: dict[str, int], address: str) -> Table:
+    table = Table()
+    for head in ("server", "", "address"):
+        table.add_column(head, no_wrap=True)
+    for head in ("pid", "since"):
+        table.add_column(head, no_wrap=True, justify="right")
+    for name in SERVERS:
+        server = running(name, state)
+        if server is None:
+            table.add_row(name, "the configured one", configured_ray() if name == "ray" else address)
+            continue
+        word = "was running" if before.get(name) == server.pid else "[green]started[/]"
+        since = datetime.fromtimestamp(server.created).astimezone().isoformat(sep=" ", timespec="seconds")
+        table.add_row(name, word, server.address, str(server.pid), since)
+    return table
+
+
+def bring_down(state: Path, say: Callable[[str], None]) -> None:
+    """Stop what `bring_up` has started, runs on the worker first; a server that another command uses ends with that command."""
+    if (worker := running("worker", state)) is not None:
+        # From now on it takes no further runs.
+        psutil.Process(worker.pid).terminate()
+    _end_runs(state, say)
+    if worker is not None:
+        stop(worker, state, GRACE["worker"])
+        say("stopped the worker")
+    with locked(state / "servers.entry"), locked(state / "servers.users", shared=True) as users:
+        (state / KEPT).unlink(missing_ok=True)
+        left = [server for name in ("ray", "prefect") if (server := recorded(name, state))]
+        if not left and worker is None:
+            say("nothing was up")
+        elif not nobody_else(users):
+            say("another command is using the servers; they end with it")
+        else:
+            for server in left:
+                stop(server, state, GRACE[server.name])
+                say(f"stopped {server.name}")
+
+
+def _end_runs(state: Path, say: Callable[[str], None]) -> None:
+    """Interrupt the flows of the worker, so that each stops its job and ends as Cancelled before the servers go."""
+    flows = [process for process in marked(state) if _is_flow(process)]
+    for flow in flows:
+        say(f"interrupting a run (pid {flow.pid})")
+        with contextlib.suppress(psutil.Error):
+            flow.terminate()
+    psutil.wait_procs(flows, timeout=STOP_SECONDS)
+
+
+def _is_flow(process: psutil.Process) -> bool:
+    try:
+        return "prefect.engine" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def find_machine(state: Path) -> str | None:
+    """The address of the Prefect UI that `unidiffuser up` keeps for this store, or None; this process's client will talk to it.
+
+    Must come before the first import of Prefect, which reads its settings then.
+
+    Raises:
+        ServerError: it is up, but its worker or its server is dead.
+    """
+    if not (state / KEPT).exists():
+        return None
+    worker, server = running("worker", state), running("prefect", state)
+    if (address := configured_api()) is not None:
+        address = address.rstrip("/").removesuffix("/api")
+    elif server is not None and answers(server.address):
+        address = server.address
+        os.environ.update(prefect_environment(state, address))
+    if address is None or worker is None:
+        dead = "Prefect server" if address is None else "worker"
+        raise ServerError(f"the {dead} that `unidiffuser up` started is dead; run `unidiffuser up` again, or `unidiffuser down`")
+    return address
+
+
+def find_api(state: Path) -> str:
+    """As `find_machine`, or the configured Prefect server.
+
+    Raises:
+        ServerError: there is none.
+    """
+    if (address := find_machine(state)) is not None:
+        return address
+    if (configured := configured_api()) is not None:
+        return configured.rstrip("/").removesuffix("/api")
+    raise ServerError("no Prefect server to deploy to; `unidiffuser up` starts one for this store, or set PREFECT_API_URL")

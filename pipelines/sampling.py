@@ -1,0 +1,269 @@
+"""`unidiffuser sample`: pictures and captions from a checkpoint, as files and as a table."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from infra.store import Store
+from pipelines.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
+
+RESULTS = "results.jsonl"
+# Without a terminal, a line of progress in this many seconds.
+PLAIN_EVERY = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw; goes into every result and every picture. Fields as in `UniDiffuser.generate`."""
+
+    steps: int = 50
+    guidance: float = 7.0
+    sampler: str = "dpm++2m"
+    condition_t: int = 0
+    guidance_interval: tuple[int, int] | None = None
+    size: int | None = None
+    beams: int = 5
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw: `count` results of every prompt or picture, with the seeds from `seed` on."""
+
+    checkpoint: str
+    task: str
+    prompts: Sequence[str] = ()
+    images: Sequence[Path] = ()
+    count: int = 1
+    seed: int = 0
+    settings: Settings = Settings()
+    batch: int = 16
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @property
+    def sources(self) -> list[str]:
+        """The prompt, or the path of the picture, of every result; empty for a task that takes neither."""
+        inputs = [*self.prompts, *map(str, self.images)]
+        if self.task == "interpolate":
+            return [" to ".join(inputs)] * self.count
+        return [source for source in inputs or [""] for _ in range(self.count)]
+
+    @property
+    def chunks(self) -> list[range]:
+        """Results that are drawn together; the frames of an interpolation all are."""
+        results = len(self.sources)
+        size = results if self.task == "interpolate" else self.batch
+        return [range(first, min(first + size, results)) for first in range(0, results, size)]
+
+
+def run(request: Request, store: Store, named: Named, out: Path | None, console: Console) -> list[dict[str, Any]]:
+    """Draw what the request asks for and write it below `out`; returns a row a result, as in results.jsonl.
+
+    Raises:
+        Misuse: the request means nothing: an unknown task, a prompt or a picture that is missing, no checkpoint, ...
+        StageError: the checkpoint is damaged, or a public encoder cannot be fetched.
+    """
+    from unidiffuser.generation import DRAWS_IMAGES, UniDiffuser, check_request
+
+    quiet_libraries()
+    images = [read_image(path) for path in request.images]
+    settings = request.settings
+    try:
+        check_request(request.task, request.prompts, images, settings.sampler, settings.condition_t, settings.guidance_interval)
+    except ValueError as error:
+        raise Misuse(str(error)) from None
+    if out is None and request.task in DRAWS_IMAGES:
+        raise Misuse(f"{request.task} draws pictures: say where they go with --out DIR")
+    device, dtype = _hardware(request)
+    with said_in_a_line(), console.status("loading the model"), opened(request.checkpoint, store, named) as folder:
+        model = UniDiffuser.load(folder, device, dtype)
+    writer = Writer(request, out)
+    with _cuts_said(console), _Bar(request, model, console) as bar:
+        for rows in request.chunks:
+            try:
+                drawn = model.generate(
+                    request.task, seeds=[request.seed + row for row in rows], batch=request.batch,
+                    **_inputs(request, images, rows), **asdict(settings),
+                )  # fmt: skip
+            except ValueError as error:
+                raise Misuse(str(error)) from None
+            for row, result in zip(rows, drawn, strict=True):
+                writer.add(row, result)
+            bar.chunk_done()
+    return writer.rows
+
+
+def read_image(path: Path) -> Any:
+    """A picture of any format that PIL reads, loaded.
+
+    Raises:
+        Misuse: there is no such file, or it is no picture, or a damaged one.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise Misuse(f"--image {path}: no such file") from None
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for files that are no pictures
+        raise Misuse(f"--image {path}: not a picture that can be read ({type(error).__name__})") from None
+    return image
+
+
+def _hardware(request: Request) -> tuple[str, Any]:
+    import torch
+
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if request.device == "auto" else request.device
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Misuse(f"--device {device}: not usable here ({str(error).splitlines()[0]})") from None
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    types["auto"] = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if request.dtype not in types:
+        raise Misuse(f"--dtype {request.dtype}: expected {', '.join(types)}")
+    return device, types[request.dtype]
+
+
+def _inputs(request: Request, images: Sequence[Any], rows: range) -> dict[str, Any]:
+    """The prompts or pictures of some results, one each; both ends of an interpolation; or how many results to draw."""
+    if request.task == "interpolate":
+        return {"images": images, "count": len(rows)}
+    if request.prompts:
+        return {"prompts": [request.prompts[row // request.count] for row in rows]}
+    return {"images": [images[row // request.count] for row in rows]} if images else {"count": len(rows)}
+
+
+class Writer:
+    """Pictures as PNG with what they were made from in their text fields, and a line a result in results.jsonl.
+
+    Files are numbered on from those that are there, so that nothing is overwritten.
+    """
+
+    def __init__(self, request: Request, out: Path | None):
+        self.request, self.out, self.rows = request, out, list[dict[str, Any]]()
+        self.sources = request.sources
+        self.first = 0
+        if out is not None and (out / RESULTS).exists():
+            self.first = len((out / RESULTS).read_text(encoding="utf-8").splitlines())
+
+    def add(self, row: int, result: Any) -> None:
+        request, source = self.request, self.sources[row]
+        kind = "prompt" if request.prompts else "source"
+        facts = {
+            "file": None if result.image is None or self.out is None else f"{self.first + row:05d}.png",
+            "task": request.task,
+            **({kind: source} if source else {}),
+            "caption": result.caption,
+            "seed": result.seed,
+            **asdict(request.settings),
+            "size": result.image.width if result.image is not None else None,
+            "checkpoint": request.checkpoint,
+        }
+        self.rows.append(facts)
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        if facts["file"]:
+            result.image.save(self.out / facts["file"], pnginfo=_text_fields(facts))
+        with (self.out / RESULTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(facts, ensure_ascii=False) + "\n")
+
+
+def _text_fields(facts: dict[str, Any]) -> Any:
+    from PIL.PngImagePlugin import PngInfo
+
+    fields = PngInfo()
+    fields.add_text("Software", "unidiffuser")
+    for name, value in facts.items():
+        if value is not None and name != "file":
+            fields.add_itxt(name, value if isinstance(value, str) else json.dumps(value))
+    return fields
+
+
+def results_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """File, what it was made from, caption and seed, a row a result."""
+    table = Table()
+    for head in ("file", "from", "caption"):
+        table.add_column(head, overflow="fold")
+    table.add_column("seed", justify="right")
+    for row in rows:
+        source = row.get("prompt", row.get("source", ""))
+        table.add_row(row["file"] or "", escape(source), escape(row["caption"] or ""), str(row["seed"]))
+    return table
+
+
+@contextmanager
+def _cuts_said(console: Console) -> Iterator[None]:
+    """Say what is left of a prompt that was cut, once a prompt, as a line of its own."""
+    from unidiffuser.generation import PromptCut
+
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *rest: Any, **more: Any) -> None:
+            if issubclass(category, PromptCut):
+                console.print(f"[yellow]{escape(str(message))}[/]", highlight=False, soft_wrap=True)
+            else:
+                usual(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+class _Bar:
+    """Progress over the calls of the network: a bar on a terminal, a line now and then anywhere else."""
+
+    def __init__(self, request: Request, model: Any, console: Console):
+        self.console, self.model, self.chunks, self.done, self.calls = console, model, len(request.chunks), 0, 0
+        self.expected = request.settings.steps * _draws(request)
+        self.last = time.monotonic()
+        self.bars = Progress(
+            TextColumn(request.task), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn(),
+            TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> _Bar:
+        self.bar = self.bars.add_task("", total=1.0)
+        self.bars.start()
+        self.hook = self.model.uvit.register_forward_hook(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hook.remove()
+        self.bars.stop()
+
+    def chunk_done(self) -> None:
+        self.done, self.calls = self.done + 1, 0
+        self._show()
+
+    def _called(self, *_: object) -> None:
+        self.calls += 1
+        self._show()
+
+    def _show(self) -> None:
+        share = (self.done + min(1.0, self.calls / self.expected)) / self.chunks
+        self.bars.update(self.bar, completed=share)
+        if not self.console.is_terminal and time.monotonic() - self.last >= PLAIN_EVERY:
+            self.last = time.monotonic()
+            self.console.print(f"{100 * share:.0f}% drawn", highlight=False)
+
+
+def _draws(request: Request) -> int:
+    """How many times a task goes through its steps; a Gibbs chain has 4 rounds of 2, and a joint start if it has no input."""
+    if request.task == "gibbs":
+        return 8 if request.prompts or request.images else 9
+    return {"i2t2i": 2, "t2i2t": 2, "interpolate": 3}.get(request.task, 1)

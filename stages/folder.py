@@ -1,0 +1,158 @@
+"""folder: a corpus of one's own, images with their captions in files beside them, packed as `download` packs the web's.
+
+``photo.jpg`` belongs to ``photo.txt``. Beside each ``SHARD.tar`` lies ``SHARD.parquet`` with every image and what became of it.
+A shard ends where a hash of the next file's name says so: files that are added or removed change the shards they fall into and
+no others. Where the files lie changes nothing, only their names and contents do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Iterable, Iterator
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, digest_of, operational
+from stages.images import RESULT, ImageConfig, Outcome
+from stages.recipe import external_file
+from stages.tar import Sample, ShardWriter
+
+SHA256_DIGITS = 64
+
+
+class FolderConfig(ImageConfig):
+    """Which files, beside how images are stored."""
+
+    images: list[str] = external_file(..., "image files: paths, globs (** is any folder) or fsspec URLs", min_length=1)
+    caption_extension: str = Field("txt", pattern=r"^\w+$", description="what the caption's file ends in instead of the image's")
+    shard_rows: int = Field(1000, ge=1, description="images of a shard, on average")
+    cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
+    workers: int | None = operational(None, "workers at most", ge=1)
+
+
+class Pair(NamedTuple):
+    """An image and its caption. `key` is decided by the name and both contents; `caption` is empty where there is none."""
+
+    name: str
+    key: str
+    image: str
+    digest: str
+    caption: str
+
+
+class Packer:
+    """Worker: one shard of files in, one tar and one table of outcomes out."""
+
+    def __init__(self, job: Job):
+        from stages.engine import ImageResizer
+
+        self.config: FolderConfig = job.config
+        self.resize = ImageResizer(job.config)
+
+    def run(self, unit: Unit, out: Output) -> None:
+        tar_name = f"{unit.name}.tar"
+        rows: list[dict[str, Any]] = []
+        before = ""
+        with ShardWriter(out.path(tar_name)) as tar:
+            for pair in sorted((Pair(*values) for values in unit.payload["pairs"]), key=lambda pair: pair.key):
+                caption, image, outcome = (None, b"", Outcome("duplicate_file")) if pair.key == before else self.pack(pair)
+                before = pair.key
+                rows.append({"key": pair.key, "file": pair.name, "caption": caption, "status": outcome.reason or "success"})
+                rows[-1] |= outcome.measured()
+                if outcome.reason:
+                    out.stats.drop(outcome.reason)
+                    continue
+                assert caption is not None
+                tar.add(Sample(pair.key, image, self.config.encode_format, caption, {"file": pair.name, **outcome.measured()}))
+                out.rows[tar_name] += 1
+        out.stats.rows_in, out.stats.rows_out = len(rows), out.rows[tar_name]
+        schema = pa.schema([("key", pa.string()), ("file", pa.string()), ("caption", pa.string()), *RESULT])
+        pq.write_table(pa.Table.from_pylist(rows, schema), out.path(f"{unit.name}.parquet", len(rows)), compression="zstd")
+
+    def pack(self, pair: Pair) -> tuple[str | None, bytes, Outcome]:
+        """(caption, bytes to store, outcome) of one image."""
+        if not pair.caption:
+            return None, b"", Outcome("no_caption")
+        try:
+            caption = _read(pair.caption).decode().strip()
+        except UnicodeDecodeError:
+            return None, b"", Outcome("caption_not_utf8")
+        if not caption:
+            return None, b"", Outcome("no_caption")
+        data = _read(pair.image)
+        found = hashlib.sha256(data).hexdigest()
+        if len(pair.digest) == SHA256_DIGITS and pair.digest != found:
+            raise StageError(f"{pair.image}: changed while it was being read; run again")
+        if len(data) > self.config.max_bytes:
+            return caption, b"", Outcome("too_large", sha256=found)
+        image, width, height, original_width, original_height, reason = self.resize(BytesIO(data))
+        return caption, image or b"", Outcome(reason or "", width, height, original_width, original_height, found)
+
+
+def _read(address: str) -> bytes:
+    try:
+        with fsspec.open(address, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise StageError(f"{address}: no such file (any more)") from None
+
+
+def pairs_of(config: FolderConfig, sources: Any) -> list[Pair]:
+    """The images with their captions, by name; `sources` is address -> digest of all files."""
+    ending = f".{config.caption_extension}"
+    found = []
+    for address, digest in sources.items():
+        if address.endswith(ending):
+            continue
+        caption = posixpath.splitext(address)[0] + ending
+        name = posixpath.basename(address)
+        key = hashlib.sha256("\n".join((name, digest, sources.get(caption, ""))).encode()).hexdigest()[:20]
+        found.append(Pair(name, key, address, digest, caption if caption in sources else ""))
+    return sorted(found)
+
+
+def shards(pairs: list[Pair], rows: int) -> Iterator[list[Pair]]:
+    """Shards of about as many pairs; equal names stay together."""
+    shard: list[Pair] = []
+    for pair in pairs:
+        first = not shard or pair.name != shard[-1].name
+        if shard and first and int(hashlib.sha256(pair.name.encode()).hexdigest()[:8], 16) % rows == 0:
+            yield shard
+            shard = []
+        shard.append(pair)
+    if shard:
+        yield shard
+
+
+def _units(job: Job, earlier: Records) -> Iterable[Unit]:
+    for shard in shards(pairs_of(job.config, job.sources), job.config.shard_rows):
+        digest = digest_of([pair.key for pair in shard])
+        yield Unit(digest[:12], (digest,), {"pairs": [tuple(pair) for pair in shard]}, len(shard))
+
+
+class Folder(Stage):
+    name = "folder"
+    version = 1
+    Config = FolderConfig
+    phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
+
+    @classmethod
+    def sources(cls, config: FolderConfig) -> list[str]:
+        captions = (f"{posixpath.splitext(pattern)[0]}.{config.caption_extension}" for pattern in config.images)
+        return list(dict.fromkeys([*config.images, *captions]))
+
+    @classmethod
+    def bytes_needed(cls, job: Job) -> int:
+        """As `download`: 50 kB an image of 512 x 512 pixels."""
+        return int(len(job.sources) / 2 * 50_000 * (job.config.image_size / 512) ** 2)
+
+    @classmethod
+    def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
+        sample = {"key": "string", "caption": "string", "file": "string"}
+        return sample | {field.name: str(field.type) for field in RESULT if field.name != "status"}

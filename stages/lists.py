@@ -1,0 +1,255 @@
+"""Lists of what may or must not be downloaded (opt-outs, Re-LAION's safe rows), joined with the picked rows range by range.
+
+A list is a Parquet file with a column of URLs, hashes or domains, or a text file with one of them a line. An entry
+``example.com`` covers ``images.example.com`` too.
+
+    lists   a unit per list file: its entries as keys
+    match   a unit per kind of entry and range of keys: which picked rows of which file are on the lists
+    admit   a unit per metadata file: its picked rows without those that are denied or not allowed
+
+Memory of a worker: the entries of one range (about 60 MB), two bytes a row of one metadata file, and bounded pieces of the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from infra.dataset import FileEntry
+from stages.contract import Job, Output, Records, StageError, Unit, UnitRecord
+from stages.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
+from stages.laion import BATCH, NAMES, heal, readable
+
+KINDS = ("url", "hash", "domain")
+ROLES = ("allow", "deny")
+INTEGER = re.compile(r"[+-]?\d+")
+DOMAIN = re.compile(r"[^\s/:?#@]+\.[^\s/:?#@.]+\.?")
+EXPECTED = {"auto": "url, hash or domain"}
+LINES = 65_536
+
+
+def hash_keys(column: pa.Array | pa.ChunkedArray) -> Keys:
+    """Keys of int64 values without nulls."""
+    return mixed(column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy())
+
+
+def domain_keys(urls: pa.Array) -> tuple[Keys, np.ndarray]:
+    """Keys of every domain that a URL's host belongs to (``a.b.org`` to itself and ``b.org``), and which URL each is of."""
+    hosts = pc.struct_field(pc.extract_regex(urls, r"^[^:]+://(?:[^/?#@]*@)?(?P<host>[^/?#:]*)"), "host")
+    names = pc.utf8_rtrim(pc.utf8_lower(hosts), ".")
+    places = np.arange(len(urls))
+    keys: list[Keys] = []
+    of: list[np.ndarray] = []
+    while len(names):
+        # A name without a dot (com, localhost) is no domain that a list could mean, unless it is the whole host.
+        named = pc.fill_null(pc.greater(pc.binary_length(names), 0), False)
+        if keys:
+            named = pc.and_(named, pc.match_substring(names, "."))
+        names, places = names.filter(named), places[np.asarray(named)]
+        keys.append(text_keys(names))
+        of.append(places)
+        names = pc.replace_substring_regex(names, r"^[^.]*\.?", "")
+    return np.concatenate(keys) if keys else np.zeros(0, np.uint64), np.concatenate(of) if of else np.zeros(0, np.int64)
+
+
+class ReadList:
+    """Worker of the first phase."""
+
+    def __init__(self, job: Job):
+        self.config = job.config
+
+    def run(self, unit: Unit, out: Output) -> None:
+        address, role = unit.payload["address"], unit.payload["role"]
+        by = getattr(self.config, f"{role}_by")
+        read = self._parquet if address.split("?")[0].endswith(".parquet") else self._text
+        with ExitStack() as stack:
+            writers = {kind: stack.enter_context(KeyWriter(out.path(f"{kind}.parquet"))) for kind in KINDS}
+            for kind, keys in read(address, by):
+                writers[kind].add(keys, np.zeros(len(keys), dtype=np.int64))
+        for kind, writer in writers.items():
+            out.rows[f"{kind}.parquet"] = writer.count
+
+    def _parquet(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
+        with readable(address), fsspec.open(address, "rb") as file:
+            parquet = pq.ParquetFile(file)
+            kind, column = self._column(address, parquet.schema_arrow.names, by)
+            for batch in parquet.iter_batches(BATCH, columns=[column]):
+                wanted = pa.int64() if kind == "hash" else pa.string()
+                try:
+                    values = heal(batch.column(0), wanted).drop_null()
+                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                    raise StageError(f"{address}: column {column} is {batch.column(0).type}: {error}") from None
+                yield kind, _entry_keys(kind, values)
+
+    def _column(self, address: str, found: list[str], by: str) -> tuple[str, str]:
+        """The kind of the entries, and the column that holds them: the first of url, hash and domain unless told."""
+        for kind in KINDS if by == "auto" else (by,):
+            own = self.config.columns.get(kind)
+            for name in (own,) if own else NAMES.get(kind, ("domain", "DOMAIN")):
+                if name in found:
+                    return kind, name
+        raise StageError(f"{address}: columns found: {', '.join(found)}; a list needs {EXPECTED.get(by, by)}")
+
+    def _text(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
+        entries: dict[str, list[str]] = {kind: [] for kind in KINDS}
+        with fsspec.open(address, "rt", encoding="utf-8", errors="replace", compression="infer") as file:
+            for number, line in enumerate(file, start=1):
+                if not (entry := line.strip()) or entry.startswith("#"):
+                    continue
+                kind = _kind(entry)
+                if kind is None or by not in ("auto", kind):
+                    raise StageError(f"{address}, line {number}: {entry[:80]!r} is no {EXPECTED.get(by, by)}")
+                entries[kind].append(entry)
+                if number % LINES == 0:
+                    yield from _drained(entries)
+        yield from _drained(entries)
+
+
+def _kind(entry: str) -> str | None:
+    if "://" in entry:
+        return "url"
+    if INTEGER.fullmatch(entry):
+        return "hash"
+    return "domain" if DOMAIN.fullmatch(entry) else None
+
+
+def _drained(entries: dict[str, list[str]]) -> Iterator[tuple[str, Keys]]:
+    for kind, waiting in entries.items():
+        if waiting:
+            values = [int(entry) % 2**64 for entry in waiting] if kind == "hash" else waiting
+            yield kind, _entry_keys(kind, pa.array(values, pa.uint64()).view(pa.int64()) if kind == "hash" else pa.array(values))
+            waiting.clear()
+
+
+def _entry_keys(kind: str, values: pa.Array) -> Keys:
+    if kind == "hash":
+        return hash_keys(values)
+    return text_keys(pc.utf8_rtrim(pc.utf8_lower(values), ".") if kind == "domain" else values)
+
+
+class Match:
+    """Worker of the second phase: holds the entries of a range, and streams the keys of all files past them."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def run(self, unit: Unit, out: Output) -> None:
+        low, high = unit.payload["range"]
+        for role, lists in unit.payload["lists"].items():
+            entries = self._entries(lists, low, high)
+            with RowSets(out.path(f"{role}.parquet"), len(unit.payload["keys"])) as hits:
+                for number, path in enumerate(unit.payload["keys"]):
+                    with self.job.store.open(path) as file:
+                        for keys, rows in read_keys(file, low, high):
+                            hits.add(number, rows[_member(keys, entries)])
+            out.rows[f"{role}.parquet"] = hits.writer.count
+            out.notes[role] = hits.note()
+
+    def _entries(self, paths: tuple[str, ...], low: int, high: int) -> Keys:
+        """Sorted, each once."""
+        found = np.zeros(0, dtype=np.uint64)
+        for path in paths:
+            with self.job.store.open(path) as file:
+                for keys, _ in read_keys(file, low, high):
+                    found = np.union1d(found, keys)
+        return found
+
+
+def _member(keys: Keys, entries: Keys) -> np.ndarray:
+    if not len(entries):
+        return np.zeros(len(keys), dtype=bool)
+    return entries[np.minimum(np.searchsorted(entries, keys), len(entries) - 1)] == keys
+
+
+class Admit:
+    """Worker of the third phase: counts what the lists take away, and copies the keys of the other rows."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def run(self, unit: Unit, out: Output) -> None:
+        number, total = unit.payload["number"], unit.payload["total"]
+        listed = {role: np.zeros(total, dtype=bool) for role in unit.payload["hits"]}
+        for role, paths in unit.payload["hits"].items():
+            for path in paths:
+                with self.job.store.open(path) as file:
+                    for _, rows in read_keys(file, number, number + 1):
+                        listed[role][rows] = True
+        allowed = listed.get("allow", np.ones(total, dtype=bool))
+        denied = listed.get("deny", np.zeros(total, dtype=bool))
+        for kind in ("url", "hash"):
+            with self.job.store.open(unit.payload[kind]) as file, KeyWriter(out.path(f"{kind}.parquet")) as writer:
+                for keys, rows in read_keys(file):
+                    if kind == "url":
+                        out.stats.drop("not_allowed", int((~allowed[rows]).sum()))
+                        out.stats.drop("denied", int((allowed[rows] & denied[rows]).sum()))
+                    stays = allowed[rows] & ~denied[rows]
+                    writer.add(keys[stays], rows[stays])
+            out.rows[f"{kind}.parquet"] = writer.count
+
+
+def list_units(job: Job, earlier: Records) -> Iterable[Unit]:
+    for role in ROLES:
+        for address, digest in sorted(job.lists.get(role, {}).items(), key=lambda item: (item[1], item[0])):
+            name = address.rsplit("/", 1)[-1]
+            yield Unit(f"{role}-{name}", (role, digest), {"address": address, "role": role})
+
+
+def match_units(job: Job, earlier: Records) -> Iterable[Unit]:
+    """Decided by the lists' entries and the picked rows' keys of its kind."""
+    roles = [role for role in ROLES if job.lists.get(role)]
+    for kind in KINDS if roles else ():
+        keys = [file_of(record, kind) for record in earlier["pick"]]
+        lists = {role: [file_of(r, kind) for r in earlier["lists"] if r.name.startswith(f"{role}-")] for role in roles}
+        entries = sum(entry.rows for found in lists.values() for entry in found)
+        if not entries:
+            continue
+        digest = digest_files(*[entry.sha256 for entry in keys], *[f"{r}{e.sha256}" for r, found in lists.items() for e in found])
+        payload = {
+            "keys": tuple(entry.path for entry in keys),
+            "lists": {role: tuple(entry.path for entry in found) for role, found in lists.items()},
+        }
+        for low, high in ranges(max(entries, sum(entry.rows for entry in keys))):
+            yield Unit(f"{kind}-{low:016x}", (digest, f"{low}-{high}"), {**payload, "range": (low, high)})
+
+
+def admit_units(job: Job, earlier: Records) -> Iterable[Unit]:
+    """Decided by a metadata file's own keys and which of its rows are listed."""
+    roles = [role for role in ROLES if job.lists.get(role)]
+    if not roles:
+        return
+    picked = earlier["pick"]
+    digests = {role: add_notes((record.notes[role] for record in earlier["match"]), len(picked)) for role in roles}
+    hits = {role: tuple(file_of(record, role).path for record in earlier["match"]) for role in roles}
+    for number, record in enumerate(picked):
+        own = {kind: file_of(record, kind) for kind in ("url", "hash")}
+        decided = [own["url"].sha256, own["hash"].sha256, *(f"{role}{digests[role][number]}" for role in roles)]
+        payload = {kind: entry.path for kind, entry in own.items()} | {
+            "number": number,
+            "total": record.stats.rows_in,
+            "hits": hits,
+        }
+        yield Unit(record.name, tuple(decided), payload, rows=own["url"].rows)
+
+
+def admitted(earlier: Records) -> list[UnitRecord]:
+    """Per metadata file the record with the keys of the rows that are left before duplicates are looked for."""
+    return earlier["admit"] or earlier["pick"]
+
+
+def file_of(record: UnitRecord, name: str) -> FileEntry:
+    """The unit's file ``NAME.parquet``."""
+    (entry,) = [entry for entry in record.files if entry.name == f"{name}.parquet"]
+    return entry
+
+
+def digest_files(*digests: str) -> str:
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

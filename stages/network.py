@@ -1,0 +1,193 @@
+"""Connections to the public web: names looked up in bounded time, addresses judged before they are dialled, waits that end.
+
+The address that is judged is the one that is dialled, and every redirect comes through here again: a name that leads to
+another place the second time it is asked (DNS rebinding) gains nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from stages.contract import StageError
+
+# What Python's `is_global` lets pass: protocol assignments (Oracle's metadata service among them), dead 6to4 relays, and the
+# address at which every machine in Azure finds its host.
+NOT_THE_WEB = tuple(ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32"))
+# All other IPv6 addresses are reserved, local or translated; 3fff::/20 is for documentation.
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+LOOKUPS = 64
+
+
+class ForbiddenAddress(Exception):
+    """The address is not on the public web."""
+
+
+class Wait:
+    """How long one URL may still take.
+
+    Attributes:
+        patience: seconds without a byte.
+        end: moment (`time.monotonic`) at which everything must be over.
+    """
+
+    def __init__(self, patience: float, end: float):
+        self.patience = patience
+        self.end = end
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() >= self.end
+
+    def seconds(self) -> float:
+        """The longest wait for the next bytes.
+
+        Raises:
+            TimeoutError: the end has come.
+        """
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return min(self.patience, left)
+
+
+# getaddrinfo's answer for (host, port): (family, kind, protocol, canonical name, socket address) each.
+Resolve = Callable[[str, int, Wait], list[tuple[Any, ...]]]
+# (family, socket address, wait) -> a connected socket.
+Dial = Callable[[int, Any, Wait], "PlainSocket"]
+
+
+class Names:
+    """Looks names up in threads of its own, since the system's resolver takes no deadline."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="names")
+
+    def __call__(self, host: str, port: int, wait: Wait) -> list[tuple[Any, ...]]:
+        """Raises socket.gaierror: no such name, or no answer in time."""
+        try:
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:
+            answer = self.pool.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        try:
+            return answer.result(wait.seconds())
+        except TimeoutError:
+            answer.cancel()
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer in time") from None
+
+
+class PlainSocket(socket.socket):
+    """Waits for bytes as long as `wait` allows, also while headers trickle in."""
+
+    wait: Wait
+
+    def recv_into(self, *arguments: Any, **named: Any) -> int:
+        self.settimeout(self.wait.seconds())
+        return super().recv_into(*arguments, **named)
+
+
+class TlsSocket(ssl.SSLSocket):
+    wait: Wait
+
+    def recv_into(self, *arguments: Any, **named: Any) -> int:
+        self.settimeout(self.wait.seconds())
+        return super().recv_into(*arguments, **named)
+
+
+def dial(family: int, address: Any, wait: Wait) -> PlainSocket:
+    """Raises OSError: nobody answers there."""
+    plain = PlainSocket(family, socket.SOCK_STREAM)
+    try:
+        plain.wait = wait
+        plain.settimeout(wait.seconds())
+        plain.connect(address)
+    except BaseException:
+        plain.close()
+        raise
+    return plain
+
+
+class Guard:
+    """Connects to hosts of the public web and to no others.
+
+    Args:
+        hosts: host name -> ``host[:port]`` to connect to in its place; such a host may be anywhere, since a person named it.
+        allow_private: whether addresses that are not public (private, loopback, link-local, cloud metadata) may be dialled.
+        resolve, dial: how names are looked up and addresses are connected to.
+    """
+
+    def __init__(
+        self,
+        hosts: Mapping[str, str] | None = None,
+        allow_private: bool = False,
+        resolve: Resolve | None = None,
+        dial: Dial = dial,
+    ):
+        self.hosts = {name.lower(): _host_and_port(place) for name, place in (hosts or {}).items()}
+        self.allow_private = allow_private
+        self.resolve = resolve or Names()
+        self.dial = dial
+        self.tls = ssl.create_default_context()
+        # Set through the attribute that exists for it, so that reads over TLS end at the deadline too.
+        self.tls.sslsocket_class = TlsSocket
+
+    def connect(self, scheme: str, host: str, port: int, wait: Wait) -> socket.socket:
+        """A connected socket, over TLS for https; every address is judged just before it is dialled.
+
+        Raises:
+            ForbiddenAddress: the host is not on the public web.
+            OSError: nobody answers there in time (socket.gaierror: no such name; ssl.SSLError: no trustworthy TLS).
+        """
+        place, place_port = self.hosts.get(host.lower(), (host, None))
+        anywhere = self.allow_private or host.lower() in self.hosts
+        error: OSError = ConnectionError()
+        for family, _, _, _, address in self.resolve(place, place_port or port, wait):
+            if not anywhere and not is_public(str(address[0])):
+                raise ForbiddenAddress(address[0])
+            try:
+                plain = self.dial(family, address, wait)
+            except OSError as problem:
+                error = problem
+                continue
+            return self._over_tls(plain, host, wait) if scheme == "https" else plain
+        raise error
+
+    def _over_tls(self, plain: PlainSocket, host: str, wait: Wait) -> socket.socket:
+        try:
+            plain.settimeout(wait.seconds())
+            secure: Any = self.tls.wrap_socket(plain, server_hostname=host)
+        except BaseException:
+            plain.close()
+            raise
+        secure.wait = wait
+        return secure
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public web (an IPv4 address inside an IPv6 one counts as itself)."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
+        if inner is None:
+            return ip in GLOBAL_UNICAST and ip.is_global and ip not in DOCUMENTATION
+        ip = inner
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_THE_WEB)
+
+
+def _host_and_port(place: str) -> tuple[str, int | None]:
+    """``host`` or ``host:port`` of `download.hosts`.
+
+    Raises:
+        StageError: neither.
+    """
+    host, _, port = place.partition(":")
+    if not host or (port and not port.isdigit()):
+        raise StageError(f"hosts: {place!r} is no place to connect to; expected host or host:port")
+    return host, int(port) if port else None

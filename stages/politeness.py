@@ -1,0 +1,102 @@
+"""How the hosts of one shard are treated: few connections at a time, a pause where they ask for it, none when they are dead."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from stages.network import Wait
+
+# Failures that say that nobody is there, rather than what somebody there thinks of a request.
+SILENCE = frozenset({"timeout", "deadline", "connection", "dns"})
+
+
+class FetchError(Exception):
+    """Why a fetch failed; its text is the reason and nothing else, since it becomes a column and a counter.
+
+    `pause`: seconds that the host asks not to be disturbed, or None.
+    """
+
+    def __init__(self, reason: str, pause: float | None = None):
+        super().__init__(reason)
+        self.pause = pause
+
+
+class _Host:
+    def __init__(self, connections: int):
+        self.slots = threading.BoundedSemaphore(connections)
+        self.silent = 0
+        self.not_before = 0.0
+        self.asked = ""
+
+
+class Hosts:
+    """What is known of the hosts of one shard.
+
+    Args:
+        connections: of one host at a time.
+        failures: attempts that end in silence one after the other, whereupon the host is left alone; 0 means never.
+        end: moment (`time.monotonic`) at which the shard must be over.
+    """
+
+    def __init__(self, connections: int, failures: int, end: float):
+        self.connections, self.failures, self.end = connections, failures, end
+        self._hosts: dict[str, _Host] = {}
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def turn(self, name: str, wait: Wait) -> Iterator[None]:
+        """One of the host's connections. Standing in line does not count against the URL's own deadline.
+
+        Raises:
+            FetchError: the host is left alone (`host_down`), asked for a longer pause than the URL has time (the status with
+                which it did), or the shard's deadline came first (`shard_deadline`).
+        """
+        with self._lock:
+            host = self._hosts.setdefault(name, _Host(self.connections))
+        arrived = time.monotonic()
+        if not host.slots.acquire(timeout=max(0.0, self.end - arrived)):
+            raise FetchError("shard_deadline")
+        try:
+            wait.end = min(wait.end + time.monotonic() - arrived, self.end)
+            self._admit(host, wait)
+            try:
+                yield
+            except FetchError as error:
+                host.silent = host.silent + 1 if str(error) in SILENCE else 0
+                if error.pause is not None:
+                    host.not_before, host.asked = time.monotonic() + error.pause, str(error)
+                raise
+            host.silent = 0
+        finally:
+            host.slots.release()
+
+    def _admit(self, host: _Host, wait: Wait) -> None:
+        if self.failures and host.silent >= self.failures:
+            raise FetchError("host_down")
+        if (pause := host.not_before - time.monotonic()) > 0:
+            if time.monotonic() + pause >= wait.end:
+                raise FetchError(host.asked)
+            time.sleep(pause)
+
+
+def spread(urls: Sequence[str]) -> list[int]:
+    """An order of the rows in which those of one host lie as far apart as they can, so that no host holds up the others."""
+    hosts = [_host_of(url) for url in urls]
+    total, seen = Counter(hosts), Counter[str]()
+    places = []
+    for row, host in enumerate(hosts):
+        places.append(((seen[host] + 0.5) / total[host], row))
+        seen[host] += 1
+    return [row for _, row in sorted(places)]
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

@@ -1,0 +1,380 @@
+"""Deployments on a real Prefect server, worker and Ray that `unidiffuser up` started; the tests share them, in this order."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+
+from infra.dataset import find
+from infra.prefect_server import HEARTBEAT_SECONDS
+from infra.processes import Server, recorded
+from infra.ray_jobs import RayJobs
+from infra.store import Store
+from stages.graph import plan
+from stages.recipe import load_recipe
+from tests.pipelines.conftest import start, survivors, write_metadata
+
+pytestmark = pytest.mark.slow
+
+TINY = """
+name: tiny
+subsets:
+  good: {select: {metadata: [metadata/*.parquet], min_width: 256}}
+  more: {from: good-select, download: {}}
+deploy:
+  schedules: [{cron: "0 2 * * *", timezone: Europe/Berlin, until: good-select}]
+  tags: [trial]
+  gpus: 4
+"""
+# Every few seconds, over files that grow; what it commits starts the next recipe.
+NIGHTLY = """
+name: nightly
+subsets:
+  grown: {select: {metadata: [grown/*.parquet], min_width: 256}}
+deploy: {schedules: [{interval: 8}]}
+"""
+AFTER = """
+name: after
+subsets:
+  grown: {select: {metadata: [grown/*.parquet], min_width: 256}}
+deploy: {after: [{recipe: nightly, node: grown-select}]}
+"""
+
+
+@dataclass
+class Machine:
+    """The servers of one store, and a client of their Prefect API."""
+
+    folder: Path
+    store: Path
+    address: str
+    printed: str
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        request = urllib.request.Request(
+            f"{self.address}/api/{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+            method=method,
+        )
+        for attempt in range(20):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    return json.loads(reply.read() or b"null")
+            except urllib.error.HTTPError as error:
+                # SQLite: two transactions met. Prefect's own client asks again too.
+                if error.code != 503:
+                    raise
+                time.sleep(0.1 * attempt)
+        raise AssertionError(f"{path}: the Prefect server is busy all the time")
+
+    def server(self, name: str) -> Server:
+        found = recorded(name, self.store / ".state")
+        assert found is not None, f"{name} is not running"
+        return found
+
+    def recipe(self, text: str) -> Path:
+        name = re.search("name: (.+)", text)
+        assert name is not None
+        path = self.folder / f"{name[1]}.yaml"
+        path.write_text(text)
+        return path
+
+    def deploy(self, text: str) -> str:
+        code, printed = start("deploy", self.recipe(text), "--store", self.store).finish()
+        assert code == 0, printed
+        return printed
+
+    def deployment(self, name: str) -> Any:
+        return self.api("GET", f"deployments/name/{name}")
+
+    def begin(self, name: str, state: dict[str, Any] | None = None, **parameters: Any) -> str:
+        body = {"parameters": parameters, **({"state": state} if state else {})}
+        return str(self.api("POST", f"deployments/{self.deployment(name)['id']}/create_flow_run", body)["id"])
+
+    def runs(self, name: str) -> list[Any]:
+        mine = {"deployments": {"name": {"any_": [name]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return [run for run in self.api("POST", "flow_runs/filter", mine) if run["start_time"]]
+
+    def states(self, run: str) -> list[str]:
+        states = self.api("GET", f"flow_run_states/?flow_run_id={run}")
+        return [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
+
+    def end(self, run: str) -> tuple[str, str]:
+        """Type and message of the state in which a run ends."""
+        state = wait_for(lambda: (s := self.api("GET", f"flow_runs/{run}")["state"])["type"] in ENDS and s)
+        return state["type"], state["message"]
+
+    def rows(self, text: str, node: str, *overrides: str) -> int:
+        store = Store(str(self.store))
+        planned = plan(load_recipe(self.recipe(text), overrides), store)[node]
+        dataset = find(store, planned.stage, planned.fingerprint)
+        assert dataset is not None, f"{node} is not committed"
+        return dataset.manifest.stats.rows_out
+
+
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+
+
+def wait_for(question: Callable[[], Any], seconds: float = 240.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (answer := question()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.3)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("machine")
+    store = folder / "store"
+    write_metadata(folder / "metadata" / "part-0.parquet")
+    write_metadata(folder / "grown" / "part-0.parquet")
+    try:
+        code, printed = start("up", "--store", store).finish()
+        assert code == 0, printed
+        yield Machine(folder, store, str((prefect := recorded("prefect", store / ".state")) and prefect.address), printed)
+    finally:
+        start("down", "--store", store).finish()
+        for process in survivors(store):
+            process.kill()
+
+
+def test_up_starts_all_three_and_up_again_starts_nothing(machine: Machine) -> None:
+    names = ("prefect", "ray", "worker")
+    before = {name: machine.server(name).pid for name in names}
+    assert machine.printed.count("started") == 3
+    code, printed = start("up", "--store", machine.store).finish()
+    assert code == 0 and printed.count("was running") == 3 and "started" not in printed
+    assert before == {name: machine.server(name).pid for name in names}
+
+
+def test_deploy_registers_the_recipe_and_every_node_with_its_form(machine: Machine) -> None:
+    printed = machine.deploy(TINY)
+    assert "cron 0 2 * * * (Europe/Berlin), until good-select" in printed
+    whole = machine.deployment("recipe/tiny")
+    names = {d["name"] for d in machine.api("POST", "deployments/filter", {})}
+    assert names == {"tiny", "tiny-good-select", "tiny-more-download"}
+    assert whole["work_pool_name"] == "local" and machine.api("GET", "work_pools/local")["type"] == "process"
+    assert {"recipe:tiny", "trial"} <= set(whole["tags"])
+    assert whole["global_concurrency_limit"]["limit"] == 1
+    assert whole["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    (schedule,) = whole["schedules"]
+    assert schedule["schedule"]["cron"] == "0 2 * * *" and schedule["schedule"]["timezone"] == "Europe/Berlin"
+    assert schedule["parameters"] == {"nodes": {"until": "good-select"}}
+    assert machine.api("GET", "v2/concurrency_limits/gpu")["limit"] == 4
+
+    form = whole["parameter_openapi_schema"]["properties"]
+    assert form["nodes"]["properties"]["only"]["items"]["enum"] == ["good-select", "more-download"]
+    width = form["config"]["properties"]["good-select"]["properties"]["min_width"]
+    assert width["default"] == 256 and width["description"] == "pixels" and width["anyOf"][0]["minimum"] == 1
+    node = machine.deployment("node/tiny-good-select")
+    assert node["parameter_openapi_schema"]["properties"]["config"]["properties"]["min_width"]["default"] == 256
+    assert "select" in node["tags"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"config": {"good-select": {"min_width": 0}}}, "config['good-select'].min_width"),
+        ({"config": {"good-select": {"min_wide": 3}}}, "config['good-select']"),
+        ({"nodes": {"only": ["best-select"]}}, "nodes.only"),
+        ({"jobs": 0}, "jobs"),
+    ],
+)
+def test_a_wrong_parameter_is_refused_with_the_name_of_its_field(machine: Machine, parameters: Any, field: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        machine.begin("recipe/tiny", **parameters)
+    assert refusal.value.code == 409
+    assert field in json.loads(refusal.value.read())["detail"]
+
+
+def test_what_json_schema_cannot_refuse_fails_the_run_in_one_line(machine: Machine) -> None:
+    run = machine.begin("recipe/tiny", overrides=["subsets.good.select.min_wide=3"])
+    assert machine.end(run) == ("FAILED", "subsets.good.select.min_wide: unknown field")
+
+
+@pytest.fixture(scope="module")
+def dead_run(machine: Machine) -> str:
+    """A run that said that it is alive, and whose process and worker are no more; the patience with it alone is some seconds."""
+    tomorrow = {"type": "SCHEDULED", "state_details": {"scheduled_time": (datetime.now(UTC) + timedelta(days=1)).isoformat()}}
+    # Of a node, whose slot is not the recipe's: leaving a Running that it was put in by hand gives back a slot it never had.
+    run = machine.begin("node/tiny-good-select", tomorrow)
+    machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "RUNNING"}, "force": True})
+    resource = {"prefect.resource.id": f"prefect.flow-run.{run}"}
+    mark = next(a for a in machine.api("POST", "automations/filter", {}) if "mark runs" in a["name"])
+    assert mark["trigger"]["within"] == 3 * HEARTBEAT_SECONDS
+    impatient = {"name": "impatient", "trigger": {**mark["trigger"], "match": resource, "within": 12}, "actions": mark["actions"]}
+    machine.api("POST", "automations/", impatient)
+    flow = machine.api("GET", f"flow_runs/{run}")["flow_id"]
+    related = [{"prefect.resource.id": f"prefect.flow.{flow}", "prefect.resource.role": "flow", "prefect.resource.name": "node"}]
+    heartbeat = {
+        "id": str(uuid4()),
+        "event": "prefect.flow-run.heartbeat",
+        "occurred": datetime.now(UTC).isoformat(),
+        "related": related,
+    }
+    machine.api("POST", "events", [{**heartbeat, "resource": resource}])
+    return run
+
+
+# Holds the slots of a node with as many workers as the first argument says, for as many seconds as the second.
+HOLDER = """
+import sys, threading, time
+from types import SimpleNamespace
+from pipelines.slots import gpu_slots
+node = SimpleNamespace(stage="train", config=SimpleNamespace(workers=int(sys.argv[1])))
+with gpu_slots(node, threading.Event(), lambda slots: print("waiting for", slots, flush=True)):
+    print("holding", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def waiting(machine: Machine) -> Iterator[subprocess.Popen[str]]:
+    """A node that wants 2 of the 4 GPU slots, of which another one that is dead holds 3."""
+    environment = {**os.environ, "PREFECT_API_URL": f"{machine.address}/api", "PREFECT_HOME": str(machine.folder / "home")}
+
+    def hold(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", HOLDER, *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    with hold("3", "600") as dead:
+        assert dead.stdout is not None and dead.stdout.readline() == "holding\n"
+        assert machine.api("GET", "v2/concurrency_limits/gpu")["active_slots"] == 3
+        with hold("2", "0") as second:
+            assert second.stdout is not None and second.stdout.readline() == "waiting for 2\n"
+            dead.kill()
+            yield second
+            second.kill()
+
+
+def test_a_run_with_a_changed_field_makes_that_and_the_next_run_waits_for_it(
+    machine: Machine, dead_run: str, waiting: subprocess.Popen[str]
+) -> None:
+    changed = {"nodes": {"only": ["good-select"]}, "config": {"good-select": {"min_width": 300}}}
+    first = machine.begin("recipe/tiny", **changed)
+    wait_for(lambda: "Running" in machine.states(first))
+    second = machine.begin("recipe/tiny", **changed)
+    wait_for(lambda: "AwaitingConcurrencySlot" in machine.states(second))
+    assert machine.api("GET", f"flow_runs/{first}")["state"]["type"] not in ENDS, "the second did not wait for the first"
+    assert machine.end(first) == ("COMPLETED", "1 datasets made, 0 reused")
+    assert machine.rows(TINY, "good-select", "subsets.good.select.min_width=300") == 40
+    assert machine.end(second) == ("COMPLETED", "nothing new: all 1 nodes reused")
+    assert machine.api("GET", f"flow_runs/{second}")["name"] == "tiny"
+
+
+def test_a_run_whose_process_died_is_marked_and_started_again(machine: Machine, dead_run: str) -> None:
+    wait_for(lambda: "RetryingAfterCrash" in machine.states(dead_run))
+    names = machine.states(dead_run)
+    assert names.index("Running") < names.index("Crashed") < names.index("RetryingAfterCrash")
+    kind, message = machine.end(dead_run)
+    assert kind == "COMPLETED" and message in ("1 datasets made, 0 reused", "nothing new: all 1 nodes reused")
+
+
+def test_a_schedule_does_only_the_new_files_work_and_a_new_dataset_triggers_the_next_recipe(machine: Machine) -> None:
+    machine.deploy(AFTER)
+    machine.deploy(NIGHTLY)
+    messages = lambda: [run["state"]["message"] for run in machine.runs("nightly")]  # noqa: E731
+    wait_for(lambda: "nothing new: all 1 nodes reused" in messages())
+    assert messages()[0] == "1 datasets made, 0 reused"
+    units = {path.name: path.stat().st_mtime_ns for path in (machine.store / "select" / "units").glob("*/*/unit.json")}
+    write_metadata(machine.folder / "grown" / "part-1.parquet", first=60)
+    wait_for(lambda: messages().count("1 datasets made, 0 reused") == 2)
+    assert machine.rows(NIGHTLY, "grown-select") == 88
+    after = {path.name: path.stat().st_mtime_ns for path in (machine.store / "select" / "units").glob("*/*/unit.json")}
+    assert units.items() <= after.items(), "a finished unit was done again"
+    quiet = machine.deploy(NIGHTLY.replace("interval: 8", "interval: 8, active: false").replace("grown:", "other:"))
+    assert "nightly-grown-select: removed" in quiet
+
+    (event, *_) = machine.api("POST", "events/filter", {"filter": {"event": {"name": ["unidiffuser.dataset.committed"]}}})[
+        "events"
+    ]
+    assert {"stage", "node", "fingerprint", "rows"} <= set(event["payload"])
+    triggered = wait_for(lambda: machine.runs("after"))
+    assert machine.end(triggered[0]["id"]) == ("COMPLETED", "nothing new: all 1 nodes reused")
+
+
+def test_a_node_gets_the_gpu_slots_that_a_dead_one_held(machine: Machine, waiting: subprocess.Popen[str]) -> None:
+    said, _ = waiting.communicate(timeout=300)
+    assert said == "holding\n"
+    assert machine.api("GET", "v2/concurrency_limits/gpu")["active_slots"] == 0
+
+
+def test_run_starts_the_deployment_and_a_cancel_in_the_ui_stops_the_ray_job(machine: Machine) -> None:
+    command = start(
+        "run",
+        machine.recipe(TINY),
+        "--only",
+        "good-select",
+        "--store",
+        machine.store,
+        "--set",
+        "subsets.good.select.min_width=350",
+    )
+    run = command.read_until("This run in the Prefect UI: ").rsplit("/", 1)[-1].strip()
+    node = plan(load_recipe(machine.recipe(TINY), ["subsets.good.select.min_width=350"]), Store(str(machine.store)))[
+        "good-select"
+    ]
+    job, ray = f"good-select-{node.fingerprint}-1", machine.server("ray")
+    jobs = RayJobs(ray.address, ray.token)
+    wait_for(lambda: jobs.statuses().get(job) == "RUNNING")
+    assert machine.api("GET", f"flow_runs/{run}")["deployment_id"] == machine.deployment("recipe/tiny")["id"], (
+        "no Retry in the UI"
+    )
+    machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    code, printed = command.finish()
+    assert code == 130 and re.search(r"good-select +│ stopped", printed), printed
+    assert jobs.statuses()[job] == "STOPPED"
+    assert machine.end(run)[0] == "CANCELLED"
+
+    # Retry in the UI.
+    machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True})
+    wait_for(lambda: machine.states(run).count("Running") == 2)
+    assert machine.end(run) == ("COMPLETED", "1 datasets made, 0 reused")
+    assert machine.rows(TINY, "good-select", "subsets.good.select.min_width=350") == 35
+
+
+def test_up_starts_a_dead_worker_again_and_down_interrupts_its_run_and_leaves_nothing(machine: Machine) -> None:
+    names = ("prefect", "ray", "worker")
+    worker = machine.server("worker")
+    psutil.Process(worker.pid).kill()
+    code, printed = start("run", machine.recipe(TINY), "--store", machine.store).finish()
+    assert code == 1 and "the worker that `unidiffuser up` started is dead; run `unidiffuser up` again" in printed
+    code, printed = start("up", "--store", machine.store).finish()
+    assert code == 0 and printed.count("was running") == 2 and machine.server("worker").pid != worker.pid
+
+    servers = [machine.server(name) for name in names]
+    width = "subsets.good.select.min_width=400"
+    command = start("run", machine.recipe(TINY), "--only", "good-select", "--store", machine.store, "--set", width)
+    command.read_until("pick")
+    code, printed = start("down", "--store", machine.store).finish()
+    assert code == 0 and "interrupting a run" in printed
+    command.finish(signal.SIGKILL)
+    assert survivors(machine.store) == []
+    assert not any(psutil.pid_exists(server.pid) for server in servers)
+    for server in servers[:2]:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.socket() as sock:
+            assert sock.connect_ex((host, int(port))) != 0, f"something listens on the port of {server.name}"
+    code, printed = start("down", "--store", machine.store).finish()
+    assert code == 0 and "nothing was up" in printed
+    code, printed = start("deploy", machine.recipe(TINY), "--store", machine.store).finish()
+    assert code == 1 and printed.startswith("error: no Prefect server to deploy to; `unidiffuser up` starts one")

@@ -1,0 +1,221 @@
+"""`unidiffuser sample` and `convert`: what they write and say, from every kind of checkpoint, and what misuse is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from infra.store import Store
+from tests.pipelines.test_plain import run_main
+from tests.stages.committed import dataset_of
+from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
+from unidiffuser.layouts import set_layout
+from unidiffuser.references import weights_digest
+from unidiffuser.weights import load_native
+
+PROMPT = "a small panda"
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process; returns its exit code, stdout and stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = run_main(monkeypatch, *(str(argument) for argument in arguments))
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=int)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+FEW = ("--steps", 3, "--beams", 1)
+
+
+def test_pictures_come_with_their_settings_and_nothing_is_overwritten(export, tmp_path, say):  # noqa: F811
+    out = tmp_path / "out"
+    arguments = ("sample", export, "--task", "t2i2t", "--prompt", PROMPT, "--prompt", "ein großer Löwe", "--count", 2, *FEW)
+    code, printed, _ = say(*arguments, "--seed", 7, "--guidance", 2, "--out", out)
+    assert code == 0
+    rows = rows_of(out)
+    assert [row["file"] for row in rows] == [f"{n:05d}.png" for n in range(4)]
+    assert [row["prompt"] for row in rows] == [PROMPT] * 2 + ["ein großer Löwe"] * 2
+    assert [row["seed"] for row in rows] == [7, 8, 9, 10]
+    for row in rows:
+        text = Image.open(out / row["file"]).text
+        assert (text["prompt"], text["caption"], text["task"]) == (row["prompt"], row["caption"], "t2i2t")
+        assert (text["seed"], text["steps"], text["guidance"], text["sampler"]) == (str(row["seed"]), "3", "2.0", "dpm++2m")
+        assert row["file"] in printed
+    say(*arguments, "--seed", 7, "--guidance", 2, "--batch", 1, "--out", out)
+    again = rows_of(out)
+    assert again[:4] == rows and [row["file"] for row in again[4:]] == [f"{n:05d}.png" for n in range(4, 8)]
+    for one, other in zip(rows, again[4:], strict=True):
+        assert np.abs(pixels(out / one["file"]) - pixels(out / other["file"])).max() <= 1
+    assert np.abs(pixels(out / "00000.png") - pixels(out / "00001.png")).max() > 1
+
+
+def test_captions_need_no_folder_and_json_is_for_scripts(export, tmp_path, say):  # noqa: F811
+    noise_image(0).save(tmp_path / "one.png")
+    noise_image(1).save(tmp_path / "two.jpg")
+    images = ("--image", tmp_path / "one.png", "--image", tmp_path / "two.jpg")
+    code, printed, _ = say("sample", export, "--task", "i2t", *images, *FEW, "--json")
+    rows = [json.loads(line) for line in printed.splitlines()]
+    assert code == 0 and [row["source"] for row in rows] == [str(tmp_path / "one.png"), str(tmp_path / "two.jpg")]
+    assert all(isinstance(row["caption"], str) and row["file"] is None for row in rows)
+    code, printed, _ = say("sample", export, "--task", "interpolate", *images, *FEW, "--count", 3, "--out", tmp_path / "way")
+    assert code == 0 and len(rows_of(tmp_path / "way")) == 3
+    assert all(row["file"] in printed for row in rows_of(tmp_path / "way"))
+
+
+def test_settings_reach_the_sampler(export, tmp_path, say):  # noqa: F811
+    def draw(name: str, *more: object) -> np.ndarray:
+        base = ("sample", export, "--task", "t2i", "--prompt", PROMPT, "--steps", 6, "--guidance", 4, "--out", tmp_path / name)
+        code, _, complaint = say(*base, *more)
+        assert code == 0, complaint
+        return pixels(tmp_path / name / "00000.png")
+
+    plain = draw("plain")
+    assert np.array_equal(draw("again"), plain)
+    for more in (("--condition-t", 900), ("--sampler", "unipc"), ("--guidance-interval", 300, 600), ("--guidance", 0)):
+        assert not np.array_equal(draw(f"with {more}", *more), plain), more
+    assert draw("larger", "--size", 48).shape == (48, 48, 3)
+
+
+def test_a_prompt_that_is_cut_says_what_is_left(export, tmp_path, say):  # noqa: F811
+    long = " ".join(["a small panda on the left of a pink background"] * 4)
+    command = ("sample", export, "--task", "t2i", *FEW, "--out", tmp_path)
+    code, printed, _ = say(*command, "--prompt", long, "--prompt", "")
+    assert code == 0 and "the prompt has more than the 16 tokens that the model reads; cut after: 'a small panda" in printed
+    code, printed, _ = say(*command, "--prompt", "")
+    assert code == 0 and "cut after" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--task", "t2v"), "no task named 't2v'; there are t2i"),
+        (("--task", "t2i", "--out", "x"), "t2i takes prompts, and no images"),
+        (("--task", "i2t"), "i2t takes images, and no prompts"),
+        (("--task", "i2t", "--image", "none.png"), "--image none.png: no such file"),
+        (("--task", "i2t", "--image", __file__), "test_sampling.py: not a picture that can be read"),
+        (("--task", "t2i", "--prompt", "x"), "t2i draws pictures: say where they go with --out DIR"),
+        (("--task", "t2i", "--prompt", "x", "--out", "x", "--sampler", "euler"), "no sampler named 'euler'; there are dpm"),
+        (("--task", "t2i", "--prompt", "x", "--out", "x", "--condition-t", 1001), "condition_t must be in 0 .. 1000, not 1001"),
+        (("--task", "t", "--condition-t", 5), "condition_t goes with t2i and i2t, not with t"),
+        (("--task", "t", "--guidance-interval", 700, 300), "two timesteps in 0 .. 1000, the lower one first"),
+        (("--task", "t", "--device", "abacus"), "--device abacus: not usable here"),
+        (("--task", "t", "--dtype", "fp8"), "--dtype fp8: expected fp32, bf16, fp16"),
+        (("--task", "i", "--out", "x", "--size", 50), "size 50: this model needs a multiple of 8 pixels"),
+    ],
+)
+def test_misuse_is_one_line(export, arguments, message, tmp_path, monkeypatch, say):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    code, printed, complaint = say("sample", export, *arguments)
+    assert code == 2 and printed == ""
+    assert complaint.startswith("error: ") and message in complaint and complaint.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_checkpoint_is_named(export, tmp_path, say):  # noqa: F811
+    store = ("--store", tmp_path / "store")
+    (tmp_path / "empty").mkdir()
+    for checkpoint, message in (
+        (tmp_path / "empty", "no whole checkpoint; expected an export folder"),
+        ("0123abcd", "0123abcd: no dataset in"),
+    ):
+        code, _, complaint = say("sample", checkpoint, "--task", "t", *store)
+        assert code == 2 and message in complaint and complaint.count("\n") == 1
+    assert not (tmp_path / "store").exists()
+    broken = shutil.copytree(export, tmp_path / "broken")
+    whole = (broken / "uvit" / "model.safetensors").read_bytes()
+    (broken / "uvit" / "model.safetensors").write_bytes(whole[:-10])
+    code, _, complaint = say("sample", broken, "--task", "t")
+    assert code == 1 and "model.safetensors: not a readable safetensors file" in complaint and complaint.count("\n") == 1
+
+
+@pytest.fixture
+def store(export, tmp_path) -> Store:  # noqa: F811
+    """A store with an export, and a training checkpoint of the same weights, its latents and its codec."""
+    store = Store(str(tmp_path / "store"))
+    dataset_of(store, "export", export, {})
+    codec = dataset_of(store, "text-codec", export / "text_codec", {})
+    digests = {"vae": weights_digest(str(export / "vae"), "vae")}
+    digests |= {part: weights_digest("embedded", "clip") for part in ("clip", "text")}
+    (tmp_path / "nothing").mkdir()
+    encode = dataset_of(store, "encode", tmp_path / "nothing", {"codec": codec.manifest.reference()}, digests)
+    (tmp_path / "train").mkdir()
+    shutil.copy(export / "uvit" / "config.json", tmp_path / "train")
+    shutil.copy(export / "uvit" / "model.safetensors", tmp_path / "train" / "ema.safetensors")
+    dataset_of(store, "train", tmp_path / "train", {"data.little": encode.manifest.reference()})
+    return store
+
+
+def test_an_export_folder_its_dataset_and_its_training_checkpoint_draw_the_same(export, store, tmp_path, say):  # noqa: F811
+    draws = {
+        "folder": (export,),
+        "prefix": ("6578706f", "--store", store.root),
+        "path": (store.url("export/6578706f72746578706f7274"),),
+        "train": ("train/74726169", "--store", store.root, "--vae", export / "vae"),
+    }
+    pictures = {}
+    for name, (checkpoint, *more) in draws.items():
+        code, _, complaint = say("sample", checkpoint, *more, "--task", "joint", *FEW, "--out", tmp_path / name)
+        assert code == 0, complaint
+        pictures[name] = pixels(tmp_path / name / "00000.png")
+    for name, picture in pictures.items():
+        assert np.array_equal(picture, pictures["folder"]), name
+
+
+def test_a_training_checkpoint_whose_encoder_is_not_known_asks_for_it(store, say):
+    code, _, complaint = say("sample", "74726169", "--store", store.root, "--task", "t")
+    assert code == 2 and "x-train: name the encoder `vae`" in complaint and "with --vae, or use an export" in complaint
+    code, _, complaint = say("sample", "74726169", "--store", store.root, "--task", "t", "--vae", "embedded")
+    assert code == 2 and "--vae embedded is not it" in complaint
+    code, _, complaint = say("sample", "656e636f", "--store", store.root, "--task", "t")
+    assert code == 2 and "a dataset of x-encode; a checkpoint is one of export or train" in complaint
+
+
+def test_convert_writes_every_layout_and_sample_reads_it(export, store, tmp_path, say):  # noqa: F811
+    beside = ("--vae", export / "vae", "--clip", "embedded", "--text", "embedded", "--gpt2", "embedded")
+    assert say("convert", "6578706f", tmp_path / "official", "--to", "official", "--store", store.root)[0] == 0
+    assert set_layout(tmp_path / "official") == "official"
+    code, _, complaint = say("convert", tmp_path / "official", tmp_path / "native", "--to", "native", "--heads", 2, *beside)
+    assert code == 0, complaint
+    assert load_native(tmp_path / "native" / "uvit").config.heads == 2
+    assert say("convert", tmp_path / "native", tmp_path / "pipeline", "--to", "diffusers")[0] == 0
+    captions = []
+    for checkpoint in (export, tmp_path / "native", tmp_path / "pipeline"):
+        code, printed, complaint = say("sample", checkpoint, "--task", "t", *FEW, "--count", 2, "--json")
+        assert code == 0, complaint
+        captions.append([json.loads(line)["caption"] for line in printed.splitlines()])
+    assert captions[0] == captions[1] == captions[2]
+    code, _, _ = say("convert", export / "uvit", tmp_path / "lone", "--to", "diffusers")
+    assert code == 0 and (tmp_path / "lone" / "unet" / "config.json").is_file()
+
+
+def test_convert_says_what_is_wrong(export, tmp_path, say):  # noqa: F811
+    for arguments, code, message in (
+        ((export, tmp_path, "--to", "onnx"), 2, "--to onnx: expected native, official, diffusers"),
+        ((export, export, "--to", "diffusers"), 2, "exists: choose another name, or remove it"),
+        ((tmp_path, tmp_path / "x", "--to", "native"), 1, "no U-ViT found; expected a .pth file"),
+        ((export / "uvit", tmp_path / "x", "--to", "official"), 1, "give a name that ends in .pth"),
+        ((export / "uvit", tmp_path / "x", "--to", "native", "--text", "ViT"), 2, "clip 'ViT': expected MODEL/WEIGHTS"),
+        ((export / "uvit", tmp_path / "x", "--to", "native", "--text", "No-1/openai"), 1, "open_clip knows no model No-1"),
+        ((export / "uvit", tmp_path / "x", "--to", "native", "--text", "/no/where"), 1, "/no/where: expected a folder with"),
+    ):
+        found, _, complaint = say("convert", *arguments)
+        assert found == code and message in complaint and complaint.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

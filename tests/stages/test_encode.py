@@ -1,0 +1,83 @@
+"""encode: embeddings that the filter passes on, and scores that travel into the latents."""
+
+from __future__ import annotations
+
+import io
+import random
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from infra.dataset import FileEntry, Manifest, Stats, commit
+from infra.store import Store
+from stages.encode import Encode
+from stages.filter import Filter
+from tests.stages.shards import blots, download, encoded, kept_of, sample
+from training.config import Condition
+from training.latents import LatentReader, Selection
+from unidiffuser.encoders import ClipEncoder
+from unidiffuser.text_decoder import TextCodec
+
+SIZE = 64
+
+
+def codec_in(store: Store, folder):
+    torch.manual_seed(0)
+    TextCodec.new("embedded", text_width=128, latent_width=8).save(folder)
+    files = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = f"text-codec/units/u/{path.relative_to(folder)}"
+        size, digest = store.publish(path, name)
+        files.append(FileEntry(path=name, rows=0, bytes=size, sha256=digest, unit="u"))
+    manifest = Manifest(
+        stage="text-codec", node="text-codec", fingerprint="c" * 24, generation=0, inputs={}, config={}, sources={}, code={},
+        schema={}, stats=Stats(), summary={}, seconds=0, created="", files=files,
+    )  # fmt: skip
+    return commit(store, manifest)
+
+
+@pytest.fixture
+def inputs(tmp_path, store, make, in_process):
+    """A filtered dataset of embedded CLIP with an aesthetic head of its own, and a codec."""
+    chance = random.Random(1)
+    shapes = [(160, 160), (200, 150), (150, 220), (256, 256)]
+    samples = [sample(n, encoded(blots(chance, *chance.choice(shapes)))) for n in range(10)]
+    torch.save(nn.Linear(64, 1).state_dict(), tmp_path / "linear.pth")
+    heads = {"aesthetic": {"weights": str(tmp_path / "linear.pth"), "architecture": "linear"}}
+    rows = make(Filter, store, {"rows": download(store, [samples[:6], samples[6:]])}, heads=heads, min_side=None)
+    return {"rows": rows, "codec": codec_in(store, tmp_path / "codec")}
+
+
+def table_of(dataset, *columns):
+    tables = [pq.read_table(dataset.url(e), columns=list(columns)) for e in dataset.files if e.name.endswith(".parquet")]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def test_embeddings_are_passed_on_where_weights_and_arithmetic_are_the_same(store, make, inputs):
+    embedded = {row["key"]: np.frombuffer(row["clip"], np.float16) for row in table_of(inputs["rows"], "key", "clip")}
+    passed = make(Encode, store, inputs, size=SIZE)
+    computed = make(Encode, store, inputs, size=SIZE, precision="fp32")
+    clip = ClipEncoder.load("embedded")
+    images = {one.key: Image.open(io.BytesIO(one.image)).convert("RGB") for one in kept_of(inputs["rows"])}
+    assert len(images) == 10
+    for given, own in zip(table_of(passed, "key", "clip"), table_of(computed, "key", "clip"), strict=True):
+        square = ImageOps.fit(images[own["key"]], (SIZE, SIZE), Image.Resampling.LANCZOS)
+        expected = clip.image([square])[0].numpy()
+        assert np.frombuffer(own["clip"], np.float16) == pytest.approx(expected, abs=0.01)
+        seen = embedded[given["key"]]
+        assert np.frombuffer(given["clip"], np.float16).tolist() == seen.tolist() != expected.astype(np.float16).tolist()
+        assert seen @ expected / np.linalg.norm(seen) / np.linalg.norm(expected) > 0.98
+
+
+def test_a_heads_score_is_a_threshold_at_training(store, make, inputs):
+    latents = make(Encode, store, inputs, size=SIZE)
+    scores = {one.key: one.meta["aesthetic"] for one in kept_of(inputs["rows"])}
+    assert {row["key"]: row["aesthetic"] for row in table_of(latents, "key", "aesthetic")} == pytest.approx(scores)
+    bound = sorted(scores.values())[4] - 1e-6
+    shards = [latents.url(entry) for entry in latents.files]
+    index = LatentReader(shards, Selection((Condition.parse(f"aesthetic >= {bound}"),), 0.0)).index()
+    assert index.train.sum() == 6

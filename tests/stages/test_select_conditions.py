@@ -1,0 +1,151 @@
+"""Schemas, presets, conditions on any column and samples, against what a person would work out by hand."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from stages.contract import StageError, result_fields
+from stages.laion import SCHEMAS
+from stages.presets import PRESETS
+from stages.select import Select, SelectConfig
+
+# Columns as the sets' own descriptions list them.
+COLUMNS = {
+    "laion2B-en": "SAMPLE_ID URL TEXT HEIGHT WIDTH LICENSE NSFW similarity",
+    "laion2B-en-joined": "URL TEXT WIDTH HEIGHT similarity hash pwatermark punsafe",
+    "laion-high-resolution": "URL TEXT WIDTH HEIGHT similarity LANGUAGE hash pwatermark punsafe",
+    "laion-aesthetics": "URL TEXT WIDTH HEIGHT similarity punsafe pwatermark AESTHETIC_SCORE hash",
+    "relaion": "url caption width height similarity",
+}
+TEXT = {"URL": "http://a.example/{}", "url": "http://a.example/{}", "LANGUAGE": "en", "LICENSE": "?", "NSFW": "UNLIKELY"}
+TEXT |= {"TEXT": "a caption", "caption": "a caption"}
+
+
+def table_of(schema, rows=3, **changed):
+    columns = {}
+    for name in COLUMNS[schema].split():
+        columns[name] = [TEXT[name].format(row) if name in TEXT else 512 + row for row in range(rows)]
+    return pa.table(columns | changed)
+
+
+def kept(dataset):
+    return [row["url"].rsplit("/", 1)[-1] for entry in dataset.files for row in pq.read_table(dataset.url(entry)).to_pylist()]
+
+
+@pytest.fixture
+def metadata(tmp_path):
+    def write(table, name="a.parquet"):
+        pq.write_table(table, tmp_path / name)
+        return [str(tmp_path / name)]
+
+    return write
+
+
+@pytest.mark.parametrize("schema", COLUMNS)
+def test_every_set_of_laion_is_detected(store, make, in_process, metadata, schema):
+    dataset = make(Select, store, metadata=metadata(table_of(schema)), min_width=513)
+    assert dataset.manifest.summary["schemas"] == {schema: 1} and kept(dataset) == ["1", "2"]
+    assert set(COLUMNS) == set(SCHEMAS)
+
+
+def test_sets_can_be_mixed_and_a_named_one_is_required(store, make, in_process, metadata):
+    paths = metadata(table_of("laion2B-en"), "a.parquet") + metadata(table_of("relaion", 5), "b.parquet")
+    dataset = make(Select, store, metadata=paths)
+    assert dataset.manifest.summary["schemas"] == {"laion2B-en": 1, "relaion": 1}
+    assert kept(dataset) == ["0", "1", "2", "3", "4"] and dataset.manifest.stats.dropped == {"duplicate_url": 3}
+    with pytest.raises(StageError, match="b.parquet: no column URL, TEXT, WIDTH, HEIGHT, LICENSE, NSFW, which laion2B-en has"):
+        make(Select, store, metadata=paths, laion_schema="laion2B-en")
+
+
+@pytest.mark.parametrize(
+    ("where", "rows", "dropped"),
+    [
+        ("NSFW in [UNLIKELY, UNSURE]", "0 1 3", {"where_NSFW": 1}),
+        ("NSFW not in [NSFW]", "0 1 3", {"where_NSFW": 1}),
+        ("NSFW == UNLIKELY", "0 3", {"where_NSFW": 2}),
+        ("LICENSE != ?", "1", {"where_LICENSE": 3}),
+        ("seen >= 2", "1 2 3", {"where_seen": 1}),
+        ("seen < 3", "0 1 3", {"where_seen": 1}),
+        ("seen in [1, 3.0]", "0 2 3", {"where_seen": 1}),
+    ],
+)
+def test_conditions_on_any_column(store, make, in_process, metadata, where, rows, dropped):
+    """The last row's `seen` is null: unknown, so it stays unless nulls are to go."""
+    own = {"NSFW": ["UNLIKELY", " UNSURE ", "NSFW", "UNLIKELY"], "LICENSE": ["?", "cc-by", "?", "?"], "seen": [1, 2, 3, None]}
+    paths = metadata(table_of("laion2B-en", 4, **own))
+    dataset = make(Select, store, metadata=paths, where=[where])
+    assert kept(dataset) == rows.split() and dataset.manifest.stats.dropped == dropped
+    strict = make(Select, store, metadata=paths, where=[where], keep_null=False)
+    assert ("3" not in kept(strict)) == ("seen" in where or "3" not in rows)
+    assert strict.manifest.stats.dropped.get("null_where_seen", 0) == int("seen" in where)
+
+
+@pytest.mark.parametrize("where", ["NSFW", "NSFW in UNLIKELY", "NSFW > UNLIKELY", "seen in [1, a]", "in [a]"])
+def test_a_condition_in_another_form_is_refused_with_the_form(where):
+    with pytest.raises(ValidationError, match="write COLUMN OP VALUE|compares numbers|numbers or text"):
+        SelectConfig(metadata=["a"], where=[where])
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("status == 200", ["columns found: SAMPLE_ID, URL", "columns needed: status"]),
+        ("NSFW >= 3", ["row 0: column NSFW is string, expected double"]),
+        ("WIDTH == wide", ["column WIDTH is int64, expected string"]),
+    ],
+)
+def test_a_condition_on_a_column_that_cannot_meet_it(store, make, in_process, metadata, where, words):
+    with pytest.raises(StageError) as error:
+        make(Select, store, metadata=metadata(table_of("laion2B-en")), where=[where])
+    assert all(word in str(error.value) for word in ["a.parquet", *words])
+
+
+def test_a_file_that_cannot_be_used_is_refused_before_any_work(tmp_path, store, make, in_process, metadata):
+    paths = metadata(table_of("laion2B-en"), "a.parquet") + metadata(table_of("relaion").drop_columns("url"), "z.parquet")
+    with pytest.raises(StageError, match="z.parquet: columns found"):
+        make(Select, store, metadata=paths)
+    assert not list(tmp_path.rglob("unit.json"))
+
+
+def test_a_value_of_another_type_is_named_by_its_row(store, make, in_process, metadata):
+    with pytest.raises(StageError, match=r"a.parquet, row 2: column WIDTH is string, expected int32"):
+        make(Select, store, metadata=metadata(table_of("laion2B-en", WIDTH=["1", "2.0", "wide"])), min_width=1)
+
+
+def test_text_that_is_no_text_is_counted(store, make, in_process, metadata):
+    texts = pa.array([b"fine", b"\xff\xfe", b"also fine"], pa.binary())
+    urls = pa.array([b"http://a.example/0", b"http://a.example/1", b"http://\xff"], pa.binary())
+    dataset = make(Select, store, metadata=metadata(table_of("laion2B-en", TEXT=texts, URL=urls)))
+    assert kept(dataset) == ["0"] and dataset.manifest.stats.dropped == {"no_caption": 1, "no_url": 1}
+
+
+def test_presets_are_thresholds_that_fields_override():
+    config = SelectConfig.model_validate(
+        {"metadata": ["a"], "preset": "laion-aesthetics-512", "max_punsafe": 0.2, "min_side": None}
+    )
+    assert (config.min_aesthetic, config.max_punsafe, config.min_side) == (5.0, 0.2, None)
+    spelled = SelectConfig(
+        metadata=["a"], min_similarity=0.28, max_punsafe=0.2, max_pwatermark=0.8, min_aesthetic=5.0
+    )  # fmt: skip
+    assert result_fields(config) == result_fields(spelled), "the manifest and the fingerprint hold the numbers"
+    for name, values in PRESETS.items():
+        assert result_fields(SelectConfig.model_validate({"metadata": ["a"], "preset": name})).items() >= values.items()
+
+
+def test_a_sample_is_told_by_the_url_alone(store, make, in_process, metadata):
+    """Whatever file a row lies in and whatever else there is; another seed takes other rows, a larger sample takes more."""
+    whole = metadata(table_of("laion2B-en", 4000), "whole.parquet")
+    halves = metadata(table_of("laion2B-en", 4000).slice(0, 1500), "x.parquet")
+    halves += metadata(table_of("laion2B-en", 4000).slice(1500), "y.parquet")
+    tenth = make(Select, store, metadata=whole, sample=0.1)
+    rows = set(kept(tenth))
+    assert 320 < len(rows) < 480
+    assert tenth.manifest.stats.dropped == {"not_sampled": 4000 - len(rows)}
+    assert set(kept(make(Select, store, metadata=halves, sample=0.1))) == rows
+    assert set(kept(make(Select, store, metadata=whole, sample=0.2))) > rows
+    other = set(kept(make(Select, store, metadata=whole, sample=0.1, seed=1)))
+    assert 10 < len(other & rows) < 90, "independent samples share a hundredth"
+    assert len(kept(make(Select, store, metadata=whole, sample=1.0))) == 4000

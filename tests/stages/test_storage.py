@@ -1,0 +1,136 @@
+"""Stores that fail and runs that meet: a clear error or a right result, never a wrong dataset."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from infra.dataset import find, verify
+from infra.store import Store
+from stages.__main__ import main
+from stages.contract import Job, Phase, StageError, Unit
+from stages.download import Download
+from stages.filter import Filter
+from stages.pool import PoolWorker
+from stages.runner import run_stage
+from tests.stages.hostile_web import HOST, hostile_web
+from tests.stages.pages import selector
+from tests.stages.toy import Squares, planned
+
+
+class Dice:
+    """A worker whose result is another each time, as the web's is."""
+
+    def __init__(self, job):
+        pass
+
+    def run(self, unit, out):
+        out.path("dice", 1).write_bytes(os.urandom(1000))
+        time.sleep(0.5)
+
+
+def throw(root, answers):
+    job = Job(Store(root), "dice", "test-dice", None, {}, {}, {})
+    record = PoolWorker(job, Phase("throw", lambda *_: (), Dice)).run(Unit("one", ()), "ab" * 12)
+    answers.put(record.files[0].sha256)
+
+
+def test_two_runs_at_the_same_unit_end_with_one_result(tmp_path):
+    """The second waits for the first and takes what that has made."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    runs = [context.Process(target=throw, args=(str(tmp_path), answers)) for _ in range(3)]
+    for run in runs:
+        run.start()
+    digests = {answers.get(timeout=60) for _ in runs}
+    for run in runs:
+        run.join()
+    stored = Path(tmp_path, "dice", "units", "ab", "ab" * 12, "dice").read_bytes()
+    assert digests == {hashlib.sha256(stored).hexdigest()}
+
+
+def test_the_claim_of_a_run_that_dies_is_gone(tmp_path):
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+
+    def dies():
+        with Store(str(tmp_path)).claimed("unit"):
+            begun.set()
+            time.sleep(60)
+
+    run = context.Process(target=dies)
+    run.start()
+    assert begun.wait(30)
+    run.kill()
+    start = time.monotonic()
+    with Store(str(tmp_path)).claimed("unit"), Store(str(tmp_path)).claimed("another"):
+        assert time.monotonic() - start < 30
+    run.join()
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_store_that_cannot_be_written_is_one_line_and_no_dataset(store, monkeypatch, number):
+    def refuse(source, target):
+        raise OSError(number, os.strerror(number), str(target))
+
+    with monkeypatch.context() as broken:
+        broken.setattr("infra.store.shutil.copyfile", refuse)
+        with pytest.raises(OSError, match=os.strerror(number)):
+            run_stage(planned(Squares), store, Squares)
+    assert find(store, "squares", "f" * 24) is None
+    assert verify(run_stage(planned(Squares), store, Squares)) == [], "and the next run ends as if nothing had been"
+
+
+def test_a_read_only_store_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "m.parquet").write_bytes(b"")
+    (tmp_path / "x.yaml").write_text("name: x\nsubsets: {a: {select: {metadata: [m.parquet]}}}\n")
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr("infra.store.Path.mkdir", refuse)
+    assert main([str(tmp_path / "x.yaml"), "a-select", "--store", str(tmp_path / "store")]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("error: [Errno 30] Read-only file system: ")
+
+
+@pytest.fixture
+def fetched(tmp_path, store, make, in_process):
+    """A selection and its download."""
+    with hostile_web() as place:
+        rows = selector(tmp_path, make)(store, ["jpeg", "png", "status-503"])
+        yield rows, make(Download, store, {"rows": rows}, hosts={HOST: place}, retries=0)
+
+
+def cut(dataset, ending):
+    """Leave half of a file, as a disk that lost blocks does; returns where it lies."""
+    (entry,) = (entry for entry in dataset.files if entry.name.endswith(ending))
+    os.truncate(dataset.url(entry), entry.bytes // 2)
+    return dataset.url(entry)
+
+
+@pytest.mark.parametrize("ending", [".tar", ".parquet"])
+def test_a_file_that_was_cut_after_the_commit_is_named_by_verify(fetched, ending):
+    _, dataset = fetched
+    assert verify(dataset) == []
+    where = cut(dataset, ending)
+    (line,) = verify(dataset)
+    assert line.startswith(f"{where}: damaged (sha256 ")
+
+
+def test_what_reads_a_file_that_was_cut_names_it_and_makes_nothing(fetched, store, make):
+    rows, dataset = fetched
+    where = cut(rows, ".parquet")
+    with pytest.raises(StageError, match=f"{where}: .*; `unidiffuser verify` names what is damaged"):
+        make(Download, store, {"rows": rows}, hosts={HOST: "127.0.0.1:9"}, timeout=1)
+    where = cut(dataset, ".tar")
+    with pytest.raises(StageError, match=f"{where}: .*; `unidiffuser verify` names what is damaged"):
+        make(Filter, store, {"rows": dataset}, clip_scores=False)
+    assert store.list("filter") in ([], ["units"])

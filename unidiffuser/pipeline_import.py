@@ -1,0 +1,121 @@
+"""A pipeline of diffusers as an export folder: what ``UniDiffuserPipeline.save_pretrained`` wrote, ``UniDiffuser.load`` reads.
+
+All tensors of the pipeline come back to the last bit. What it never had stays away: the text tower of the image CLIP, and the
+image tower and the text projection of the text CLIP, which sampling does not use.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unidiffuser.clip_towers import write_image_tower, write_text_tower
+from unidiffuser.convert import from_diffusers
+from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS
+from unidiffuser.tensors import WeightsError, check_loading, load_checked, named, read_tensors
+from unidiffuser.text_decoder import EOS, TextCodec
+from unidiffuser.uvit import UViT
+from unidiffuser.weights import build, save_native
+
+PIPELINE = "UniDiffuserPipeline"
+
+
+def import_pipeline(source: Path, folder: Path) -> None:
+    """Write the pipeline ``source`` as the export folder ``folder``.
+
+    Raises:
+        FileNotFoundError: a part of the pipeline is missing.
+        WeightsError: it is no UniDiffuserPipeline, or its tensors do not fit.
+    """
+    from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
+
+    index = _json(source / "model_index.json")
+    if index.get("_class_name") != PIPELINE:
+        raise WeightsError(f"{source}: a {index.get('_class_name')}, expected a {PIPELINE}")
+    save_native(folder / "uvit", load_unet(source / "unet"))
+    _json(source / "vae" / "config.json")
+    shutil.copytree(source / "vae", folder / "vae")
+    write_image_tower(
+        folder / "clip_image",
+        _pretrained(CLIPVisionModelWithProjection, source / "image_encoder"),
+        CLIPImageProcessor.from_pretrained(source / "clip_image_processor", local_files_only=True),
+        f"{source / 'image_encoder'}",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(source / "clip_tokenizer", local_files_only=True)
+    text_encoder = _pretrained(CLIPTextModel, source / "text_encoder")
+    write_text_tower(folder / "clip_text", text_encoder, tokenizer, f"{source / 'text_encoder'}")
+    _codec(source).save(folder / "text_codec")
+
+
+def load_unet(folder: Path) -> UViT:
+    """The U-ViT of a folder of diffusers' UniDiffuserModel, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: config.json or the weights are missing.
+        WeightsError: it has another architecture than the published one, or tensors do not fit.
+    """
+    settings, state = _json(folder / "config.json"), _weights(folder)
+    with named(folder):
+        config, native = from_diffusers(settings, state)
+    return build(config, native, folder)
+
+
+def _json(file: Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; a pipeline of diffusers has it")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    files = [folder / f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
+    return read_tensors(next((file for file in files if file.is_file()), files[0]))
+
+
+def _pretrained(model_class: Any, folder: Path) -> Any:
+    _json(folder / "config.json")
+    model, info = model_class.from_pretrained(
+        folder, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+    )
+    check_loading(info, folder)
+    return model
+
+
+def _codec(source: Path) -> TextCodec:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = source / "text_decoder"
+    config, state = _json(folder / "config.json"), _weights(folder)
+    if not config.get("prefix_hidden_dim"):
+        raise WeightsError(f"{folder}: has no projection of the text latent (prefix_hidden_dim), the published one has")
+    _strip_unreached(config, state)
+    tokenizer = AutoTokenizer.from_pretrained(source / "text_tokenizer", local_files_only=True)
+    if EOS not in tokenizer.get_vocab():
+        raise WeightsError(f"{source / 'text_tokenizer'}: has no token {EOS}")
+    gpt2 = GPT2LMHeadModel(GPT2Config(**{name: config[name] for name in GPT2_FIELDS if name in config}))
+    codec = TextCodec(gpt2, tokenizer, config["prefix_inner_dim"], config["prefix_hidden_dim"])
+    heads = {f"{theirs}.": f"{own}." for own, theirs in CODEC_NAMES.items()}
+    named = {f"{heads.get(head + '.', head + '.')}{rest}": tensor for head, rest, tensor in _split(state)}
+    embedding, head = named.get("gpt2.transformer.wte.weight"), named.get("gpt2.lm_head.weight")
+    if embedding is not None and head is not None and not torch.equal(embedding, head):
+        raise WeightsError(f"{folder}: lm_head differs from wte, GPT-2 has one tensor for both")
+    load_checked(codec, named, folder)
+    return codec.eval()
+
+
+def _split(state: Mapping[str, Tensor]) -> list[tuple[str, str, Tensor]]:
+    return [(*name.split(".", 1), tensor) for name, tensor in state.items()]  # type: ignore[misc]
+
+
+def _strip_unreached(config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Cut off the rows of zeros that ``save_pipeline`` put behind the positions of a small GPT-2."""
+    if (place := state.get(POSITIONS)) is None:
+        return
+    reached = place.any(dim=1).nonzero()
+    used = int(reached.max()) + 1 if len(reached) else len(place)
+    config["n_positions"], state[POSITIONS] = used, place[:used].contiguous()

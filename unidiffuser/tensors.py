@@ -1,0 +1,97 @@
+"""Tensors from files into modules: reading and loading that fails whole and by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+# Old GPT-2 files hold their causal masks, which are no weights.
+_MASK = re.compile(r"\.attn\.(masked_)?bias$")
+
+
+class WeightsError(ValueError):
+    """Weights that do not fit; the message names the file, the tensors and their shapes."""
+
+
+@contextmanager
+def named(source: object) -> Iterator[None]:
+    """Put ``source`` in front of a ``WeightsError`` that does not name it."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{source}: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .safetensors, .pth, .pt or .bin file, on the CPU. Pickles are read with ``weights_only``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: it is damaged, or holds something else than a flat dictionary of tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+    except Exception as error:  # torch.load raises whatever the unpickler and the zip reader raise
+        raise WeightsError(f"{path}: not a readable file of plain tensors ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
+    return state
+
+
+def load_checked(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Load ``state`` into ``module``, or nothing of it.
+
+    Args:
+        source: what to call the weights in an error, usually their path.
+
+    Raises:
+        WeightsError: tensors are missing, extra or wrongly shaped; it names up to eight of each, with shapes.
+    """
+    expected = module.state_dict()
+    missing = [f"{name} {tuple(expected[name].shape)}" for name in expected if name not in state]
+    extra = [f"{name} {tuple(state[name].shape)}" for name in state if name not in expected]
+    wrong = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in state and state[name].shape != expected[name].shape
+    ]
+    _complain(source, missing, extra, wrong)
+    module.load_state_dict(state)
+
+
+def check_loading(info: Mapping[str, Any], source: object) -> None:
+    """The same for a model of diffusers or transformers, from what its ``from_pretrained`` says of the loading.
+
+    Args:
+        info: the second result of ``from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)``.
+
+    Raises:
+        WeightsError: as ``load_checked``.
+    """
+    extra = [name for name in sorted(info["unexpected_keys"]) if not _MASK.search(name)]
+    wrong = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])]
+    _complain(source, sorted(info["missing_keys"]), extra, wrong)
+
+
+def _complain(source: object, missing: list[str], extra: list[str], wrong: list[str]) -> None:
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        for kind, names in (("missing", missing), ("extra", extra), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise WeightsError(f"{source}: tensors {'; '.join(problems)}; nothing was loaded")
