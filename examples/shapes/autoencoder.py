@@ -1,0 +1,136 @@
+"""The picture codec: a small convolutional autoencoder, trained first and then frozen, from (3, 64, 64) to (8, 8, 8) and back.
+
+Its latents carry noise of a fixed deviation in training and pay for their square, which is a variational autoencoder whose
+posterior has a constant variance: latents stay small and smooth, and the decoder forgives what the network gets slightly wrong.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from examples.encoders.progress import train
+from examples.shapes.history import History
+from examples.shapes.pictures import (
+    OWN_JITTER,
+    PALETTE,
+    RADIUS,
+    RADIUS_JITTER,
+    SHADE_JITTER,
+    SIDE,
+    SPACING,
+    blank,
+    paint,
+    render,
+)
+from examples.shapes.world import COLOURS, FORMS, draw
+
+CHANNELS = 8
+GRID = SIDE // 8
+WIDTH = 96
+STEPS = 1500
+BATCH = 16
+PRESENT = 0.6
+PEAK_LEARNING_RATE = 4e-3
+POSTERIOR_DEVIATION = 0.15
+SQUARE_WEIGHT = 5e-4
+LATENT_DEVIATION = 0.7
+SCALING_PICTURES = 500
+
+
+def to_values(pictures: np.ndarray) -> Tensor:
+    """(n, 3, 64, 64) in -1 .. 1 of pictures (n, 64, 64, 3), uint8."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+class Autoencoder(nn.Module):
+    """Encoder, decoder, and the mean and scale that centre the latents of the world's pictures.
+
+    The latents that the U-ViT sees have a deviation of `LATENT_DEVIATION`, below one on purpose. At the last timestep the data
+    still shines through with sqrt(alpha_bar) = 0.068, while samples start from pure noise; with larger latents all
+    numbers of a picture together still tell what it was, and a network that learned to rely on it draws the marginals wrong.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(8), nn.Conv2d(192, WIDTH, 1), nn.SiLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(WIDTH, CHANNELS, 1),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(CHANNELS, WIDTH, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(WIDTH, 192, 1), nn.PixelShuffle(8),
+        )  # fmt: skip
+        self.register_buffer("mean", torch.zeros(CHANNELS, GRID, GRID))
+        self.register_buffer("scale", torch.ones(()))
+
+    @torch.no_grad()
+    def encode(self, pictures: np.ndarray) -> Tensor:
+        """Latents (n, 6, 8, 8), on the codec's device, of pictures (n, 64, 64, 3), uint8."""
+        return (self.encoder(to_values(pictures).to(self.mean.device)) - self.mean) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """Pictures (n, 64, 64, 3), uint8, of latents (n, 6, 8, 8)."""
+        pieces = [self.decoder(piece / self.scale + self.mean) for piece in latents.to(self.mean.device).split(100)]
+        values = torch.cat(pieces).clamp(-1, 1).add(1).mul(127.5).round().byte()
+        return values.permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def centre(self, pictures: np.ndarray) -> None:
+        """Set mean and scale to those of the latents of pictures."""
+        latents = self.encoder(to_values(pictures).to(self.mean.device))
+        self.mean.copy_(latents.mean(0))
+        self.scale.copy_(LATENT_DEVIATION / (latents - self.mean).std())
+
+
+def crowded_pictures(seed: int, count: int) -> np.ndarray:
+    """Pictures (count, 64, 64, 3), uint8, of up to nine forms, each of any kind and colour.
+
+    There is more to learn from them than from scenes of one to three, and nothing of the world's distribution.
+    """
+    rng = np.random.default_rng(seed)
+    pictures = np.stack([blank(jitter) for jitter in rng.uniform(-1, 1, count)])
+    for picture in pictures:
+        shift = rng.uniform(-SPACING / 3, SPACING / 3, 2)
+        for row, column in np.argwhere(rng.random((3, 3)) < PRESENT):
+            place = SIDE / 2 + SPACING * np.array((column - 1, row - 1)) + shift + rng.uniform(-OWN_JITTER, OWN_JITTER, 2)
+            shade = np.array(PALETTE[COLOURS[rng.integers(len(COLOURS))]]) + SHADE_JITTER * rng.uniform(-1, 1, 3)
+            radius = RADIUS * (1 + RADIUS_JITTER * rng.uniform(-1, 1))
+            paint(picture, FORMS[rng.integers(len(FORMS))], place, radius, shade)
+    return pictures
+
+
+def reconstruction_loss(model: Autoencoder, values: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Squared and absolute error of the picture, and the price of the latents."""
+    latents = model.encoder(values)
+    difference = model.decoder(latents + POSTERIOR_DEVIATION * noise) - values
+    squared, absolute, price = difference.square().mean(), difference.abs().mean(), latents.square().mean()
+    return 5 * squared + absolute + SQUARE_WEIGHT * price, {"mse": squared.item(), "l1": absolute.item(), "z2": price.item()}
+
+
+def fit(state: Path, device: torch.device, steps: int) -> tuple[Autoencoder, History]:
+    """Train to `steps`, or go on where the last run stopped, and give the frozen codec."""
+    torch.manual_seed(0)
+    model, history = Autoencoder().to(device), History(state / "codec.jsonl")
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
+        noise = torch.randn(BATCH, CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(step))
+        loss, figures = reconstruction_loss(model, to_values(crowded_pictures(step, BATCH)).to(device), noise.to(device))
+        history.note(loss=loss.item(), **figures)
+        return loss, figures
+
+    weights = train(state / "codec.pt", model, loss_at, steps, PEAK_LEARNING_RATE, watch=lambda step, _: history.row(step, steps))
+    model.load_state_dict(weights)
+    rng = np.random.default_rng(steps)
+    model.centre(np.stack([render(scene, rng) for scene in draw(rng, SCALING_PICTURES)]))
+    return model.eval().requires_grad_(False), history

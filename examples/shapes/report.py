@@ -1,0 +1,161 @@
+"""What is published: the figures as JSON, and a page with tables, curves and samples."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from examples.shapes.codec import LENGTH
+from examples.shapes.history import History
+from examples.shapes.measure import Artist
+from examples.shapes.sheets import curve, sheet
+from examples.shapes.training import BATCH, CONFIG, MIN_SNR_GAMMA
+from examples.shapes.world import SCENES, VALUES
+
+COMMAND = "python -m examples.shapes"
+
+
+BARS = (
+    ("t2i_accuracy", "text to image, attributes right", 0.90, True),
+    ("i2t_accuracy", "image to text, attributes right", 0.90, True),
+    ("joint_consistency", "joint samples whose picture and caption agree in all four attributes", 0.90, True),
+    ("image_marginal_tv", "image only, largest total variation of an attribute", 0.05, False),
+    ("text_marginal_tv", "text only, largest total variation of an attribute", 0.05, False),
+    ("minutes", "minutes of training", 60, False),
+)
+
+
+def figures(found: dict[str, Any], codec: History, network: History, artist: Artist) -> dict[str, Any]:
+    """The content of shapes.json: seven figures, and below `details` what they are made of.
+
+    Args:
+        found: of `measure.measure`.
+        codec: history of the codec's training; the minutes count.
+        network: history of the U-ViT's training.
+    """
+    protocol = artist.protocol
+    return {
+        "t2i_accuracy": round(found["t2i"]["attributes"], 4),
+        "i2t_accuracy": round(found["i2t"]["attributes"], 4),
+        "joint_consistency": round(found["joint"]["consistency"]["all"], 4),
+        "image_marginal_tv": round(found["i"]["largest"], 4),
+        "text_marginal_tv": round(found["t"]["largest"], 4),
+        "minutes": round(codec.minutes + network.minutes, 1),
+        "core_minutes": round(codec.core_minutes + network.core_minutes, 1),
+        "parameters": parameters(artist.model),
+        "details": rounded(found),
+        "samples": {"conditional": protocol.conditional, "unconditional": protocol.unconditional},
+        "sampling": {"steps": protocol.steps, "guidance_conditional": protocol.guidance, "guidance_unconditional": 0.0},
+        "training": {
+            "min_snr_gamma": MIN_SNR_GAMMA,
+            "steps": network.rows[-1]["step"],
+            "batch": BATCH,
+            "minutes": round(network.minutes, 1),
+        },
+        "network": {"width": CONFIG.width, "depth": CONFIG.depth, "heads": CONFIG.heads},
+        "codec": {
+            "parameters": parameters(artist.codec),
+            "steps": codec.rows[-1]["step"],
+            "minutes": round(codec.minutes, 1),
+        },
+        "command": COMMAND,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": next(artist.model.parameters()).device.type,
+        "torch": torch.__version__,
+    }
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(value.numel() for value in model.parameters())
+
+
+def rounded(value: Any) -> Any:
+    """All numbers in nested dicts with four digits."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def page(values: dict[str, Any]) -> str:
+    """The Markdown page that goes with the figures."""
+    details = values["details"]
+    samples, sampling, training, codec = (values[name] for name in ("samples", "sampling", "training", "codec"))
+    drawn = f"{samples['unconditional']:,} samples, no guidance"
+    obeyed = f"{samples['conditional']:,} samples each way, guidance {sampling['guidance_conditional']}"
+
+    def row(name: str, shares: dict[str, float]) -> str:
+        cells = [shares[each] for each in (*VALUES, "attributes", "all", "unreadable")]
+        return f"| {name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |"
+
+    def bar_row(name: str, meaning: str, bar: float, at_least: bool) -> str:
+        met = values[name] >= bar if at_least else values[name] <= bar
+        return f"| {meaning} | {values[name]} | at {'least' if at_least else 'most'} {bar} | {'yes' if met else '**no**'} |"
+
+    def tv_row(name: str, found: dict[str, Any]) -> str:
+        cells = [f"{found[each]:.3f}" for each in (*VALUES, "largest")]
+        cells += [f"{found[each]:.3f} ({found['floor'][each]:.3f})" for each in ("pairs", "joint")]
+        return f"| {name} | " + " | ".join(cells) + f" | {found['unreadable']:.3f} |"
+
+    return f"""# Shapes: one network, five distributions
+
+A world whose every distribution is known: pictures of one to three coloured forms, and captions of them. Colour, form, place
+and count ({len(SCENES)} scenes) follow a chosen joint distribution, skewed, in which they depend on each other. Exact parsers
+read pictures and captions back; what they cannot read counts as wrong, and is a category of its own that the truth does not have.
+
+![A row of samples for each of the five tasks](shapes-samples.png)
+
+*Captions are green where a parser finds that picture and caption agree, red where not.*
+
+One U-ViT of {values["parameters"]:,} parameters learns all five distributions from scratch: {training["steps"]:,} steps of
+{training["batch"]} fresh pairs, {training["minutes"]} minutes, with the project's own model, sampler and objective (min-SNR
+weights, gamma {training["min_snr_gamma"]}). Before it, and frozen after, a small convolutional autoencoder is trained as picture
+codec ({codec["parameters"]:,} parameters, {codec["minutes"]} minutes), on crowds of forms that tell nothing of the world's
+distribution: 64 x 64 pixels become 16 image tokens. The caption codec, a scaled unit vector for each of {LENGTH} words, needs no
+training. Together {values["minutes"]} minutes by the clock (cores: {values["cores"]}, threads: {values["threads"]}), checks
+on the way included, and {values["core_minutes"]} minutes of processor time ({values["device"]}, torch {values["torch"]}).
+
+| figure | value | bar | met |
+|---|---|---|---|
+{chr(10).join(bar_row(*bar) for bar in BARS)}
+
+Accuracy ({obeyed}; joint: {drawn}):
+
+| | {" | ".join(VALUES)} | mean | all four | unreadable |
+|---|---|---|---|---|---|---|---|
+{row("the codec alone: a picture against itself", details["codec"])}
+{row("text to image", details["t2i"])}
+{row("image to text", details["i2t"])}
+{row("joint: picture against caption", details["joint"]["consistency"])}
+
+Total variation from the truth ({drawn}; in brackets what as many samples of the truth itself give on average,
+which no model beats):
+
+| | {" | ".join(VALUES)} | largest | worst pair | all four together | unreadable |
+|---|---|---|---|---|---|---|---|---|
+{tv_row("image only", details["i"])}
+{tv_row("text only", details["t"])}
+{tv_row("joint: pictures", details["joint"]["image"])}
+{tv_row("joint: captions", details["joint"]["text"])}
+
+All samples are drawn in {sampling["steps"]} steps of DPM-Solver++ (2M), with the moving average of the weights. The dots of
+the curve are small checks on the way:
+
+![Losses, and the accuracy of each attribute, against minutes of training](shapes-curve.png)
+
+`make shapes` (or `{COMMAND}`) trains and measures again, and goes on where it was stopped; the figures are in `shapes.json`.
+"""
+
+
+def write(folder: Path, values: dict[str, Any], network: History, artist: Artist) -> None:
+    """shapes.json, shapes.md, shapes-curve.png and shapes-samples.png in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "shapes.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / "shapes.md").write_text(page(values), encoding="utf-8")
+    curve(folder / "shapes-curve.png", network.rows)
+    sheet(folder / "shapes-samples.png", artist)

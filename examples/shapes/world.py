@@ -1,0 +1,112 @@
+"""The world: scenes with four attributes that depend on each other, and captions with an exact parser.
+
+The joint distribution is chosen, skewed, and no product of its marginals:
+
+    p(colour, form, place, count) = p(colour) p(form | colour) p(place | form) p(count | colour)
+
+A network that learned the single attributes but not how they go together is therefore found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+
+COLOURS = ("red", "yellow", "green", "blue", "purple")
+FORMS = ("circle", "square", "triangle", "star")
+PLACES = ("left", "right", "top", "bottom", "middle")
+COUNTS = (1, 2, 3)
+
+COLOUR = (0.30, 0.25, 0.20, 0.15, 0.10)
+FORM_GIVEN_COLOUR = (
+    (0.60, 0.20, 0.10, 0.10),
+    (0.10, 0.10, 0.15, 0.65),
+    (0.15, 0.15, 0.60, 0.10),
+    (0.20, 0.60, 0.10, 0.10),
+    (0.40, 0.10, 0.10, 0.40),
+)
+PLACE_GIVEN_FORM = (
+    (0.10, 0.10, 0.10, 0.20, 0.50),
+    (0.45, 0.20, 0.10, 0.15, 0.10),
+    (0.10, 0.15, 0.10, 0.50, 0.15),
+    (0.10, 0.20, 0.50, 0.10, 0.10),
+)
+COUNT_GIVEN_COLOUR = (
+    (0.70, 0.20, 0.10),
+    (0.15, 0.25, 0.60),
+    (0.40, 0.40, 0.20),
+    (0.25, 0.60, 0.15),
+    (0.60, 0.30, 0.10),
+)
+
+
+class Scene(NamedTuple):
+    """What a picture shows and a caption says: so many forms of one colour, and where they stand."""
+
+    colour: str
+    form: str
+    place: str
+    count: int  # type: ignore[assignment]  # hides the method of tuples
+
+
+VALUES: dict[str, tuple] = {"colour": COLOURS, "form": FORMS, "place": PLACES, "count": COUNTS}
+SCENES = tuple(Scene(*values) for values in product(*VALUES.values()))
+
+
+def joint() -> np.ndarray:
+    """Probabilities (5, 4, 5, 3) of colour, form, place and count; flattened, they are those of `SCENES`."""
+    return np.einsum("c,cf,fp,cn->cfpn", COLOUR, FORM_GIVEN_COLOUR, PLACE_GIVEN_FORM, COUNT_GIVEN_COLOUR)
+
+
+def draw(rng: np.random.Generator, count: int) -> list[Scene]:
+    """Scenes drawn from the joint distribution."""
+    return [SCENES[index] for index in rng.choice(len(SCENES), size=count, p=joint().ravel())]
+
+
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+WHERE = {
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "middle": "in the middle",
+}
+PHRASINGS = ("{number} {colour} {things} {where}", "{where} {number} {colour} {things}", "{number} {things} {where} in {colour}")
+
+
+def caption(scene: Scene, phrasing: int) -> str:
+    """One of the ways to say it.
+
+    >>> [caption(Scene("red", "star", "left", 2), n) for n in range(len(PHRASINGS))]
+    ['two red stars on the left', 'on the left two red stars', 'two stars on the left in red']
+    """
+    things = scene.form if scene.count == 1 else scene.form + "s"
+    return PHRASINGS[phrasing].format(number=NUMBERS[scene.count], colour=scene.colour, things=things, where=WHERE[scene.place])
+
+
+def all_captions() -> Iterator[tuple[str, Scene]]:
+    """Every caption that the grammar has, with its scene."""
+    for scene in SCENES:
+        for phrasing in range(len(PHRASINGS)):
+            yield caption(scene, phrasing), scene
+
+
+@lru_cache(maxsize=1)
+def _scene_of_caption() -> dict[str, Scene]:
+    return dict(all_captions())
+
+
+def read_caption(text: str) -> Scene | None:
+    """The scene that a caption describes; None unless the grammar has exactly this caption, plural and preposition included."""
+    return _scene_of_caption().get(text)
+
+
+def draw_captions(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
+    """A caption for each scene, its phrasing drawn uniformly."""
+    return [
+        caption(scene, phrasing) for scene, phrasing in zip(scenes, rng.integers(len(PHRASINGS), size=len(scenes)), strict=True)
+    ]
