@@ -1,0 +1,1 @@
+"""Comparisons with peers, each run as ``python -m benchmarks.NAME``; the last results lie in ``docs/results``."""

@@ -1,0 +1,184 @@
+"""What the runner costs beside the work: plan, resume and commit of as many shards as laion2B-en has, all empty.
+
+The peer is a plain loop that reads the same unit records, parses them, and writes the parsed list into one file: what any
+bookkeeping that keeps a record a unit has to do at least.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.watch import Watch
+from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, find
+from infra.store import Store
+from stages import pool
+from stages.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
+from stages.graph import Planned
+from stages.runner import make_job, run_stage, unit_keys
+
+SHARD_ROWS = 10_000
+
+
+class Empty(Stage):
+    """A unit per shard that gives a tar and a table, as download does."""
+
+    name = "empty"
+    version = 1
+    Config = StageConfig
+    phases = (Phase("work", lambda job, earlier: units_of(job), worker=lambda job: Nothing()),)
+
+    @classmethod
+    def bytes_needed(cls, job: Job) -> int:
+        return 0
+
+
+class Nothing:
+    def run(self, unit: Unit, out: Output) -> None: ...
+
+
+def units_of(job: Job) -> Iterable[Unit]:
+    for entry in job.inputs["rows"].files:
+        yield Unit(entry.name.removesuffix(".parquet"), (entry.sha256,), {"path": entry.path}, entry.rows)
+
+
+def record_of(job: Job, unit: Unit, key: str) -> UnitRecord:
+    """What a worker would have left behind."""
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    files = [
+        FileEntry(
+            path=f"{job.unit_folder(key)}/{unit.name}.{kind}", rows=SHARD_ROWS - 3, bytes=500_000_000, sha256=digest, unit=key
+        )
+        for kind in ("parquet", "tar")
+    ]
+    dropped = {"http_404": 1, "timeout": 1, "not_an_image": 1}
+    stats = Stats(rows_in=SHARD_ROWS, rows_out=SHARD_ROWS - 3, dropped=dropped)
+    return UnitRecord(key=key, name=unit.name, files=files, stats=stats, seconds=1.0)
+
+
+def make_input(store: Store, shards: int) -> Dataset:
+    """A committed dataset of that many files, as select would have made it."""
+    files = []
+    for number in range(shards):
+        digest = hashlib.sha256(str(number).encode()).hexdigest()
+        key = digest[:24]
+        path = f"select/units/{key[:2]}/{key}/part-{number // 2000:05d}-{number % 2000:05d}.parquet"
+        files.append(FileEntry(path=path, rows=SHARD_ROWS, bytes=2_000_000, sha256=digest, unit=key))
+    rows = shards * SHARD_ROWS
+    return commit(
+        store,
+        Manifest(
+            stage="select", node="laion-select", fingerprint="input", generation=0, inputs={}, config={}, sources={}, code={},
+            columns={}, stats=Stats(rows_in=rows, rows_out=rows), summary={}, seconds=0.0, created="", files=files,
+        ),
+    )  # fmt: skip
+
+
+def planned(fingerprint: str) -> Planned:
+    rows = InputRef(stage="select", fingerprint="input")
+    return Planned(
+        "benchmark", "laion-empty", "empty", StageConfig(), {"rows": rows}, {"rows": "laion-select"}, {}, {}, 0, fingerprint
+    )
+
+
+def write_records(store: Store, keys: list[tuple[Unit, str]], job: Job) -> None:
+    for unit, key in keys:
+        path = Path(store.root, job.unit_folder(key), "unit.json")
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(RECORD.dump_python(record_of(job, unit, key), mode="json"), indent=1, sort_keys=True))
+
+
+def first(store: Store) -> dict[str, float]:
+    """No record is there; every unit is done the moment that it is handed out."""
+
+    def at_once(
+        job: Job, phase: Phase, pending: Iterable[tuple[Unit, str]], units: int, done: Callable[[Unit, UnitRecord], None]
+    ) -> None:
+        for unit, key in pending:
+            done(unit, record_of(job, unit, key))
+
+    pool.run_pool = at_once
+    start = time.perf_counter()
+    run_stage(planned("first"), store, Empty)
+    return {"plan_and_commit": time.perf_counter() - start}
+
+
+def resume(store: Store) -> dict[str, float]:
+    """All records are there, the manifest is not; then once more, when it is."""
+    start = time.perf_counter()
+    run_stage(planned("second"), store, Empty)
+    resumed = time.perf_counter()
+    assert find(store, "empty", "second") is not None
+    return {"resume_and_commit": resumed - start, "hit": time.perf_counter() - resumed}
+
+
+def plain(store: Store) -> dict[str, float]:
+    start = time.perf_counter()
+    records = [json.loads(path.read_bytes()) for path in Path(store.root, "empty", "units").glob("*/*/unit.json")]
+    Path(store.root, "records.json").write_text(json.dumps(records))
+    return {"plain": time.perf_counter() - start}
+
+
+SIDES = {"first": first, "resume": resume, "plain": plain}
+
+
+def main(
+    shards: Annotated[int, typer.Option(help="Shards; 230,000 of 10,000 rows are laion2B-en.")] = 230_000,
+    folder: Annotated[Path | None, typer.Option(help="Where the store is made; a temporary folder by default.")] = None,
+    side: Annotated[str, typer.Option(hidden=True)] = "",
+    file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
+) -> None:
+    """Measure plan, resume and commit with empty units."""
+    if side:
+        logging.disable()
+        print(json.dumps(SIDES[side](Store(str(folder)))))
+        return
+    # Not above: the sides must not pay for importing torch.
+    import torch
+
+    from benchmarks.frame import Result, machine
+
+    words = machine(torch.device("cpu"))
+    seconds: dict[str, float] = {}
+    memory: dict[str, int] = {}
+    with tempfile.TemporaryDirectory(dir=folder) as root:
+        store = Store(root)
+        make_input(store, shards)
+        for name in ("first", "resume", "plain"):
+            if name == "resume":
+                _lay_down_records(store)
+            watch = Watch(lambda process: "driver")
+            printed = watch.run([sys.executable, "-m", "benchmarks.bookkeeping", "--side", name, "--folder", root])
+            seconds |= json.loads(printed.strip().splitlines()[-1])
+            memory[name] = round(watch.peak["driver"])
+            print(f"{name}: {seconds} s, {memory[name]} MiB", file=sys.stderr, flush=True)
+    figures: dict[str, Any] = {f"{name}_s": round(value, 1) for name, value in seconds.items() if name != "plain"}
+    figures |= {"peer_s": round(seconds["plain"], 1), "memory_mib": max(memory["first"], memory["resume"]), "shards": shards}
+    ratio = round(seconds["plain"] / seconds["resume_and_commit"], 3)
+    Result("bookkeeping", ratio, "plain_loop", figures, words, {"seconds": seconds, "peak_mib": memory}).finish(file)
+
+
+def _lay_down_records(store: Store) -> None:
+    """What workers would have written, by several processes."""
+    job = make_job(planned("second"), store)
+    key_of = unit_keys(Empty, Empty.phases[0], job, 0)
+    keys = [(unit, key_of(unit)) for unit in units_of(job)]
+    small = Job(store, "empty", "laion-empty", StageConfig(), {}, {}, {})
+    parts = [keys[start : start + 5000] for start in range(0, len(keys), 5000)]
+    with ProcessPoolExecutor(2) as processes:
+        list(processes.map(partial(write_records, store, job=small), parts))
+
+
+if __name__ == "__main__":
+    typer.run(main)

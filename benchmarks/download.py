@@ -1,0 +1,255 @@
+"""download against the img2dataset command: the same server on loopback, the same settings, the same rows.
+
+First a healthy web: images per second of CPU time and peak memory, of one worker each. Then a web in which a tenth of the hosts
+take connections and never answer: images per second on the clock. The sides take turns. Start-up counts for both, except that of
+Ray's own servers, whose work counts but not their memory; img2dataset is spared torch, which it imports where it finds one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+
+from benchmarks.frame import Result, machine, progress
+
+SIZE = 256
+PICTURES = 64
+PATIENCE = 5.0
+SETTINGS: dict[str, Any] = {"image_size": SIZE, "timeout": PATIENCE, "retries": 0, "threads": 64}
+SHARD = 1000
+RAY_SERVERS = ("gcs_server", "raylet", "ray::IDLE", "ray/dashboard", "ray::DashboardAgent", "log_monitor.py", "runtime_env")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run took: seconds of CPU and on the clock, MiB at its greatest, and the images that it brought."""
+
+    cpu: float
+    wall: float
+    memory: float
+    images: int
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Pictures on every loopback address; 127.0.2.x never answers."""
+
+    pictures: list[bytes] = []
+
+    def do_GET(self) -> None:
+        if self.connection.getsockname()[0].startswith("127.0.2."):
+            time.sleep(60)
+            return
+        body = self.pictures[int(self.path.rsplit("/", 1)[-1]) % PICTURES]
+        self.send_response(200)
+        self.send_header("Content-Type", "image/jpeg")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512
+
+    def handle_error(self, *_: object) -> None:
+        """Clients that gave up."""
+
+
+def _serve(pipe: Any) -> None:
+    Handler.pictures = [_picture(seed) for seed in range(PICTURES)]
+    server = Server(("0.0.0.0", 0), Handler)
+    pipe.send(server.server_port)
+    server.serve_forever()
+
+
+def _picture(seed: int) -> bytes:
+    """A JPEG of 640 x 480 pixels and some 60 kB, as web photographs are."""
+    import cv2
+
+    coarse = np.random.default_rng(seed).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    return cv2.imencode(".jpg", cv2.resize(coarse, (640, 480), interpolation=cv2.INTER_CUBIC), [cv2.IMWRITE_JPEG_QUALITY, 85])[
+        1
+    ].tobytes()
+
+
+@contextmanager
+def web() -> Iterator[int]:
+    """A server in a process of its own, so that its work is nobody's; gives its port."""
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there,), daemon=True)
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        process.terminate()
+        process.join()
+
+
+def write_metadata(path: Path, port: int, rows: int, hanging: bool) -> None:
+    """Rows over 100 hosts; every tenth of them hangs if `hanging`."""
+    hosts = [f"127.0.{2 if hanging and n % 10 == 9 else 1}.{n + 1}:{port}" for n in range(100)]
+    order = np.random.default_rng(0).permutation(rows)
+    urls = [f"http://{hosts[n % 100]}/{n}" for n in order]
+    pq.write_table(pa.table({"URL": urls, "TEXT": [f"picture {n}" for n in order]}), path)
+
+
+def peer(metadata: Path, folder: Path) -> Spent:
+    """One run of the command."""
+    hidden = folder / "hidden" / "torch"
+    hidden.mkdir(parents=True)
+    (hidden / "__init__.py").write_text("raise ModuleNotFoundError('hidden', name='torch')")
+    options = {
+        "url_list": metadata, "input_format": "parquet", "url_col": "URL", "caption_col": "TEXT", "output_format": "webdataset",
+        "output_folder": folder / "out", "processes_count": 1, "thread_count": SETTINGS["threads"], "image_size": SIZE,
+        "resize_mode": "keep_ratio", "resize_only_if_bigger": True, "skip_reencode": True, "number_sample_per_shard": SHARD,
+        "timeout": int(PATIENCE), "retries": SETTINGS["retries"], "enable_wandb": False,
+    }  # fmt: skip
+    command = [str(Path(sys.executable).with_name("img2dataset")), *(f"--{name}={value}" for name, value in options.items())]
+    environment = {**os.environ, "PYTHONPATH": str(hidden.parent), "NO_ALBUMENTATIONS_UPDATE": "1"}
+    start = time.perf_counter()
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    watch = Watch(process.pid)
+    process.wait()
+    wall = time.perf_counter() - start
+    watch.end()
+    images = sum(json.loads(path.read_text())["successes"] for path in (folder / "out").glob("*_stats.json"))
+    return Spent(watch.cpu(), wall, watch.memory, images)
+
+
+def ours(metadata: Path, folder: Path) -> Spent:
+    """One run of the stage on a Ray of its own, which is up before the clock starts."""
+    command = [sys.executable, "-m", "benchmarks.download_side", str(metadata), str(folder), json.dumps(SETTINGS)]
+    log = folder / "log"
+    with open(log, "w") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        watch = Watch(process.pid, servers=RAY_SERVERS)
+        assert process.stdout is not None
+        found = {}
+        for line in process.stdout:
+            if line.startswith("ready"):
+                watch.start_counting()
+            elif line.startswith("{"):
+                found = json.loads(line)
+                watch.end()
+    if process.wait() or not found:
+        raise SystemExit(f"the stage failed:\n{log.read_text()[-2000:]}")
+    return Spent(watch.cpu(), found["wall"], watch.memory, found["images"])
+
+
+class Watch:
+    """Looks at a process and all below it ten times a second.
+
+    Attributes:
+        memory: the greatest sum of their proportional set sizes in MiB, without those whose command line names one of `servers`.
+    """
+
+    def __init__(self, pid: int, servers: tuple[str, ...] = ()):
+        self.root, self.servers = psutil.Process(pid), servers
+        self.memory = 0.0
+        self.seconds: dict[int, float] = {}
+        self.before: dict[int, float] = {}
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def start_counting(self) -> None:
+        """What was spent so far does not count."""
+        self._look()
+        self.before, self.memory = dict(self.seconds), 0.0
+
+    def cpu(self) -> float:
+        """Seconds of user and system time of all processes that were there."""
+        return sum(seconds - self.before.get(pid, 0.0) for pid, seconds in self.seconds.items())
+
+    def end(self) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.1):
+            self._look()
+
+    def _look(self) -> None:
+        memory = 0.0
+        with suppress(psutil.Error):
+            for process in [self.root, *self.root.children(recursive=True)]:
+                with suppress(psutil.Error):
+                    times = process.cpu_times()
+                    self.seconds[process.pid] = times.user + times.system
+                    if not any(name in " ".join(process.cmdline()) for name in self.servers):
+                        memory += process.memory_full_info().pss / 2**20
+        self.memory = max(self.memory, memory)
+
+
+def compare(rows: int, hanging: bool, rounds: int) -> dict[str, list[Spent]]:
+    """Both sides `rounds` times, every other round in reverse order."""
+    found: dict[str, list[Spent]] = {"ours": [], "img2dataset": []}
+    expected = rows - (rows // 10 if hanging else 0)
+    with web() as port, tempfile.TemporaryDirectory() as scratch:
+        metadata = Path(scratch, "metadata.parquet")
+        write_metadata(metadata, port, rows, hanging)
+        for number in range(rounds):
+            for name in list(found) if number % 2 == 0 else list(reversed(found)):
+                with tempfile.TemporaryDirectory() as folder:
+                    spent = (ours if name == "ours" else peer)(metadata, Path(folder))
+                if spent.images != expected:
+                    raise SystemExit(f"{name} brought {spent.images} of {expected} images; is the machine too busy?")
+                found[name].append(spent)
+                progress(f"round {number + 1} of {rounds}, {'hanging' if hanging else 'healthy'}: {name} {spent}")
+    return found
+
+
+def main(
+    rows: Annotated[int, typer.Option(min=100, help="Rows of the healthy web.")] = 4000,
+    hanging_rows: Annotated[int, typer.Option(min=100, help="Rows of the web in which hosts hang.")] = 4000,
+    rounds: Annotated[int, typer.Option(min=1, help="How often the sides take turns.")] = 3,
+    file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
+) -> None:
+    """Images per CPU-second and memory on a healthy web, images per second where a tenth of the hosts hang."""
+    words = machine(torch.device("cpu"))
+    healthy, hanging = compare(rows, False, rounds), compare(hanging_rows, True, rounds)
+    rates = {name: median(spent.images / spent.cpu for spent in runs) for name, runs in healthy.items()}
+    clock = {name: median(spent.images / spent.wall for spent in runs) for name, runs in hanging.items()}
+    memory = {name: max(spent.memory for spent in runs) for name, runs in healthy.items()}
+    figures: dict[str, float | int | str] = {
+        "images_per_cpu_second": rates["ours"],
+        "peer_images_per_cpu_second": rates["img2dataset"],
+        "memory_mib": memory["ours"],
+        "peer_memory_mib": memory["img2dataset"],
+        "hanging_ratio": clock["ours"] / clock["img2dataset"],
+    }
+    details = {
+        kind: {name: [asdict(spent) for spent in runs] for name, runs in found.items()}
+        for kind, found in (("healthy", healthy), ("hanging", hanging))
+    }
+    Result(
+        "download", rates["ours"] / rates["img2dataset"], "img2dataset", figures, words, {"settings": SETTINGS, **details}
+    ).finish(file)
+
+
+if __name__ == "__main__":
+    typer.run(main)

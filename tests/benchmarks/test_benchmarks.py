@@ -1,0 +1,95 @@
+"""The benchmarks at tiny sizes: they end with their line, write what they promise, and count what they say they count."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from benchmarks import sampling, training
+from benchmarks.frame import interleaved
+from benchmarks.matmuls import Product, replay
+from training.config import ModelConfig, TrainConfig
+from unidiffuser.modalities import paper_modalities
+
+CPU = torch.device("cpu")
+
+
+def run(module, file: Path, *arguments: str) -> Result:
+    import typer
+
+    app = typer.Typer()
+    app.command()(module.main)
+    return CliRunner().invoke(app, [*arguments, "--device", "cpu", "--json", str(file)], catch_exceptions=False)
+
+
+def figures(line: str, name: str) -> dict[str, str]:
+    assert re.fullmatch(rf"{name}( [a-z0-9_]+=\S+)+", line)
+    return dict(pair.split("=") for pair in line.split()[1:])
+
+
+def test_sampling_compares_both_tasks_with_diffusers(tmp_path):
+    file = tmp_path / "sampling.json"
+    tiny = ["--width", "64", "--depth", "2", "--pixels", "16", "--autoencoder", "32", "--decoder", "64"]
+    result = run(sampling, file, *tiny, "--count", "2", "--steps", "3", "--rounds", "1", "--no-compile", "--no-memory")
+    shown = figures(result.stdout.splitlines()[-1], "sampling")
+    found = json.loads(file.read_text())
+    assert shown["peer"] == "diffusers" and float(shown["ratio"]) == pytest.approx(found["ratio"], rel=1e-2)
+    assert {"command", "machine", "date", "details"} <= found.keys()
+    assert max(found["details"]["differences"].values()) < 1e-4
+    for task in ("t2i", "i2t"):
+        measured = found["details"]["tasks"][task]
+        assert shown[f"{task}_calls"] == "3/6"  # both halves of guidance in one call here, in two there
+        assert measured["ratio"] == pytest.approx(measured["median"]["diffusers"] / measured["median"]["ours"])
+        for phases in measured["phases"].values():
+            assert sum(phases.values()) - phases["all"] <= phases["all"]
+    assert found["ratio"] == min(found["details"]["tasks"][task]["ratio"] for task in ("t2i", "i2t"))
+
+
+def flop_of(width: int, depth: int, batch: int, latent: int, text: int) -> int:
+    """Multiplications and additions of a training step of the paper's model, by hand."""
+    patches = (latent // 2) ** 2
+    tokens = 2 + text + 1 + patches
+    linear = (depth + 1) * 12 * width**2 + depth // 2 * 2 * width**2
+    inputs = (patches * 16 + 512 + text * 64) * width
+    outputs = inputs
+    attention = (depth + 1) * tokens**2 * width
+    # A linear layer's backward pass costs two forward passes, but the inputs get no gradient; attention has two products
+    # forward, and five backward.
+    return 2 * batch * (3 * (tokens * linear + outputs) + 2 * inputs + 7 * attention)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_products_of_a_step_are_those_of_the_formula(checkpointing):
+    model = ModelConfig(width=64, depth=4, heads=2, activation_checkpointing=checkpointing)
+    config = TrainConfig(steps=1, global_batch=3, model=model)
+    products = training.Step(config, paper_modalities((4, 8, 8), text=(5, 64)), CPU).products()
+    expected = flop_of(width=64, depth=4, batch=3, latent=8, text=5)
+    found = sum(product.flop for product in products)
+    assert found > expected if checkpointing else found == expected
+
+
+def test_products_are_run_with_their_shapes_and_layouts():
+    with torch.profiler.profile(record_shapes=True) as profile:
+        replay([Product(1, 3, 5, 7, a_transposed=True), Product(2, 3, 5, 7)], torch.float32, CPU)()
+    shapes = [event.input_shapes[:2] for event in profile.events() if event.name in ("aten::mm", "aten::bmm")]
+    assert [[3, 5], [5, 7]] in shapes and [[2, 3, 5], [2, 5, 7]] in shapes
+
+
+def test_training_compares_a_step_with_its_products(tmp_path):
+    file = tmp_path / "training.json"
+    result = run(training, file, "--width", "64", "--pixels", "16", "--batch", "2", "--rounds", "1", "--eager", "--no-memory")
+    shown, found = figures(result.stdout.splitlines()[-1], "training"), json.loads(file.read_text())
+    assert shown["peer"] == "matmul" and 0 < float(shown["ratio"])
+    assert found["details"]["flop"] == flop_of(width=64, depth=2, batch=2, latent=2, text=77)
+    assert found["details"]["phases"].keys() == {"forward", "backward", "optimizer"}
+
+
+def test_sides_take_turns_in_changing_order():
+    order: list[str] = []
+    seconds = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU)
+    assert order == list("abbaab") and all(len(values) == 3 for values in seconds.values())
