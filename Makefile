@@ -43,7 +43,7 @@ encoders: setup
 text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
-# One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour on 2 cores, resumable.
+# One small network, five distributions, against a known truth (docs/results/shapes.md): three quarters of an hour, resumable.
 shapes: setup
 	$(PY) -m examples.shapes
 
