@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -132,6 +132,15 @@ class Store:
     def modified(self, path: str) -> datetime:
         """When a file was written."""
         return self.fs.modified(self._full(path))
+
+    def walk(self, path: str) -> Iterator[tuple[str, int, datetime]]:
+        """Path, bytes and time of writing of every file below a folder; on an object store, one listing."""
+        for name, info in self.fs.find(self._full(path), detail=True).items():
+            moment = next(info[key] for key in ("mtime", "LastModified", "updated", "last_modified", "created") if key in info)
+            if not isinstance(moment, datetime):
+                moment = datetime.fromtimestamp(moment, UTC) if isinstance(moment, float) else datetime.fromisoformat(moment)
+            base = str(self.fs._strip_protocol(self._base))
+            yield name.removeprefix(base).lstrip("/"), info["size"], moment
 
     def write(self, path: str, data: bytes) -> None:
         """Write a small file atomically: after a crash it is there whole or not at all."""

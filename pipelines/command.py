@@ -144,6 +144,22 @@ def verify(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
     console.print(f"{found.manifest.node} {found.manifest.fingerprint}: {len(found.files)} files are as the manifest says")
 
 
+@app.command(epilog="Example: unidiffuser gc configs/demo.yaml --delete")
+def gc(
+    recipes: Annotated[list[Path], typer.Argument(help="Every recipe whose data is to be kept.", metavar="RECIPE...")],
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it; otherwise it is only listed.")] = False,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Datasets and units that no named recipe refers to, and nothing that it was made from."""
+    from infra.store import Store
+    from pipelines import garbage
+
+    found = garbage.gc(recipes, Store(store), delete, Console(stderr=True) if as_json else console)
+    if as_json:
+        print(json.dumps(found, indent=1))
+
+
 @app.command(epilog="Example: unidiffuser retry-failed download/3f9a2c")
 def retry_failed(
     dataset: DatasetArgument,

@@ -105,13 +105,18 @@ def unit_keys(stage: type[Stage], phase: Phase, job: Job, generation: int) -> Ca
     return lambda unit: digest_of_text(f"{shared},{canonical([unit.name, *unit.digests])[1:]}")
 
 
+def keyed_units(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> tuple[list[Unit], list[str]]:
+    """The units of a phase in the order of the plan, and their keys."""
+    units = list(phase.plan(job, earlier))
+    key_of = unit_keys(stage, phase, job, planned.generation)
+    return units, [unit.shared or key_of(unit) for unit in units]
+
+
 def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> list[UnitRecord]:
     """Do what is not done of one phase; returns the records in the order of the plan."""
-    units = list(phase.plan(job, earlier))
+    units, keys = keyed_units(stage, phase, job, planned, earlier)
     if not units:
         return []
-    key_of = unit_keys(stage, phase, job, planned.generation)
-    keys = [unit.shared or key_of(unit) for unit in units]
     found = job.units_done(keys)
     progress = Progress(job.node, phase.name, len(units), len(found))
     if phase.gang is not None:

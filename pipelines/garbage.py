@@ -1,0 +1,63 @@
+"""`unidiffuser gc`: what no named recipe refers to, shown and on request removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from infra.store import Store
+from stages.garbage import Garbage, collect, find_garbage
+from stages.recipe import load_recipe
+
+
+def gc(recipes: list[Path], store: Store, delete: bool, console: Console) -> dict[str, Any]:
+    """Show what goes, and remove it if asked to; returns what a script would read.
+
+    Raises:
+        RecipeError: a recipe is not as it must be.
+    """
+    garbage = find_garbage([load_recipe(path) for path in recipes], store)
+    if garbage.datasets or garbage.leftovers:
+        console.print(_table(garbage))
+    if garbage.strangers:
+        named = ", ".join(garbage.strangers)
+        console.print(f"not named, so what only they refer to goes as well: {named}", style="yellow", markup=False)
+    if garbage.young:
+        console.print(f"{garbage.young:,} units younger than a day, of no dataset yet, are left alone: a run may be making them")
+    if delete:
+        collect(garbage, store)
+    if not garbage.datasets and not garbage.leftovers:
+        console.print("nothing to remove")
+    elif delete:
+        console.print(f"removed {decimal(garbage.bytes)}")
+    else:
+        console.print(f"{decimal(garbage.bytes)} would be removed; --delete removes it")
+    return {
+        "deleted": delete,
+        "bytes": garbage.bytes,
+        "datasets": [
+            {"node": d.manifest.node, "stage": d.manifest.stage, "fingerprint": d.manifest.fingerprint, "bytes": size}
+            for d, size in garbage.datasets
+        ],
+        "units": [{"stage": left.stage, "units": len(left.folders), "bytes": left.bytes} for left in garbage.leftovers],
+        "left_alone": garbage.young,
+        "recipes_not_named": garbage.strangers,
+    }
+
+
+def _table(garbage: Garbage) -> Table:
+    table = Table()
+    for head in ("what", "made"):
+        table.add_column(head, no_wrap=True)
+    for head in ("units", "size"):
+        table.add_column(head, no_wrap=True, justify="right")
+    for dataset, size in garbage.datasets:
+        manifest = dataset.manifest
+        table.add_row(f"{manifest.node} {manifest.fingerprint}", manifest.created, "", decimal(size))
+    for left in garbage.leftovers:
+        table.add_row(f"{left.stage}: units of no dataset", "", f"{len(left.folders):,}", decimal(left.bytes))
+    return table
