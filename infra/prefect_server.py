@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import socket
 import sys
 import urllib.error
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
-from infra.processes import Server, free_port, recorded, running, spawn, stop, wait_until_ready
+from infra.processes import Server, ServerError, free_port, recorded, running, spawn, stop, wait_until_ready
 
 START_SECONDS = 300.0
 # How often a flow says that it is alive; the least that Prefect takes.
@@ -20,6 +23,42 @@ WORKER = f"unidiffuser on {socket.gethostname()}"
 def configured_api() -> str | None:
     """The Prefect API that the user named (PREFECT_API_URL), or None for the embedded server."""
     return os.environ.get("PREFECT_API_URL") or None
+
+
+def check_api(api: str) -> None:
+    """Ask a Prefect server of the user's own for its version, with the key that Prefect's client would send.
+
+    Raises:
+        ServerError: it does not answer, refuses the key, or is older than the client that is installed here.
+    """
+    headers = {}
+    if key := os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    elif pair := os.environ.get("PREFECT_API_AUTH_STRING"):
+        headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    request = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            theirs = str(json.loads(reply.read()))
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ServerError(
+                f"the Prefect server at {api} refuses the key; set PREFECT_API_KEY, or PREFECT_API_AUTH_STRING, to a valid one"
+            ) from None
+        # A hosted one does not tell its version.
+        return
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ServerError(f"no Prefect server answers at {api} ({reason}); start it, or unset PREFECT_API_URL") from None
+    ours = version("prefect")
+    if _minor(theirs) < _minor(ours):
+        raise ServerError(
+            f"the Prefect server at {api} is {theirs}, here it is {ours}; a server must not be older than its clients"
+        )
+
+
+def _minor(text: str) -> list[int]:
+    return [int(part) for part in text.split(".")[:2]]
 
 
 def prefect_environment(state: Path, address: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,18 @@ class RayJobs:
         except ServerError:
             return False
         return bool(nodes["data"]["summary"])
+
+    def check_version(self) -> None:
+        """Compare the cluster's Ray with the one installed here: its stages are written for that one.
+
+        Raises:
+            ServerError: Ray does not answer, refuses the token, or is of another minor version.
+        """
+        theirs, ours = str(self._call("GET", "/api/version")["ray_version"]), version("ray")
+        if theirs.split(".")[:2] != ours.split(".")[:2]:
+            raise ServerError(
+                f"Ray at {self.address} is {theirs}, here it is {ours}; install on the cluster what requirements.lock names"
+            )
 
     def statuses(self) -> dict[str, str]:
         """Submission id -> status of every job that the cluster knows."""

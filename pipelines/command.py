@@ -86,13 +86,21 @@ def demo(overrides: SetOption = None, jobs: JobsOption = 1, keep: KeepOption = F
 
 
 @app.command(epilog="Example: unidiffuser status configs/demo.yaml --json")
-def status(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False, store: StoreOption = "runs") -> None:
+def status(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again as it changes, until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
     """Nodes of a recipe with fingerprints, rows, state, and where they lie."""
     from infra.store import Store
-    from pipelines.inspection import funnel_table, status_rows, status_table
+    from pipelines.inspection import funnel_table, status_rows, status_table, watch_status
     from stages.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
+    if watch:
+        watch_status(checked, Store(store), console)
     rows = status_rows(checked, Store(store))
     if as_json:
         print(json.dumps(rows, indent=1))

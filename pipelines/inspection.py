@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import time
+from contextlib import nullcontext
 from typing import Any
 
 import pyarrow.parquet as pq
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
@@ -17,14 +20,18 @@ from infra.store import Store
 from pipelines.lineage import Branch
 from pipelines.run import plan_run
 from pipelines.terminal import PLAN_STYLES
-from stages.catalog import FOLDER_STAGES, SUBSET_STAGES
+from stages.catalog import FOLDER_STAGES, SUBSET_STAGES, stage_class
+from stages.graph import Planned
 from stages.recipe import Recipe
+from stages.runner import phase_states
 
 # How many rows and files `inspect` shows, how many characters of a cell, and how many cells of terminal a picture is wide.
 ROWS = 5
 FILES = 8
 CELL = 60
 PICTURE_WIDTH = 64
+# Seconds between two looks of `status --watch`.
+WATCH_EVERY = 2.0
 
 
 def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
@@ -40,6 +47,7 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
                 "fingerprint": planned.fingerprint,
                 "state": planned.state,
                 "reasons": planned.reasons,
+                "done": None if dataset else _done(planned, store),
                 "rows_in": manifest.stats.rows_in if manifest else None,
                 "rows_out": manifest.stats.rows_out if manifest else None,
                 "dropped": manifest.stats.dropped if manifest else None,
@@ -48,6 +56,14 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _done(planned: Planned, store: Store) -> dict[str, Any] | None:
+    """The phase that a node without dataset is in, and how many of its units are done; None when there is nothing yet."""
+    states = list(phase_states(planned, store, stage_class(planned.stage)))
+    if not any(state.done for state in states):
+        return None
+    return {"phase": states[-1].name, "units": states[-1].done, "of": states[-1].total}
 
 
 def status_table(rows: list[dict[str, Any]]) -> Table:
@@ -65,9 +81,27 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
             "" if row["rows_in"] is None else f"{row['rows_in']:,}",
             "" if row["rows_out"] is None else f"{row['rows_out']:,}",
             row["created"] or "",
-            escape(row["where"] or "; ".join(row["reasons"])),
+            escape(row["where"] or "; ".join([*_so_far(row), *row["reasons"]])),
         )
     return table
+
+
+def _so_far(row: dict[str, Any]) -> list[str]:
+    done = row["done"]
+    return [f"{done['phase']}: {done['units']:,} of {done['of']:,} units done"] if done else []
+
+
+def watch_status(recipe: Recipe, store: Store, console: Console) -> None:
+    """Show the status again and again until Ctrl-C; where there is no terminal, only when it has changed."""
+    before: list[dict[str, Any]] = []
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        while True:
+            rows = status_rows(recipe, store)
+            if rows != before:
+                shown = Group(status_table(rows), funnel_table(recipe, rows))
+                live.update(shown, refresh=True) if live is not None else console.print(shown)
+            before = rows
+            time.sleep(WATCH_EVERY)
 
 
 def funnel_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.processes import ServerError
 from infra.ray_jobs import TERMINAL, RayJobs
-from pipelines.run import Run, snapshot
+from pipelines.run import Run, pinned, snapshot
 from stages.graph import Planned
 
 Say = Callable[[int, str], None]
@@ -92,7 +92,10 @@ def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say) -> str:
         say(logging.INFO, f"re-attached to the job {prefix}{last}, which is still running")
         return f"{prefix}{last}"
     job = f"{prefix}{last + 1}"
-    command = [sys.executable, "-m", "stages", snapshot(run.recipe, run.store), planned.name, "--store", run.store.root]
+    # A cluster has a Python of its own, this machine's Ray takes the one that runs here.
+    python = sys.executable if run.servers.embedded_ray else "python"
+    command = [python, "-m", "stages", snapshot(run.recipe, run.store), planned.name, "--store", run.store.root]
+    command += ["--outside", pinned(run), "--expect", planned.fingerprint]
     ray.submit(job, shlex.join(command), job_environment())
     say(logging.INFO, f"submitted the Ray job {job}")
     return job

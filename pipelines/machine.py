@@ -13,7 +13,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from infra.prefect_server import WORKER, answers, configured_api, prefect_environment, start_worker
+from infra.prefect_server import WORKER, answers, check_api, configured_api, prefect_environment, start_worker
 from infra.processes import SERVERS, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
 from infra.ray_cluster import configured_ray
 from pipelines.servers import GRACE, KEPT, use_servers
@@ -140,10 +140,11 @@ def find_api(state: Path) -> str:
     """As `find_machine`, or the configured Prefect server.
 
     Raises:
-        ServerError: there is none.
+        ServerError: there is none, or the configured one cannot be used.
     """
     if (address := find_machine(state)) is not None:
         return address
     if (configured := configured_api()) is not None:
+        check_api(configured)
         return configured.rstrip("/").removesuffix("/api")
     raise ServerError("no Prefect server to deploy to; `unidiffuser up` starts one for this store, or set PREFECT_API_URL")

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 from infra.dataset import Dataset
 from infra.store import Store
 from pipelines.servers import Servers
-from stages.contract import digest_of
-from stages.graph import Planned, plan
+from stages.contract import digest_of, digest_of_text
+from stages.graph import Planned, outside_of, plan
 from stages.recipe import Recipe
 
 Result = Literal["reused", "made", "failed", "stopped", "not run"]
@@ -85,6 +85,15 @@ def snapshot(recipe: Recipe, store: Store) -> str:
     if not store.exists(path):
         store.write(path, document.encode())
     return store.url(path)
+
+
+def pinned(run: Run) -> str:
+    """What the run found outside the store when it was planned, as a file that its jobs read; returns its address."""
+    document = json.dumps(outside_of(run.planned), indent=1)
+    path = f".state/outside/{digest_of_text(document)}.json"
+    if not run.store.exists(path):
+        run.store.write(path, document.encode())
+    return run.store.url(path)
 
 
 def plan_run(recipe: Recipe, store: Store, force: Sequence[str] = ()) -> dict[str, Planned]:

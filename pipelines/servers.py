@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from infra.prefect_server import configured_api, prefect_environment, start_prefect, wait_for_prefect
+from infra.prefect_server import check_api, configured_api, prefect_environment, start_prefect, wait_for_prefect
 from infra.processes import SERVERS, Server, kill, locked, nobody_else, recorded, share, stop, strays
 from infra.ray_cluster import configured_ray, start_ray
 from infra.ray_jobs import RayJobs, user_token
@@ -45,8 +45,12 @@ class Servers:
         """The address of the Prefect UI, whose server may still be on its way; this process's client will talk to it.
 
         Must come before the first import of Prefect, which reads its settings then.
+
+        Raises:
+            ServerError: the configured server cannot be used.
         """
         if (address := configured_api()) is not None:
+            check_api(address)
             return address.rstrip("/").removesuffix("/api")
         self._prefect = start_prefect(self.state)
         os.environ.update(prefect_environment(self.state, self._prefect.address))
@@ -65,6 +69,9 @@ class Servers:
         """Bring Ray up in the background; not called when every node is a hit, as these need none.
 
         `tidy` is called once it answers, if this command alone uses it: it may find jobs there whose command was killed.
+
+        Raises:
+            ServerError: the configured cluster cannot be used.
         """
 
         def start() -> RayJobs:
@@ -76,6 +83,8 @@ class Servers:
 
         if self.embedded_ray:
             self._ray = self._threads.submit(start)
+        else:
+            self.ray().check_version()
 
     def ray(self) -> RayJobs:
         """The Jobs API of the cluster.

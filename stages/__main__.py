@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
+from importlib.metadata import version
+
+import fsspec
 
 from infra.dataset import Dataset, find, point
 from infra.store import Store, StoreError
 from stages.catalog import stage_class
 from stages.contract import StageError
-from stages.graph import Planned, plan
+from stages.graph import Outside, Planned, plan
 from stages.recipe import Recipe, RecipeError, load_recipe
 from stages.runner import describe_drops, run_stage
 
 log = logging.getLogger("stages")
 
 
-def run_node(recipe: Recipe, node: str, store: Store) -> Dataset:
+def run_node(recipe: Recipe, node: str, store: Store, outside: Outside | None = None, expected: str | None = None) -> Dataset:
     """Plan a recipe and run one node of it; Ray is started only when there is something to do.
+
+    Args:
+        outside: the files from outside the store that count; None looks for them now.
+        expected: the fingerprint that whoever asks for the node has planned.
 
     Raises:
         RecipeError, StageError, StoreError: with one line that says what to do.
     """
     if node not in recipe.nodes:
         raise RecipeError(f"{node}: the recipe {recipe.name} has no such node; it has {', '.join(recipe.nodes)}")
-    planned = plan(recipe, store)[node]
+    planned = plan(recipe, store, outside=outside)[node]
+    if expected is not None and planned.fingerprint != expected:
+        raise StageError(
+            f"{node}: planned as {expected}, but here its fingerprint is {planned.fingerprint}: this machine's unidiffuser "
+            f"({version('unidiffuser')}) or weights are not those of the command; install the same on both"
+        )
     dataset = find(store, planned.stage, planned.fingerprint)
     if dataset is None:
         connect_ray()
@@ -34,6 +47,11 @@ def run_node(recipe: Recipe, node: str, store: Store) -> Dataset:
     point(store, recipe.name, node, dataset.manifest.reference())
     report(planned, dataset)
     return dataset
+
+
+def read_outside(address: str) -> Outside:
+    with fsspec.open(address, "rt", encoding="utf-8") as file:
+        return json.load(file)
 
 
 def connect_ray() -> None:
@@ -66,11 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("node", help="node to make, such as laion-filter")
     parser.add_argument("--store", default=os.environ.get("UNIDIFFUSER_STORE", "runs"), help="folder or fsspec URL")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of the recipe")
+    parser.add_argument("--outside", metavar="FILE", help="files from outside that an earlier plan found; else looked for now")
+    parser.add_argument("--expect", metavar="FINGERPRINT", help="fail if the node would get another one here")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
     try:
-        run_node(load_recipe(options.recipe, options.set), options.node, Store(options.store))
+        outside = read_outside(options.outside) if options.outside else None
+        run_node(load_recipe(options.recipe, options.set), options.node, Store(options.store), outside, options.expect)
     except RecipeError as error:
         return _fail(error, 2, options.debug)
     except (StageError, StoreError, OSError) as error:

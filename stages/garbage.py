@@ -10,10 +10,9 @@ from datetime import UTC, datetime, timedelta
 from infra.dataset import Dataset, InputRef, all_datasets, find, pointed
 from infra.store import Store
 from stages.catalog import STAGES, stage_class
-from stages.contract import StageError, UnitRecord
 from stages.graph import Planned, plan
 from stages.recipe import Recipe
-from stages.runner import keyed_units, make_job
+from stages.runner import phase_states
 
 # Units that belong to no dataset are left alone for so long: a run may be making them.
 GRACE = timedelta(hours=24)
@@ -64,7 +63,8 @@ def find_garbage(recipes: Sequence[Recipe], store: Store, now: datetime | None =
     kept = _kept(planned, store)
     live = {entry.unit for dataset in kept.values() for entry in dataset.files}
     for node in planned:
-        live |= units_reused(node, store)
+        # The finished units that a run of it would reuse.
+        live |= {key for state in phase_states(node, store, stage_class(node.stage)) for key in state.keys}
     doomed = [dataset for dataset in all_datasets(store) if dataset.manifest.fingerprint not in kept]
     owners: dict[str, int] = {}
     for number, dataset in enumerate(doomed):
@@ -106,26 +106,6 @@ def collect(garbage: Garbage, store: Store) -> None:
         store.remove(f"nodes/announced/{dataset.manifest.stage}-{dataset.manifest.fingerprint}.json")
     for folder in [*garbage.folders, *(folder for leftover in garbage.leftovers for folder in leftover.folders)]:
         store.remove(folder)
-
-
-def units_reused(planned: Planned, store: Store) -> set[str]:
-    """Keys of the finished units that a run of a node would reuse, in as many phases as can be planned without working."""
-    try:
-        job = make_job(planned, store)
-    except StageError:
-        return set()
-    stage, live = stage_class(planned.stage), set[str]()
-    records: dict[str, list[UnitRecord]] = {}
-    for phase in stage.phases:
-        _, keys = keyed_units(stage, phase, job, planned, records)
-        found = job.units_done(keys)
-        live |= found.keys()
-        # Of a chain the last unit is the result; the ones before may have given way to it.
-        wanted = keys[-1:] if phase.gang is not None else keys
-        if any(key not in found for key in wanted):
-            break
-        records[phase.name] = [found[key] for key in wanted]
-    return live
 
 
 def _kept(planned: Iterable[Planned], store: Store) -> dict[str, Dataset]:

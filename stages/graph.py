@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,13 +46,25 @@ class Planned:
         return self.sources | {address: digest for found in self.lists.values() for address, digest in found.items()}
 
 
+# Files from outside by node: its sources, and its lists by the part they play, as address -> digest.
+Outside = Mapping[str, tuple[dict[str, str], dict[str, dict[str, str]]]]
+
+
 def plan(
-    recipe: Recipe, store: Store, force: frozenset[str] = frozenset(), retry: frozenset[str] = frozenset()
+    recipe: Recipe,
+    store: Store,
+    force: frozenset[str] = frozenset(),
+    retry: frozenset[str] = frozenset(),
+    outside: Outside | None = None,
 ) -> dict[str, Planned]:
     """Plan every node of a recipe; nothing runs and nothing is written, except that `force` and `retry` begin a new generation.
 
     A generation begun by `force` starts from nothing. One begun by `retry` has the generation before as its input ``parent``, and
     does again only what the stage says can end better.
+
+    Args:
+        outside: what an earlier plan found outside the store (`outside_of`), instead of looking again: files that have come since
+            are none of a run's business that began before.
 
     Raises:
         RecipeError: a file or a folder of weights that the recipe names does not exist.
@@ -60,8 +73,11 @@ def plan(
     for node in recipe.nodes.values():
         stage = stage_class(node.stage)
         try:
-            sources = resolve(stage.sources(node.config), store)
-            lists = {part: resolve(patterns, store) for part, patterns in stage.lists(node.config).items()}
+            if outside is not None:
+                sources, lists = outside[node.name]
+            else:
+                sources = resolve(stage.sources(node.config), store)
+                lists = {part: resolve(patterns, store) for part, patterns in stage.lists(node.config).items()}
         except FileNotFoundError as error:
             raise RecipeError(f"{node.name}: {error}: no such file; expected a path, glob or URL that exists") from None
         try:
@@ -93,6 +109,11 @@ def plan(
         )
         planned[node.name] = _with_state(draft, recipe, store, stage.version)
     return planned
+
+
+def outside_of(planned: Mapping[str, Planned]) -> dict[str, Any]:
+    """What a plan found outside the store, as JSON that `plan` takes back."""
+    return {name: [node.sources, node.lists] for name, node in planned.items()}
 
 
 def _by_content(sources: dict[str, str]) -> list[tuple[str, str]]:

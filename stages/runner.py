@@ -15,6 +15,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -110,6 +111,34 @@ def keyed_units(stage: type[Stage], phase: Phase, job: Job, planned: Planned, ea
     units = list(phase.plan(job, earlier))
     key_of = unit_keys(stage, phase, job, planned.generation)
     return units, [unit.shared or key_of(unit) for unit in units]
+
+
+@dataclass(frozen=True)
+class PhaseState:
+    """How far a phase of a node is: how many units it has, how many are done, and the keys of those that are there."""
+
+    name: str
+    total: int
+    done: int
+    keys: frozenset[str]
+
+
+def phase_states(planned: Planned, store: Store, stage: type[Stage]) -> Iterator[PhaseState]:
+    """What is finished of a node, phase by phase, up to the first that is not; nothing when an input is not committed yet."""
+    try:
+        job = make_job(planned, store)
+    except StageError:
+        return
+    records: dict[str, list[UnitRecord]] = {}
+    for phase in stage.phases:
+        _, keys = keyed_units(stage, phase, job, planned, records)
+        found = job.units_done(keys)
+        # Of a chain the last unit that is there counts: the ones before may have given way to it.
+        done = max((n for n, key in enumerate(keys, 1) if key in found), default=0) if phase.gang else len(found)
+        yield PhaseState(phase.name, len(keys), done, frozenset(found))
+        if done < len(keys):
+            return
+        records[phase.name] = [found[key] for key in (keys[-1:] if phase.gang else keys)]
 
 
 def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> list[UnitRecord]:

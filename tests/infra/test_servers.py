@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
+from infra.prefect_server import check_api
 from infra.processes import (
     ServerError,
     free_port,
@@ -128,6 +130,7 @@ class Stand:
     log = "first\nsecond line\nthird\nlast, without an end"
 
     def __init__(self) -> None:
+        self.version = "0.0.0"
         self.connections = 0
         self.address = ""
 
@@ -138,6 +141,8 @@ class Stand:
             return None
         ended = self.connections >= 2
         body = {
+            "/api/version": {"ray_version": self.version},
+            "/api/admin/version": self.version,
             "/api/jobs/one": {"status": "SUCCEEDED" if ended else "RUNNING"},
             "/api/jobs/one/logs": {"logs": self.log},
             "/api/jobs/": [{"submission_id": "one", "status": "RUNNING"}, {"submission_id": None, "status": "FAILED"}],
@@ -184,6 +189,31 @@ def test_a_refusal_is_one_line(token: str | None, path: str, said: str) -> None:
     with standing() as stand, pytest.raises(ServerError, match=said) as refusal:
         RayJobs(stand.address, token).status(path)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_cluster_with_another_ray_is_refused_and_one_with_another_patch_is_not() -> None:
+    with standing() as stand:
+        with pytest.raises(ServerError, match=r"is 0\.0\.0, here it is .*; install on the cluster what requirements.lock names"):
+            RayJobs(stand.address, "secret").check_version()
+        with pytest.raises(ServerError, match="refuses the token; set RAY_AUTH_TOKEN"):
+            RayJobs(stand.address, "expired").check_version()
+        stand.version = ".".join([*version("ray").split(".")[:2], "99"])
+        RayJobs(stand.address, "secret").check_version()
+
+
+def test_a_prefect_server_that_cannot_be_used_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_AUTH_STRING", raising=False)
+    with standing() as stand:
+        monkeypatch.setenv("PREFECT_API_KEY", "expired")
+        with pytest.raises(ServerError, match="refuses the key; set PREFECT_API_KEY"):
+            check_api(f"{stand.address}/api")
+        monkeypatch.setenv("PREFECT_API_KEY", "secret")
+        with pytest.raises(ServerError, match=r"is 0\.0\.0, here it is .*; a server must not be older than its clients"):
+            check_api(f"{stand.address}/api")
+        stand.version = "99.0.0"
+        check_api(f"{stand.address}/api")
+    with pytest.raises(ServerError, match=r"no Prefect server answers at .* \(.*refused\); start it, or unset PREFECT_API_URL"):
+        check_api(f"{stand.address}/api")
 
 
 def test_no_ray_at_all_is_one_line() -> None:

@@ -1,0 +1,40 @@
+"""A job keeps to what its run was planned with: files that come later are the next run's, another installation is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from infra.dataset import find
+from infra.store import Store
+from stages.__main__ import main
+from stages.graph import outside_of, plan
+from stages.recipe import load_recipe
+from tests.pipelines.conftest import ROWS, write_metadata
+
+
+def test_files_that_come_after_the_plan_are_the_next_runs(
+    tmp_path: Path, store: Store, in_process: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
+    write_metadata(tmp_path / "metadata" / "part-0.parquet")
+    (tmp_path / "blocked.txt").write_text("http://pictures.example/3.png\n")
+    recipe = tmp_path / "grows.yaml"
+    select = "{metadata: [metadata/*.parquet], deny: [blocked.txt], deny_by: url}"
+    recipe.write_text(f"name: grows\nsubsets:\n  a: {{select: {select}}}\n")
+    early = plan(load_recipe(recipe), store)
+    outside = tmp_path / "outside.json"
+    outside.write_text(json.dumps(outside_of(early)))
+    assert outside_of(plan(load_recipe(recipe), store, outside=json.loads(outside.read_text()))) == outside_of(early)
+
+    write_metadata(tmp_path / "metadata" / "part-1.parquet", first=ROWS)
+    fingerprint = early["a-select"].fingerprint
+    arguments = [str(recipe), "a-select", "--store", store.root, "--expect", fingerprint]
+    assert main(arguments) == 1
+    refusal = capsys.readouterr().out.strip()
+    assert f"planned as {fingerprint}, but here its fingerprint is" in refusal and "\n" not in refusal
+    assert main([*arguments, "--outside", str(outside)]) == 0
+    made = find(store, "select", fingerprint)
+    assert made is not None and made.manifest.stats.rows_in == ROWS
