@@ -5,13 +5,14 @@ from __future__ import annotations
 from prefect.events import emit_event
 
 from infra.dataset import Dataset
+from pipelines import openlineage
 from pipelines.run import Run
 
 COMMITTED = "unidiffuser.dataset.committed"
 
 
 def announce(run: Run, dataset: Dataset) -> None:
-    """Emit `unidiffuser.dataset.committed` once for a dataset, by whichever run sees it first.
+    """Emit `unidiffuser.dataset.committed`, and OpenLineage's events, once for a dataset, by whichever run sees it first.
 
     A run may be killed between the commit, which its job makes, and the event. So the store remembers what was announced:
     the next run makes up for it.
@@ -41,6 +42,7 @@ def announce(run: Run, dataset: Dataset) -> None:
             "where": run.store.url(dataset.folder),
         },
     )
+    openlineage.send(run, dataset)
     run.store.write_json(mark, {"recipe": run.recipe.name, "node": manifest.node})
 
 
