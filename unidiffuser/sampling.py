@@ -53,7 +53,7 @@ class Sampler:
         start = noise.draw()
         noise_of = self._noise_of(task, noise, condition, condition_t)
         drawn = {part.name: start[part.name] for part in self._parts(task.sample)}
-        return solve(noise_of, drawn, self.schedule, self.steps, self.sampler)
+        return solve(noise_of, drawn, self.schedule, self.steps, self.sampler, noise.draw)
 
     def encode(self, task: Task, noise: NoiseSource, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The starting noise from which ``draw`` without guidance makes the drawn parts of ``data`` again."""
@@ -64,7 +64,7 @@ class Sampler:
         self, task: Task, noise: NoiseSource, start: Mapping[str, Tensor], condition: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Like ``draw``, from a given starting noise."""
-        return solve(self._noise_of(task, noise, condition, 0), start, self.schedule, self.steps, self.sampler)
+        return solve(self._noise_of(task, noise, condition, 0), start, self.schedule, self.steps, self.sampler, noise.draw)
 
     def chain(self, names: Sequence[str], noise: NoiseSource, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tasks one after the other, each given what the one before drew; the parts of all of them."""

@@ -23,6 +23,9 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "dpm++3m": (DPMSolverMultistepScheduler, {"solver_order": 3}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
     "ddim": (DPMSolverMultistepScheduler, {"solver_order": 1}),
+    # The same process with fresh noise at every step. It forgets the network's early errors, where the others carry them to the
+    # end as something between two things, and wants more steps.
+    "dpm++2m-sde": (DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
 }
 
 NoiseOf = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
@@ -41,13 +44,21 @@ def scheduler_settings(schedule: NoiseSchedule) -> dict[str, Any]:
     }
 
 
-def solve(noise_of: NoiseOf, start: Mapping[str, Tensor], schedule: NoiseSchedule, steps: int, sampler: str) -> dict[str, Tensor]:
+def solve(
+    noise_of: NoiseOf,
+    start: Mapping[str, Tensor],
+    schedule: NoiseSchedule,
+    steps: int,
+    sampler: str,
+    fresh: Callable[[], Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
     """Samples (B, *shape) by part from noise ``start`` at T.
 
     Args:
         noise_of: predicted noise of the parts, given the parts and a timestep in 1 .. T.
         steps: calls of ``noise_of``.
         sampler: a name in ``SAMPLERS``.
+        fresh: gives standard normal noise of all parts; asked once a step by a sampler that adds noise, and by no other.
 
     Raises:
         ValueError: there is no such sampler, or ``steps`` is not in 1 .. T - 1.
@@ -55,7 +66,8 @@ def solve(noise_of: NoiseOf, start: Mapping[str, Tensor], schedule: NoiseSchedul
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler named {sampler!r}; there are {', '.join(SAMPLERS)}")
     scheduler_class, settings = SAMPLERS[sampler]
-    return _run(scheduler_class(**scheduler_settings(schedule), **settings), noise_of, start, schedule, steps)
+    scheduler = scheduler_class(**scheduler_settings(schedule), **settings)
+    return _run(scheduler, noise_of, start, schedule, steps, fresh if sampler.endswith("-sde") else None)
 
 
 def invert(noise_of: NoiseOf, data: Mapping[str, Tensor], schedule: NoiseSchedule, steps: int) -> dict[str, Tensor]:
@@ -66,7 +78,12 @@ def invert(noise_of: NoiseOf, data: Mapping[str, Tensor], schedule: NoiseSchedul
 
 
 def _run(
-    scheduler: Any, noise_of: NoiseOf, start: Mapping[str, Tensor], schedule: NoiseSchedule, steps: int
+    scheduler: Any,
+    noise_of: NoiseOf,
+    start: Mapping[str, Tensor],
+    schedule: NoiseSchedule,
+    steps: int,
+    fresh: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     if not 1 <= steps < schedule.steps:
         raise ValueError(f"steps must be in 1 .. {schedule.steps - 1}, not {steps}")
@@ -79,9 +96,12 @@ def _run(
         return {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
 
     # The solvers work element by element, so all drawn parts go through one scheduler as one long vector a sample.
-    state = torch.cat([start[name].float().flatten(1) for name in names], dim=1)
+    def joined(parts: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([parts[name].float().flatten(1) for name in names], dim=1)
+
+    state = joined(start)
     for index in scheduler.timesteps.tolist():
-        noise = noise_of(split(state), index + 1)
-        flat = torch.cat([noise[name].flatten(1) for name in names], dim=1)
-        state = scheduler.step(flat, index, state, return_dict=False)[0]
+        noise = joined(noise_of(split(state), index + 1))
+        added = {"variance_noise": joined(fresh())} if fresh is not None else {}
+        state = scheduler.step(noise, index, state, return_dict=False, **added)[0]
     return split(state)

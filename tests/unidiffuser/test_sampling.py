@@ -68,8 +68,11 @@ def test_every_task_and_sampler_draws_the_true_distribution(world, sampler, task
     else:
         index = world.index(*{"i": ["image"], "t": ["text"], "joint": ["image", "text"]}[task])
         mean, covariance = world.mean[index], world.covariance[index][:, index]
-    steps = 300 if sampler == "ddim" else 100
+    steps = 300 if sampler in ("ddim", "dpm++2m-sde") else 100
     out = world.flat(sample(world, task, IMAGE_AND_TEXT, COUNT, steps, 0.0, SEEDS, sampler, condition))
+    if sampler == "dpm++2m-sde":
+        check(out, mean, covariance, slack=0.04)  # with fresh noise at every step the wrong start is soon forgotten
+        return
     check(out, *reached(mean, covariance))
     check(out, mean, covariance, slack=0.1)  # the truth itself, with room for the wrong start
 
