@@ -80,6 +80,17 @@ def prefect_environment(state: Path, address: str) -> dict[str, str]:
     }
 
 
+# A transaction of SQLite that reads first and then writes fails at once when another one has written in between, and the server
+# answers 503. Prefect's own client asks again; its UI says "Unknown error". One that asks to write from the start waits instead.
+_PREFECT = """
+import runpy
+from prefect.server.database.configurations import AioSqliteConfiguration as SQLite
+begin = SQLite.begin_transaction
+SQLite.begin_transaction = lambda self, session, with_for_update=False: begin(self, session, with_for_update=True)
+runpy.run_module("prefect", run_name="__main__")
+"""
+
+
 def start_prefect(state: Path) -> Server:
     """The embedded server: the one that survived an earlier command if it answers, else a new one on a free port.
 
@@ -94,7 +105,7 @@ def start_prefect(state: Path) -> Server:
     address = f"http://127.0.0.1:{port}"
     # Blocks are a feature that nothing here uses; registering them costs a second of every start.
     environment = {**os.environ, **prefect_environment(state, address), "PREFECT_API_BLOCKS_REGISTER_ON_START": "false"}
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-c", _PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     return spawn("prefect", command, environment, state, address=address)
 
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 
 from infra.dataset import Dataset, FileEntry, Manifest
-from pipelines.lineage import artifact_link, mermaid
+from pipelines.lineage import artifact_link, maker, mermaid
 from pipelines.run import Outcome, Run
 from pipelines.scores import scores_section
 from stages.graph import Planned
@@ -38,6 +38,7 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome) -> str:
                 ("where", f"`{run.store.url(outcome.dataset.folder)}`"),
             ],
         ),
+        *_changes(planned, outcome),
         "## Inputs",
         _inputs(run, planned),
         "## Dropped",
@@ -85,13 +86,22 @@ def _code(manifest: Manifest) -> str:
     return f"stage version {code['stage_version']}, package {code['package']}, commit {code.get('git') or 'unknown'}"
 
 
+def _changes(planned: Planned, outcome: Outcome) -> list[str]:
+    """What made this version another one than the version before."""
+    if outcome.result != "made" or planned.state != "stale":
+        return []
+    return ["## Since the version before", "\n".join(f"- `{reason}`" for reason in planned.reasons)]
+
+
 def _inputs(run: Run, planned: Planned) -> str:
     # A parent is an earlier dataset of the node itself.
     nodes = {name: planned.input_nodes.get(name, planned.name) for name in planned.inputs}
-    lines = [
-        f"- {name}: [{nodes[name]}]({artifact_link(run.recipe.name, nodes[name])}) `{reference.stage}/{reference.fingerprint}`"
-        for name, reference in planned.inputs.items()
-    ]
+    lines = []
+    for name, reference in planned.inputs.items():
+        page = f"[{nodes[name]}]({artifact_link(run.recipe.name, nodes[name])})"
+        made = maker(run.store, reference)
+        by = f", made by [this run](/v2/runs/flow-run/{made})" if made else ""
+        lines.append(f"- {name}: {page} `{reference.stage}/{reference.fingerprint}`{by}")
     outside = {**planned.sources, **planned.weights}
     lines += [f"- `{name}` `{digest[:24]}`" for name, digest in list(outside.items())[:50]]
     if len(outside) > 50:

@@ -6,6 +6,7 @@ from prefect.events import emit_event
 
 from infra.dataset import Dataset
 from pipelines import openlineage
+from pipelines.lineage import announcement
 from pipelines.run import Run
 
 COMMITTED = "unidiffuser.dataset.committed"
@@ -22,7 +23,7 @@ def announce(run: Run, dataset: Dataset) -> None:
         >>> DeploymentEventTrigger(expect={COMMITTED}, match=labels("demo", "little-encode"))    # doctest: +SKIP
     """
     manifest = dataset.manifest
-    mark = f"nodes/announced/{manifest.stage}-{manifest.fingerprint}.json"
+    mark = announcement(manifest.reference())
     if run.store.exists(mark):
         return
     emit_event(
@@ -43,7 +44,7 @@ def announce(run: Run, dataset: Dataset) -> None:
         },
     )
     openlineage.send(run, dataset)
-    run.store.write_json(mark, {"recipe": run.recipe.name, "node": manifest.node})
+    run.store.write_json(mark, {"recipe": run.recipe.name, "node": manifest.node, "flow_run": run.flow_run})
 
 
 def labels(recipe: str, node: str) -> dict[str, str]:

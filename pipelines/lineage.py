@@ -103,3 +103,14 @@ def artifact_key(recipe: str, node: str) -> str:
 def artifact_link(recipe: str, node: str) -> str:
     """Where the UI shows that history; without a host, since the server's port changes from command to command."""
     return f"/v2/artifacts/key/{artifact_key(recipe, node)}"
+
+
+def announcement(reference: InputRef) -> str:
+    """The store's note that a dataset was announced, and by which flow run."""
+    return f"nodes/announced/{reference.stage}-{reference.fingerprint}.json"
+
+
+def maker(store: Store, reference: InputRef) -> str | None:
+    """The flow run that announced a dataset: the one that made it, or the first to see it after that one was killed."""
+    found = store.read_json(announcement(reference))
+    return found.get("flow_run") if found else None

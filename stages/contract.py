@@ -218,6 +218,8 @@ class Stage:
         whole: names of inputs whose fingerprint decides every unit (a text codec, a checkpoint); the units of the other
             inputs are decided by their own files.
         may_be_empty: whether zero rows out is a result rather than a failure.
+        can_heal: whether another try at the same units may end better (the network was down): if no row is left, the units are
+            not kept.
     """
 
     name: ClassVar[str]
@@ -226,6 +228,7 @@ class Stage:
     phases: ClassVar[tuple[Phase, ...]]
     whole: ClassVar[frozenset[str]] = frozenset()
     may_be_empty: ClassVar[bool] = False
+    can_heal: ClassVar[bool] = False
 
     @classmethod
     def sources(cls, config: Any) -> list[str]:

@@ -21,7 +21,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
-from infra.dataset import Dataset, InputRef, Manifest, Stats, commit, find
+from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
 from infra.store import Store
 from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, canonical, digest_of_text, result_fields
 from stages.graph import Planned
@@ -51,7 +51,11 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
     stats = add_up(stage, records)
     last = records[stage.phases[-1].name]
     if not stats.rows_out and not stage.may_be_empty:
-        raise StageError(f"{planned.name}: no row is left of {stats.rows_in}: {describe_drops(stats)}; loosen the conditions")
+        advice = "loosen the conditions"
+        if stage.can_heal:
+            _forget(last, job)
+            advice = "run again, which tries all of them again, when what stood in the way is mended"
+        raise StageError(f"{planned.name}: no row is left of {stats.rows_in}: {describe_drops(stats)}; {advice}")
     return commit(
         store,
         Manifest(
@@ -71,6 +75,14 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
             files=[entry for record in last for entry in record.files],
         ),
     )
+
+
+def _forget(records: list[UnitRecord], job: Job) -> None:
+    """Undo units, so that the next run does them again; not those of committed datasets, whose files must stay as they are."""
+    held = {entry.unit for dataset in all_datasets(job.store) for entry in dataset.files}
+    for record in records:
+        if record.key not in held:
+            job.store.remove(f"{job.unit_folder(record.key)}/unit.json")
 
 
 def make_job(planned: Planned, store: Store) -> Job:

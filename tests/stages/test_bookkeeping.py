@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from infra.store import Store, StoreError
-from stages.contract import digest_of
+from stages.contract import StageError, digest_of
 from stages.runner import make_job, run_stage, unit_keys
-from tests.stages.toy import Squares, planned
+from tests.stages.toy import Keep, Squares, planned
 
 MANY = 60
 
@@ -57,3 +58,35 @@ def test_records_on_an_object_store_are_asked_for_together(monkeypatch):
     found = list(store.read_many([f"units/{number}.json" for number in range(10)]))
     assert found == [b"0", b"1", None, None, None, b"5", None, None, None, b"9"]
     assert list(store.read_many([])) == []
+
+
+@pytest.mark.parametrize("can_heal", [False, True])
+def test_units_of_an_empty_result_are_tried_again_where_that_can_help(store, in_process, monkeypatch, can_heal):
+    class Moody(Squares):
+        """The second phase drops all as long as the mood is bad, which no key knows of."""
+
+    done: list[str] = []
+
+    class Keeping(Keep):
+        def run(self, unit, out):
+            done.append(unit.name)
+            super().run(unit if mood else replace(unit, payload={"square": 10**6}), out)
+
+    square, keep = Squares.phases
+    Moody.can_heal, Moody.phases = can_heal, (square, replace(keep, worker=Keeping))
+    mood = False
+    with pytest.raises(StageError, match="run again, which tries all of them again" if can_heal else "loosen the conditions"):
+        run_stage(planned(Moody), store, Moody)
+    mood = True
+    if not can_heal:
+        with pytest.raises(StageError, match="no row is left of 3: 3 over_limit"):
+            run_stage(planned(Moody), store, Moody)
+        assert done == ["n1", "n2", "n3"]
+        return
+    assert run_stage(planned(Moody), store, Moody).manifest.stats.rows_out == 3
+    assert done == ["n1", "n2", "n3"] * 2
+
+    # Units that a committed dataset holds are not touched.
+    mood = False
+    assert run_stage(planned(Moody, "e" * 24), store, Moody).manifest.stats.rows_out == 3
+    assert done == ["n1", "n2", "n3"] * 2

@@ -1,0 +1,238 @@
+"""What a person does in the Prefect UI, in a real browser on a real server: start, watch, follow the lineage, retry, cancel.
+
+Set SCREENSHOTS to a folder to renew the pictures of the documentation there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.little_web.build import build
+from examples.little_web.server import LittleWeb
+from infra.dataset import Dataset, find
+from infra.processes import free_port, recorded
+from infra.ray_jobs import RayJobs
+from infra.store import Store
+from stages.graph import plan
+from stages.recipe import load_recipe
+from tests.pipelines.conftest import start, survivors
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+RECIPE = """
+name: pictures
+description: Pictures of a little web that are worth keeping.
+subsets:
+  little:
+    select: {metadata: [web/metadata/*.parquet], min_side: 128}
+    download: {timeout: 2, retries: 0}
+"""
+PATIENCE = 90_000  # milliseconds
+
+
+@dataclass
+class World:
+    """The servers of one store, a recipe on them, and the web that it downloads from, which is down at first."""
+
+    recipe: Path
+    store: Store
+    address: str
+    hosts: str
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.address}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read() or b"null")
+
+    def dataset(self, node: str, *overrides: str) -> Dataset | None:
+        planned = plan(load_recipe(self.recipe, [self.hosts, *overrides]), self.store)[node]
+        return find(self.store, planned.stage, planned.fingerprint)
+
+    def end(self, run: str, attempt: int = 1) -> str:
+        """The state in which an attempt at a run ends."""
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline:
+            states = self.api("GET", f"flow_run_states/?flow_run_id={run}")
+            names = [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
+            if len(ends := [name for name in names if name in ("Completed", "Failed", "Cancelled", "Crashed")]) >= attempt:
+                return ends[attempt - 1]
+            time.sleep(0.5)
+        raise AssertionError(f"the run does not end: {names}")
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, Callable[[], None]]]:
+    """The folder of a recipe beside a web, the port of that web, and what brings it up."""
+    folder, port = tmp_path_factory.mktemp("browser"), free_port()
+    build(folder / "web", rows=60, seed=0)
+    with ExitStack() as served:
+        yield folder, port, lambda: (served.enter_context(LittleWeb(folder / "web", port)), None)[1]
+
+
+@pytest.fixture(scope="module")
+def world(web: tuple[Path, int, Callable[[], None]]) -> Iterator[World]:
+    folder, port, _ = web
+    recipe, store = folder / "pictures.yaml", folder / "store"
+    recipe.write_text(RECIPE)
+    hosts = f"subsets.little.download.hosts={{little-web.example: '127.0.0.1:{port}'}}"
+    try:
+        for command in (["up"], ["deploy", recipe, "--set", hosts]):
+            code, printed = start(*command, "--store", store).finish()
+            assert code == 0, printed
+        server = recorded("prefect", store / ".state")
+        assert server is not None
+        yield World(recipe, Store(str(store)), server.address, hosts)
+    finally:
+        start("down", "--store", store).finish()
+        for process in survivors(store):
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def page(world: World) -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(PATIENCE)
+        yield page
+        browser.close()
+
+
+def picture(page: Any, name: str) -> None:
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(2000)
+        page.screenshot(path=Path(folder, f"{name}.png"))
+
+
+def run_of(page: Any) -> str:
+    page.wait_for_url(re.compile("/runs/flow-run/"))
+    return page.url.split("/flow-run/")[1].split("?")[0]
+
+
+def start_by_form(page: Any, world: World, fill: Callable[[], None]) -> str:
+    """Start the recipe's deployment through its form, with what `fill` puts there; returns the run, whose page is then open."""
+    page.goto(f"{world.address}/v2/deployments")
+    page.get_by_role("link", name="pictures", exact=True).click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Custom run").click()
+    page.get_by_text("Min Side (Optional)").wait_for()
+    fill()
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("link", name="View run").click()
+    return run_of(page)
+
+
+def choose(page: Any, entry: str, confirmation: str) -> None:
+    """An entry of the menu of a run's page, and the button of the question that follows."""
+    page.get_by_role("button", name="Open menu").click()
+    page.get_by_role("menuitem", name=entry).click()
+    page.get_by_role("button", name=confirmation, exact=True).click()
+
+
+@pytest.fixture(scope="module")
+def failed(page: Any, world: World) -> str:
+    """A run that was started through the form with one field changed, and failed since the web is down."""
+
+    def fill() -> None:
+        picture(page, "prefect-form")
+        # The first number of the form that has the recipe's value.
+        field = next(field for field in page.locator("input[type=number]").all() if field.input_value() == "128")
+        field.fill("200")
+
+    run = start_by_form(page, world, fill)
+    assert world.end(run) == "Failed"
+    page.get_by_text("Failed", exact=True).first.wait_for()
+    return run
+
+
+CHANGED = "subsets.little.select.min_side=200"
+
+
+def test_a_changed_field_of_the_form_changes_that_nodes_dataset_and_a_failure_says_why(
+    page: Any, world: World, failed: str
+) -> None:
+    made = world.dataset("little-select", CHANGED)
+    assert made is not None and world.dataset("little-select") is None and world.dataset("little-download", CHANGED) is None
+    assert "no row is left of" in world.api("GET", f"flow_runs/{failed}")["state"]["message"]
+    page.get_by_role("tab", name="Details").click()
+    page.get_by_text(re.compile("no row is left of .* run again")).first.wait_for()
+    page.get_by_role("tab", name="Task Runs").click()
+    for node in ("little-select", "little-download"):
+        page.get_by_role("link", name=node).first.wait_for()
+
+
+def test_retry_does_only_what_failed(page: Any, world: World, failed: str, web: tuple[Path, int, Callable[[], None]]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in Path(world.store.root, "select", "units").rglob("unit.json")}
+    web[2]()
+    page.goto(f"{world.address}/v2/runs/flow-run/{failed}")
+    choose(page, "Retry", "Retry")
+    assert world.end(failed, attempt=2) == "Completed", world.api("GET", f"flow_runs/{failed}")["state"]
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    assert world.dataset("little-download", CHANGED) is not None
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "what was finished was done again"
+    picture(page, "prefect-run")
+
+
+def test_a_datasets_page_says_what_it_is_and_leads_to_the_run_that_made_its_input(page: Any, world: World, failed: str) -> None:
+    made, source = world.dataset("little-download", CHANGED), world.dataset("little-select", CHANGED)
+    assert made is not None and source is not None
+    page.goto(f"{world.address}/v2/runs/flow-run/{failed}")
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_role("link", name=re.compile(f"download {made.manifest.fingerprint}")).first.click()
+    main = page.locator("main")
+    main.get_by_text(f"download/{made.manifest.fingerprint}").first.wait_for()
+    for text in (f"select/{source.manifest.fingerprint}", f"{made.manifest.stats.rows_in}", *made.manifest.stats.dropped):
+        main.get_by_text(text).first.wait_for()
+    picture(page, "prefect-dataset")
+    main.get_by_role("link", name="little-select").click()
+    page.wait_for_url(re.compile("/artifacts/key/pictures-little-select"))
+    main.get_by_text(source.manifest.fingerprint).first.wait_for()
+    page.go_back()
+    main.get_by_role("link", name="this run").click()
+    assert run_of(page) == failed
+
+
+def test_the_runs_page_shows_the_graph_of_its_datasets(page: Any, world: World, failed: str) -> None:
+    (artifact,) = world.api(
+        "POST",
+        "artifacts/filter",
+        {"artifacts": {"flow_run_id": {"any_": [failed]}, "key": {"any_": ["pictures-lineage"]}}, "limit": 1},
+    )
+    page.goto(f"{world.address}/v2/artifacts/artifact/{artifact['id']}")
+    page.locator("main svg").get_by_text("little-download").first.wait_for()
+    picture(page, "prefect-lineage")
+
+
+def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str) -> None:
+    def fill() -> None:
+        next(field for field in page.locator("input[type=number]").all() if field.input_value() == "128").fill("300")
+
+    run = start_by_form(page, world, fill)
+    planned = plan(load_recipe(world.recipe, [world.hosts, "subsets.little.select.min_side=300"]), world.store)["little-select"]
+    ray = recorded("ray", Path(world.store.root, ".state"))
+    assert ray is not None
+    jobs, job = RayJobs(ray.address, ray.token), f"little-select-{planned.fingerprint}-1"
+    deadline = time.monotonic() + 120
+    while jobs.statuses().get(job) != "RUNNING":
+        assert time.monotonic() < deadline, "the job never ran"
+        time.sleep(0.2)
+    choose(page, "Cancel", "Cancel Flow Run")
+    assert world.end(run) == "Cancelled"
+    page.get_by_text("Cancelled", exact=True).first.wait_for()
+    assert jobs.statuses()[job] == "STOPPED"
