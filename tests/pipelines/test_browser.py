@@ -114,10 +114,11 @@ def page(world: World) -> Iterator[Any]:
         browser.close()
 
 
-def picture(page: Any, name: str) -> None:
+def picture(page: Any, name: str, height: int = 1000) -> None:
+    """Renew a picture of the documentation, if asked to; `height` leaves out what is below."""
     if folder := os.environ.get("SCREENSHOTS"):
         page.wait_for_timeout(2000)
-        page.screenshot(path=Path(folder, f"{name}.png"))
+        page.screenshot(path=Path(folder, f"{name}.png"), clip={"x": 0, "y": 0, "width": 1400, "height": height})
 
 
 def run_of(page: Any) -> str:
@@ -150,7 +151,7 @@ def failed(page: Any, world: World) -> str:
     """A run that was started through the form with one field changed, and failed since the web is down."""
 
     def fill() -> None:
-        picture(page, "prefect-form")
+        picture(page, "prefect-form", height=720)
         # The first number of the form that has the recipe's value.
         field = next(field for field in page.locator("input[type=number]").all() if field.input_value() == "128")
         field.fill("200")
@@ -186,7 +187,6 @@ def test_retry_does_only_what_failed(page: Any, world: World, failed: str, web: 
     page.get_by_text("Completed", exact=True).first.wait_for()
     assert world.dataset("little-download", CHANGED) is not None
     assert before == {path: path.stat().st_mtime_ns for path in before}, "what was finished was done again"
-    picture(page, "prefect-run")
 
 
 def test_a_datasets_page_says_what_it_is_and_leads_to_the_run_that_made_its_input(page: Any, world: World, failed: str) -> None:
@@ -202,7 +202,6 @@ def test_a_datasets_page_says_what_it_is_and_leads_to_the_run_that_made_its_inpu
     main.get_by_text(f"download/{made.manifest.fingerprint}").first.wait_for()
     for text in (f"select/{source.manifest.fingerprint}", f"{made.manifest.stats.rows_in}", *made.manifest.stats.dropped):
         main.get_by_text(text).first.wait_for()
-    picture(page, "prefect-dataset")
     main.get_by_role("link", name="little-select").click()
     page.wait_for_url(re.compile("/artifacts/key/pictures-little-select"))
     main.get_by_text(source.manifest.fingerprint).first.wait_for()
@@ -215,7 +214,6 @@ def test_the_runs_page_shows_the_graph_of_its_datasets(page: Any, world: World, 
     page.goto(f"{world.address}/v2/artifacts/key/pictures-lineage")
     page.locator("main a[href*='/artifacts/artifact/']").first.click()
     page.locator("main svg").get_by_text("little-download").first.wait_for()
-    picture(page, "prefect-lineage")
 
 
 def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str) -> None:
