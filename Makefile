@@ -43,7 +43,7 @@ encoders: setup
 text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
-# One small network, five distributions, against a known truth (docs/results/shapes.md): three quarters of an hour, resumable.
+# One small network, five distributions, against a known truth (docs/results/shapes.md): an hour on a core, resumable.
 shapes: setup
 	$(PY) -m examples.shapes
 

@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from examples.encoders.progress import train
 from examples.shapes.history import History
 from examples.shapes.pictures import (
-    OWN_JITTER,
     PALETTE,
     RADIUS,
     RADIUS_JITTER,
     SHADE_JITTER,
     SIDE,
-    SPACING,
     blank,
     paint,
     render,
@@ -34,6 +32,7 @@ WIDTH = 96
 STEPS = 1500
 BATCH = 16
 PRESENT = 0.6
+CROWD_SPACING = 20.0
 PEAK_LEARNING_RATE = 4e-3
 POSTERIOR_DEVIATION = 0.15
 SQUARE_WEIGHT = 5e-4
@@ -96,14 +95,14 @@ class Autoencoder(nn.Module):
 def crowded_pictures(seed: int, count: int) -> np.ndarray:
     """Pictures (count, 64, 64, 3), uint8, of up to nine forms, each of any kind and colour.
 
-    There is more to learn from them than from scenes of one to three, and nothing of the world's distribution.
+    There is more to learn from them than from scenes of one or two, and nothing of the world's distribution.
     """
     rng = np.random.default_rng(seed)
     pictures = np.stack([blank(jitter) for jitter in rng.uniform(-1, 1, count)])
     for picture in pictures:
-        shift = rng.uniform(-SPACING / 3, SPACING / 3, 2)
+        shift = rng.uniform(-CROWD_SPACING / 3, CROWD_SPACING / 3, 2)
         for row, column in np.argwhere(rng.random((3, 3)) < PRESENT):
-            place = SIDE / 2 + SPACING * np.array((column - 1, row - 1)) + shift + rng.uniform(-OWN_JITTER, OWN_JITTER, 2)
+            place = SIDE / 2 + CROWD_SPACING * np.array((column - 1, row - 1)) + shift
             shade = np.array(PALETTE[COLOURS[rng.integers(len(COLOURS))]]) + SHADE_JITTER * rng.uniform(-1, 1, 3)
             radius = RADIUS * (1 + RADIUS_JITTER * rng.uniform(-1, 1))
             paint(picture, FORMS[rng.integers(len(FORMS))], place, radius, shade)

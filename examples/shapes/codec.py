@@ -1,7 +1,7 @@
 """What the network sees: the declared modalities, and the caption codec, which needs no training.
 
 A picture is a latent of `autoencoder.Autoencoder`, (8, 8, 8), in patches of 2: 16 tokens. A caption is 7 words, each a scaled
-unit vector, less the mean of all captions: (7, 26).
+unit vector, less the mean of all captions: (7, 21).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from examples.shapes.autoencoder import CHANNELS, GRID
 from examples.shapes.world import PHRASINGS, all_captions, joint
 from unidiffuser.modalities import Modality, Part
 
-WORD_SCALE = 4.0
+WORD_SCALE = 2.5
 PAD = ""
 WORDS = (PAD, *sorted({word for text, _ in all_captions() for word in text.split()}))
 LENGTH = max(len(text.split()) for text, _ in all_captions())
@@ -27,7 +27,7 @@ MODALITIES = (
 
 
 def _unit_vectors(captions: list[str]) -> Tensor:
-    """(n, 7, 26); what is left of the length is padding."""
+    """(n, 7, 21); what is left of the length is padding."""
     padded = [[*text.split(), *[PAD] * (LENGTH - len(text.split()))] for text in captions]
     return F.one_hot(torch.tensor([[NUMBER_OF_WORD[word] for word in row] for row in padded]), len(WORDS)).float()
 
@@ -41,11 +41,11 @@ _MEAN = torch.einsum(
 
 
 def encode_captions(captions: list[str]) -> Tensor:
-    """Latents (n, 7, 26) of captions of the grammar."""
+    """Latents (n, 7, 21) of captions of the grammar."""
     return WORD_SCALE * (_unit_vectors(captions) - _MEAN)
 
 
 def decode_captions(latents: Tensor) -> list[str]:
-    """The nearest words of latents (n, 7, 26); padding before another word leaves a double space, which no caption has."""
+    """The nearest words of latents (n, 7, 21); padding before another word leaves a double space, which no caption has."""
     nearest = (latents / WORD_SCALE + _MEAN).argmax(-1)
     return [" ".join(WORDS[number] for number in row).rstrip() for row in nearest.tolist()]

@@ -8,28 +8,27 @@ from functools import cache
 import cv2
 import numpy as np
 
-from examples.shapes.world import FORMS, Scene
+from examples.shapes.world import COUNTS, FORMS, Scene
 
 SIDE = 64
 PAPER = np.array((247, 244, 238), dtype=np.float64)
 PALETTE = {
     "red": (217, 62, 54),
-    "yellow": (240, 186, 38),
-    "green": (56, 158, 92),
+    "yellow": (244, 204, 40),
+    "green": (40, 160, 60),
     "blue": (46, 112, 210),
-    "purple": (138, 78, 188),
 }
-ANCHORS = {"left": (13.5, 32.0), "right": (50.5, 32.0), "top": (32.0, 13.5), "bottom": (32.0, 50.5), "middle": (32.0, 32.0)}
-RADIUS = 7.5
-SPACING = 19.0
+ANCHORS = {"left": (14.0, 32.0), "right": (50.0, 32.0), "top": (32.0, 14.0), "bottom": (32.0, 50.0)}
+RADIUS = 9.0
+SPACING = 24.0
 
 # Of the jitter, largest values: relative for the radius, pixels for the places, levels for the colours.
-RADIUS_JITTER, GROUP_JITTER, OWN_JITTER, SHADE_JITTER, PAPER_JITTER = 0.08, 2.5, 0.5, 12.0, 5.0
+RADIUS_JITTER, PLACE_JITTER, SHADE_JITTER, PAPER_JITTER = 0.05, 1.5, 8.0, 3.0
 
-INK_DISTANCE = 100.0  # from the paper, in levels: half of the palest colour's
+INK_DISTANCE = 100.0  # from the paper, in levels: half of the palest colour's distance
 SPECK_AREA, LEAST_AREA = 8, 36
-COLOUR_TOLERANCE = 70.0  # half of the smallest distance within the palette
-PLACE_TOLERANCE = 8.0  # pixels; places are 18.5 apart
+COLOUR_TOLERANCE = 70.0  # below half of the smallest distance within the palette
+PLACE_TOLERANCE = 8.0  # pixels; places are 25 apart
 TEMPLATE_SIDE, TEMPLATE_AREA = 16, 100.0
 FORM_TOLERANCE = 0.2  # root mean square of the coverage
 
@@ -39,12 +38,9 @@ def _corners(form: str) -> np.ndarray:
     """Corners (n, 2) of a form of radius 1 around the origin; a circle has 40."""
     if form == "square":
         return 0.84 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
-    points = {"circle": 40, "triangle": 3, "star": 10}[form]
+    points, reach = {"circle": (40, 0.92), "triangle": (3, 1.08)}[form]
     angles = 2 * math.pi * np.arange(points) / points - math.pi / 2
-    reach = np.full(points, {"circle": 0.92, "triangle": 1.08, "star": 1.02}[form])
-    if form == "star":
-        reach[1::2] *= 0.45
-    corners = np.stack([reach * np.cos(angles), reach * np.sin(angles)], axis=1)
+    corners = reach * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return corners + (0, 0.2) if form == "triangle" else corners
 
 
@@ -53,15 +49,14 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
     Position, size, shade and paper vary continuously, within the limits above.
     """
-    jitter = rng.uniform(-1, 1, 13)
+    jitter = rng.uniform(-1, 1, 7)
     picture = blank(jitter[0])
     shade = np.array(PALETTE[scene.colour]) + SHADE_JITTER * jitter[1:4]
     radius = RADIUS * (1 + RADIUS_JITTER * jitter[4])
-    middle = np.array(ANCHORS[scene.place]) + GROUP_JITTER * jitter[5:7]
+    middle = np.array(ANCHORS[scene.place]) + PLACE_JITTER * jitter[5:7]
     step = np.array((0, SPACING) if scene.place in ("left", "right") else (SPACING, 0))
     for number in range(scene.count):
-        place = middle + (number - (scene.count - 1) / 2) * step + OWN_JITTER * jitter[7 + 2 * number : 9 + 2 * number]
-        paint(picture, scene.form, place, radius, shade)
+        paint(picture, scene.form, middle + (number - (scene.count - 1) / 2) * step, radius, shade)
     return picture
 
 
@@ -82,13 +77,13 @@ def paint(picture: np.ndarray, form: str, place: np.ndarray, radius: float, shad
 def read_picture(picture: np.ndarray) -> Scene | None:
     """The scene that a picture (64, 64, 3), uint8 RGB, shows; None where it cannot be said.
 
-    Unreadable are: no forms or more than three, forms that differ in colour or kind, a colour that is nobody's, a form that is
+    Unreadable are: no forms or more than two, forms that differ in colour or kind, a colour that is nobody's, a form that is
     like none, a group that stands between the places, anything that is too large for a speck and too small for a form.
     """
     pixels = picture.astype(np.float64)
     paper, labels, areas, centres = _components(pixels)
     found = [n for n in range(1, len(areas)) if areas[n] >= SPECK_AREA]
-    if not 1 <= len(found) <= 3 or min(areas[n] for n in found) < LEAST_AREA:
+    if not 1 <= len(found) <= max(COUNTS) or min(areas[n] for n in found) < LEAST_AREA:
         return None
     kinds = {(_read_colour(pixels[labels == n]), _read_form(pixels, labels == n, centres[n], paper)) for n in found}
     colour, form = kinds.pop()
@@ -144,7 +139,7 @@ def _templates() -> dict[str, np.ndarray]:
     for form in FORMS:
         seen = []
         for seed in range(50):
-            pixels = render(Scene("blue", form, "middle", 1), np.random.default_rng(seed)).astype(np.float64)
+            pixels = render(Scene("blue", form, "top", 1), np.random.default_rng(seed)).astype(np.float64)
             paper, labels, _, centres = _components(pixels)
             seen.append(_coverage(pixels, labels == 1, centres[1], paper))
         templates[form] = np.mean(seen, axis=0)

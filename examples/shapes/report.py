@@ -50,7 +50,12 @@ def figures(found: dict[str, Any], codec: History, network: History, artist: Art
         "parameters": parameters(artist.model),
         "details": rounded(found),
         "samples": {"conditional": protocol.conditional, "unconditional": protocol.unconditional},
-        "sampling": {"steps": protocol.steps, "guidance_conditional": protocol.guidance, "guidance_unconditional": 0.0},
+        "sampling": {
+            "sampler": protocol.sampler,
+            "steps": protocol.steps,
+            "guidance_conditional": protocol.guidance,
+            "guidance_unconditional": 0.0,
+        },
         "training": {
             "min_snr_gamma": MIN_SNR_GAMMA,
             "steps": network.rows[-1]["step"],
@@ -104,7 +109,7 @@ def page(values: dict[str, Any]) -> str:
 
     return f"""# Shapes: one network, five distributions
 
-A world whose every distribution is known: pictures of one to three coloured forms, and captions of them. Colour, form, place
+A world whose every distribution is known: pictures of one or two coloured forms, and captions of them. Colour, form, place
 and count ({len(SCENES)} scenes) follow a chosen joint distribution, skewed, in which they depend on each other. Exact parsers
 read pictures and captions back; what they cannot read counts as wrong, and is a category of its own that the truth does not have.
 
@@ -143,7 +148,7 @@ which no model beats):
 {tv_row("joint: pictures", details["joint"]["image"])}
 {tv_row("joint: captions", details["joint"]["text"])}
 
-All samples are drawn in {sampling["steps"]} steps of DPM-Solver++ (2M), with the moving average of the weights. The dots of
+All samples are drawn in {sampling["steps"]} steps of `{sampling["sampler"]}`, with the moving average of the weights. The dots of
 the curve are small checks on the way:
 
 ![Losses, and the accuracy of each attribute, against minutes of training](shapes-curve.png)

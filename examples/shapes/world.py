@@ -16,31 +16,28 @@ from typing import NamedTuple
 
 import numpy as np
 
-COLOURS = ("red", "yellow", "green", "blue", "purple")
-FORMS = ("circle", "square", "triangle", "star")
-PLACES = ("left", "right", "top", "bottom", "middle")
-COUNTS = (1, 2, 3)
+COLOURS = ("red", "yellow", "green", "blue")
+FORMS = ("circle", "square", "triangle")
+PLACES = ("left", "right", "top", "bottom")
+COUNTS = (1, 2)
 
-COLOUR = (0.30, 0.25, 0.20, 0.15, 0.10)
+COLOUR = (0.40, 0.30, 0.20, 0.10)
 FORM_GIVEN_COLOUR = (
-    (0.60, 0.20, 0.10, 0.10),
-    (0.10, 0.10, 0.15, 0.65),
-    (0.15, 0.15, 0.60, 0.10),
-    (0.20, 0.60, 0.10, 0.10),
-    (0.40, 0.10, 0.10, 0.40),
+    (0.70, 0.20, 0.10),
+    (0.10, 0.15, 0.75),
+    (0.20, 0.70, 0.10),
+    (0.45, 0.10, 0.45),
 )
 PLACE_GIVEN_FORM = (
-    (0.10, 0.10, 0.10, 0.20, 0.50),
-    (0.45, 0.20, 0.10, 0.15, 0.10),
-    (0.10, 0.15, 0.10, 0.50, 0.15),
-    (0.10, 0.20, 0.50, 0.10, 0.10),
+    (0.10, 0.15, 0.20, 0.55),
+    (0.55, 0.20, 0.10, 0.15),
+    (0.10, 0.20, 0.60, 0.10),
 )
 COUNT_GIVEN_COLOUR = (
-    (0.70, 0.20, 0.10),
-    (0.15, 0.25, 0.60),
-    (0.40, 0.40, 0.20),
-    (0.25, 0.60, 0.15),
-    (0.60, 0.30, 0.10),
+    (0.75, 0.25),
+    (0.20, 0.80),
+    (0.50, 0.50),
+    (0.30, 0.70),
 )
 
 
@@ -58,7 +55,7 @@ SCENES = tuple(Scene(*values) for values in product(*VALUES.values()))
 
 
 def joint() -> np.ndarray:
-    """Probabilities (5, 4, 5, 3) of colour, form, place and count; flattened, they are those of `SCENES`."""
+    """Probabilities (4, 3, 4, 2) of colour, form, place and count; flattened, they are those of `SCENES`."""
     return np.einsum("c,cf,fp,cn->cfpn", COLOUR, FORM_GIVEN_COLOUR, PLACE_GIVEN_FORM, COUNT_GIVEN_COLOUR)
 
 
@@ -67,13 +64,12 @@ def draw(rng: np.random.Generator, count: int) -> list[Scene]:
     return [SCENES[index] for index in rng.choice(len(SCENES), size=count, p=joint().ravel())]
 
 
-NUMBERS = {1: "one", 2: "two", 3: "three"}
+NUMBERS = {1: "one", 2: "two"}
 WHERE = {
     "left": "on the left",
     "right": "on the right",
     "top": "at the top",
     "bottom": "at the bottom",
-    "middle": "in the middle",
 }
 PHRASINGS = ("{number} {colour} {things} {where}", "{where} {number} {colour} {things}", "{number} {things} {where} in {colour}")
 
@@ -81,8 +77,8 @@ PHRASINGS = ("{number} {colour} {things} {where}", "{where} {number} {colour} {t
 def caption(scene: Scene, phrasing: int) -> str:
     """One of the ways to say it.
 
-    >>> [caption(Scene("red", "star", "left", 2), n) for n in range(len(PHRASINGS))]
-    ['two red stars on the left', 'on the left two red stars', 'two stars on the left in red']
+    >>> [caption(Scene("red", "square", "left", 2), n) for n in range(len(PHRASINGS))]
+    ['two red squares on the left', 'on the left two red squares', 'two squares on the left in red']
     """
     things = scene.form if scene.count == 1 else scene.form + "s"
     return PHRASINGS[phrasing].format(number=NUMBERS[scene.count], colour=scene.colour, things=things, where=WHERE[scene.place])

@@ -31,7 +31,7 @@ from examples.shapes.world import (
     read_caption,
 )
 
-RED_STARS = Scene("red", "star", "left", 2)
+RED_SQUARES = Scene("red", "square", "left", 2)
 
 
 def blank() -> np.ndarray:
@@ -53,33 +53,40 @@ def test_the_forms_stand_where_the_scene_says_in_its_colour() -> None:
         rows, columns = np.nonzero(near)
         x, y = columns.mean() / SIDE, rows.mean() / SIDE
         assert (x < 0.35, x > 0.65, y < 0.35, y > 0.65) == tuple(scene.place == p for p in ("left", "right", "top", "bottom"))
-        assert 40 * scene.count < near.sum() < 200 * scene.count
+        assert 80 * scene.count < near.sum() < 280 * scene.count
 
 
 def test_a_picture_that_shows_no_scene_is_unreadable() -> None:
     def with_form(colour: str, form: str, place: str) -> np.ndarray:
         return render(Scene(colour, form, place, 1), np.random.default_rng(0)).astype(int)
 
-    one = with_form("red", "star", "left")
-    two_colours = np.minimum(one, with_form("blue", "star", "right"))
-    two_forms = np.minimum(one, with_form("red", "square", "right"))
+    one = with_form("red", "square", "left")
+    two_colours = np.minimum(one, with_form("blue", "square", "right"))
+    two_forms = np.minimum(one, with_form("red", "circle", "right"))
+    three = np.minimum(np.minimum(one, with_form("red", "square", "right")), with_form("red", "square", "top"))
     foreign = blank()
     foreign[24:40, 24:40] = (20, 20, 20)
     smear = blank()
     smear[30:34, 4:60] = PALETTE["red"]
-    between = np.roll(with_form("red", "star", "middle"), (9, 9), (0, 1))
+    between = np.roll(with_form("red", "square", "left"), 18, 1)
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3))
-    for picture in (blank(), two_colours, two_forms, foreign, smear, between, noise):
+    for picture in (blank(), two_colours, two_forms, three, foreign, smear, between, noise):
         assert read_picture(picture.astype(np.uint8)) is None
-    assert read_picture(one.astype(np.uint8)) == Scene("red", "star", "left", 1)
+    assert read_picture(one.astype(np.uint8)) == Scene("red", "square", "left", 1)
 
 
 def test_every_caption_reads_back_and_nothing_else_does() -> None:
     captions = list(all_captions())
-    assert len({text for text, _ in captions}) == len(SCENES) * len(PHRASINGS) == 900
+    assert len({text for text, _ in captions}) == len(SCENES) * len(PHRASINGS) == 288
     assert all(read_caption(text) == scene for text, scene in captions)
     assert decode_captions(encode_captions([text for text, _ in captions])) == [text for text, _ in captions]
-    for wrong in ("two red star on the left", "one red stars on the left", "two red stars at the left", "two red stars", ""):
+    for wrong in (
+        "two red square on the left",
+        "one red squares on the left",
+        "two red squares at the left",
+        "two red squares",
+        "",
+    ):
         assert read_caption(wrong) is None
 
 
@@ -90,12 +97,12 @@ def test_the_latents_of_captions_are_centred_on_the_world() -> None:
 
 
 def test_padding_inside_a_caption_makes_it_unreadable() -> None:
-    latents = encode_captions(["two red stars on the left"])
+    latents = encode_captions(["two red squares on the left"])
     assert latents.shape == (1, LENGTH, len(WORDS))
-    assert read_caption(decode_captions(latents)[0]) == RED_STARS
+    assert read_caption(decode_captions(latents)[0]) == RED_SQUARES
     latents[0, 1, WORDS.index("red")] -= WORD_SCALE
     latents[0, 1, WORDS.index("")] += WORD_SCALE
-    assert decode_captions(latents) == ["two  stars on the left"]
+    assert decode_captions(latents) == ["two  squares on the left"]
     assert read_caption(decode_captions(latents)[0]) is None
 
 
@@ -107,14 +114,14 @@ def test_the_joint_distribution_is_what_is_drawn_and_its_attributes_depend_on_ea
     drawn = np.array([counts[scene] for scene in SCENES]) / 20_000
     deviation = np.sqrt(table.ravel() * (1 - table.ravel()) / 20_000)
     assert np.all(np.abs(drawn - table.ravel()) < 5 * deviation)
-    assert table[0].sum() == pytest.approx(0.30) and table[COLOURS.index("yellow"), 3].sum() == pytest.approx(0.25 * 0.65)
+    assert table[0].sum() == pytest.approx(0.40) and table[COLOURS.index("yellow"), 2].sum() == pytest.approx(0.30 * 0.75)
     colour, form = table.sum((1, 2, 3)), table.sum((0, 2, 3))
     assert np.abs(table.sum((2, 3)) - np.outer(colour, form)).sum() / 2 > 0.2
 
 
 def test_accuracy_counts_attributes_and_gives_the_unreadable_nothing() -> None:
-    wanted = [RED_STARS] * 4
-    got = [RED_STARS, RED_STARS._replace(colour="blue"), RED_STARS._replace(place="top", count=1), None]
+    wanted = [RED_SQUARES] * 4
+    got = [RED_SQUARES, RED_SQUARES._replace(colour="blue"), RED_SQUARES._replace(place="top", count=1), None]
     shares = accuracy(wanted, got)
     assert [shares[name] for name in VALUES] == [0.5, 0.75, 0.5, 0.5]
     assert (shares["attributes"], shares["all"], shares["unreadable"]) == (0.5625, 0.25, 0.25)
@@ -147,7 +154,7 @@ def test_a_sampler_of_the_truth_scores_the_floor_and_wrong_ones_do_not() -> None
 
     blind = accuracy(draw(rng, 4000), draw(rng, 4000))  # ignores what it is given: chance, the sum of squared probabilities
     assert [blind[name] for name in VALUES] == pytest.approx([float((p**2).sum()) for p in marginals], abs=0.03)
-    assert distribution([RED_STARS] * 50 + [None] * 50)["largest"] > 0.7
+    assert distribution([RED_SQUARES] * 50 + [None] * 50)["largest"] > 0.7
     assert floor(100)["joint"] > floor(10_000)["joint"] > 0
     assert variations(table * 1000, 0)["joint"] == pytest.approx(0, abs=1e-9)
 
@@ -176,7 +183,7 @@ def test_the_codec_learns_and_its_latents_are_centred_at_their_scale(tmp_path) -
 
     early, _ = autoencoder.fit(tmp_path / "early", torch.device("cpu"), 1)
     codec, history = autoencoder.fit(tmp_path / "later", torch.device("cpu"), 40)
-    assert error(codec) < 0.3 * error(early)
+    assert error(codec) < 0.5 * error(early)
     rng = np.random.default_rng(1)
     latents = codec.encode(np.stack([render(scene, rng) for scene in draw(rng, 500)]))
     assert latents.std().item() == pytest.approx(LATENT_DEVIATION, rel=0.05)
@@ -185,8 +192,8 @@ def test_the_codec_learns_and_its_latents_are_centred_at_their_scale(tmp_path) -
 
 
 def test_captions_are_drawn_in_all_phrasings() -> None:
-    drawn = draw_captions([RED_STARS] * 60, np.random.default_rng(0))
-    assert set(drawn) == {caption(RED_STARS, phrasing) for phrasing in range(len(PHRASINGS))}
+    drawn = draw_captions([RED_SQUARES] * 60, np.random.default_rng(0))
+    assert set(drawn) == {caption(RED_SQUARES, phrasing) for phrasing in range(len(PHRASINGS))}
 
 
 def test_the_history_goes_on_after_an_interruption_and_counts_the_time_of_steps_done_twice(tmp_path) -> None:
