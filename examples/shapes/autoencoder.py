@@ -74,12 +74,12 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> Tensor:
-        """Latents (n, 6, 8, 8), on the codec's device, of pictures (n, 64, 64, 3), uint8."""
+        """Latents (n, 8, 8, 8), on the codec's device, of pictures (n, 64, 64, 3), uint8."""
         return (self.encoder(to_values(pictures).to(self.mean.device)) - self.mean) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """Pictures (n, 64, 64, 3), uint8, of latents (n, 6, 8, 8)."""
+        """Pictures (n, 64, 64, 3), uint8, of latents (n, 8, 8, 8)."""
         pieces = [self.decoder(piece / self.scale + self.mean) for piece in latents.to(self.mean.device).split(100)]
         values = torch.cat(pieces).clamp(-1, 1).add(1).mul(127.5).round().byte()
         return values.permute(0, 2, 3, 1).cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -26,7 +27,7 @@ FLOW_RUN = "01936a3c-0000-7000-8000-000000000001"
 @pytest.fixture
 def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sends the events of a select that this process has made, and returns its manifest."""
-    for name in [name for name in __import__("os").environ if name.startswith("OPENLINEAGE_")]:
+    for name in [name for name in os.environ if name.startswith("OPENLINEAGE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr("stages.pool.run_pool", killed.in_process)
     write_metadata(tmp_path / "metadata" / "part-0.parquet")
