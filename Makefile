@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup demo test test-slow lint encoders text-decoder shapes lock clean
+.PHONY: setup demo test test-slow chaos lint encoders text-decoder shapes lock clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,10 @@ test: setup lint
 # Schedules, leases, crashes and cancellations of real deployments, which are mostly waiting.
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# Fifty kills at random moments over select, download and filter (docs/results/chaos.json): half an hour.
+chaos: setup
+	$(PY) -m tests.pipelines.chaos $$(mktemp -d) --json docs/results/chaos.json
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -62,6 +62,13 @@ class Work:
         self.model.set_image_to_text_mode()
         return self.model(image=self.picture, num_prompts_per_image=self.count, **settings).text
 
+    def compile(self) -> None:
+        """Compile the network as the side's users do: by this project's method, and as diffusers' documentation says."""
+        if self.side == "ours":
+            self.model.compile()
+        else:
+            self.network.compile()
+
     def eagerly(self, task: str, steps: int | None = None) -> list:
         """The same, with the network not compiled even if it can be."""
         with torch.compiler.set_stance("force_eager"):
@@ -117,7 +124,7 @@ def work_of(
     """A side's sampling that has run before, for the measurement of memory."""
     work = Work(folder, side, count, steps, guidance, device)
     if compiled:
-        work.network.compile()
+        work.compile()
     work.run(task, steps=1)
     return lambda: work.run(task)
 
@@ -183,7 +190,7 @@ def main(
             raise SystemExit(f"the two sides do not compute the same: {apart}")
         if compiling:
             for work in sides.values():
-                work.network.compile()
+                work.compile()
         found = {name: compare(name, sides, rounds, compiling, place) for name in tasks}
         del sides
         if memory:

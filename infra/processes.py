@@ -47,18 +47,29 @@ class Server(BaseModel):
             return False
 
 
-def free_port(host: str = "127.0.0.1", wanted: int = 0) -> int:
-    """A TCP port that nobody listens on at this moment; `wanted` if it is one of these."""
+def free_port(wanted: int = 0) -> int:
+    """A TCP port on loopback that nobody listens on at this moment; `wanted` if it is one of these."""
     with socket.socket() as sock:
         if wanted:
             # As servers do it: what is left of closed connections does not make a port taken.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with contextlib.suppress(OSError):
-                sock.bind((host, wanted))
+                sock.bind(("127.0.0.1", wanted))
                 return wanted
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        return int(sock.getsockname()[1])
+    return free_ports("127.0.0.1")[0]
+
+
+def free_ports(*hosts: str) -> list[int]:
+    """As many free TCP ports as hosts, each another number: asked for one by one, two could be the same."""
+    with contextlib.ExitStack() as held:
+        ports: list[int] = []
+        while len(ports) < len(hosts):
+            sock = held.enter_context(socket.socket())
+            sock.bind((hosts[len(ports)], 0))
+            # Another address may well have the same number free.
+            if (port := int(sock.getsockname()[1])) not in ports:
+                ports.append(port)
+        return ports
 
 
 def spawn(name: str, command: list[str], environment: dict[str, str], state: Path, **details: str | None) -> Server:

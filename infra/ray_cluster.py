@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from infra.processes import Server, ServerError, free_port, recorded, spawn, stop, wait_until_ready
+from infra.processes import Server, ServerError, free_ports, recorded, spawn, stop, wait_until_ready
 from infra.ray_jobs import RayJobs
 
 # Room for what passes between workers; datasets go through the store, so this stays small.
@@ -39,12 +39,16 @@ def start_ray(state: Path, cpus: int | None = None) -> Server:
         if RayJobs(found.address, found.token).ready():
             return found
         stop(found, state)
-    port, token = free_port(), secrets.token_hex(16)
+    token = secrets.token_hex(16)
+    # All Ray's own ports must differ, on whatever address they are.
+    port, head, agent = free_ports("127.0.0.1", NODE_ADDRESS, NODE_ADDRESS)
     # Ray's sockets lie in its folder and their paths must stay below 107 bytes, which a store's path may exceed.
     folder = tempfile.mkdtemp(prefix="unidiffuser-ray-", dir="/tmp")
     environment = {**os.environ, **_environment(token)}
     address = f"http://127.0.0.1:{port}"
-    server = spawn("ray", _command(port, folder, cpus), environment, state, address=address, folder=folder, token=token)
+    server = spawn(
+        "ray", _command(port, head, agent, folder, cpus), environment, state, address=address, folder=folder, token=token
+    )
     wait_until_ready(server, RayJobs(address, token).ready, state, START_SECONDS)
     return server
 
@@ -54,12 +58,12 @@ def start_ray(state: Path, cpus: int | None = None) -> Server:
 _RAY = "import ray.scripts.scripts as ray; ray.get_ray_client_dependency_error = lambda: 'not wanted'; ray.main()"
 
 
-def _command(port: int, folder: str, cpus: int | None) -> list[str]:
+def _command(port: int, head: int, agent: int, folder: str, cpus: int | None) -> list[str]:
     return [
         sys.executable, "-c", _RAY, "start", "--head", "--block", "--disable-usage-stats", "--no-monitor",
-        f"--node-ip-address={NODE_ADDRESS}", f"--port={free_port(NODE_ADDRESS)}",
+        f"--node-ip-address={NODE_ADDRESS}", f"--port={head}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}",
-        f"--dashboard-agent-listen-port={free_port(NODE_ADDRESS)}",
+        f"--dashboard-agent-listen-port={agent}",
         # 0 means any free port; the default is a range that another Ray on this machine may hold.
         "--min-worker-port=0", "--max-worker-port=0",
         f"--temp-dir={folder}", f"--object-store-memory={OBJECT_STORE_BYTES}", f"--num-cpus={cpus or os.cpu_count()}",

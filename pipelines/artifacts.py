@@ -5,17 +5,27 @@ from __future__ import annotations
 import base64
 import io
 import json
+import tarfile
 from collections.abc import Iterable
+from contextlib import suppress
+from itertools import islice
 
 from infra.dataset import Dataset, FileEntry, Manifest
 from pipelines.lineage import artifact_link, maker, mermaid
 from pipelines.run import Outcome, Run
 from pipelines.scores import scores_section
+from stages.contract import StageError
 from stages.graph import Planned
+from stages.tar import Sample, read_samples
 
 # A page of the UI is one JSON reply: pictures are shrunk until they fit, and only the first few are shown.
 PICTURE_BYTES = 500_000
 PICTURES = 4
+# Of a dataset of images: how many are shown, and how large, in pixels.
+THUMBNAILS = 6
+THUMBNAIL_SIDE = 160
+CAPTION = 80
+_MARKUP = frozenset("|<>&`*_[]()!#\\~$")
 
 
 def dataset_page(run: Run, planned: Planned, outcome: Outcome) -> str:
@@ -44,6 +54,7 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome) -> str:
         "## Dropped",
         _drops(manifest),
         *_pictures(outcome.dataset),
+        *thumbnails(outcome.dataset),
         *scores_section(manifest.summary.get("scores", {}), manifest.config),
         *_block("Summary", {name: value for name, value in manifest.summary.items() if name != "scores"}),
         *_block("Configuration", manifest.config),
@@ -127,9 +138,14 @@ def _pictures(dataset: Dataset) -> list[str]:
 
 
 def data_uri(dataset: Dataset, entry: FileEntry) -> str:
-    """A dataset's picture as a data URI of at most `PICTURE_BYTES`: as it is, or as a smaller JPEG."""
+    """A dataset's picture, see `picture_uri`."""
     with dataset.open(entry) as file:
-        data, kind = file.read(), "png"
+        return picture_uri(file.read())
+
+
+def picture_uri(data: bytes) -> str:
+    """A PNG as a data URI of at most `PICTURE_BYTES`: as it is, or as a smaller JPEG."""
+    kind = "png"
     if len(data) * 4 / 3 > PICTURE_BYTES:
         from PIL import Image
 
@@ -142,3 +158,33 @@ def data_uri(dataset: Dataset, entry: FileEntry) -> str:
                 break
             picture = picture.resize((max(1, picture.width * 3 // 4), max(1, picture.height * 3 // 4)))
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def thumbnails(dataset: Dataset) -> list[str]:
+    """Markdown: a few images of a dataset's shards with their captions, from as many shards as there are places."""
+    shards = [entry for entry in dataset.files if entry.name.endswith(".tar")][:THUMBNAILS]
+    samples: list[Sample] = []
+    for entry in shards:
+        # A shard that was damaged after it was committed is for `verify` to find, and no reason to go without a page.
+        with suppress(StageError, OSError, tarfile.TarError), dataset.open(entry) as file:
+            samples += islice(read_samples(file), -(-THUMBNAILS // len(shards)))
+    shown = samples[:THUMBNAILS]
+    if not shown:
+        return []
+    return ["## Pictures", _table(map(_thumbnail, shown), [tuple(_words(sample.caption) for sample in shown)])]
+
+
+def _thumbnail(sample: Sample) -> str:
+    from PIL import Image
+
+    picture, buffer = Image.open(io.BytesIO(sample.image)).convert("RGB"), io.BytesIO()
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    picture.save(buffer, "JPEG", quality=80)
+    return f"![{sample.key}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"
+
+
+def _words(caption: str) -> str:
+    """A caption of the web as a cell of a table: none of its characters means anything there."""
+    line = " ".join(caption.split())
+    line = line if len(line) <= CAPTION else line[: CAPTION - 1] + "…"
+    return "".join(f"&#{ord(letter)};" if letter in _MARKUP else letter for letter in line)

@@ -213,6 +213,7 @@ def sample(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for pictures and results.jsonl.", metavar="DIR")] = None,
     device: Annotated[str, typer.Option("--device", help="auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16, fp16; auto: bf16 on CUDA, else fp32.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile first: a minute more, then faster draws.")] = False,
     vae: VaeOption = None,
     clip: ClipOption = None,
     text: TextOption = None,
@@ -227,7 +228,7 @@ def sample(
 
     request = sampling.Request(
         checkpoint, task, prompt or (), image or (), count, seed,
-        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams), batch, device, dtype,
+        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams), batch, device, dtype, compile,
     )  # fmt: skip
     # Progress is no result: with --json it goes to stderr.
     view = Console(stderr=True) if as_json else console
@@ -261,18 +262,6 @@ def convert(
     console.print(f"{to}: {target}", soft_wrap=True)
 
 
-@app.command(epilog="Example: unidiffuser deploy configs/demo.yaml")
-def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = "runs") -> None:
-    """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules."""
-    from infra.external import state_folder
-    from infra.store import Store
-    from pipelines.conduct import deploy_recipe
-    from stages.recipe import load_recipe
-
-    place = Store(store)
-    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console)
-
-
 @app.command(epilog="Example: unidiffuser up --store runs")
 def up(
     pool: Annotated[
@@ -286,6 +275,18 @@ def up(
     from pipelines.machine import bring_up
 
     bring_up(state_folder(Store(store)), pool, console)
+
+
+@app.command(epilog="Example: unidiffuser deploy configs/demo.yaml")
+def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = "runs") -> None:
+    """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules."""
+    from infra.external import state_folder
+    from infra.store import Store
+    from pipelines.conduct import deploy_recipe
+    from stages.recipe import load_recipe
+
+    place = Store(store)
+    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console)
 
 
 @app.command(epilog="Example: unidiffuser down --store runs")

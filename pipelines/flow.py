@@ -27,7 +27,7 @@ from pipelines.events import announce
 from pipelines.jobs import NodeFailed, NodeStopped, make_as_job
 from pipelines.lineage import artifact_key
 from pipelines.parameters import Choice, values_of
-from pipelines.progress import ProgressArtifact
+from pipelines.progress import ProgressArtifact, TrainingArtifact
 from pipelines.run import Outcome, Run, snapshot
 from pipelines.slots import gpu_slots
 from pipelines.stopping import end_runs_of_killed_commands, stop_on_cancel, stop_on_signals
@@ -57,10 +57,16 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
             )
         else:
             logger.info("%s: %s", planned.state, "; ".join(planned.reasons))
-            progress = ProgressArtifact(run, node)
+            progress, training = ProgressArtifact(run, node), TrainingArtifact(run, node)
+
+            def report(fields: dict[str, Any]) -> None:
+                if "picture" not in fields:
+                    progress.report(fields)
+                training.report(fields)
+
             said = logger.getChild(JOB_LOGGER.rsplit(".", 1)[-1])
             with gpu_slots(planned, run.stopping, lambda slots: logger.info("waiting for %d GPU slots", slots)):
-                seconds = make_as_job(run, planned, lambda level, text: _say(run, node, said, level, text), progress.report)
+                seconds = make_as_job(run, planned, lambda level, text: _say(run, node, said, level, text), report)
             dataset = find(run.store, planned.stage, planned.fingerprint)
             if dataset is None:
                 raise NodeFailed(f"the job ended well, but {planned.stage}/{planned.fingerprint} is not in {run.store.root}")

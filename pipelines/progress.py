@@ -1,18 +1,25 @@
-"""A node's progress bar in the Prefect UI, and the way back from its words to the numbers."""
+"""What moves in the Prefect UI while a node is made: a progress bar, with the way back from its words to the numbers, and a
+page of losses and samples where something is trained."""
 
 from __future__ import annotations
 
+import io
 import re
 import time
 from typing import Any, cast
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactUpdate
 
+from pipelines.artifacts import picture_uri
+from pipelines.lineage import artifact_key
 from pipelines.run import Run
 
-# How often the bar moves, in seconds.
+# How often the bar moves and the losses are drawn, in seconds.
 PROGRESS_EVERY = 2.0
+CURVE_EVERY = 20.0
 
 
 class ProgressArtifact:
@@ -35,6 +42,44 @@ class ProgressArtifact:
             self.artifact = cast(UUID, create_progress_artifact(percent, description=words))
         else:
             update_progress_artifact(self.artifact, percent, description=words)
+
+
+class TrainingArtifact:
+    """A page for a node that trains, one a run: its losses, drawn again as they come, and the newest sheet of samples."""
+
+    def __init__(self, run: Run, node: str):
+        self.run, self.node = run, node
+        self.rows: list[dict[str, Any]] = []
+        self.sheet: list[str] = []
+        self.artifact: UUID | None = None
+        self.drawn = 0.0
+
+    def report(self, fields: dict[str, Any]) -> None:
+        """A loss, or a sheet that is ready; other nodes report neither, and have no page."""
+        if "picture" in fields:
+            picture = picture_uri(self.run.store.read(fields["picture"]))
+            self.sheet = [f"## Samples at step {fields['done']}", f"![samples]({picture})"]
+        elif "loss" in fields:
+            self.rows.append({"kind": fields["phase"], "step": fields["done"], "loss": fields["loss"]})
+            if time.monotonic() - self.drawn < CURVE_EVERY and fields["done"] < fields["total"]:
+                return
+        else:
+            return
+        self.drawn = time.monotonic()
+        if self.artifact is None:
+            key = f"{artifact_key(self.run.recipe.name, self.node)}-training"
+            self.artifact = cast(UUID, create_markdown_artifact(self._page(), key, "losses and samples so far"))
+            return
+        with get_client(sync_client=True) as client:
+            client.update_artifact(self.artifact, ArtifactUpdate(data=self._page()))
+
+    def _page(self) -> str:
+        from stages.pictures import loss_curve
+
+        picture = io.BytesIO()
+        loss_curve(picture, {self.node: self.rows}, "loss")
+        last = [f"Step {row['step']}: {row['kind']} loss {row['loss']:.4g}." for row in self.rows[-1:]]
+        return "\n\n".join([f"# {self.node}", *last, f"![losses]({picture_uri(picture.getvalue())})", *self.sheet])
 
 
 def describe_progress(fields: dict[str, Any]) -> str:

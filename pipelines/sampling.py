@@ -51,6 +51,7 @@ class Request:
     batch: int = 16
     device: str = "auto"
     dtype: str = "auto"
+    compile: bool = False
 
     @property
     def sources(self) -> list[str]:
@@ -89,6 +90,11 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
     device, dtype = _hardware(request)
     with said_in_a_line(), console.status("loading the model"), opened(request.checkpoint, store, named) as folder:
         model = UniDiffuser.load(folder, device, dtype)
+    if request.compile:
+        try:
+            model.compile()
+        except RuntimeError as error:
+            raise Misuse(f"--compile: {error}") from None
     writer = Writer(request, out)
     with _cuts_said(console), _Bar(request, model, console) as bar:
         for rows in request.chunks:

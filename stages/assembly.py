@@ -1,4 +1,4 @@
-"""A checkpoint with its codec and encoders in one folder, which is what sampling needs: for evaluate and export."""
+"""A checkpoint with its codec and encoders in one folder, which is what sampling needs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from infra.dataset import Dataset
 from stages.contract import Job
 from unidiffuser.references import weights_digest
 
@@ -27,16 +28,21 @@ def assemble(job: Job, folder: Path) -> Path:
     """
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = job.inputs["checkpoint"].fetch(Path(scratch))
-        uvit = folder / "uvit"
-        uvit.mkdir(parents=True)
-        shutil.copyfile(checkpoint / "config.json", uvit / "config.json")
-        shutil.copyfile(checkpoint / f"{job.config.weights}.safetensors", uvit / "model.safetensors")
-    codec = job.inputs["codec"].fetch(folder / "text_codec.linked")
-    shutil.copytree(codec, folder / "text_codec")
-    shutil.rmtree(codec)
-    _copy_encoder(folder / "vae", job.config.vae, "vae")
-    _copy_encoder(folder / "clip_image", job.config.clip, "clip")
-    _copy_encoder(folder / "clip_text", job.config.text, "clip")
+        return put_together(checkpoint, job.config.weights, job.inputs["codec"], job.config, folder)
+
+
+def put_together(checkpoint: Path, weights: str, codec: Dataset, encoders: Any, folder: Path) -> Path:
+    """The same for a checkpoint's own folder, of which `weights` (ema or model) are taken; `encoders` has vae, clip and text."""
+    uvit = folder / "uvit"
+    uvit.mkdir(parents=True)
+    shutil.copyfile(checkpoint / "config.json", uvit / "config.json")
+    shutil.copyfile(checkpoint / f"{weights}.safetensors", uvit / "model.safetensors")
+    linked = codec.fetch(folder / "text_codec.linked")
+    shutil.copytree(linked, folder / "text_codec")
+    shutil.rmtree(linked)
+    _copy_encoder(folder / "vae", encoders.vae, "vae")
+    _copy_encoder(folder / "clip_image", encoders.clip, "clip")
+    _copy_encoder(folder / "clip_text", encoders.text, "clip")
     return folder
 
 

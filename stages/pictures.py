@@ -5,18 +5,22 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 INK, PALE = "#22272e", "#8b949e"
+NOISE_LOSS = "loss (mean squared error of the noise)"
 
 
-def sample_sheet(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Image | None, str]]]], columns: int = 6) -> None:
+def sample_sheet(
+    file: Path | IO[bytes], rows: Sequence[tuple[str, Sequence[tuple[Image | None, str]]]], columns: int = 6
+) -> None:
     """Draw titled rows of pictures with captions below; a cell without a picture shows its caption alone.
 
     Args:
+        file: where the PNG goes.
         rows: (title, cells) with (picture or None, caption) cells; cells beyond `columns` are left out.
     """
     from matplotlib.figure import Figure
@@ -35,14 +39,16 @@ def sample_sheet(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Image | No
             place.imshow(picture)
             place.text(0.5, -0.04, lines, ha="center", va="top", fontsize=7.5, color=INK, transform=place.transAxes)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.04, wspace=0.06, hspace=0.42)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def loss_curve(path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+def loss_curve(file: Path | IO[bytes], histories: Mapping[str, Sequence[Mapping[str, Any]]], label: str = NOISE_LOSS) -> None:
     """Draw the training loss (pale) and the validation loss (dots) of training stages, one after the other.
 
     Args:
+        file: where the PNG goes.
         histories: node -> rows of `training.history`, in the order in which they trained.
+        label: of the losses.
     """
     from matplotlib.figure import Figure
 
@@ -59,9 +65,10 @@ def loss_curve(path: Path, histories: Mapping[str, Sequence[Mapping[str, Any]]])
             axes.plot(*zip(*held, strict=True), color=color, marker="o", markersize=3.5, label=f"{node}, held-out rows")
         start = max([step for step, _ in train + held], default=start)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (mean squared error of the noise)")
+    axes.set_ylabel(label)
     axes.grid(color=PALE, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(file, format="png", metadata={"Software": None})

@@ -17,7 +17,9 @@ from typing import Any
 from pydantic import Field
 
 from infra.dataset import fetch_files
-from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, scratch_output
+from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, operational, scratch_output
+from stages.preview import PreviewConfig, Previews
+from stages.recipe import encoder
 from stages.runner import emit_progress
 from training.config import TrainConfig
 
@@ -26,6 +28,10 @@ log = logging.getLogger("stages")
 
 class TrainStageConfig(TrainConfig):
     init_optimizer: bool = Field(False, description="start with Adam's moments of the stage that this one starts `from`")
+    vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
+    clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
+    text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
+    preview: PreviewConfig = operational(PreviewConfig(), "sheets of samples in the UI while it trains, one a checkpoint")
 
 
 def checkpoint_steps(config: TrainStageConfig) -> list[int]:
@@ -107,6 +113,7 @@ def train_chain(job: Job, units: list[Unit], keys: list[str], done: list[UnitRec
     from training.launch import train
 
     by_step = dict(zip(checkpoint_steps(job.config), keys, strict=True))
+    previews = Previews(job, by_step)
     # Several inputs are one list of shards, in the order of the recipe.
     shards = [
         job.store.url(entry.path)
@@ -119,6 +126,7 @@ def train_chain(job: Job, units: list[Unit], keys: list[str], done: list[UnitRec
     def on_row(row: dict[str, Any]) -> None:
         more: dict[str, Any] = {name: round(row[name], 5) for name in ("loss", "samples_per_s", "lr") if name in row}
         emit_progress(job.node, row["kind"], row["step"], job.config.steps, "steps", more)
+        previews.seen(row["step"])
         if row["kind"] == "validation":
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
@@ -138,6 +146,7 @@ def train_chain(job: Job, units: list[Unit], keys: list[str], done: list[UnitRec
             raise StageError(f"{job.node}: {error}") from error
     if outcome.stopped:
         raise StageError(f"{job.node}: stopped at step {outcome.step} of {job.config.steps}; run again to go on")
+    previews.close()
 
 
 class Train(Stage):

@@ -19,8 +19,11 @@ from stages.catalog import STAGES, stage_class
 
 ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).parent / "versions.json"
-# How a stage is run, planned and stored does not decide what it makes.
-MACHINERY = {f"stages/{name}.py" for name in ("__init__", "__main__", "catalog", "contract", "graph", "pool", "recipe", "runner")}
+# How a stage is run, planned, watched and stored does not decide what it makes.
+MACHINERY = {
+    f"stages/{name}.py"
+    for name in ("__init__", "__main__", "catalog", "contract", "graph", "pool", "preview", "recipe", "runner")
+}
 ROOMS = ("stages", "training", "unidiffuser")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 
 from training.config import TrainConfig
 from training.optimizer import adamw
+from unidiffuser.compiling import find_compiler
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,8 @@ def compiled(model: nn.Module, config: TrainConfig, device: torch.device) -> boo
     """Compile in place when asked for and possible; gives whether it was. ZeRO 3 gathers weights by hooks: left eager."""
     if not config.compile or config.zero_stage == 3:
         return False
-    compilers = [os.environ.get("CXX", "g++"), "clang++"] if device.type == "cpu" else ["gcc", "clang"]
-    if not any(shutil.which(compiler) for compiler in compilers):
-        log.warning("compile: no compiler found (%s), training goes on without", ", ".join(compilers))
+    if find_compiler(device) is None:
+        log.warning("compile: no compiler found (g++ or clang++, for a GPU gcc or clang), training goes on without")
         return False
     model.compile()
     return True

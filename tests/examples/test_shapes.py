@@ -218,7 +218,7 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(training, "CHECK", training.Protocol(conditional=2, steps=2))
     monkeypatch.setattr(measure, "CODEC_PICTURES", 1)
     monkeypatch.setattr(measure, "FLOOR_ROUNDS", 20)
-    monkeypatch.setattr(training.shutil, "which", lambda _: None)
+    monkeypatch.setattr(training, "find_compiler", lambda _: None)
 
 
 def test_the_experiment_runs_end_to_end_and_goes_on_where_it_stopped(small, tmp_path, capsys) -> None:

@@ -23,6 +23,7 @@ from infra.prefect_server import check_api
 from infra.processes import (
     ServerError,
     free_port,
+    free_ports,
     locked,
     log_of,
     nobody_else,
@@ -107,6 +108,12 @@ def test_a_port_in_use_is_not_taken() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert taken.getsockname()[1] not in {free_port() for _ in range(50)}
+
+
+def test_ports_of_one_server_differ_also_on_different_addresses() -> None:
+    # Drawn one by one, some of so many would be alike.
+    ports = free_ports(*["127.0.0.1", "127.0.0.2"] * 400)
+    assert len(set(ports)) == 800
 
 
 def test_the_last_user_of_a_lock_knows_it(tmp_path: Path) -> None:

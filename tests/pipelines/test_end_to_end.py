@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
+import shlex
 import shutil
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,12 +18,16 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from typer.main import get_command
 
+from benchmarks.overhead import nodes_of
 from examples.little_web.build import add_part, build
 from examples.little_web.server import LittleWeb
-from infra.dataset import Dataset, find, verify
+from infra.dataset import Dataset, all_datasets, find, verify
+from infra.processes import recorded
 from infra.store import Store
 from pipelines.checkpoints import Named, opened
+from pipelines.command import app
 from stages.graph import Planned, plan
 from stages.recipe import Recipe, load_recipe
 from tests.pipelines.conftest import start, survivors
@@ -98,6 +107,14 @@ def test_the_closing_table_names_every_node_and_its_rows(world: World) -> None:
         manifest = world.dataset(node).manifest
         line = next(line for line in world.printed.splitlines() if node in line and manifest.fingerprint[:8] in line)
         assert str(manifest.stats.rows_in) in line
+
+
+def test_the_overhead_benchmark_finds_each_nodes_work_and_process(world: World) -> None:
+    nodes = nodes_of(world.printed, world.store)
+    assert {node.name for node in nodes} == set(NODES)
+    for node in nodes:
+        # The job ends after its manifest is written, and begins with the imports of the stage.
+        assert node.work == world.dataset(node.name).manifest.seconds and 0.5 < node.process < 60
 
 
 def test_latents_have_the_shapes_that_they_declare(world: World) -> None:
@@ -182,8 +199,91 @@ def test_a_hit_imports_neither_torch_nor_ray(world: World) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def example_of(command: str) -> list[str]:
+    """The words of the example in a command's help."""
+    (found,) = [each for each in get_command(app).commands.values() if each.name == command]  # type: ignore[attr-defined]
+    words = shlex.split(found.epilog.removeprefix("Example: "))
+    assert words[:2] == ["unidiffuser", command]
+    return words[1:]
+
+
+def run_example(world: World, command: str, folder: Path) -> str:
+    """Run the example in a command's help on this world: its recipe, its datasets, its store, and a folder for results."""
+
+    def here(word: str) -> str:
+        if word.startswith("configs/"):
+            return str(world.recipe)
+        if word in ("out", "my-pipeline"):
+            return str(folder / word)
+        if word == "runs":
+            return world.store.root
+        if not word.endswith("3f9a2c"):
+            return word
+        stage = word.split("/")[-2] if "/" in word else "export"
+        made = [each for each in all_datasets(world.store) if each.manifest.stage == stage]
+        dataset = max(made, key=lambda each: each.manifest.created)
+        place = word.replace("3f9a2c", dataset.manifest.fingerprint[: None if "runs/" in word else 6])
+        return place.replace("runs/", f"{world.store.root}/", 1)
+
+    words = [here(word) for word in example_of(command)]
+    if command in ("run", "deploy"):
+        words += ["--set", world.hosts]
+    if "--store" not in words:
+        words += ["--store", world.store.root]
+    code, printed = start(*words).finish()
+    assert code == 0, printed
+    return printed
+
+
+# What each example must have said. `retry-failed` has a test of its own, since it changes the world.
+SAID = {
+    "run": "nothing new: all 11 nodes reused",
+    "status": '"node": "train-512"',
+    "lineage": "little-select",
+    "inspect": "schema",
+    "verify": "files are as the manifest says",
+    "gc": "nothing to remove",
+    "sample": "a large red apple on the left of a blue background",
+    "convert": "diffusers: ",
+    "up": "started",
+    "deploy": "small-train-512",
+    "down": "stopped",
+}
+
+
+def test_every_command_has_an_example(world: World) -> None:
+    names = set(get_command(app).commands)  # type: ignore[attr-defined]
+    assert names == {*SAID, "demo", "retry-failed"}
+    # The demo itself takes minutes: that its example is understood must do.
+    get_command(app).commands["demo"].make_context("demo", example_of("demo")[1:])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", SAID)
+def test_the_example_in_a_commands_help_does_what_it_says(world: World, command: str, tmp_path: Path) -> None:
+    assert SAID[command] in run_example(world, command, tmp_path)
+    if command == "sample":
+        assert len(list((tmp_path / "out").glob("*.png"))) == 1
+    if command == "convert":
+        assert (tmp_path / "my-pipeline" / "model_index.json").is_file()
+    if command == "up":
+        check_page_of_training(world)
+
+
+def check_page_of_training(world: World) -> None:
+    """The first training's page was left in the Prefect UI, with its losses to the end and the sheet of its first checkpoint."""
+    server = recorded("prefect", Path(world.store.root, ".state"))
+    assert server is not None
+    body = json.dumps({"artifacts": {"key": {"any_": ["small-train-256-training"]}}}).encode()
+    request = urllib.request.Request(f"{server.address}/api/artifacts/filter", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        (artifact,) = json.load(reply)
+    assert "Step 6: validation loss " in artifact["data"] and "## Samples at step 3" in artifact["data"]
+    curve, sheet = (base64.b64decode(data) for data in re.findall(r"data:image/\w+;base64,([^)]+)", artifact["data"]))
+    assert min(Image.open(io.BytesIO(curve)).size) > 300 and Image.open(io.BytesIO(sheet)).size == (210, 1100)
+
+
 def test_an_appended_metadata_file_does_only_its_own_work(world: World) -> None:
-    """Last in this file: it grows the world's metadata."""
+    """After those that need the world as it was: it grows the world's metadata."""
     stages = ("select", "download", "filter", "encode")
     before = {stage: world.unit_times(stage) for stage in stages}
     rows = {node: world.dataset(node).manifest.stats.rows_out for node in NODES[:3]}
@@ -196,3 +296,8 @@ def test_an_appended_metadata_file_does_only_its_own_work(world: World) -> None:
         assert len(after[stage]) > len(before[stage]), f"{stage} did nothing for the new file"
     assert world.dataset("little-select").manifest.stats.rows_in == ROWS + 30
     assert world.dataset("little-filter").manifest.stats.rows_out > rows["little-filter"]
+
+
+def test_the_example_of_retry_failed_fetches_again_what_can_heal(world: World, tmp_path: Path) -> None:
+    """Last in this file: the recipe goes on from the new dataset."""
+    assert "rows healed" in run_example(world, "retry-failed", tmp_path)

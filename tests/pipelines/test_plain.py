@@ -17,11 +17,12 @@ from PIL import Image
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, folder_of
 from infra.store import Store, sha256_of
 from pipelines import command
-from pipelines.artifacts import PICTURE_BYTES, data_uri
+from pipelines.artifacts import PICTURE_BYTES, data_uri, thumbnails
 from pipelines.jobs import parse_line
 from pipelines.lineage import ancestors, descendants
 from pipelines.selection import select_nodes
 from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe
 
 
@@ -114,6 +115,27 @@ def test_a_large_picture_is_shrunk_until_the_page_can_hold_it(tmp_path: Path) ->
     assert len(uri) <= PICTURE_BYTES + 40
     picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1])))
     assert picture.width / picture.height == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_page_of_images_shows_some_of_every_shard_with_captions_that_mean_nothing_to_markdown(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    for number, captions in enumerate((["one | <b>two</b>", "x" * 200], ["three"])):
+        with ShardWriter(tmp_path / f"{number}.tar") as shard:
+            for key, caption in enumerate(captions):
+                buffer = io.BytesIO()
+                Image.new("RGB", (320, 160), (250 * number, 0, 10)).save(buffer, "PNG")
+                shard.add(Sample(f"{key:05d}", buffer.getvalue(), "png", caption, {}))
+    dataset = a_dataset(store, "filter", "ab" * 12, {}, tmp_path / "0.tar", tmp_path / "1.tar")
+    title, table = thumbnails(dataset)
+    pictures, _, captions = (line.strip("| ").split(" | ") for line in table.splitlines())
+    assert title == "## Pictures" and captions == ["one &#124; &#60;b&#62;two&#60;/b&#62;", "x" * 79 + "…", "three"]
+    opened = [Image.open(io.BytesIO(base64.b64decode(picture.split(",", 1)[1].rstrip(")")))) for picture in pictures]
+    assert [picture.size for picture in opened] == [(160, 80)] * 3
+    assert [round(picture.getpixel((80, 40))[0], -1) for picture in opened] == [0, 0, 250]  # type: ignore[index]
+
+    Path(dataset.url(dataset.files[0])).write_bytes(b"cut")
+    assert "three" in thumbnails(dataset)[1]
+    assert thumbnails(a_dataset(store, "select", "aa" * 12, {})) == []
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:

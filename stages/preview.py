@@ -1,0 +1,139 @@
+"""Sheets of samples while a training stage is at work: one for the newest checkpoint, drawn beside the training.
+
+A sheet decides nothing and is no part of a dataset. It lies below `FOLDER` in the store, where the next one replaces it.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from infra.dataset import FileEntry, fetch_files, find
+from stages.assembly import put_together
+from stages.contract import Job, StageConfig
+from stages.pictures import sample_sheet
+from stages.runner import emit_progress
+
+log = logging.getLogger("stages")
+
+FOLDER = ".state/previews"
+# How long a finished training waits for the sheet that is being drawn, in seconds.
+PATIENCE = 120.0
+SEED = 0
+
+
+class PreviewConfig(StageConfig):
+    count: int = Field(0, ge=0, le=8, description="samples of each task on a sheet; 0 draws none")
+    steps: int = Field(20, ge=1, le=999, description="network calls a sample")
+    guidance: float = Field(5.0, ge=0, description="scale s of c + s * (c - u)")
+    gpus: float = Field(0, ge=0, le=1, description="share of a GPU that drawing takes; with 0 it draws on a CPU")
+
+
+class Previews:
+    """The sheets of one training run, drawn one at a time; what goes wrong with one is a warning.
+
+    Args:
+        keys: the key of each checkpoint's unit, by its step. The last checkpoint is for `evaluate`.
+    """
+
+    def __init__(self, job: Job, keys: dict[int, str]) -> None:
+        self.job, self.keys = job, {step: key for step, key in keys.items() if step < max(keys)}
+        self.path = f"{FOLDER}/{job.node}-{keys[max(keys)]}.png"
+        self.last = 0
+        self.drawing: Any = None
+
+    def seen(self, step: int) -> None:
+        """Training is past `step`: announce a sheet that is ready, and begin one of the checkpoint before this step."""
+        if self.job.config.preview.count == 0:
+            return
+        if self.drawing is not None:
+            self._collect(0.0)
+        due = max((each for each in self.keys if each < step), default=0)
+        if due > self.last and self.drawing is None and (record := self.job.unit_done(self.keys[due])) is not None:
+            self._begin(due, record.files)
+
+    def close(self) -> None:
+        """Training has come to its end: wait for the sheet that is being drawn."""
+        if self.drawing is not None:
+            self._collect(PATIENCE)
+
+    def _begin(self, step: int, files: list[FileEntry]) -> None:
+        import ray
+
+        self.last = step
+        remote: Any = ray.remote(num_cpus=0, num_gpus=self.job.config.preview.gpus, max_retries=0)(draw_sheet)
+        self.drawing = remote.remote(self.job, files, self.path)
+
+    def _collect(self, patience: float) -> None:
+        import ray
+
+        if not ray.wait([self.drawing], timeout=patience)[0]:
+            return
+        try:
+            ray.get(self.drawing)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1]
+            log.warning("%s: no sheet of samples at step %d: %s", self.job.node, self.last, reason)
+        else:
+            emit_progress(self.job.node, "preview", self.last, max(self.job.config.steps, 1), "steps", {"picture": self.path})
+        self.drawing = None
+
+
+def draw_sheet(job: Job, files: list[FileEntry], path: str) -> None:
+    """Draw text to image for captions of the data, and the tasks without an input, with a checkpoint's moving average.
+
+    Args:
+        job: of the training stage.
+        files: the checkpoint's.
+        path: of the PNG, in the store.
+    """
+    import torch
+
+    from unidiffuser.generation import UniDiffuser
+
+    settings, data = job.config.preview, _data(job)
+    reference = data.manifest.inputs["codec"]
+    codec = find(job.store, reference.stage, reference.fingerprint)
+    if codec is None:
+        raise FileNotFoundError("the text codec of the latents is no longer in the store")
+    with tempfile.TemporaryDirectory(prefix="unidiffuser-preview-") as scratch:
+        checkpoint = fetch_files(job.store, files, Path(scratch, "checkpoint"))
+        folder = put_together(checkpoint, "ema", codec, job.config, Path(scratch, "model"))
+        model = UniDiffuser.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
+
+    def drawn(task: str, **wanted: Any) -> list[Any]:
+        seeds = range(SEED, SEED + settings.count)
+        return model.generate(
+            task, seeds=seeds, steps=settings.steps, guidance=settings.guidance, batch=settings.count, beams=1, **wanted
+        )  # fmt: skip
+
+    captions, count = _captions(job, settings.count), settings.count
+    rows = [
+        ("Text to image", [(r.image, caption) for r, caption in zip(drawn("t2i", prompts=captions), captions, strict=True)]),
+        ("Joint: image and text together", [(r.image, r.caption) for r in drawn("joint", count=count)]),
+        ("Image only", [(r.image, "") for r in drawn("i", count=count)]),
+        ("Text only", [(None, r.caption) for r in drawn("t", count=count)]),
+    ]
+    sheet = io.BytesIO()
+    sample_sheet(sheet, rows, columns=settings.count)
+    job.store.write(path, sheet.getvalue())
+
+
+def _data(job: Job) -> Any:
+    """The first dataset of latents."""
+    return next(dataset for name, dataset in job.inputs.items() if name.startswith("data."))
+
+
+def _captions(job: Job, count: int) -> list[str]:
+    """The first captions of the data, again from the start if there are too few."""
+    import pyarrow.parquet as pq
+
+    shard = next(entry for entry in _data(job).files if entry.name.endswith(".parquet"))
+    with job.store.open(shard.path) as file:
+        found = next(pq.ParquetFile(file).iter_batches(count, columns=["caption"])).column(0).to_pylist()
+    return [found[number % len(found)] for number in range(count)]

@@ -1,0 +1,88 @@
+"""Sheets of samples beside a training: of which checkpoints, one at a time, and never at the training's cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from infra.store import Store
+from stages.contract import RECORD, Job, Stats, UnitRecord
+from stages.preview import Previews
+from stages.train import TrainStageConfig
+
+KEYS = {100: "a" * 24, 200: "b" * 24, 300: "c" * 24}
+
+
+@pytest.fixture
+def drawing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of Ray: whether the sheet that was begun is ready, and how it ended."""
+    state: dict[str, Any] = {"ready": False, "error": None}
+
+    def get(_: Any) -> None:
+        if state["error"]:
+            raise state["error"]
+
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []) if state["ready"] else ([], refs))
+    monkeypatch.setattr(ray, "get", get)
+    return state
+
+
+def previews(tmp_path: Path, begun: list[int], count: int = 2) -> Previews:
+    """Of a training whose checkpoints are all there; what is begun is noted in place of being drawn."""
+    config = TrainStageConfig.model_validate({"steps": 300, "global_batch": 8, "preview": {"count": count}})
+    job = Job(Store(str(tmp_path)), "train", "train-256", config, {}, {}, {})
+    for step, key in KEYS.items():
+        record = UnitRecord(key=key, name=f"step-{step}", files=[], stats=Stats())
+        job.store.write(f"{job.unit_folder(key)}/unit.json", RECORD.dump_json(record))
+    found = Previews(job, KEYS)
+
+    def begin(step: int, files: list) -> None:
+        begun.append(step)
+        found.last, found.drawing = step, object()
+
+    found._begin = begin  # type: ignore[method-assign]
+    return found
+
+
+def test_one_sheet_at_a_time_of_the_newest_checkpoint_but_the_last(
+    tmp_path: Path, drawing: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[int] = []
+    sheets = previews(tmp_path, begun)
+    for step in (50, 100):
+        sheets.seen(step)
+    assert begun == [], "the checkpoint of step 100 is written after the row of step 100"
+    for step in (110, 150, 210):
+        sheets.seen(step)
+    assert begun == [100] and capsys.readouterr().out == ""
+    drawing["ready"] = True
+    sheets.seen(250)
+    fields = json.loads(capsys.readouterr().out.removeprefix("@progress "))
+    assert (fields["phase"], fields["done"], fields["total"]) == ("preview", 100, 300) and fields["picture"] == sheets.path
+    assert begun == [100, 200]
+    sheets.close()
+    assert '"done": 200' in capsys.readouterr().out and begun == [100, 200]
+
+
+def test_a_sheet_that_fails_is_a_warning_and_the_next_is_drawn(
+    tmp_path: Path, drawing: dict[str, Any], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[int] = []
+    sheets = previews(tmp_path, begun)
+    drawing.update(ready=True, error=RuntimeError("worker died\nno space left"))
+    sheets.seen(150)
+    sheets.seen(250)
+    assert begun == [100, 200] and caplog.messages == ["train-256: no sheet of samples at step 100: no space left"]
+    assert capsys.readouterr().out == ""
+
+
+def test_none_are_drawn_unless_asked_for(tmp_path: Path, drawing: dict[str, Any]) -> None:
+    begun: list[int] = []
+    sheets = previews(tmp_path, begun, count=0)
+    sheets.seen(250)
+    sheets.close()
+    assert begun == []
