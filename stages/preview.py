@@ -115,7 +115,7 @@ def draw_sheet(job: Job, files: list[FileEntry], path: str) -> None:
     captions, count = _captions(job, settings.count), settings.count
     rows = [
         ("Text to image", [(r.image, caption) for r, caption in zip(drawn("t2i", prompts=captions), captions, strict=True)]),
-        ("Joint: image and text together", [(r.image, r.caption) for r in drawn("joint", count=count)]),
+        ("Joint", [(r.image, r.caption) for r in drawn("joint", count=count)]),
         ("Image only", [(r.image, "") for r in drawn("i", count=count)]),
         ("Text only", [(None, r.caption) for r in drawn("t", count=count)]),
     ]

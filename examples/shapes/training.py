@@ -20,7 +20,7 @@ from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT, UViTConfig
 
 CONFIG = UViTConfig(width=128, depth=6, heads=4, modalities=MODALITIES, position_std=0.5)
-STEPS = 36000
+STEPS = 33000
 BATCH = 32
 PEAK_LEARNING_RATE = 1.5e-3
 # Most of the unweighted loss is pixel noise at nearly clean timesteps; what a scene shows is decided at noisy ones.

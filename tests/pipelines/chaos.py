@@ -15,6 +15,7 @@ as its manifest says, no process may be left, and no run may be left Running.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -38,8 +39,8 @@ from tests.pipelines.interruptions import content
 
 ROWS = 110
 KINDS = ("command", "job", "worker", "node")
-# Seconds from the start of a command, or from a kill that it survived, to the next kill. Servers start within about six.
-SOONEST, LATEST = 1.0, 14.0
+# Seconds from the first word of a command, or from a kill that it survived, to the next kill, at most.
+LATEST = 8.0
 PATIENCE = 300.0
 RECIPE = """
 name: chaos
@@ -63,6 +64,11 @@ class Watched:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line.strip())
+
+    def speaks(self) -> None:
+        """Wait for its first line: by then it has servers, and work."""
+        while not self.lines and self.process.poll() is None:
+            time.sleep(0.05)
 
     def ends_within(self, seconds: float) -> bool:
         deadline = time.monotonic() + seconds
@@ -91,21 +97,18 @@ def victims(kind: str, command: Watched, store: Path, rng: random.Random) -> lis
 
 
 def kill(command: Watched, store: Path, rng: random.Random) -> dict[str, Any] | None:
-    """Kill something, and say what; None if the command ended before."""
-    kinds = rng.sample(KINDS, len(KINDS))
-    for kind in kinds:
-        chosen = victims(kind, command, store, rng)
-        if command.process.poll() is not None:
+    """Kill something as soon as there is something of the kind, and say what; None if the command ended before."""
+    kind = rng.choice(KINDS)
+    while not (chosen := victims(kind, command, store, rng)):
+        if command.ends_within(0.1):
             return None
-        if chosen:
-            said = command.lines[-1] if command.lines else ""
-            for process in chosen:
-                try:
-                    process.kill()
-                except psutil.NoSuchProcess:
-                    continue
-            return {"kind": kind, "processes": len(chosen), "said": said[:80]}
-    return None
+    if command.process.poll() is not None:
+        return None
+    said = command.lines[-1] if command.lines else ""
+    for process in chosen:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return {"kind": kind, "processes": len(chosen), "said": said[:80]}
 
 
 def digests(store: Store) -> dict[str, dict[str, str]]:
@@ -129,7 +132,8 @@ def story(arguments: list[str | Path], store: Path, kills: int, rng: random.Rand
     while True:
         command = Watched(start("run", *arguments, "--store", store))
         began = time.monotonic()
-        while kills and not command.ends_within(rng.uniform(SOONEST, LATEST)):
+        command.speaks()
+        while kills and not command.ends_within(rng.uniform(0, LATEST)):
             row = kill(command, store, rng)
             if row is not None:
                 kills -= 1
