@@ -47,7 +47,7 @@ encoders: setup
 text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
-# One small network, five distributions, against a known truth (docs/results/shapes.md): an hour on a core, resumable.
+# One small network, five distributions, against a known truth (docs/results/shapes.md): an hour on 2 cores, resumable.
 shapes: setup
 	$(PY) -m examples.shapes
 

@@ -36,8 +36,7 @@ class Protocol:
     conditional: int = 400
     unconditional: int = 6000
     steps: int = 50
-    # Fresh noise at every step: from the others, unguided, a colour between two colours is still one at the end.
-    sampler: str = "dpm++2m-sde"
+    sampler: str = "dpm++2m"
     guidance: float = 1.0
     batch: int = 250
     seed: int = 1_000_000
