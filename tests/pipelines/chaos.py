@@ -96,9 +96,8 @@ def victims(kind: str, command: Watched, store: Path, rng: random.Random) -> lis
     return rng.sample(found, 1) if found and kind == "worker" else found
 
 
-def kill(command: Watched, store: Path, rng: random.Random) -> dict[str, Any] | None:
+def kill(kind: str, command: Watched, store: Path, rng: random.Random) -> dict[str, Any] | None:
     """Kill something as soon as there is something of the kind, and say what; None if the command ended before."""
-    kind = rng.choice(KINDS)
     while not (chosen := victims(kind, command, store, rng)):
         if command.ends_within(0.1):
             return None
@@ -127,16 +126,17 @@ def left_running(store: Path) -> int:
     return int(count)
 
 
-def story(arguments: list[str | Path], store: Path, kills: int, rng: random.Random) -> Iterator[dict[str, Any]]:
-    """Run to the end in an empty store, with at most `kills` kills on the way; a row a kill."""
+def story(arguments: list[str | Path], store: Path, kinds: list[str], rng: random.Random) -> Iterator[dict[str, Any]]:
+    """Run to the end in an empty store, with kills of these kinds on the way, as many as it takes to get there; a row a kill."""
+    waiting = list(kinds)
     while True:
         command = Watched(start("run", *arguments, "--store", store))
         began = time.monotonic()
         command.speaks()
-        while kills and not command.ends_within(rng.uniform(0, LATEST)):
-            row = kill(command, store, rng)
+        while waiting and not command.ends_within(rng.uniform(0, LATEST)):
+            row = kill(waiting[0], command, store, rng)
             if row is not None:
-                kills -= 1
+                waiting.pop(0)
                 yield {**row, "seconds_in": round(time.monotonic() - began, 1)}
         assert command.ends_within(PATIENCE), f"the command does not end:\n{command.lines[-20:]}"
         command.reader.join()
@@ -155,11 +155,13 @@ def trial(folder: Path, kills: int, seed: int) -> Iterator[dict[str, Any]]:
         code, printed = start("run", *arguments, "--store", calm).finish()
         assert code == 0, printed
         wanted = digests(Store(str(calm)))
-        while kills:
-            store = folder / f"disturbed-{kills}"
-            rows = list(story(arguments, store, min(kills, 5), rng))
+        # Every kind comes as often as the others.
+        kinds = [kind for _ in range(kills) for kind in rng.sample(KINDS, len(KINDS))][:kills]
+        while kinds:
+            store = folder / f"disturbed-{len(kinds)}"
+            rows = list(story(arguments, store, kinds[:5], rng))
             yield from rows
-            kills -= len(rows)
+            kinds = kinds[len(rows) :]
             found = digests(Store(str(store)))
             yield {
                 "nodes": len(found),
