@@ -2,7 +2,8 @@
 
 Ten pictures of one prompt, and ten captions of one picture, encoding and decoding included. All four sides take turns: this
 project and diffusers, each with and without torch.compile of the noise prediction network. The ratio is the worse of the two
-tasks without compilation. Memory is measured in a process for each side.
+tasks without compilation. Memory is measured in a process for each side. The matrix products of the network's calls run alone
+in every round too: what diffusers' network takes, over what they take, is the most that a network of these sizes can gain.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import typer
 from PIL import Image
 
 from benchmarks.frame import Result, choose_device, interleaved, machine, peak_in_child, progress, synchronise, timed
+from benchmarks.matmuls import Product, Products, replay
 from benchmarks.pair import Sizes, build, differences, load_ours, load_peer
 
 TASKS = ("t2i", "i2t")
@@ -68,6 +70,18 @@ class Work:
             self.model.compile()
         else:
             self.network.compile()
+
+    def products(self, task: str) -> list[Product]:
+        """The matrix products of one call of the network in this task."""
+        recorder, forward = Products(), self.network.forward
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            with recorder:
+                return forward(*args, **kwargs)
+
+        with patch.object(self.network, "forward", recorded):
+            self.eagerly(task, 1)
+        return recorder.found
 
     def eagerly(self, task: str, steps: int | None = None) -> list:
         """The same, with the network not compiled even if it can be."""
@@ -139,6 +153,9 @@ def compare(task: str, sides: dict[str, Work], rounds: int, compiling: bool, dev
         if compiling:
             found["compile_s"][name] = timed(partial(work.run, task, 1), device) - eager
             runs[f"{name} compiled"] = partial(work.run, task)
+    plain = replay(sides["ours"].products(task), next(sides["ours"].network.parameters()).dtype, device)
+    plain()
+    runs["products"] = plain
     seconds = interleaved(runs, rounds, device)
     typical = {name: median(values) for name, values in seconds.items()}
     found |= {"seconds": seconds, "median": typical, "ratio": typical["diffusers"] / typical["ours"]}
@@ -147,6 +164,7 @@ def compare(task: str, sides: dict[str, Work], rounds: int, compiling: bool, dev
         found["both_compiled_ratio"] = typical["diffusers compiled"] / typical["ours compiled"]
     found["phases"] = {name: {phase: spent / rounds for phase, spent in watch.seconds.items()} for name, watch in watches.items()}
     found["calls"] = {name: watch.calls["network"] // rounds for name, watch in watches.items()}
+    found["limit"] = found["phases"]["diffusers"]["network"] / (found["calls"]["ours"] * typical["products"])
     return found
 
 
@@ -212,6 +230,7 @@ def _figures(found: dict[str, dict[str, Any]]) -> dict[str, float | int | str]:
                 figures[f"{task}_{name}"] = result[name]
         network = {side: result["phases"][side]["network"] for side in SIDES}
         figures[f"{task}_network_ratio"] = network["diffusers"] / network["ours"]
+        figures[f"{task}_network_limit"] = result["limit"]
         figures[f"{task}_calls"] = f"{result['calls']['ours']}/{result['calls']['diffusers']}"
         if "memory_mib" in result:
             figures[f"{task}_memory"] = result["memory_mib"]["ours"] / result["memory_mib"]["diffusers"]

@@ -95,7 +95,7 @@ def main(
     width: Annotated[int, typer.Option(min=64, help="Width of the U-ViT, a multiple of 64; the paper's is 1536.")] = 1536,
     depth: Annotated[int, typer.Option(min=2, help="In and out blocks, even; the paper's is 30.")] = 2,
     pixels: Annotated[int, typer.Option(min=16, help="Side of the pictures, a multiple of 16.")] = 256,
-    batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of step and products.")] = 5,
     eager: Annotated[bool, typer.Option("--eager", help="Do not compile.")] = False,
     memory: Annotated[

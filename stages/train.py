@@ -153,7 +153,7 @@ class Train(Stage):
     """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 1
+    version = 2
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (Phase("train", plan_checkpoints, gang=train_chain, fields=frozenset(TrainStageConfig.model_fields) - {"steps"}),)

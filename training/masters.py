@@ -108,8 +108,7 @@ class Masters:
         """Give Adam its moments and the number of steps that it has taken."""
         for index, owner in enumerate(self._owners):
             # A step tensor of its own for every vector: shared ones are counted up once for each vector.
-            device = owner.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
             self.optimizer.state[owner] = {
-                "step": torch.tensor(float(steps), dtype=torch.float32, device=device),
+                "step": torch.tensor(float(steps), dtype=torch.float32, device=owner.device),
                 **{name: vectors[index].view_as(owner) for name, vectors in moments.items()},
             }
