@@ -213,7 +213,7 @@ def sample(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for pictures and results.jsonl.", metavar="DIR")] = None,
     device: Annotated[str, typer.Option("--device", help="auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16, fp16; auto: bf16 on CUDA, else fp32.")] = "auto",
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first, which takes a minute.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
     vae: VaeOption = None,
     clip: ClipOption = None,
     text: TextOption = None,
