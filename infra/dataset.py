@@ -33,7 +33,9 @@ class FileEntry:
     @property
     def name(self) -> str:
         """Path inside the unit: `00000.tar`, or `uvit/config.json` for a unit that holds folders."""
-        return self.path.split(f"/{self.unit}/", 1)[-1]
+        name = self.path.split(f"/{self.unit}/", 1)[-1]
+        # On an object store the files lie in a folder of the attempt that made them.
+        return name.split("/", 1)[1] if name.startswith("@") else name
 
 
 @dataclass(slots=True)

@@ -142,8 +142,15 @@ class Store:
             base = str(self.fs._strip_protocol(self._base))
             yield name.removeprefix(base).lstrip("/"), info["size"], moment
 
-    def write(self, path: str, data: bytes) -> None:
-        """Write a small file atomically: after a crash it is there whole or not at all."""
+    def write(self, path: str, data: bytes, once: bool = False) -> bool:
+        """Write a small file atomically: after a crash it is there whole or not at all.
+
+        Args:
+            once: only if there is none, for object stores, which decide that themselves.
+
+        Returns:
+            Whether it was written.
+        """
         if self.local:
             target = Path(self._full(path))
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -155,10 +162,14 @@ class Store:
             self._rename(part, target)
         else:
             # One PUT: an object store shows an object only once it is complete.
-            self.fs.pipe_file(self._full(path), data)
+            try:
+                self.fs.pipe_file(self._full(path), data, mode="create" if once else "overwrite")
+            except FileExistsError:
+                return False
+        return True
 
-    def write_json(self, path: str, value: Any) -> None:
-        self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+    def write_json(self, path: str, value: Any, once: bool = False) -> bool:
+        return self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), once)
 
     def publish(self, source: str | Path, path: str) -> tuple[int, str]:
         """Move a finished local file into the store, read it back and return (bytes, sha256).

@@ -1,6 +1,7 @@
 """Near duplicates across a whole set, found by workers that each see a part of it (three phases of the filter).
 
-    survey    a unit per group of shards: histograms of the scores; thumbnails of the rows that meet the conditions, along a curve
+    survey    a unit per group of shards: histograms of the scores, and how many rows have a value of each column that is judged;
+              thumbnails of the rows that meet the conditions, along a curve
     compare   a unit per region of the thumbnails' space: which of its rows resemble an earlier one
     gather    a unit per group of shards: these rows by shard, with a digest a shard that decides its part of the last phase
 
@@ -11,6 +12,7 @@ times while it sorts: 1.2 GB); the driver holds `SAMPLE` rows a group.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,6 +25,7 @@ from stages.conditions import SCORES, Verdict, columns_of, conditions
 from stages.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
 from stages.histogram import count
 from stages.regions import Region, curve, regions
+from stages.tar import open_table
 from stages.thumbnails import QUARTERS, THUMBNAIL_BYTES, brightness, brightness_tolerance, earlier_alike
 
 # Rows of a group of shards, and rows of a region with its margins.
@@ -86,16 +89,19 @@ class Survey:
 
     def run(self, unit: Unit, out: Output) -> None:
         histograms: dict[str, np.ndarray] = {}
+        known: Counter[str] = Counter()
         parts = []
         for number, path in enumerate(unit.payload["scores"]):
-            with self.job.store.open(path) as file:
+            with open_table(self.job, path) as file:
                 scores = pq.read_table(file, columns=self.columns)
+            known.update({column: scores.num_rows - scores[column].null_count for column in self.columns})
             for score in SCORES:
                 histograms[score] = histograms.get(score, 0) + np.array(count(score, scores[score]))
             if self.job.config.duplicate_tolerance is not None:
                 rows = np.flatnonzero(judge(scores, self.job.config).passing)
                 parts.append((np.full(len(rows), number), rows, pixels_of(scores["thumbnail"].take(pa.array(rows)))))
         out.notes["histograms"] = {score: counts.tolist() for score, counts in histograms.items()}
+        out.notes["known"] = dict(known)
         if parts:
             shards, rows, thumbnails = (np.concatenate(part) for part in zip(*parts, strict=True))
             self.write(out, shards, rows, thumbnails)
@@ -145,7 +151,7 @@ class Compare:
         margin = brightness_tolerance(self.tolerance)
         parts = []
         for group, path in enumerate(unit.payload["files"]):
-            with self.job.store.open(path) as file:
+            with open_table(self.job, path) as file:
                 table = pq.read_table(file, filters=within(region, margin))
             quarters = np.stack([table[name].to_numpy() for name in BRIGHTNESS], axis=1)
             places = np.stack([np.full(len(table), group), table["shard"].to_numpy(), table["row"].to_numpy()])
@@ -189,7 +195,7 @@ class Gather:
         out.notes["drops"] = [digest_of(rows[shards == number].tolist()) for number in range(unit.payload["shards"])]
 
     def read(self, path: str, group: int) -> pa.Table:
-        with self.job.store.open(path) as file:
+        with open_table(self.job, path) as file:
             return pq.read_table(file, filters=[("group", "==", group)])
 
 
@@ -207,7 +213,7 @@ def dropped_rows(job: Job, payload: dict[str, Any]) -> np.ndarray:
     """Rows of a shard that are near duplicates, ascending."""
     if payload["drops"] is None:
         return np.array([], dtype=np.int32)
-    with job.store.open(payload["drops"]) as file:
+    with open_table(job, payload["drops"]) as file:
         return pq.read_table(file, filters=[("shard", "==", payload["number"])])["row"].to_numpy()
 
 

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.recipe import encoder
-from stages.tar import Sample, read_samples
+from stages.tar import Sample, open_table, read_shard
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
@@ -90,7 +90,7 @@ class Encoder:
         """Key -> the filter's embedding, (D,) fp16; empty where encode computes them."""
         if "embeddings" not in unit.payload:
             return {}
-        with self.job.store.open(unit.payload["embeddings"]) as file:
+        with open_table(self.job, unit.payload["embeddings"]) as file:
             table = pq.read_table(file, columns=["key", "clip"])
         return dict(zip(table["key"].to_pylist(), table["clip"].to_pylist(), strict=True))
 
@@ -100,15 +100,14 @@ class Encoder:
         from PIL import Image, ImageOps
 
         size = self.job.config.size
-        with self.job.store.open(unit.payload["path"]) as file:
-            for sample in read_samples(file):
-                out.stats.rows_in += 1
-                image = Image.open(io.BytesIO(sample.image)).convert("RGB")
-                if min(image.size) < size:
-                    out.stats.drop("smaller_than_encoded_size")
-                    continue
-                square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-                yield sample, np.asarray(square).transpose(2, 0, 1)
+        for sample in read_shard(self.job.store, unit.payload["path"], unit.rows):
+            out.stats.rows_in += 1
+            image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+            if min(image.size) < size:
+                out.stats.drop("smaller_than_encoded_size")
+                continue
+            square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+            yield sample, np.asarray(square).transpose(2, 0, 1)
 
     def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes]) -> pa.Table:
         """One row group: the encoders run over it in batches."""
@@ -181,7 +180,7 @@ class Encode(Stage):
     """Latents in Parquet, one shard for one filtered shard, on a pool of actors."""
 
     name = "encode"
-    version = 2
+    version = 3
     Config = EncodeConfig
     whole = frozenset({"codec"})
     phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources),)
@@ -204,6 +203,6 @@ class Encode(Stage):
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
         for record in records:
             for entry in record.files:
-                with job.store.open(entry.path) as file:
+                with open_table(job, entry.path) as file:
                     return {field.name: str(field.type) for field in pq.read_schema(file)}
         return {}

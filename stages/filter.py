@@ -11,25 +11,30 @@ decided by its own shard and its own near duplicates, so a shard that is appende
 from __future__ import annotations
 
 import io
+import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from stages import duplicates
-from stages.conditions import SCORES
+from stages.conditions import SCORES, conditions
 from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord, operational
 from stages.heads import Heads, Scorer, head_digests
 from stages.histogram import histogram_of, join
 from stages.recipe import encoder
-from stages.tar import Sample, ShardWriter, read_samples
+from stages.tar import Sample, ShardWriter, open_table, read_shard
 from stages.thumbnails import THUMBNAIL_BYTES, thumbnail
 from unidiffuser.references import weights_digest
+
+log = logging.getLogger("stages")
 
 TRAVELLING = tuple(score for score in SCORES if score != "clip_similarity")
 # DataComp's basic filter (arXiv 2304.14108, appendix): more than 2 words and 5 characters of English, 200 pixels, ratio 3.
@@ -43,6 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class FilterConfig(StageConfig):
     """Conditions on what was measured; a bound of null is not asked. Bounds are inclusive.
 
+    A condition on a score that not one row has would let all of them pass: it is refused, unless it came with a preset.
     The defaults are DataComp's basic filter but for its language, which `select` asks before anything is fetched.
     """
 
@@ -100,16 +106,8 @@ class Score:
         return Scorer(config.clip, config.clip_scores, config.heads, config.precision)
 
     def run(self, unit: Unit, out: Output) -> None:
-        tables = []
-        with self.job.store.open(unit.payload["path"]) as file:
-            for batch in batches(read_samples(file), self.config.batch):
-                tables.append(self.measure(batch))
-        found = sum(table.num_rows for table in tables)
-        if found != unit.rows:
-            # A tar that is cut between two members reads without an error.
-            where = self.job.store.url(unit.payload["path"])
-            raise StageError(f"{where}: has {found} samples of {unit.rows}; `unidiffuser verify` names what is damaged")
-        table = pa.concat_tables(tables)
+        samples = read_shard(self.job.store, unit.payload["path"], unit.rows)
+        table = pa.concat_tables([self.measure(batch) for batch in batches(samples, self.config.batch)])
         pq.write_table(table, out.path("scores.parquet", table.num_rows), compression="zstd")
         out.stats.rows_in = table.num_rows
 
@@ -131,7 +129,9 @@ class Score:
         if self.scorer is not None and decoded:
             computed = self.scorer([images[row] for row in decoded], [batch[row].caption for row in decoded])
         for name in ("clip_similarity", *self.config.heads.named()):
-            columns[name] = pa.array(_spread(computed.get(name, ()), decoded, len(batch)), pa.float32())
+            values = pa.array(_spread(computed.get(name, ()), decoded, len(batch)), pa.float32())
+            # What overflowed in a network is no score, and JSON could not hold it.
+            columns[name] = pc.if_else(pc.is_finite(values), values, None)
         columns["clip"] = pa.array(_spread([row.tobytes() for row in computed.get("clip", ())], decoded, len(batch)), pa.binary())
         return pa.table(columns)
 
@@ -176,7 +176,9 @@ class Write:
         self.config: FilterConfig = job.config
 
     def run(self, unit: Unit, out: Output) -> None:
-        with self.job.store.open(unit.payload["scores"]) as file:
+        if unit.payload["refusal"]:
+            raise StageError(unit.payload["refusal"])
+        with open_table(self.job, unit.payload["scores"]) as file:
             scores = pq.read_table(file)
         verdict = duplicates.judge(scores, self.config)
         twins = np.zeros(scores.num_rows, dtype=bool)
@@ -192,8 +194,8 @@ class Write:
 
     def copy(self, unit: Unit, out: Output, kept: dict[str, dict[str, Any]]) -> None:
         """The kept samples, image bytes untouched, with what was measured in their JSON."""
-        with self.job.store.open(unit.payload["path"]) as file, ShardWriter(out.folder / f"{unit.name}.tar") as tar:
-            for sample in read_samples(file):
+        with ShardWriter(out.folder / f"{unit.name}.tar") as tar:
+            for sample in read_shard(self.job.store, unit.payload["path"], unit.rows):
                 if sample.key in kept:
                     measured = {name: value for name, value in kept[sample.key].items() if name != "key"}
                     tar.add(Sample(sample.key, sample.image, sample.extension, sample.caption, sample.meta | measured))
@@ -206,11 +208,44 @@ def _score_units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 
 def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    """Decided by the shard, by its scores and by its own near duplicates."""
+    """Decided by the shard, by its scores and by its own near duplicates.
+
+    A refusal is left to the workers: `status` and `gc` plan too. It decides as well, so that none is found done.
+    """
+    refusal = refusal_of(job, earlier)
     shards = zip(_score_units(job, earlier), earlier["score"], duplicates.drops_by_shard(earlier), strict=True)
     for unit, record, (digest, drops) in shards:
         (scores,) = record.files
-        yield Unit(unit.name, (*unit.digests, scores.sha256, digest), {**unit.payload, "scores": scores.path, **drops}, unit.rows)
+        digests = (*unit.digests, scores.sha256, digest, *([refusal] if refusal else []))
+        payload = {**unit.payload, "scores": scores.path, "refusal": refusal, **drops}
+        yield Unit(unit.name, digests, payload, unit.rows)
+
+
+def unanswered(config: FilterConfig, earlier: Records) -> dict[str, str]:
+    """Field -> column of the conditions for which not one row has a value; none where no row can be decoded."""
+    counted = [record.notes.get("known") for record in earlier["survey"]]
+    # Surveys of before this was counted say nothing.
+    known: Counter[str] = sum(map(Counter, counted), Counter()) if None not in counted else Counter()
+    if not known["thumbnail"]:
+        return {}
+    asked = {condition.name: column for condition in conditions(config) for column in condition.columns}
+    return {"languages" if name == "language" else name: column for name, column in asked.items() if not known[column]}
+
+
+def is_presets(config: FilterConfig, field: str) -> bool:
+    """Whether a condition came with the preset: nobody wrote it for these rows."""
+    return field in (preset := PRESETS.get(str(config.preset), {})) and preset[field] == getattr(config, field)
+
+
+def refusal_of(job: Job, earlier: Records) -> str:
+    """What is wrong with the conditions that the recipe sets, empty when nothing is."""
+    lost = {field: column for field, column in unanswered(job.config, earlier).items() if not is_presets(job.config, field)}
+    if not lost:
+        return ""
+    given, fields = job.config.heads.named(), ", ".join(lost)
+    heads = [name for name in lost.values() if name in Heads.model_fields]
+    fixes = [f"{'check' if name in given else 'set'} heads.{name}.weights" for name in heads]
+    return f"{job.node}: no row has a value for {fields}; {' or '.join([*fixes, f'leave {fields} out'])}"
 
 
 def _score_resources(config: FilterConfig) -> Resources:
@@ -246,6 +281,8 @@ class Filter(Stage):
     @classmethod
     def summary(cls, job: Job, records: Records) -> dict[str, Any]:
         """For every score that any row has: its histogram over all rows that came in, and the rows left at some thresholds."""
+        for field in unanswered(job.config, records):
+            log.warning("%s: no row has a value for the preset's %s, which keeps them all", job.node, field)
         counted = [record.notes["histograms"] for record in records["survey"]]
         joined = {score: join([histograms[score] for histograms in counted]) for score in SCORES}
         return {"scores": {score: histogram_of(score, counts) for score, counts in joined.items() if sum(counts[:-1])}}

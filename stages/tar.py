@@ -1,19 +1,29 @@
-"""WebDataset shards: ``KEY.jpg``, ``KEY.json`` and ``KEY.txt`` a sample, sorted by key, byte for byte the same every time."""
+"""WebDataset shards: ``KEY.jpg``, ``KEY.json`` and ``KEY.txt`` a sample, sorted by key, byte for byte the same every time.
+
+Beside shards lie tables. Both are read from the store through `read_shard` and `open_table`: a file that was damaged after its
+commit is then one line that names it, and never fewer rows.
+"""
 
 from __future__ import annotations
 
 import io
 import json
+import posixpath
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from stages.contract import StageError
+import pyarrow as pa
+
+from infra.store import Store
+from stages.contract import Job, StageError
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+VERIFY = "`unidiffuser verify` names what is damaged"
 
 
 @dataclass(frozen=True)
@@ -69,13 +79,49 @@ class ShardWriter:
         self._tar.addfile(info, io.BytesIO(data))
 
 
-def read_samples(file: BinaryIO) -> Iterator[Sample]:
-    """Samples of a shard in its order, holding one at a time.
+def read_shard(store: Store, path: str, rows: int) -> Iterator[Sample]:
+    """All samples of a stored shard in its order, holding one at a time.
+
+    Args:
+        rows: how many samples its manifest promises.
 
     Raises:
-        StageError: the file is not a complete shard.
+        StageError: the file is not a complete shard; when samples are missing, it comes after those that are there.
     """
-    name = getattr(file, "name", "shard")
+    found = 0
+    with store.open(path) as file:
+        for sample in read_samples(file, store.url(path)):
+            found += 1
+            yield sample
+    # A tar that is cut between two samples reads without an error.
+    if found != rows:
+        raise StageError(f"{store.url(path)}: has {found} samples of {rows}; {VERIFY}")
+
+
+@contextmanager
+def open_table(job: Job, path: str) -> Iterator[BinaryIO]:
+    """A stored Parquet file, to be read in the block.
+
+    Raises:
+        StageError: what the block reads is not a complete Parquet file.
+    """
+    try:
+        with job.store.open(path) as file:
+            yield file
+    except (pa.ArrowInvalid, OSError) as error:
+        # What the stage made on its way is in no manifest that `verify` reads, but can be made again.
+        own = path.startswith(f"{job.stage}/units/")
+        fix = f"delete {job.store.url(posixpath.dirname(path))} and run again" if own else VERIFY
+        raise StageError(f"{job.store.url(path)}: {' '.join(str(error).split())}; {fix}") from None
+
+
+def read_samples(file: BinaryIO, name: str | None = None) -> Iterator[Sample]:
+    """Samples of a shard as far as it goes, for who looks at a few or knows their keys; `name` is what errors call the file.
+
+    Raises:
+        StageError: the file is not a complete shard; one that is cut between two samples passes, see `read_shard`.
+    """
+    name = name or getattr(file, "name", "shard")
     parts: dict[str, bytes] = {}
     key = ""
     try:
@@ -91,7 +137,7 @@ def read_samples(file: BinaryIO) -> Iterator[Sample]:
             if parts:
                 yield _sample(key, parts)
     except (tarfile.TarError, KeyError, StopIteration, ValueError) as error:
-        raise StageError(f"{name}: not a complete shard ({error}); `unidiffuser verify` names what is damaged") from None
+        raise StageError(f"{name}: not a complete shard ({error}); {VERIFY}") from None
 
 
 def _sample(key: str, parts: dict[str, bytes]) -> Sample:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import tarfile
 
 import numpy as np
 import torch
@@ -60,8 +62,9 @@ def download(store: Store, shards: list[list[Sample]]) -> Dataset:
         with ShardWriter(local) as tar:
             for one in samples:
                 tar.add(one)
-        size, digest = store.publish(local, f"download/units/{name}")
-        files.append(FileEntry(path=f"download/units/{name}", rows=len(samples), bytes=size, sha256=digest, unit=str(number)))
+        path = f"download/units/{number}/{name}"
+        size, digest = store.publish(local, path)
+        files.append(FileEntry(path=path, rows=len(samples), bytes=size, sha256=digest, unit=str(number)))
     rows = sum(len(samples) for samples in shards)
     manifest = Manifest(
         stage="download", node="test-download", fingerprint=digest_of([entry.sha256 for entry in files]), generation=0,
@@ -69,6 +72,13 @@ def download(store: Store, shards: list[list[Sample]]) -> Dataset:
         summary={}, seconds=0, created="", files=files,
     )  # fmt: skip
     return commit(store, manifest)
+
+
+def cut_between_samples(path: str, left: int) -> None:
+    """Leave the first samples of a tar, so that nothing in it says that there were more."""
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[3 * left].offset
+    os.truncate(path, end)
 
 
 def kept_of(dataset: Dataset) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import nn
 
 from infra.dataset import FileEntry, Manifest, Stats, commit
 from infra.store import Store
+from stages.contract import StageError
 from stages.encode import Encode
 from stages.filter import Filter
-from tests.stages.shards import blots, download, encoded, kept_of, sample
+from tests.stages.shards import blots, cut_between_samples, download, encoded, kept_of, sample
 from training.config import Condition
 from training.latents import LatentReader, Selection
 from unidiffuser.encoders import ClipEncoder
@@ -81,3 +83,32 @@ def test_a_heads_score_is_a_threshold_at_training(store, make, inputs):
     shards = [latents.url(entry) for entry in latents.files]
     index = LatentReader(shards, Selection((Condition.parse(f"aesthetic >= {bound}"),), 0.0)).index()
     assert index.train.sum() == 6
+
+
+def file_of(dataset, ending):
+    return dataset.url(next(entry for entry in dataset.files if entry.name.endswith(ending)))
+
+
+def test_a_shard_that_was_cut_between_samples_is_named_and_makes_nothing(store, make, inputs):
+    where = file_of(inputs["rows"], ".tar")
+    cut_between_samples(where, 2)
+    with pytest.raises(StageError, match=f"^{where}: has 2 samples of 6; `unidiffuser verify` names what is damaged$"):
+        make(Encode, store, inputs, size=SIZE)
+    assert store.list("encode") == []
+
+
+def test_a_table_of_embeddings_that_was_cut_is_named(store, make, inputs):
+    where = file_of(inputs["rows"], ".parquet")
+    os.truncate(where, os.path.getsize(where) // 2)
+    with pytest.raises(StageError, match=f"^{where}: .*; `unidiffuser verify` names what is damaged$"):
+        make(Encode, store, inputs, size=SIZE)
+    assert make(Encode, store, inputs, size=SIZE, precision="fp32").manifest.stats.rows_out == 10, "computes its own"
+
+
+def test_latents_that_were_cut_before_the_commit_are_named(store, make, inputs):
+    latents = make(Encode, store, inputs, size=SIZE)
+    store.remove(f"{latents.folder}/manifest.json")
+    where = latents.url(latents.files[0])
+    os.truncate(where, os.path.getsize(where) // 2)
+    with pytest.raises(StageError, match=f"^{where}: .*; delete {os.path.dirname(where)} and run again$"):
+        make(Encode, store, inputs, size=SIZE)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
 import random
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from stages.histogram import RANGES
 from stages.select import Select
 from stages.tar import Sample
 from tests.stages.hostile_web import HOST, hostile_web
-from tests.stages.shards import ColourClip, blots, download, encoded, kept_of, sample
+from tests.stages.shards import ColourClip, blots, cut_between_samples, download, encoded, kept_of, sample
 
 
 @pytest.fixture(autouse=True)
@@ -177,12 +177,21 @@ def test_histograms_count_every_score(store, make, in_process):
 def test_damaged_shard_is_named(store, make, in_process, keep, words):
     rows = download(store, mixed(7))
     path = rows.store.root + "/" + rows.files[1].path
-    with tarfile.open(path) as tar:
-        third = tar.getmembers()[6].offset
-    with open(path, "r+b") as file:
-        file.truncate(third if keep is None else keep)
+    if keep is None:
+        cut_between_samples(path, 2)
+    else:
+        os.truncate(path, keep)
     with pytest.raises(StageError, match=f"00001.tar: {words}.*unidiffuser verify"):
         make(Filter, store, {"rows": rows})
+
+
+def test_a_shard_that_was_cut_after_it_was_scored_is_named(store, make, in_process):
+    """The scores are there, and say nothing of the samples that are missing from the tar."""
+    rows = download(store, mixed(7))
+    make(Filter, store, {"rows": rows})
+    cut_between_samples(rows.url(rows.files[1]), 2)
+    with pytest.raises(StageError, match="00001.tar: has 2 samples of 20; `unidiffuser verify` names"):
+        make(Filter, store, {"rows": rows}, min_aesthetic=2.0)
 
 
 def test_threshold_without_scores_is_refused():

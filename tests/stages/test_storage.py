@@ -6,6 +6,8 @@ import errno
 import hashlib
 import multiprocessing
 import os
+import random
+import shutil
 import time
 from pathlib import Path
 
@@ -14,13 +16,15 @@ import pytest
 from infra.dataset import find, verify
 from infra.store import Store
 from stages.__main__ import main
-from stages.contract import Job, Phase, StageError, Unit
+from stages.contract import Job, Phase, StageError, Unit, scratch_output
 from stages.download import Download
 from stages.filter import Filter
 from stages.pool import PoolWorker
 from stages.runner import run_stage
+from tests.infra.test_store import bucket  # noqa: F401
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.pages import selector
+from tests.stages.shards import blots, download, encoded, sample
 from tests.stages.toy import Squares, planned
 
 
@@ -134,3 +138,78 @@ def test_what_reads_a_file_that_was_cut_names_it_and_makes_nothing(fetched, stor
     with pytest.raises(StageError, match=f"{where}: .*; `unidiffuser verify` names what is damaged"):
         make(Filter, store, {"rows": dataset}, clip_scores=False)
     assert store.list("filter") in ([], ["units"])
+
+
+def cut_half(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def overwrite_the_middle(path):
+    """As a disk does that gives back other bytes: the end of the file, where Parquet says what is in it, is whole."""
+    with open(path, "r+b") as file:
+        file.seek(40)
+        file.write(bytes(40))
+
+
+# What reads a table of the filter's, by what it makes.
+READ_BY = [
+    ("scores.parquet", "thumbnails.parquet"), ("scores.parquet", "0*.tar"), ("thumbnails.parquet", "alike.parquet"),
+    ("equal.parquet", "drops.parquet"), ("alike.parquet", "drops.parquet"), ("drops.parquet", "0*.tar"),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("table", "made", "harm"), [*((*pair, cut_half) for pair in READ_BY), ("scores.parquet", "0*.tar", overwrite_the_middle)]
+)
+def test_a_table_of_the_filter_that_was_damaged_is_named_and_made_again(store, make, digests, table, made, harm):
+    chance = random.Random(2)
+    pictures = [blots(chance) for _ in range(4)]
+    rows = download(store, [[sample(n, encoded(picture)) for n, picture in enumerate([*pictures, *pictures])]])
+    dataset = make(Filter, store, {"rows": rows}, clip_scores=False)
+    assert dataset.manifest.stats.dropped == {"near_duplicate": 4}
+    store.remove(f"{dataset.folder}/manifest.json")
+    units = Path(store.root, "filter", "units")
+    (reader,) = units.glob(f"*/*/{made}")
+    (damaged,) = units.glob(f"*/*/{table}")
+    reader.with_name("unit.json").unlink()
+    harm(damaged)
+    with pytest.raises(StageError, match=f"^{damaged}: .*; delete {damaged.parent} and run again$"):
+        make(Filter, store, {"rows": rows}, clip_scores=False)
+    shutil.rmtree(damaged.parent)
+    assert digests(make(Filter, store, {"rows": rows}, clip_scores=False)) == digests(dataset)
+
+
+class Coin:
+    """A unit of two files that are never twice the same; `interrupt` is called once the first of them is in the store."""
+
+    def __init__(self, job, interrupt=lambda: None):
+        self.job, self.interrupt = job, interrupt
+
+    def publish(self):
+        with scratch_output() as out:
+            for name in ("heads", "tails"):
+                out.path(name, 1).write_bytes(os.urandom(1000))
+            publish, told = self.job.store.publish, []
+
+            def interrupted(source, path):
+                done = publish(source, path)
+                if not told:
+                    told.append(True)
+                    self.interrupt()
+                return done
+
+            self.job.store.publish = interrupted
+            return out.publish(self.job, "cd" * 12, "one", 0.0)
+
+
+@pytest.mark.usefixtures("bucket")
+def test_two_runs_at_the_same_unit_of_an_object_store_do_not_mix_their_files():
+    """Nothing can be claimed there: the second run does the unit from beginning to end between the two files of the first."""
+    jobs = [Job(Store("s3://data/coins"), "coin", "test-coin", None, {}, {}, {}) for _ in range(2)]
+    winners = []
+    loser = Coin(jobs[0], lambda: winners.append(Coin(jobs[1]).publish())).publish()
+    assert [loser] == winners and [file.name for file in loser.files] == ["heads", "tails"]
+    for file in loser.files:
+        assert hashlib.sha256(jobs[0].store.read(file.path)).hexdigest() == file.sha256
+    assert jobs[0].unit_done("cd" * 12) == loser
