@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -31,6 +30,7 @@ import torch
 import typer
 
 from benchmarks.frame import Result, machine, progress
+from tests.stages import hostile_web
 
 SIZE = 256
 PICTURES = 64
@@ -50,8 +50,8 @@ class Spent:
     images: int
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Pictures on every loopback address; 127.0.2.x never answers."""
+class Handler(hostile_web.Handler):
+    """The tests' hostile web with pictures of photographs' size, on every loopback address; 127.0.2.x never answers."""
 
     pictures: list[bytes] = []
 
@@ -59,23 +59,14 @@ class Handler(BaseHTTPRequestHandler):
         if self.connection.getsockname()[0].startswith("127.0.2."):
             time.sleep(60)
             return
-        body = self.pictures[int(self.path.rsplit("/", 1)[-1]) % PICTURES]
-        self.send_response(200)
-        self.send_header("Content-Type", "image/jpeg")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        super().do_GET()
 
-    def log_message(self, *_: object) -> None:
-        pass
+    def act(self, name: str) -> None:
+        self.reply(200, self.pictures[int(name) % PICTURES], [("Content-Type", "image/jpeg")])
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
+class Server(hostile_web.Server):
     request_queue_size = 512
-
-    def handle_error(self, *_: object) -> None:
-        """Clients that gave up."""
 
 
 def _serve(pipe: Any) -> None:

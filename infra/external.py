@@ -30,7 +30,7 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
     found: dict[str, str] = {}
     for pattern in patterns:
         fs, path = fsspec.core.url_to_fs(pattern)
-        matches = sorted(fs.glob(path)) if any(c in path for c in "*?[") else [path] * fs.exists(path)
+        matches = sorted(fs.glob(path)) if _is_glob(pattern) else [path] * fs.exists(path)
         if not matches:
             raise FileNotFoundError(pattern)
         if isinstance(fs, LocalFileSystem):
@@ -41,6 +41,12 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
                 tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("LastModified")
                 found[fs.unstrip_protocol(match)] = f"{info['size']}:{str(tag).strip(chr(34))}"
     return dict(sorted(found.items()))
+
+
+def _is_glob(pattern: str) -> bool:
+    """In a web address ``?`` begins the query, where any character may stand for itself."""
+    path = pattern.split("?")[0] if pattern.startswith(("http://", "https://")) else pattern
+    return any(character in path for character in "*?[")
 
 
 def _local_digests(paths: list[str], cache: Path) -> dict[str, str]:

@@ -49,10 +49,10 @@ class DownloadConfig(ImageConfig):
     shard_deadline: float = Field(3600.0, gt=0, description="seconds for one shard; rows not reached by then can be retried")
     retries: int = Field(2, ge=0, description="further tries after server errors, timeouts and broken connections")
     host_failures: int = Field(
-        16, ge=0, description="attempts that a host lets end in silence in a row until a shard leaves it alone; 0 never does"
+        16, ge=0, description="attempts that a host lets end in silence in a row until a worker leaves it alone; 0 never does"
     )
     respect_noai: bool = Field(
-        True, description="leave out images whose X-Robots-Tag says noai, noimageai, noindex or noimageindex"
+        True, description="leave out images whose X-Robots-Tag says noai, noimageai, noindex, noimageindex or none"
     )
     user_agent_token: str | None = Field(None, description="name that sites can address in X-Robots-Tag")
     on_hash_mismatch: Literal["keep", "drop"] = Field(
@@ -84,6 +84,7 @@ class Fetcher:
         )  # fmt: skip
         self.guard = Guard(config.hosts, config.allow_private)
         self.opener = WebOpener
+        self.hosts = Hosts(config.host_connections, config.host_failures, end=0.0)
         self.install = urllib.request.install_opener
         self.download = download_rows
 
@@ -121,9 +122,9 @@ class Fetcher:
         urls = rows["url"].take(pa.array(tried, pa.int64())).to_pylist()
         order = spread(urls)
         wanted = pa.table({"row": pa.array([tried[i] for i in order], pa.int64()), "url": [urls[i] for i in order]})
-        hosts = Hosts(self.config.host_connections, self.config.host_failures, time.monotonic() + self.config.shard_deadline)
+        self.hosts.next_shard(time.monotonic() + self.config.shard_deadline)
         # img2dataset calls urllib.request.urlopen, which asks the process's opener.
-        self.install(self.opener(self.limits, self.guard, hosts))
+        self.install(self.opener(self.limits, self.guard, self.hosts))
         return self.download(wanted, self.config, scratch, with_md5=rows["md5"].null_count < rows.num_rows)
 
     def _compared(self, rows: pa.Table, tried: list[int], sink: ShardSink) -> dict[int, Outcome]:
@@ -216,7 +217,7 @@ def _retry(job: Job, unit: Unit, table: FileEntry, tar: FileEntry) -> Unit:
 
 class Download(Stage):
     name = "download"
-    version = 2
+    version = 3
     can_heal = True
     Config = DownloadConfig
     phases = (Phase("download", _units, Fetcher, resources=lambda config: Resources(config.cpus, 0, config.workers)),)

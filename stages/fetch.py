@@ -11,6 +11,7 @@ import email.utils
 import http.client
 import io
 import random
+import re
 import socket
 import ssl
 import string
@@ -31,10 +32,14 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
 FIRST_PAUSE = 0.5
+PIECE = 65_536
+GZIP = b"\x1f\x8b"
 
-# X-Robots-Tag directives by which a site keeps its images out of training data, and those that have a value of their own.
-NO_AI = frozenset({"noai", "noimageai", "noindex", "noimageindex"})
+# X-Robots-Tag directives by which a site keeps its images out of training data (`none` is noindex and nofollow), those that
+# have a value of their own, and robots' names: the half of a date behind its comma, "25-Jun-30 15:00:00 GMT", is none.
+NO_AI = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+ROBOT = re.compile(r"[\w.*/-]+")
 
 # Reasons that a later try may not meet again. Everything else is final: a page that is gone stays gone.
 HEALABLE = frozenset(
@@ -89,7 +94,7 @@ class Fetched:
 
 
 class WebOpener(urllib.request.OpenerDirector):
-    """An opener for `urllib.request.install_opener`; one a shard, since its `hosts` know when the shard must be over."""
+    """An opener for `urllib.request.install_opener`; its `hosts` know when the shard must be over."""
 
     def __init__(self, limits: Limits, guard: Guard, hosts: Hosts):
         super().__init__()
@@ -141,6 +146,9 @@ class WebOpener(urllib.request.OpenerDirector):
         except TimeoutError:
             ended = "shard_deadline" if time.monotonic() >= self.hosts.end else "deadline"
             raise FetchError(ended if wait.over else "timeout") from None
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            # Cut off in the handshake: that says nothing of the certificate.
+            raise FetchError("connection") from None
         except ssl.SSLError:
             raise FetchError("tls") from None
         except http.client.IncompleteRead:
@@ -162,14 +170,16 @@ class WebOpener(urllib.request.OpenerDirector):
         try:
             connection.request("GET", target, headers=headers | {"Accept-Encoding": "identity", "Connection": "close"})
             response = connection.getresponse()
-            if response.status in REDIRECTS and (location := response.headers.get("Location")):
-                # Headers are read as Latin-1; what is no ASCII there goes back as the bytes that it was.
-                return quote(location.strip(), safe=string.punctuation, encoding="iso-8859-1")
-            if response.status != 200:
+            location = response.headers.get("Location") if response.status in REDIRECTS else None
+            if response.status != 200 and not location:
                 asked = response.headers.get("Retry-After") if response.status in (429, 503) else None
                 raise FetchError(f"http_{response.status}", _retry_after(asked))
+            # Also of a redirect: who owns the address may forbid what another serves for it.
             if self.limits.respect_noai and forbids_training(response.headers, self.limits.robot):
                 raise FetchError("disallowed")
+            if location:
+                # Headers are read as Latin-1; what is no ASCII there goes back as the bytes that it was.
+                return quote(location.strip(), safe=string.punctuation, encoding="iso-8859-1")
             return Fetched(response.headers, self._body(response))
         finally:
             connection.close()
@@ -180,7 +190,7 @@ class WebOpener(urllib.request.OpenerDirector):
         if expected is not None and expected > self.limits.max_bytes:
             raise FetchError("too_large")
         body = io.BytesIO()
-        while piece := response.read1(65_536):
+        while piece := response.read1(PIECE):
             body.write(piece)
             if body.tell() > self.limits.max_bytes:
                 raise FetchError("too_large")
@@ -193,21 +203,28 @@ class WebOpener(urllib.request.OpenerDirector):
 def unpacked(data: bytes, encoding: str, limit: int) -> bytes:
     """A body without its Content-Encoding: some servers compress what they were asked to leave alone, others only say so.
 
+    A gzip body may have several members; bytes behind the last are left out.
+
     Raises:
         FetchError: `too_large` beyond `limit` bytes, or `truncated`.
     """
     if encoding not in ("gzip", "x-gzip", "deflate"):
         return data
-    unpack = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    try:
-        found = unpack.decompress(data, limit + 1)
-    except zlib.error:
-        return data
-    if len(found) > limit:
-        raise FetchError("too_large")
-    if not unpack.eof:
-        raise FetchError("truncated")
-    return found
+    found, end = io.BytesIO(), 0
+    while end == 0 or data.startswith(GZIP, end):
+        unpack = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        while not unpack.eof:
+            # In pieces, since what a member leaves over is copied.
+            if not (piece := data[end : end + PIECE]):
+                raise FetchError("truncated")
+            try:
+                found.write(unpack.decompress(piece, limit + 1 - found.tell()))
+            except zlib.error:
+                return data
+            if found.tell() > limit:
+                raise FetchError("too_large")
+            end += len(piece) - len(unpack.unused_data)
+    return found.getvalue()
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -225,15 +242,19 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def forbids_training(headers: Message, robot: str | None) -> bool:
-    """Whether X-Robots-Tag keeps an image out of training data: ``[ROBOT:] DIRECTIVE[: VALUE], DIRECTIVE ...``."""
+    """Whether X-Robots-Tag keeps an image out of training data: ``[ROBOT:] DIRECTIVE[: VALUE], DIRECTIVE ...``.
+
+    What can be read in two ways is read as the site's wish to be left alone.
+    """
     for header in headers.get_all("X-Robots-Tag", []):
         addressed = True
         for part in header.lower().split(","):
             name, colon, value = (piece.strip() for piece in part.partition(":"))
-            if colon and name not in WITH_VALUE:
-                addressed = name == (robot or "").lower()
-                name = value
-            if addressed and name in NO_AI:
+            if name in WITH_VALUE:
+                continue
+            if colon and ROBOT.fullmatch(name) and name not in NO_AI:
+                addressed = name in ("*", (robot or "").lower())
+            if addressed and not NO_AI.isdisjoint((name, value)):
                 return True
     return False
 

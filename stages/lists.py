@@ -1,7 +1,8 @@
 """Lists of what may or must not be downloaded (opt-outs, Re-LAION's safe rows), joined with the picked rows range by range.
 
 A list is a Parquet file with a column of URLs, hashes or domains, or a text file with one of them a line. An entry
-``example.com`` covers ``images.example.com`` too.
+``example.com`` covers ``images.example.com`` too; ``.example.com`` and ``*.example.com`` mean the same. What can be no host's
+domain, such as a URL or another pattern, is refused with its place: it would allow or deny nothing, and nobody would notice.
 
     lists   a unit per list file: its entries as keys
     match   a unit per kind of entry and range of keys: which picked rows of which file are on the lists
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
@@ -31,7 +33,11 @@ from stages.laion import BATCH, NAMES, heal, readable
 KINDS = ("url", "hash", "domain")
 ROLES = ("allow", "deny")
 INTEGER = re.compile(r"[+-]?\d+")
-DOMAIN = re.compile(r"[^\s/:?#@]+\.[^\s/:?#@.]+\.?")
+# In the regular expressions that Python and Arrow share. Of ASCII letters, digits, hyphens and underscores; no broken UTF-8.
+LABEL = r"[^\x00-,./:-@\[-^`{-\x7f" + "\ufffd]+"
+WILDCARD = r"^\*?\."
+DOMAIN = rf"(?:\*?\.)?{LABEL}(?:\.{LABEL})+\.?"
+PLAIN = r"^[a-z0-9._-]*$"
 EXPECTED = {"auto": "url, hash or domain"}
 LINES = 65_536
 
@@ -43,8 +49,7 @@ def hash_keys(column: pa.Array | pa.ChunkedArray) -> Keys:
 
 def domain_keys(urls: pa.Array) -> tuple[Keys, np.ndarray]:
     """Keys of every domain that a URL's host belongs to (``a.b.org`` to itself and ``b.org``), and which URL each is of."""
-    hosts = pc.struct_field(pc.extract_regex(urls, r"^[^:]+://(?:[^/?#@]*@)?(?P<host>[^/?#:]*)"), "host")
-    names = pc.utf8_rtrim(pc.utf8_lower(hosts), ".")
+    names = ascii_hosts(pc.struct_field(pc.extract_regex(urls, r"^[^:]+://(?:[^/?#]*@)?(?P<host>[^/?#:]*)"), "host"))
     places = np.arange(len(urls))
     keys: list[Keys] = []
     of: list[np.ndarray] = []
@@ -58,6 +63,30 @@ def domain_keys(urls: pa.Array) -> tuple[Keys, np.ndarray]:
         of.append(places)
         names = pc.replace_substring_regex(names, r"^[^.]*\.?", "")
     return np.concatenate(keys) if keys else np.zeros(0, np.uint64), np.concatenate(of) if of else np.zeros(0, np.int64)
+
+
+def ascii_hosts(names: pa.Array) -> pa.Array:
+    """Host names as they are compared: in lower case, without a dot at the end, in the ASCII form that download looks up."""
+    names = pc.utf8_rtrim(pc.utf8_lower(names), ".")
+    odd = pc.invert(pc.fill_null(pc.match_substring_regex(names, PLAIN), True))
+    if pc.any(odd).as_py():
+        names = pc.replace_with_mask(names, odd, pa.array([_looked_up(name) for name in names.filter(odd).to_pylist()]))
+    return names
+
+
+def _looked_up(name: str) -> str:
+    """As `stages.fetch` does it: tabs and line breaks are no part of a URL, and what is no ASCII goes through IDNA 2003."""
+    name = re.sub(r"[\t\r\n]", "", name)
+    try:
+        return name.encode("idna").decode("ascii").rstrip(".")
+    except UnicodeError:
+        return name
+
+
+def _registered(name: str) -> str:
+    """The ASCII form of IDNA 2008, by which domains are registered: another one where a name has a letter such as ß."""
+    labels = unicodedata.normalize("NFKC", name.rstrip(".")).split(".")
+    return ".".join(label if label.isascii() else f"xn--{label.encode('punycode').decode('ascii')}" for label in labels)
 
 
 class ReadList:
@@ -81,13 +110,17 @@ class ReadList:
         with readable(address), fsspec.open(address, "rb") as file:
             parquet = pq.ParquetFile(file)
             kind, column = self._column(address, parquet.schema_arrow.names, by)
+            row = 0
             for batch in parquet.iter_batches(BATCH, columns=[column]):
                 wanted = pa.int64() if kind == "hash" else pa.string()
                 try:
-                    values = heal(batch.column(0), wanted).drop_null()
+                    values = heal(batch.column(0), wanted)
                 except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
                     raise StageError(f"{address}: column {column} is {batch.column(0).type}: {error}") from None
-                yield kind, _entry_keys(kind, values)
+                if kind == "domain":
+                    _check_domains(address, row, values)
+                row += len(values)
+                yield kind, _entry_keys(kind, values.drop_null())
 
     def _column(self, address: str, found: list[str], by: str) -> tuple[str, str]:
         """The kind of the entries, and the column that holds them: the first of url, hash and domain unless told."""
@@ -100,7 +133,8 @@ class ReadList:
 
     def _text(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
         entries: dict[str, list[str]] = {kind: [] for kind in KINDS}
-        with fsspec.open(address, "rt", encoding="utf-8", errors="replace", compression="infer") as file:
+        # Windows begins a text with a mark, which is no part of its first line.
+        with fsspec.open(address, "rt", encoding="utf-8-sig", errors="replace", compression="infer") as file:
             for number, line in enumerate(file, start=1):
                 if not (entry := line.strip()) or entry.startswith("#"):
                     continue
@@ -118,7 +152,14 @@ def _kind(entry: str) -> str | None:
         return "url"
     if INTEGER.fullmatch(entry):
         return "hash"
-    return "domain" if DOMAIN.fullmatch(entry) else None
+    return "domain" if re.fullmatch(DOMAIN, entry) else None
+
+
+def _check_domains(address: str, start: int, values: pa.Array) -> None:
+    """Raises StageError: a value is no domain (null and empty ones list nothing); `start` is the first value's row."""
+    if (bad := pc.index(pc.match_substring_regex(values, f"^(?:{DOMAIN})?$"), False).as_py()) >= 0:
+        found = repr(values[bad].as_py()[:80])
+        raise StageError(f"{address}, row {start + bad}: {found} is no domain; write its name alone, such as a.example")
 
 
 def _drained(entries: dict[str, list[str]]) -> Iterator[tuple[str, Keys]]:
@@ -130,9 +171,12 @@ def _drained(entries: dict[str, list[str]]) -> Iterator[tuple[str, Keys]]:
 
 
 def _entry_keys(kind: str, values: pa.Array) -> Keys:
-    if kind == "hash":
-        return hash_keys(values)
-    return text_keys(pc.utf8_rtrim(pc.utf8_lower(values), ".") if kind == "domain" else values)
+    if kind != "domain":
+        return hash_keys(values) if kind == "hash" else text_keys(values)
+    names = pc.utf8_lower(pc.replace_substring_regex(values, WILDCARD, ""))
+    foreign = names.filter(pc.invert(pc.string_is_ascii(names))).to_pylist()
+    others = [_registered(name) for name in foreign if _registered(name) != _looked_up(name)]
+    return text_keys(pa.concat_arrays([ascii_hosts(names), pa.array(others, pa.string())]))
 
 
 class Match:

@@ -1,4 +1,4 @@
-"""How the hosts of one shard are treated: few connections at a time, a pause where they ask for it, none when they are dead."""
+"""How hosts are treated: few connections at a time, a pause where they ask for it, next to none when they are dead."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from stages.network import Wait
 
 # Failures that say that nobody is there, rather than what somebody there thinks of a request.
 SILENCE = frozenset({"timeout", "deadline", "connection", "dns"})
+# Seconds after which one attempt finds out whether somebody is there again.
+PROBE = 60.0
+# Silent hosts that a worker remembers from one shard to the next, the latest ones; some 10 MB.
+REMEMBERED = 10_000
 
 
 class FetchError(Exception):
@@ -30,16 +34,18 @@ class _Host:
     def __init__(self, connections: int):
         self.slots = threading.BoundedSemaphore(connections)
         self.silent = 0
+        self.probe_at = 0.0
         self.not_before = 0.0
         self.asked = ""
 
 
 class Hosts:
-    """What is known of the hosts of one shard.
+    """What a worker knows of the hosts of its shard, and of those that were silent in the shards before.
 
     Args:
         connections: of one host at a time.
-        failures: attempts that end in silence one after the other, whereupon the host is left alone; 0 means never.
+        failures: attempts that end in silence one after the other, whereupon the host is left alone but for an attempt a minute;
+            0 means never.
         end: moment (`time.monotonic`) at which the shard must be over.
     """
 
@@ -47,6 +53,12 @@ class Hosts:
         self.connections, self.failures, self.end = connections, failures, end
         self._hosts: dict[str, _Host] = {}
         self._lock = threading.Lock()
+
+    def next_shard(self, end: float) -> None:
+        """Begin another shard, which must be over at ``end``. Hosts that hang would else cost their timeouts in each of them."""
+        self.end = end
+        silent = [(name, host) for name, host in self._hosts.items() if host.silent]
+        self._hosts = dict(silent[-REMEMBERED:])
 
     @contextmanager
     def turn(self, name: str, wait: Wait) -> Iterator[None]:
@@ -67,17 +79,31 @@ class Hosts:
             try:
                 yield
             except FetchError as error:
-                host.silent = host.silent + 1 if str(error) in SILENCE else 0
+                self._heard(host, str(error) in SILENCE)
                 if error.pause is not None:
-                    host.not_before, host.asked = time.monotonic() + error.pause, str(error)
+                    self._postpone(host, time.monotonic() + error.pause, str(error))
                 raise
             host.silent = 0
         finally:
             host.slots.release()
 
+    def _postpone(self, host: _Host, moment: float, asked: str) -> None:
+        """A host that has asked for a long pause is not disturbed sooner because another answer asks for a short one."""
+        with self._lock:
+            if moment > host.not_before:
+                host.not_before, host.asked = moment, asked
+
+    def _heard(self, host: _Host, nothing: bool) -> None:
+        host.silent = host.silent + 1 if nothing else 0
+        if host.silent == self.failures:
+            host.probe_at = time.monotonic() + PROBE
+
     def _admit(self, host: _Host, wait: Wait) -> None:
         if self.failures and host.silent >= self.failures:
-            raise FetchError("host_down")
+            with self._lock:
+                if time.monotonic() < host.probe_at:
+                    raise FetchError("host_down")
+                host.probe_at = time.monotonic() + PROBE
         if (pause := host.not_before - time.monotonic()) > 0:
             if time.monotonic() + pause >= wait.end:
                 raise FetchError(host.asked)

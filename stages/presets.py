@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 # LAION's own thresholds: a picture is taken for unsafe from punsafe 0.5 and for watermarked from pwatermark 0.8 on; pairs of
-# laion2B-en have a CLIP ViT-B/32 similarity of 0.28 or more.
-_LAION = {"min_similarity": 0.28, "max_punsafe": 0.5, "max_pwatermark": 0.8}
+# laion2B-en have a CLIP ViT-B/32 similarity of 0.28 or more. Bounds are inclusive and scores float32, so that the published
+# "less than" is the next smaller float32.
+_LAION = {"min_similarity": 0.28, "max_punsafe": 0.49999997, "max_pwatermark": 0.79999995}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # arXiv 2303.06555, section 6.1: the first stage at 256 px. Smaller pictures would be enlarged.

@@ -303,7 +303,7 @@ _READ = frozenset({"laion_schema", "columns"})
 
 class Select(Stage):
     name = "select"
-    version = 2
+    version = 3
     Config = SelectConfig
     phases = (
         Phase("pick", _pick_units, Pick, fields=_PICK, resources=_resources),

@@ -5,25 +5,16 @@ from __future__ import annotations
 import contextlib
 import gzip
 import socket
-import ssl
 import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.stages.hostile_files import FILES, JPEG
 
 HOST = "images.example"
-# Served by `tls_web`, with a certificate that nobody vouches for.
-TLS_HOST = "secure.example"
 
 # Name -> (headers, body, status).
 HEADED: dict[str, tuple[list[tuple[str, str]], bytes, str]] = {
@@ -31,6 +22,13 @@ HEADED: dict[str, tuple[list[tuple[str, str]], bytes, str]] = {
     "html-called-jpeg.jpg": ([("Content-Type", "image/jpeg")], FILES["html"][0], "not_an_image"),
     "packed": ([("Content-Encoding", "gzip")], gzip.compress(JPEG), "success"),
     "not-packed": ([("Content-Encoding", "gzip")], JPEG, "success"),
+    "packed-twice": ([("Content-Encoding", "gzip")], gzip.compress(JPEG[:500]) + gzip.compress(JPEG[500:]), "success"),
+    "packed-and-padded": ([("Content-Encoding", "gzip")], gzip.compress(JPEG) + bytes(512), "success"),
+    "packed-twice-cut": (
+        [("Content-Encoding", "gzip")],
+        gzip.compress(JPEG[:500]) + gzip.compress(JPEG[500:])[:-30],
+        "truncated",
+    ),
     "packed-cut": ([("Content-Encoding", "gzip")], gzip.compress(JPEG)[:-30], "truncated"),
     "packed-bomb": ([("Content-Encoding", "gzip")], gzip.compress(bytes(300_000_000), 1), "too_large"),
 }
@@ -41,12 +39,26 @@ MARKED: dict[str, tuple[list[str], str]] = {
     "noindex": (["all", "noindex"], "disallowed"),
     "noimageindex": ([" noarchive ,noimageindex"], "disallowed"),
     "capitals": (["NOAI"], "disallowed"),
+    "none": (["none"], "disallowed"),
+    "every-robot": (["*: noai"], "disallowed"),
+    "every-robot-after-another": (["otherbot: nofollow, *: noai"], "disallowed"),
     "after-value": (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], "disallowed"),
+    "after-date": (["unavailable_after: Wed, 25 Jun 2030 15:00:00 GMT, noai"], "disallowed"),
+    "after-old-date": (["unavailable_after: Wednesday, 25-Jun-30 15:00:00 GMT, noai"], "disallowed"),
     "after-another-robot": (["otherbot: nofollow", "noai"], "disallowed"),
+    "with-a-value": (["noai: true"], "disallowed"),
+    "to-a-robot-without-name": ([": noai"], "disallowed"),
     "other-robot": (["otherbot: noai"], "success"),
     "other-robot-two": (["otherbot: nofollow, noai"], "success"),
+    "other-robot-and-date": (["otherbot: unavailable_after: Wednesday, 25-Jun-30 15:00:00 GMT, noai"], "success"),
+    "no-preview": (["max-image-preview: none"], "success"),
     "follow": (["nofollow"], "success"),
     "unreadable": ([";;, :, ::,"], "success"),
+}
+# Name -> (values of X-Robots-Tag, status): a good image that is not marked, behind a redirect that is.
+MARKED_MOVES: dict[str, tuple[list[str], str]] = {
+    "moved-noai": (["noai"], "disallowed"),
+    "moved-other-robot": (["otherbot: noai"], "success"),
 }
 # Name -> (Location, status).
 MOVED: dict[str, tuple[str, str]] = {
@@ -117,7 +129,6 @@ URLS: dict[str, str] = {
     "http://b\u00fccher.example/idn": "success",
     "http://no-such-host.invalid/": "dns",
     f"https://{HOST}/plain-http-behind-https": "tls",
-    f"https://{TLS_HOST}/self-signed": "tls",
     f"http://{HOST}:99999/": "bad_url",
     f"http://{'a' * 70}.example/": "bad_url",
     "http://[::1/": "bad_url",
@@ -138,6 +149,7 @@ PAGES = {
     **{name: status for name, (_, status) in FILES.items()},
     **{name: status for name, (*_, status) in HEADED.items()},
     **{name: status for name, (_, status) in MARKED.items()},
+    **{name: status for name, (_, status) in MARKED_MOVES.items()},
     **{name: status for name, (_, status) in MOVED.items()},
     **ACTS,
 }
@@ -174,6 +186,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(200, HEADED[name][1], HEADED[name][0])
             elif name in MARKED:
                 self.reply(200, JPEG, [("X-Robots-Tag", value) for value in MARKED[name][0]])
+            elif name in MARKED_MOVES:
+                self.reply(302, b"", [("Location", "/jpeg"), *(("X-Robots-Tag", value) for value in MARKED_MOVES[name][0])])
             elif name in MOVED:
                 self.reply(302, b"", [("Location", MOVED[name][0])])
             elif name.startswith("redirect-"):
@@ -269,39 +283,7 @@ def served(server: Server) -> Iterator[str]:
 
 @contextlib.contextmanager
 def hostile_web() -> Iterator[str]:
-    """The pages of `STATUS` but for TLS; gives ``host:port``."""
+    """The pages of `STATUS`; gives ``host:port``."""
     Handler.asked.clear()
     with served(Server(("127.0.0.1", 0), Handler)) as place:
-        yield place
-
-
-def self_signed(host: str) -> bytes:
-    """Key and certificate of a host, in PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return secret + certificate.public_bytes(pem)
-
-
-@contextlib.contextmanager
-def tls_web(folder: Path) -> Iterator[str]:
-    """The same pages behind a certificate that nobody vouches for; gives ``host:port``."""
-    (folder / "self-signed.pem").write_bytes(self_signed(TLS_HOST))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "self-signed.pem")
-    server = Server(("127.0.0.1", 0), Handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    with served(server) as place:
         yield place

@@ -18,7 +18,8 @@ from infra.store import Store
 from stages.download import Download, DownloadConfig
 from stages.network import Guard, dial
 from tests.stages.hostile_files import FILES, JPEG
-from tests.stages.hostile_web import HOST, PAGES, STATUS, TLS_HOST, Handler, hostile_web, tls_web
+from tests.stages.hostile_tls import TLS, TLS_STATUS, tls_web
+from tests.stages.hostile_web import HOST, PAGES, STATUS, Handler, hostile_web
 from tests.stages.pages import name_of, samples_of, selector, table_of
 
 FAST = {
@@ -34,9 +35,11 @@ def web():
 
 @pytest.fixture(scope="module")
 def hosts(web, tmp_path_factory):
-    """What leads to the hostile web."""
-    with tls_web(tmp_path_factory.mktemp("tls")) as secure:
-        yield {HOST: web, "xn--bcher-kva.example": web, TLS_HOST: secure}
+    """What leads to the hostile web, whose authority is trusted as long."""
+    folder = tmp_path_factory.mktemp("tls")
+    with tls_web(folder) as secure, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(folder / "authority.pem"))
+        yield {HOST: web, "xn--bcher-kva.example": web, **dict.fromkeys(TLS, secure)}
 
 
 @pytest.fixture
@@ -58,19 +61,25 @@ def test_every_misbehaviour_gets_its_status_and_nothing_beyond_loopback_is_diall
         return dial(family, address, wait)
 
     monkeypatch.setattr("stages.network.Guard", partial(Guard, resolve=resolve, dial=listening))
+    wanted = STATUS | TLS_STATUS
     start = time.monotonic()
-    dataset = make(Download, store, {"rows": select(store, list(STATUS))}, hosts=hosts, **FAST)
+    dataset = make(Download, store, {"rows": select(store, list(wanted))}, hosts=hosts, **FAST)
     assert time.monotonic() - start < 60
     assert dialled == set(hosts.values()), "what is forbidden is refused before a connection is tried"
     table = table_of(dataset)
     found = dict(zip(table["url"].to_pylist(), table["status"].to_pylist(), strict=True))
-    assert found == STATUS and len(STATUS) > 150
-    stats = dataset.manifest.stats
-    wanted = Counter(STATUS.values())
-    assert stats.rows_in == len(STATUS) and stats.rows_out == wanted.pop("success")
-    assert stats.dropped == wanted
+    assert found == wanted and len(wanted) > 150
+    stats, counts = dataset.manifest.stats, Counter(wanted.values())
+    assert stats.rows_in == len(wanted) and stats.rows_out == counts.pop("success")
+    assert stats.dropped == counts
     came = {sample.meta["url"] for sample in samples_of(dataset)}
-    assert came == {url for url, status in STATUS.items() if status == "success"}
+    assert came == {url for url, status in wanted.items() if status == "success"}
+
+
+def test_a_handshake_that_stalls_ends_with_the_deadline(store, hosts, select, make, in_process):
+    rows = select(store, ["https://stalls.example/", "jpeg"])
+    dataset = make(Download, store, {"rows": rows}, hosts=hosts, timeout=30, deadline=1)
+    assert dataset.manifest.stats.dropped == {"deadline": 1}, "and not when the server closes the connection"
 
 
 def test_pixels_are_those_of_the_page(store, web, select, make, in_process):

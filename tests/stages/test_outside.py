@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from infra.dataset import find
+from infra.external import resolve
 from infra.store import Store
 from stages.__main__ import main
 from stages.graph import outside_of, plan
 from stages.recipe import load_recipe
 from tests.pipelines.conftest import ROWS, write_metadata
+from tests.stages.hostile_web import hostile_web
 
 
 def test_files_that_come_after_the_plan_are_the_next_runs(
@@ -38,3 +40,14 @@ def test_files_that_come_after_the_plan_are_the_next_runs(
     assert main([*arguments, "--outside", str(outside)]) == 0
     made = find(store, "select", fingerprint)
     assert made is not None and made.manifest.stats.rows_in == ROWS
+
+
+def test_a_web_address_means_itself_and_a_path_may_mean_several_files(tmp_path: Path, store: Store) -> None:
+    for name in ("part-1.txt", "part-2.txt", "part-10.txt"):
+        (tmp_path / name).write_text(name)
+    assert [Path(path).name for path in resolve([f"{tmp_path}/part-?.txt"], store)] == ["part-1.txt", "part-2.txt"]
+    with hostile_web() as place:
+        addresses = [f"http://{place}/{name}" for name in ("list.txt?a=1&b[]=2", "list.txt?policy=*", "list.txt")]
+        assert set(resolve(addresses, store)) == set(addresses)
+        with pytest.raises(FileNotFoundError, match="status-404"):
+            resolve([f"http://{place}/status-404?b[]=2"], store)

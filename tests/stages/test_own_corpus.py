@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from examples.little_web import compose
 from infra.dataset import verify
 from infra.store import Store
 from stages.__main__ import run_node
@@ -21,7 +23,7 @@ from stages.folder import Folder
 from stages.recipe import RecipeError, load_recipe, parse_recipe
 from tests.stages.hostile_files import FILES, encoded
 from tests.stages.hostile_web import HOST, hostile_web
-from tests.stages.pages import name_of, samples_of, table_of
+from tests.stages.pages import samples_of, table_of
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 # The examples name public models; these ship with the project.
@@ -117,45 +119,69 @@ def test_a_folder_starts_a_subset(tmp_path):
 
 @pytest.mark.parametrize("name", ["folder", "urls"])
 def test_the_example_is_ten_lines_and_valid(name):
-    lines = [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if not line.startswith(("#", "encoders:"))]
-    assert len(lines) <= 11
+    lines = [line for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line.strip() and not line.startswith("#")]
+    assert len(lines) <= 10
     recipe = load_recipe(CONFIGS / f"{name}.yaml", EMBEDDED)
     assert {"mine-filter", "mine-encode", "text-codec", "train-256", "export"} < set(recipe.nodes)
 
 
-def run_through(recipe, store, *nodes):
-    return [run_node(recipe, node, store) for node in nodes]
+@pytest.fixture
+def drawings():
+    """File name -> (bytes, caption): eight pairs that the embedded CLIP knows, the first once more, and one that does not fit."""
+    chance = random.Random(0)
+    scenes = chance.sample(compose.all_scenes(), 9)
+    pairs = {
+        f"{n}.jpg": (encoded(compose.render(scene, 300), "JPEG"), compose.caption(scene, chance))
+        for n, scene in enumerate(scenes)
+    }
+    pairs["again.png"] = (encoded(compose.render(scenes[0], 300).resize((450, 450)), "PNG"), pairs["0.jpg"][1])
+    pairs["8.jpg"] = (pairs["8.jpg"][0], pairs["1.jpg"][1])
+    return pairs
 
 
-@pytest.mark.usefixtures("in_process")
-def test_the_folder_example_runs(tmp_path, store, corpus, monkeypatch):
+def check_filtered(kept, drawings):
+    """By the captions, since any of two that are alike may stay."""
+    assert kept.manifest.stats.dropped == {"near_duplicate": 1, "min_clip_similarity": 1}
+    assert sorted(sample.caption for sample in samples_of(kept)) == sorted(drawings[f"{number}.jpg"][1] for number in range(8))
+
+
+@pytest.fixture
+def run_nodes(store, in_process, monkeypatch):
+    """(example, overrides, nodes) -> the nodes' datasets, with the encoders that ship with the project."""
     monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
     monkeypatch.setattr("stages.pool.gpus_each", lambda: 0.0)
-    images = f"subsets.mine.folder.images=[{corpus}/**/*.jpg]"
-    settings = [*EMBEDDED, images, "subsets.mine.filter.min_clip_similarity=-1", "subsets.mine.filter.duplicate_tolerance=null"]
-    recipe = load_recipe(CONFIGS / "folder.yaml", settings)
-    packed, kept = run_through(recipe, store, "mine-folder", "mine-filter")
-    assert packed.manifest.stats.dropped == DROPPED
-    assert kept.manifest.stats.rows_in == packed.manifest.stats.rows_out == 21
-    assert kept.manifest.stats.rows_out == 21
+
+    def run(example, overrides, *nodes):
+        recipe = load_recipe(CONFIGS / f"{example}.yaml", [*EMBEDDED, *overrides])
+        return [run_node(recipe, node, store) for node in nodes]
+
+    return run
 
 
-@pytest.mark.usefixtures("in_process")
-def test_the_urls_example_runs(tmp_path, store, monkeypatch):
-    monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
-    monkeypatch.setattr("stages.pool.gpus_each", lambda: 0.0)
-    names = ["jpeg", "png", "webp", "status-404", "html"]
-    links = {"link": [f"http://{HOST}/{name}" for name in names], "title": [f"a caption for {name}" for name in names]}
+def test_the_folder_example_runs(tmp_path, drawings, run_nodes):
+    """Up to the latents that training reads. Two steps make a codec of no use, in seconds."""
+    for name, (image, text) in drawings.items():
+        (tmp_path / name).write_bytes(image)
+        (tmp_path / name).with_suffix(".txt").write_text(text)
+    overrides = [f"subsets.mine.folder.images=[{tmp_path}/**/*.jpg, {tmp_path}/**/*.png]", "text-codec.steps=2"]
+    nodes = ("mine-folder", "mine-filter", "text-codec", "mine-encode")
+    packed, kept, _, latents = run_nodes("folder", overrides, *nodes)
+    assert packed.manifest.stats.rows_out == len(drawings)
+    check_filtered(kept, drawings)
+    assert sorted(table_of(latents)["key"].to_pylist()) == sorted(sample.key for sample in samples_of(kept))
+
+
+def test_the_urls_example_runs(tmp_path, drawings, run_nodes, monkeypatch):
+    for name, (image, _) in drawings.items():
+        monkeypatch.setitem(FILES, name, (image, "success"))
+    titles = {name: text for name, (_, text) in drawings.items()} | {"status-404": "gone", "html": "a page"}
+    links = {"link": [f"http://{HOST}/{name}" for name in titles], "title": list(titles.values())}
     pq.write_table(pa.table(links), tmp_path / "mine.parquet")
     with hostile_web() as place:
-        settings = [
-            *EMBEDDED,
+        overrides = [
             f"subsets.mine.select.metadata=[{tmp_path}/mine.parquet]",
             f"subsets.mine.download.hosts={{{HOST}: '{place}'}}",
-            "subsets.mine.filter.min_clip_similarity=-1",
-            "subsets.mine.filter.duplicate_tolerance=null",
         ]
-        recipe = load_recipe(CONFIGS / "urls.yaml", settings)
-        _, fetched, kept = run_through(recipe, store, "mine-select", "mine-download", "mine-filter")
+        _, fetched, kept = run_nodes("urls", overrides, "mine-select", "mine-download", "mine-filter")
     assert fetched.manifest.stats.dropped == {"http_404": 1, "not_an_image": 1}
-    assert {name_of(sample.meta["url"]) for sample in samples_of(kept)} == {"jpeg", "png", "webp"}
+    check_filtered(kept, drawings)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
+from stages import politeness
 from stages.download import Download
 from stages.fetch import FetchError, _retry_after, can_heal
 from stages.network import Wait
@@ -76,6 +78,33 @@ def test_a_host_that_is_silent_is_left_alone_and_the_others_are_not():
         pass
 
 
+def test_the_next_shard_leaves_a_silent_host_alone_and_asks_it_again_after_a_minute(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(politeness, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    hosts = Hosts(1, 2, 1000)
+    answers: dict[str, str] = {"dead.example": "timeout", "gone.example": "http_404"}
+
+    def ask(name):
+        try:
+            with hosts.turn(name, Wait(1, clock.now + 1)):
+                if reason := answers.get(name):
+                    raise FetchError(reason)
+        except FetchError as error:
+            return str(error)
+        return "success"
+
+    assert [ask("dead.example") for _ in range(3)] == ["timeout", "timeout", "host_down"]
+    assert ask("gone.example") == "http_404"
+    hosts.next_shard(1000)
+    assert list(hosts._hosts) == ["dead.example"], "what answers is not remembered: there are millions of it"
+    clock.now = politeness.PROBE - 1
+    assert ask("dead.example") == "host_down"
+    clock.now = politeness.PROBE + 1
+    assert [ask("dead.example") for _ in range(2)] == ["timeout", "host_down"], "one attempt, and not one a row"
+    clock.now, answers["dead.example"] = 2 * politeness.PROBE + 2, ""
+    assert [ask("dead.example") for _ in range(2)] == ["success", "success"]
+
+
 def test_rows_of_a_dead_host_cost_a_few_timeouts_and_not_one_each(store, web, select, make, in_process):
     dead = [f"http://dead.example/{number}" for number in range(60)]
     names = [f"http://{HOST}/good-{number}" for number in range(20)]
@@ -102,6 +131,19 @@ def test_a_host_that_asks_for_a_pause_gets_it(store, web, select, make, in_proce
     assert Handler.asked[f"asks-to-wait-{asked}"] == requests and Handler.asked["other"] == (status == "success")
     if status == "success":
         assert time.monotonic() - start >= 1
+
+
+@pytest.mark.parametrize("pauses", [(30.0, 0.0), (0.0, 30.0)])
+def test_of_two_pauses_the_one_that_ends_later_counts(pauses):
+    """A short one may come as the answer to a request that was on its way when the host asked for the long one."""
+    hosts = Hosts(2, 0, time.monotonic() + 60)
+    turns = [hosts.turn("a.example", Wait(1, time.monotonic() + 5)) for _ in pauses]
+    for turn in turns:
+        turn.__enter__()
+    for turn, pause in zip(turns, pauses, strict=True):
+        turn.__exit__(FetchError, FetchError(f"asked for {pause}", pause), None)
+    with pytest.raises(FetchError, match="asked for 30.0"), hosts.turn("a.example", Wait(1, time.monotonic() + 5)):
+        pass
 
 
 def test_retry_after_is_seconds_or_a_date():

@@ -6,13 +6,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3fs import S3FileSystem
 
 from infra.store import Store
 from stages.contract import StageError
 from stages.select import Select
+from tests.infra.test_store import bucket  # noqa: F401
 
 
 def laion_rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -166,6 +169,24 @@ def test_columns_of_another_corpus(tmp_path, store, make, in_process):
     pq.write_table(table, tmp_path / "own.parquet")
     dataset = make(Select, store, metadata=[str(tmp_path / "own.parquet")], columns={"url": "link", "caption": "alt"})
     assert read(dataset)["caption"].to_pylist() == ["one", "two"]
+
+
+@pytest.mark.usefixtures("bucket")
+def test_metadata_and_lists_in_an_object_store(tmp_path, store, make, in_process):
+    # Connections are kept by the process, also those to another test's server.
+    S3FileSystem.clear_instance_cache()
+    for number in range(2):
+        write(tmp_path / f"part-{number}.parquet", laion_rows(300, number), pa.int32(), pa.float32())
+    (tmp_path / "deny.txt").write_text("".join(f"http://images.example/{number}.jpg\n" for number in range(300)))
+    fsspec.filesystem("s3").put([str(path) for path in tmp_path.glob("*.*")], "data/metadata/")
+    local, remote = (
+        make(Select, store, metadata=[f"{place}/part-*.parquet"], deny=[f"{place}/deny.txt"], min_similarity=0.3)
+        for place in (tmp_path, "s3://data/metadata")
+    )
+    assert remote.manifest.fingerprint != local.manifest.fingerprint, "another kind of digest"
+    assert remote.manifest.stats == local.manifest.stats and local.manifest.stats.dropped["denied"] > 50
+    assert read(remote).drop_columns("key").equals(read(local).drop_columns("key"))
+    S3FileSystem.clear_instance_cache()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -128,11 +129,38 @@ def test_presets_are_thresholds_that_fields_override():
     )
     assert (config.min_aesthetic, config.max_punsafe, config.min_side) == (5.0, 0.2, None)
     spelled = SelectConfig(
-        metadata=["a"], min_similarity=0.28, max_punsafe=0.2, max_pwatermark=0.8, min_aesthetic=5.0
+        metadata=["a"], min_similarity=0.28, max_punsafe=0.2, max_pwatermark=0.79999995, min_aesthetic=5.0
     )  # fmt: skip
     assert result_fields(config) == result_fields(spelled), "the manifest and the fingerprint hold the numbers"
     for name, values in PRESETS.items():
         assert result_fields(SelectConfig.model_validate({"metadata": ["a"], "preset": name})).items() >= values.items()
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+@pytest.mark.parametrize(("column", "bound"), [("punsafe", 0.5), ("pwatermark", 0.8)])
+def test_a_presets_scores_are_below_their_thresholds(store, make, in_process, metadata, kind, column, bound):
+    """As the sets were published: at the threshold itself a picture is unsafe, or watermarked."""
+    below, above = (float(np.nextafter(np.float32(bound), np.float32(side))) for side in (0, 1))
+    fine = pa.array([0.1] * 3, kind)
+    scores = {"punsafe": fine, "pwatermark": fine} | {column: pa.array([below, bound, above], kind)}
+    paths = metadata(table_of("laion2B-en-joined", 3, **scores))
+    dataset = make(Select, store, metadata=paths, preset="laion2B-en-256")
+    assert kept(dataset) == ["0"] and dataset.manifest.stats.dropped == {f"max_{column}": 2}
+
+
+@pytest.mark.parametrize("keep_null", [True, False])
+def test_a_score_that_is_null_in_the_whole_file(store, make, in_process, metadata, keep_null):
+    """Such a column has no type at all: an outer join that found nothing."""
+    paths = metadata(table_of("laion2B-en-joined", punsafe=pa.nulls(3), hash=pa.nulls(3)))
+    paths += metadata(table_of("laion2B-en-joined", 6, punsafe=[0.1, 0.2, 0.3, 0.4, 0.6, None]), "b.parquet")
+    dataset = make(Select, store, metadata=paths, max_punsafe=0.5, keep_null=keep_null)
+    rows = [row for entry in dataset.files for row in pq.read_table(dataset.url(entry)).to_pylist()]
+    if keep_null:
+        assert [row["punsafe"] for row in rows] == [None, None, None, pytest.approx(0.4), None]
+        assert dataset.manifest.stats.dropped == {"duplicate_url": 3, "max_punsafe": 1}
+    else:
+        assert [row["punsafe"] for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+        assert dataset.manifest.stats.dropped == {"null_punsafe": 4, "max_punsafe": 1}
 
 
 def test_a_sample_is_told_by_the_url_alone(store, make, in_process, metadata):

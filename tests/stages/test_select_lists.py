@@ -15,7 +15,10 @@ from stages import keys
 from stages.contract import StageError
 from stages.select import Select
 
-HOSTS = ["a.example", "b.example", "Pics.A.example", "deep.pics.a.example:8080", "xa.example", "c.test", "user@c.test"]
+HOSTS = [
+    "a.example", "b.example", "Pics.A.example", "deep.pics.a.example:8080", "xa.example", "c.test", "user@c.test", "x:y@z@c.test",
+    "c.t\test", "b\u00fccher.example", "new.B\u00dcCHER.example", "xn--bcher-kva.example",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def write(path, rows):
 
 def on_list(row, entries):
     url, number = row
-    host = (urlsplit(url).hostname or "").split(".")
+    host = (urlsplit(url).hostname or "").encode("idna").decode("ascii").split(".")
     domains = {".".join(host[start:]) for start in range(len(host))}
     return url in entries or number in entries or bool(domains & entries)
 
@@ -108,8 +111,8 @@ def test_mixed_lists_as_a_loop_over_sets_does_it(tmp_path, store, make, in_proce
     pq.write_table(pa.table({"url": sorted(urls)}), tmp_path / "urls.parquet")
     pq.write_table(pa.table({"hash": pa.array(sorted(hashes), pa.int64())}), tmp_path / "hashes.parquet")
     with gzip.open(tmp_path / "optouts.txt.gz", "wt") as file:
-        file.write("# a comment\n\nPICS.a.example\nc.test\nhttp://b.example/7\n-3\nnone.example\n")
-    texts = {"pics.a.example", "c.test", "http://b.example/7", -3, "none.example"}
+        file.write("# a comment\n\nPICS.a.example\n*.c.test\nhttp://b.example/7\n-3\nnone.example\n.new.b\u00fccher.example\n")
+    texts = {"pics.a.example", "c.test", "http://b.example/7", -3, "none.example", "new.xn--bcher-kva.example"}
     lists = [[str(tmp_path / "urls.parquet"), str(tmp_path / "hashes.parquet")], [str(tmp_path / "optouts.txt.gz")]]
     if deny_first:
         lists.reverse()
@@ -165,6 +168,11 @@ def test_what_a_list_lists_can_be_told(tmp_path, store, make, in_process):
     [
         ("not a url", "auto", "line 3: 'not a url' is no url, hash or domain"),
         ("b.example", "url", "line 3: 'b.example' is no url"),
+        ("http://a.example/1", "domain", "line 2: 'http://a.example/9' is no domain"),
+        ("*.com", "auto", r"line 3: '\*\.com' is no url, hash or domain"),
+        ("a.*.example", "auto", "is no url, hash or domain"),
+        ("||a.example^", "auto", "is no url, hash or domain"),
+        ("b\ufffdcher.example", "auto", "is no url, hash or domain"),
     ],
 )
 def test_a_line_that_means_nothing_is_refused(tmp_path, store, make, in_process, line, by, message):
@@ -172,3 +180,48 @@ def test_a_line_that_means_nothing_is_refused(tmp_path, store, make, in_process,
     (tmp_path / "deny.txt").write_text(f"# opt-outs\nhttp://a.example/9\n{line}\n")
     with pytest.raises(StageError, match=message):
         make(Select, store, metadata=[str(tmp_path / "a.parquet")], deny=[str(tmp_path / "deny.txt")], deny_by=by)
+
+
+BOOKS = ["b\u00fccher.example", "BU\u0308CHER.Example.", "xn--bcher-kva.example", "shop.xn--bcher-kva.example"]
+STREETS = ["stra\u00dfe.example", "xn--strae-oqa.example"]
+SPELLED = [*BOOKS, *STREETS, "strasse.example", "xb\u00fccher.example", "\u4f8b\u3048\u3002\u30c6\u30b9\u30c8", "plain.example"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "hosts"),
+    [
+        ("b\u00fccher.example", BOOKS),
+        ("XN--BCHER-KVA.example", BOOKS),
+        ("*.B\u00dccher.example.", BOOKS),
+        (".xn--bcher-kva.example", BOOKS),
+        ("shop.b\u00fccher.example", BOOKS[3:]),
+        # Download looks this name up as strasse.example; its owner has registered the other form.
+        ("stra\u00dfe.example", [*STREETS, "strasse.example"]),
+        ("strasse.example", ["stra\u00dfe.example", "strasse.example"]),
+        ("xn--r8jz45g.xn--zckzah", ["\u4f8b\u3048\u3002\u30c6\u30b9\u30c8"]),
+        ("*.plain.example", ["plain.example"]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["txt", "parquet"])
+def test_however_a_domain_is_written(tmp_path, store, make, in_process, kind, entry, hosts):
+    """Also behind the mark that Windows puts at the beginning of a text."""
+    rows = [(f"http://{host}/{number}", number) for number, host in enumerate(SPELLED)]
+    write(tmp_path / "a.parquet", rows)
+    if kind == "txt":
+        (tmp_path / "deny.txt").write_text(f"\ufeff{entry}\r\n", encoding="utf-8")
+    else:
+        pq.write_table(pa.table({"domain": ["none.example", None, "", entry]}), tmp_path / "deny.parquet")
+    dataset = make(Select, store, metadata=[str(tmp_path / "a.parquet")], deny=[str(tmp_path / f"deny.{kind}")])
+    assert read(dataset) == [row for row, host in zip(rows, SPELLED, strict=True) if host not in hosts]
+    assert dataset.manifest.stats.dropped == {"denied": len(hosts)}
+
+
+def test_a_column_of_domains_with_something_else_in_it_is_refused(tmp_path, store, make, in_process, monkeypatch):
+    monkeypatch.setattr("stages.lists.BATCH", 2)
+    write(tmp_path / "a.parquet", [("http://a.example/1", 1)])
+    pq.write_table(pa.table({"domain": ["a.example", None, "b.example", "https://c.example/x"]}), tmp_path / "deny.parquet")
+    with pytest.raises(
+        StageError, match=r"deny.parquet, row 3: 'https://c.example/x' is no domain; write its name alone"
+    ) as error:
+        make(Select, store, metadata=[str(tmp_path / "a.parquet")], deny=[str(tmp_path / "deny.parquet")])
+    assert "\n" not in str(error.value)
