@@ -29,7 +29,7 @@ def check_api(api: str) -> None:
     """Ask a Prefect server of the user's own for its version, with the key that Prefect's client would send.
 
     Raises:
-        ServerError: it does not answer, refuses the key, or is older than the client that is installed here.
+        ServerError: it does not answer, refuses the key, is older than the client here, or of another major version.
     """
     headers = {}
     if key := os.environ.get("PREFECT_API_KEY"):
@@ -51,6 +51,11 @@ def check_api(api: str) -> None:
         reason = getattr(error, "reason", error)
         raise ServerError(f"no Prefect server answers at {api} ({reason}); start it, or unset PREFECT_API_URL") from None
     ours = version("prefect")
+    if _minor(theirs)[0] != _minor(ours)[0]:
+        raise ServerError(
+            f"the Prefect server at {api} is {theirs}, here it is {ours}; name a server of version {_minor(ours)[0]} in "
+            "PREFECT_API_URL, or unset it"
+        )
     if _minor(theirs) < _minor(ours):
         raise ServerError(
             f"the Prefect server at {api} is {theirs}, here it is {ours}; a server must not be older than its clients"

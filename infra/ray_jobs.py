@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import os
@@ -18,6 +19,13 @@ from infra.processes import ServerError
 # A log that has to be read as a whole again and again is asked for the less often the longer it is.
 LOG_BYTES_PER_SECOND = 500_000
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+# How long a question is asked again while a busy head, or a proxy before it, gives no answer, and how often, in seconds.
+PATIENCE = 60.0
+PAUSE = 1.0
+
+
+class NoAnswer(ServerError):
+    """Ray cannot be reached, or answers 5xx: it may in a moment."""
 
 
 def user_token() -> str | None:
@@ -65,33 +73,35 @@ class RayJobs:
 
     def statuses(self) -> dict[str, str]:
         """Submission id -> status of every job that the cluster knows."""
-        return {job["submission_id"]: job["status"] for job in self._call("GET", "/api/jobs/") if job.get("submission_id")}
+        return {job["submission_id"]: job["status"] for job in self._ask("GET", "/api/jobs/") if job.get("submission_id")}
 
-    def running(self, before: float = math.inf) -> list[str]:
-        """Ids of the jobs that have not ended and were submitted before a moment, in seconds since 1970."""
-        jobs = [job for job in self._call("GET", "/api/jobs/") if job.get("submission_id") and job["status"] not in TERMINAL]
-        return [job["submission_id"] for job in jobs if (job.get("start_time") or 0) / 1000 < before]
+    def running(self, before: float = math.inf) -> dict[str, dict[str, str]]:
+        """The jobs that have not ended and were submitted before a moment, in seconds since 1970: id -> metadata."""
+        jobs = [job for job in self._ask("GET", "/api/jobs/") if job.get("submission_id") and job["status"] not in TERMINAL]
+        return {job["submission_id"]: job.get("metadata") or {} for job in jobs if (job.get("start_time") or 0) / 1000 < before}
 
     def status(self, job: str) -> str:
-        return str(self._call("GET", f"/api/jobs/{job}")["status"])
+        return str(self._ask("GET", f"/api/jobs/{job}")["status"])
 
     def explanation(self, job: str) -> str:
         """What Ray itself has to say about how a job ended."""
-        return str(self._call("GET", f"/api/jobs/{job}").get("message") or "")
+        return str(self._ask("GET", f"/api/jobs/{job}").get("message") or "")
 
-    def submit(self, job: str, entrypoint: str, environment: dict[str, str] | None = None) -> None:
-        """Submit a job under an id of our own.
+    def submit(
+        self, job: str, entrypoint: str, environment: dict[str, str] | None = None, metadata: dict[str, str] | None = None
+    ) -> None:
+        """Submit a job under an id of our own. This is asked once: the job may be there although no answer came.
 
         Raises:
             ServerError: Ray does not answer or refuses; the message holds its reason.
         """
-        body: dict[str, Any] = {"submission_id": job, "entrypoint": entrypoint}
+        body: dict[str, Any] = {"submission_id": job, "entrypoint": entrypoint, "metadata": metadata or {}}
         if environment:
             body["runtime_env"] = {"env_vars": environment}
         self._call("POST", "/api/jobs/", body)
 
     def stop(self, job: str) -> None:
-        self._call("POST", f"/api/jobs/{job}/stop")
+        self._ask("POST", f"/api/jobs/{job}/stop")
 
     def follow(self, job: str, tick: float = 0.5) -> Iterator[str | None]:
         """The job's log line by line from its start, each line once, until the job has ended.
@@ -123,7 +133,7 @@ class RayJobs:
                 pass
             # The stream ends when the job does, and sometimes long before: then the log is asked for as a whole.
             ended = self.status(job) in TERMINAL
-            whole = str(self._call("GET", f"/api/jobs/{job}/logs").get("logs") or "")
+            whole = str(self._ask("GET", f"/api/jobs/{job}/logs").get("logs") or "")
             *lines, rest = (rest + whole[seen:]).split("\n")
             seen = max(seen, len(whole))
             yield from lines
@@ -133,6 +143,17 @@ class RayJobs:
                 return
             yield None
             time.sleep(max(tick, len(whole) / LOG_BYTES_PER_SECOND))
+
+    def _ask(self, method: str, path: str) -> Any:
+        """As `_call`, for what may be asked twice: a hiccup must not fail a run of days."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._call(method, path)
+            except NoAnswer:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(PAUSE)
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
         data = json.dumps(body).encode() if body is not None else None
@@ -145,7 +166,13 @@ class RayJobs:
             if error.code in (401, 403):
                 raise ServerError(f"Ray at {self.address} refuses the token; set RAY_AUTH_TOKEN to the cluster's") from None
             text = error.read().decode(errors="replace").strip().splitlines()
-            raise ServerError(f"Ray at {self.address}: {method} {path}: {text[-1] if text else error.reason}") from None
-        except (urllib.error.URLError, OSError, ValueError) as error:
+            kind = NoAnswer if error.code >= 500 else ServerError
+            raise kind(f"Ray at {self.address}: {method} {path}: {text[-1] if text else error.reason}") from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise ServerError(f"no Ray Jobs API answers at {self.address} ({reason}); is the cluster up?") from None
+            what = f"no Ray Jobs API answers at {self.address} ({reason})"
+            if os.environ.get("RAY_ADDRESS"):
+                raise NoAnswer(f"{what}; start the cluster, or unset RAY_ADDRESS") from None
+            # The embedded one never comes back to its port.
+            kind = ServerError if isinstance(reason, ConnectionRefusedError) else NoAnswer
+            raise kind(f"{what}; the same command again starts Ray anew") from None

@@ -1,8 +1,9 @@
-"""What the Prefect server does by itself about our runs: a run whose process died is marked and started again."""
+"""What the Prefect server does by itself about our runs: one whose process died, or never began, is started again."""
 
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
@@ -21,6 +22,8 @@ RETRY_TAG = "retry-after-crash"
 
 _HEARTBEAT = "prefect.flow-run.heartbeat"
 _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
+# What becomes of a run that a worker has taken, if the worker and the run's process live; and what else may be done with it.
+_TAKEN_UP = ("Running", "AwaitingConcurrencySlot", "Scheduled", "AwaitingRetry", RETRYING, "Cancelling")
 _ANY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
 
 # A process that is killed together with its worker says nothing. Three heartbeats that do not come are no busy machine any more.
@@ -54,16 +57,36 @@ RETRY = AutomationCore(
     ),
     actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name=RETRYING, message="started again after its process died")],
 )
+# A worker that is killed after it has taken a run, and before the run's process says anything, leaves it Pending.
+UNBEGUN = AutomationCore(
+    name="unidiffuser: give runs that never began to a worker again",
+    description="A run that a worker has taken, and of which nothing was heard since, waits for a worker again.",
+    trigger=EventTrigger(
+        posture=Posture.Proactive,
+        after={"prefect.flow-run.Submitting", "prefect.flow-run.Pending"},
+        expect={f"prefect.flow-run.{state}" for state in (*_TAKEN_UP, *_ENDS)},
+        match=_ANY_RUN,
+        match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},
+        for_each={"prefect.resource.id"},
+        within=timedelta(seconds=3 * HEARTBEAT_SECONDS),
+    ),
+    actions=[ChangeFlowRunState(state=StateType.SCHEDULED, name="Scheduled", message="the worker that had taken it is gone")],
+)
 
 
 def install(client: SyncPrefectClient) -> None:
-    """Make or renew the automations that all recipes share."""
-    for automation in (DEAD_RUNS, RETRY):
-        found = [UUID(str(old.id)) for old in client.read_automations_by_name(automation.name)]
-        if found:
-            client.update_automation(found[0], automation)
-        else:
+    """Make or renew the automations that all recipes share. One that is renewed forgets what it has seen, such as the last
+    heartbeat of a run that died a minute ago: so it is only when it has become another one."""
+    for automation in (DEAD_RUNS, RETRY, UNBEGUN):
+        found = client.read_automations_by_name(automation.name)
+        if not found:
             client.create_automation(automation)
+        elif _content(found[0]) != _content(automation):
+            client.update_automation(UUID(str(found[0].id)), automation)
+
+
+def _content(automation: AutomationCore) -> dict[str, Any]:
+    return automation.model_dump(include={"description", "trigger", "actions"})
 
 
 def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID) -> None:

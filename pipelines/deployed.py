@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
+from uuid import UUID
 
+from httpx import HTTPError
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import ObjectNotFound
 from prefect.states import State
 
 from infra.external import state_folder
@@ -16,13 +21,18 @@ from infra.processes import ServerError
 from infra.store import Store
 from pipelines.jobs import stop_jobs_of, stop_orphans
 from pipelines.parameters import changed, choice
-from pipelines.run import Outcome, Run, plan_run
+from pipelines.run import Outcome, Run, plan_run, snapshot
 from pipelines.selection import check_inputs, select_nodes
 from pipelines.servers import Servers, use_servers
-from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.recipe import Recipe, load_recipe
 
 # The name of the state in which the automation puts a run whose process died; see `pipelines.automations`.
 RETRYING = "RetryingAfterCrash"
+# Within this time the server has put a crashed run in that state, if it ever does.
+RETRY_WITHIN = timedelta(minutes=2)
+# Label of a flow run whose first attempt has forced what it was to force: that is a generation of its own by now, and forcing
+# again would lose what has been done of it.
+FORCED = "forced"
 
 
 class Unwatched:
@@ -45,32 +55,65 @@ def open_run(flow_run: FlowRun, parameters: Mapping[str, Any]) -> Iterator[Run]:
         RecipeError, StageError, StoreError, ServerError: with one line that names the field or the thing, and the fix.
     """
     with get_client(sync_client=True) as client:
-        again = flow_run.run_count > 1
-        recipe, nodes, force = _asked(parameters)
-        if again:
+        store = _store(parameters)
+        recipe, nodes, force = _asked(parameters, store)
+        if flow_run.run_count > 1:
             _check_crashes(client, flow_run, recipe.deploy.crash_retries)
         elif flow_run.name != (name := parameters.get("node") or recipe.name):
             client.update_flow_run(flow_run.id, name=name)
-    store = _store(parameters)
-    # What the first attempt has forced is a generation of its own by now; forcing again would lose what it has done.
-    planned = plan_run(recipe, store, [] if again else force)
+        planned = plan_run(recipe, store, [] if flow_run.labels.get(FORCED) else force)
+        if force:
+            client.update_flow_run_labels(flow_run.id, {FORCED: True})
     check_inputs(planned, nodes)
     with use_servers(state_folder(store)) as servers:
         run = Run(recipe, store, planned, nodes, servers, Unwatched(), parameters.get("jobs") or 1)
         if run.needs_ray:
             say = logging.getLogger("prefect.flow_runs").log
-            servers.begin_ray(lambda ray: stop_orphans(ray, planned, servers.since, say))
+            goes_on = partial(_goes_on, flow_run.id)
+            servers.begin_ray(lambda ray: stop_orphans(ray, planned, servers.since, say, goes_on))
         yield run
 
 
-def _asked(parameters: Mapping[str, Any]) -> tuple[Recipe, list[str], Sequence[str]]:
+def _goes_on(mine: UUID, owner: str) -> bool:
+    """Whether another flow run than mine will be back at its job, though its process is dead: it has not ended for good."""
+    if owner == str(mine):
+        return False
+    with get_client(sync_client=True) as client:
+        try:
+            flow_run = client.read_flow_run(UUID(owner))
+        except ObjectNotFound:
+            return False
+        except HTTPError:
+            # A server that is starting again does not say.
+            return True
+    state = flow_run.state
+    # Without a deployment it was a command's, and that command is no more.
+    if state is None or flow_run.deployment_id is None:
+        return False
+    return not state.is_final() or (state.is_crashed() and datetime.now(UTC) - state.timestamp < RETRY_WITHIN)
+
+
+def _asked(parameters: Mapping[str, Any], store: Store) -> tuple[Recipe, list[str], Sequence[str]]:
     """The recipe with what was changed in the form, the nodes in their order, and which of them to force."""
-    recipe = load_recipe(parameters["recipe"], parameters.get("overrides") or ())
     config, node = parameters.get("config") or {}, parameters.get("node")
+    recipe = _changed(parameters, config if node is None else {node: config}, store)
     if node is not None:
-        return changed(recipe, {node: config}), recipe.select(node), [node] if parameters.get("force") else []
-    recipe, wanted = changed(recipe, config), choice(parameters.get("nodes"))
+        return recipe, recipe.select(node), [node] if parameters.get("force") else []
+    wanted = choice(parameters.get("nodes"))
     return recipe, select_nodes(recipe, wanted.only, wanted.start, wanted.until), wanted.force
+
+
+def _changed(parameters: Mapping[str, Any], config: Mapping[str, Any], store: Store) -> Recipe:
+    """The recipe with the form's fields of nodes, and then its overrides.
+
+    A run from the terminal holds every field, and its recipe its overrides already: in a copy of such a run either can be edited,
+    and the other one, as it was, does not undo that.
+    """
+    plain = load_recipe(parameters["recipe"])
+    recipe, overrides = changed(plain, config), parameters.get("overrides") or []
+    if overrides and load_recipe(parameters["recipe"], overrides).document != plain.document:
+        return load_recipe(snapshot(recipe, store), overrides)
+    return recipe
 
 
 def _store(parameters: Mapping[str, Any]) -> Store:
@@ -94,13 +137,7 @@ def _check_crashes(client: SyncPrefectClient, flow_run: FlowRun, allowed: int) -
 
 def stop_left_jobs(flow: Any, flow_run: FlowRun, state: State[Any]) -> None:
     """Hook for a cancelled run: stop what its process, killed on the way, left running on Ray."""
-    try:
-        recipe, nodes, _ = _asked(flow_run.parameters)
-        store = _store(flow_run.parameters)
-        planned = plan_run(recipe, store)
-    except RecipeError:
-        return
-    ray = Servers(state_folder(store)).find_ray()
+    ray = Servers(state_folder(_store(flow_run.parameters))).find_ray()
     if ray is not None:
-        for job in stop_jobs_of(ray, {name: planned[name] for name in nodes}):
+        for job in stop_jobs_of(ray, str(flow_run.id)):
             logging.getLogger("prefect.flow_runs").warning("stopped the job %s", job)

@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, cast
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import Log
+from prefect.client.schemas.sorting import LogSort
 from prefect.context import FlowRunContext
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import CancelledRun, FailedRun
 from prefect.futures import PrefectFuture
 from prefect.logging.handlers import APILogWorker
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Cancelled, Completed, Failed, State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from infra.dataset import find, point
+from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.processes import ServerError
 from infra.store import StoreError
-from pipelines.artifacts import dataset_page, run_page
+from pipelines.artifacts import publish_page, publish_run_page
 from pipelines.deployed import open_run, stop_left_jobs
 from pipelines.events import announce
-from pipelines.jobs import NodeFailed, NodeStopped, make_as_job
-from pipelines.lineage import artifact_key
+from pipelines.jobs import ATTACHED, SUBMITTED, NodeFailed, NodeStopped, make_as_job, own_turn
 from pipelines.parameters import Choice, values_of
 from pipelines.progress import ProgressArtifact, TrainingArtifact
 from pipelines.run import Outcome, Run, snapshot
@@ -64,9 +72,10 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
                     progress.report(fields)
                 training.report(fields)
 
-            said = logger.getChild(JOB_LOGGER.rsplit(".", 1)[-1])
-            with gpu_slots(planned, run.stopping, lambda slots: logger.info("waiting for %d GPU slots", slots)):
-                seconds = make_as_job(run, planned, lambda level, text: _say(run, node, said, level, text), report)
+            log = _JobLog(run, node, logger.getChild(JOB_LOGGER.rsplit(".", 1)[-1]))
+            # GPU slots are other recipes' too: none is held while the node waits for its turn in its own run.
+            with own_turn(run), gpu_slots(planned, run.stopping, lambda slots: logger.info("waiting for %d GPU slots", slots)):
+                seconds = make_as_job(run, planned, log.say, report, log.attached)
             dataset = find(run.store, planned.stage, planned.fingerprint)
             if dataset is None:
                 raise NodeFailed(f"the job ended well, but {planned.stage}/{planned.fingerprint} is not in {run.store.root}")
@@ -74,9 +83,7 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
         point(run.store, run.recipe.name, node, dataset.manifest.reference())
         announce(run, dataset)
         outcome = Outcome(node, "reused" if reused else "made", seconds or time.perf_counter() - start, dataset)
-        create_markdown_artifact(
-            dataset_page(run, planned, outcome), artifact_key(run.recipe.name, node), f"{planned.stage} {planned.fingerprint}"
-        )
+        publish_page(run, planned, outcome)
     except NodeStopped:
         run.finish(Outcome(node, "stopped", time.perf_counter() - start))
         return Cancelled(message="stopped with the run")
@@ -90,9 +97,49 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
     )
 
 
-def _say(run: Run, node: str, logger: Any, level: int, text: str) -> None:
-    logger.log(level, "%s", text)
-    run.view.said(node, level, text)
+class _JobLog:
+    """What a job says, on its way to Prefect and the run's view; a job that is followed again says it all from the start."""
+
+    def __init__(self, run: Run, node: str, logger: Any):
+        self.run, self.node, self.logger = run, node, logger
+        self.known: Counter[tuple[int, str]] = Counter()
+
+    def attached(self, job: str) -> None:
+        assert self.run.flow_run is not None
+        # While the server is starting again, a line twice is better than no run.
+        with suppress(HTTPError):
+            self.known = lines_said(UUID(self.run.flow_run), job)
+
+    def say(self, level: int, text: str) -> None:
+        if self.known[level, text]:
+            self.known[level, text] -= 1
+            return
+        self.logger.log(level, "%s", text)
+        self.run.view.said(self.node, level, text)
+
+
+def lines_said(flow_run: UUID, job: str) -> Counter[tuple[int, str]]:
+    """Level and text of the lines of a job's log that a flow run has in Prefect, from attempts before this one.
+
+    Counted one by one: what a process had not sent when it died, or sent while the server was down, is not among them.
+    """
+    first, tasks = {SUBMITTED.format(job), ATTACHED.format(job)}, set()
+    found: Counter[tuple[int, str]] = Counter()
+    with get_client(sync_client=True) as client:
+        for line in read_logs(client, LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run]))):
+            if line.name == JOB_LOGGER and line.message in first:
+                tasks.add(line.task_run_id)
+            elif line.name == JOB_LOGGER and line.task_run_id in tasks:
+                found[line.level, line.message] += 1
+    return found
+
+
+def read_logs(client: SyncPrefectClient, wanted: LogFilter) -> Iterator[Log]:
+    """Every line, page by page, in the order in which they were said."""
+    offset = 0
+    while page := client.read_logs(wanted, offset=offset, sort=LogSort.TIMESTAMP_ASC):
+        yield from page
+        offset += len(page)
 
 
 # Every node has a thread; how many work at a time is the run's business (`Run.jobs`).
@@ -182,7 +229,7 @@ def _walk(run: Run, flow_run: UUID) -> State[Any]:
             future.wait()
             if node not in run.outcomes:
                 run.finish(_without_outcome(node, future.state))
-        create_markdown_artifact(run_page(run), artifact_key(run.recipe.name, "lineage"), "datasets of a run")
+        publish_run_page(run)
     return _final_state(run)
 
 
@@ -207,14 +254,27 @@ def run_flow(run: Run, nodes: Choice, overrides: list[str]) -> State[Any]:
     """Run the flow in this process and return its final state; outcomes are in `run`."""
     if run.servers.alone and run.servers.embedded_prefect:
         end_runs_of_killed_commands()
+    if not run.servers.embedded_prefect:
+        _watch_for_deaths()
     named = recipe_run.with_options(flow_run_name=run.recipe.name)
     asked, values = nodes.model_dump(by_alias=True, exclude_defaults=True), values_of(run.recipe, run.nodes)
     token = RUN.set(run)
     try:
-        state = named(snapshot(run.recipe, run.store), run.store.root, asked, values, overrides, run.jobs, return_state=True)
+        # The server may hold the automation that waits for heartbeats as often as this.
+        with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}):
+            state = named(snapshot(run.recipe, run.store), run.store.root, asked, values, overrides, run.jobs, return_state=True)
         return cast("State[Any]", state)
     finally:
         RUN.reset(token)
         # What Prefect sends in the background (states of tasks, logs) must arrive before its server is stopped.
         for worker in (EventsWorker, APILogWorker):
             worker.drain_all(timeout=10)
+
+
+def _watch_for_deaths() -> None:
+    """On a server of the user's own no later command knows which runs are of killed commands: let the server find out."""
+    from pipelines import automations
+
+    # A key that may not make automations may still run.
+    with suppress(HTTPError), get_client(sync_client=True) as client:
+        automations.install(client)

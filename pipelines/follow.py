@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from datetime import datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -18,9 +19,9 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
     LogFilterLevel,
+    LogFilterTimestamp,
 )
 from prefect.client.schemas.objects import StateType, TaskRun
-from prefect.client.schemas.sorting import LogSort
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling, State
 
@@ -28,7 +29,7 @@ from infra.dataset import find
 from infra.prefect_server import answers
 from pipelines.deployed import RETRYING
 from pipelines.deployments import deploy
-from pipelines.flow import JOB_LOGGER
+from pipelines.flow import JOB_LOGGER, read_logs
 from pipelines.parameters import Choice, values_of
 from pipelines.progress import read_progress
 from pipelines.run import Outcome, Result, Run, plan_run, snapshot
@@ -37,6 +38,8 @@ from pipelines.stopping import stop_on_signals
 TICK = 1.0
 # How long the server may take to start a crashed run again, in seconds.
 RETRY_SECONDS = 60.0
+# How much later than a later line a line may come to the server: processes send theirs in batches of their own.
+LATE = timedelta(seconds=60)
 
 RESULTS: dict[StateType, Result] = {StateType.FAILED: "failed", StateType.CRASHED: "failed", StateType.CANCELLED: "stopped"}
 NOTES = {
@@ -93,7 +96,8 @@ class _Follower:
 
     def __init__(self, run: Run, client: SyncPrefectClient, flow_run: UUID):
         self.run, self.client, self.flow_run = run, client, flow_run
-        self.lines = 0
+        self.newest: datetime | None = None
+        self.heard: set[UUID] = set()
         self.begun: set[str] = set()
         self.reported: dict[str, str] = {}
         self.name = ""
@@ -178,10 +182,16 @@ class _Follower:
 
     def _warnings(self, nodes: dict[UUID, str]) -> None:
         """What the jobs have said; Prefect's own lines repeat what the states say."""
-        mine = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[self.flow_run]), level=LogFilterLevel(ge_=logging.WARNING))
-        for line in self.client.read_logs(mine, offset=self.lines, sort=LogSort.TIMESTAMP_ASC):
-            self.lines += 1
-            if line.name == JOB_LOGGER and line.task_run_id in nodes:
+        mine = LogFilter(
+            flow_run_id=LogFilterFlowRunId(any_=[self.flow_run]),
+            level=LogFilterLevel(ge_=logging.WARNING),
+            timestamp=LogFilterTimestamp(after_=self.newest - LATE) if self.newest else None,
+        )
+        for line in read_logs(self.client, mine):
+            self.newest = max(self.newest or line.timestamp, line.timestamp)
+            # A line of a task that the server does not know yet is heard later.
+            if line.name == JOB_LOGGER and line.task_run_id in nodes and line.id not in self.heard:
+                self.heard.add(line.id)
                 self.run.view.said(nodes[line.task_run_id], line.level, line.message)
 
     def close(self, state: State[Any]) -> None:

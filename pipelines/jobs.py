@@ -30,6 +30,10 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _WORKER = re.compile(r"^\([^)]*pid=[^)]*\)\s*")
 # How long a stopped job may take to write its checkpoint before the run no longer waits for it.
 STOP_SECONDS = 45.0
+# What a job's metadata on Ray says: the flow run that has submitted it.
+FLOW_RUN = "flow_run"
+SUBMITTED = "submitted the Ray job {}"
+ATTACHED = "re-attached to the job {}, which is still running"
 
 
 class NodeFailed(Exception):
@@ -45,33 +49,38 @@ def job_environment() -> dict[str, str]:
     return {"PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-def make_as_job(run: Run, planned: Planned, say: Say, report: Report) -> float:
-    """Make one node's dataset by a Ray job; returns its seconds, without the time that it waited for its turn.
+def make_as_job(run: Run, planned: Planned, say: Say, report: Report, attached: Callable[[str], None]) -> float:
+    """Make one node's dataset by a Ray job; returns its seconds.
+
+    `attached` is told the id of a job that was running already, before its log is passed on from its start.
 
     Raises:
         NodeFailed: the job failed, or Ray cannot be reached.
         NodeStopped: the run was stopped; so is the job.
     """
-    with _own_turn(run):
-        run.view.started(planned.name)
-        start = time.perf_counter()
-        try:
-            ray = run.servers.ray()
-            job = submit_or_attach(ray, run, planned, say)
-            last_error, last_line = _follow(ray, job, run.stopping, say, report)
-            if run.stopping.is_set():
-                stop_job(ray, job)
-                raise NodeStopped(planned.name)
-            if ray.status(job) != "SUCCEEDED":
-                raise NodeFailed(last_error or _explain(ray, job, last_line))
-            return time.perf_counter() - start
-        except ServerError as error:
-            raise NodeFailed(str(error)) from error
+    run.view.started(planned.name)
+    start = time.perf_counter()
+    try:
+        ray = run.servers.ray()
+        job = submit_or_attach(ray, run, planned, say, attached)
+        last_error, last_line = _follow(ray, job, run.stopping, say, report)
+        if run.stopping.is_set():
+            stop_job(ray, job)
+            raise NodeStopped(planned.name)
+        if ray.status(job) != "SUCCEEDED":
+            raise NodeFailed(last_error or _explain(ray, job, last_line))
+        return time.perf_counter() - start
+    except ServerError as error:
+        raise NodeFailed(str(error)) from error
 
 
 @contextmanager
-def _own_turn(run: Run) -> Iterator[None]:
-    """Hold one of the run's job slots; waits for it no longer than the run goes on."""
+def own_turn(run: Run) -> Iterator[None]:
+    """Hold one of the run's job slots; waits for it no longer than the run goes on.
+
+    Raises:
+        NodeStopped: the run was stopped while the node waited.
+    """
     while not run.turn.acquire(timeout=0.2):
         if run.stopping.is_set():
             raise NodeStopped
@@ -83,21 +92,23 @@ def _own_turn(run: Run) -> Iterator[None]:
         run.turn.release()
 
 
-def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say) -> str:
+def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say, attached: Callable[[str], None]) -> str:
     """The id of the node's job: one that is running already, else a new attempt."""
     prefix = f"{planned.name}-{planned.fingerprint}-"
     attempts = {int(job.removeprefix(prefix)): status for job, status in ray.statuses().items() if job.startswith(prefix)}
     last = max(attempts, default=0)
     if last and attempts[last] not in TERMINAL:
-        say(logging.INFO, f"re-attached to the job {prefix}{last}, which is still running")
-        return f"{prefix}{last}"
+        job = f"{prefix}{last}"
+        say(logging.INFO, ATTACHED.format(job))
+        attached(job)
+        return job
     job = f"{prefix}{last + 1}"
     # A cluster has a Python of its own, this machine's Ray takes the one that runs here.
     python = sys.executable if run.servers.embedded_ray else "python"
     command = [python, "-m", "stages", snapshot(run.recipe, run.store), planned.name, "--store", run.store.root]
     command += ["--outside", pinned(run), "--expect", planned.fingerprint]
-    ray.submit(job, shlex.join(command), job_environment())
-    say(logging.INFO, f"submitted the Ray job {job}")
+    ray.submit(job, shlex.join(command), job_environment(), {FLOW_RUN: run.flow_run} if run.flow_run else None)
+    say(logging.INFO, SUBMITTED.format(job))
     return job
 
 
@@ -109,19 +120,24 @@ def stop_job(ray: RayJobs, job: str) -> None:
         time.sleep(0.2)
 
 
-def stop_orphans(ray: RayJobs, planned: Mapping[str, Planned], before: float, say: Say) -> None:
-    """Stop jobs that a killed command left running and that this run will not re-attach to; `before` is when this one began."""
+def stop_orphans(
+    ray: RayJobs, planned: Mapping[str, Planned], before: float, say: Say, goes_on: Callable[[str], bool] = lambda flow_run: False
+) -> None:
+    """Stop jobs that a killed command left running and that this run will not re-attach to; `before` is when this one began.
+
+    `goes_on` says of another flow run whether it will come back to its job; one of a command that was killed will not.
+    """
     wanted = {f"{p.name}-{p.fingerprint}" for p in planned.values()}
-    for job in ray.running(before):
-        if job.rsplit("-", 1)[0] not in wanted:
+    for job, metadata in ray.running(before).items():
+        owner = metadata.get(FLOW_RUN)
+        if job.rsplit("-", 1)[0] not in wanted and not (owner and goes_on(owner)):
             say(logging.WARNING, f"stopped the job {job}, which an earlier command left running")
             stop_job(ray, job)
 
 
-def stop_jobs_of(ray: RayJobs, planned: Mapping[str, Planned]) -> list[str]:
-    """Stop whatever jobs of these nodes are still running; returns their ids."""
-    wanted = {f"{p.name}-{p.fingerprint}" for p in planned.values()}
-    jobs = [job for job in ray.running() if job.rsplit("-", 1)[0] in wanted]
+def stop_jobs_of(ray: RayJobs, flow_run: str) -> list[str]:
+    """Stop whatever jobs a flow run has submitted that are still running; returns their ids."""
+    jobs = [job for job, metadata in ray.running().items() if metadata.get(FLOW_RUN) == flow_run]
     for job in jobs:
         stop_job(ray, job)
     return jobs

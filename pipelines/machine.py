@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.prefect_server import WORKER, answers, check_api, configured_api, prefect_environment, start_worker
-from infra.processes import SERVERS, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
+from infra.processes import SERVERS, Server, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
 from infra.ray_cluster import configured_ray
 from pipelines.servers import GRACE, KEPT, use_servers
+from pipelines.terminal import ReportTable
 from stages.deployment import Pool
 
 # How long the runs that `down` interrupts may take to stop their jobs, and a worker to come up, in seconds.
@@ -59,7 +60,7 @@ def _bring_up_worker(state: Path, address: str, pool: Pool) -> None:
 
 
 def _table(state: Path, before: dict[str, int], address: str) -> Table:
-    table = Table()
+    table = ReportTable()
     for head in ("server", "", "address"):
         table.add_column(head, no_wrap=True)
     for head in ("pid", "since"):
@@ -77,10 +78,8 @@ def _table(state: Path, before: dict[str, int], address: str) -> Table:
 
 def bring_down(state: Path, say: Callable[[str], None]) -> None:
     """Stop what `bring_up` has started, runs on the worker first; a server that another command uses ends with that command."""
-    if (worker := running("worker", state)) is not None:
-        # From now on it takes no further runs.
-        psutil.Process(worker.pid).terminate()
-    _end_runs(state, say)
+    worker = running("worker", state)
+    _end_runs(state, worker, say)
     if worker is not None:
         stop(worker, state, GRACE["worker"])
         say("stopped the worker")
@@ -97,14 +96,23 @@ def bring_down(state: Path, say: Callable[[str], None]) -> None:
                 say(f"stopped {server.name}")
 
 
-def _end_runs(state: Path, say: Callable[[str], None]) -> None:
+def _end_runs(state: Path, worker: Server | None, say: Callable[[str], None]) -> None:
     """Interrupt the flows of the worker, so that each stops its job and ends as Cancelled before the servers go."""
-    flows = [process for process in marked(state) if _is_flow(process)]
-    for flow in flows:
-        say(f"interrupting a run (pid {flow.pid})")
+
+    def interrupt() -> None:
+        flows = [process for process in marked(state) if _is_flow(process)]
+        for flow in flows:
+            say(f"interrupting a run (pid {flow.pid})")
+            with contextlib.suppress(psutil.Error):
+                flow.terminate()
+        psutil.wait_procs(flows, timeout=STOP_SECONDS)
+
+    # Before the worker, which kills its flows when it ends, and again for what it has begun meanwhile.
+    interrupt()
+    if worker is not None:
         with contextlib.suppress(psutil.Error):
-            flow.terminate()
-    psutil.wait_procs(flows, timeout=STOP_SECONDS)
+            psutil.Process(worker.pid).terminate()
+        interrupt()
 
 
 def _is_flow(process: psutil.Process) -> bool:
@@ -120,12 +128,13 @@ def find_machine(state: Path) -> str | None:
     Must come before the first import of Prefect, which reads its settings then.
 
     Raises:
-        ServerError: it is up, but its worker or its server is dead.
+        ServerError: it is up, but its worker or its server is dead, or the configured server cannot be used.
     """
     if not (state / KEPT).exists():
         return None
     worker, server = running("worker", state), running("prefect", state)
     if (address := configured_api()) is not None:
+        check_api(address)
         address = address.rstrip("/").removesuffix("/api")
     elif server is not None and answers(server.address):
         address = server.address

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
@@ -27,13 +28,19 @@ def gpu_slots(planned: Planned, stopping: threading.Event, waiting: Callable[[in
     Raises:
         NodeStopped: the run was stopped while the node waited.
     """
-    slots, free = _slots(planned)
-    if not slots:
-        yield
-        return
-    if slots > free:
-        waiting(slots)
-    while True:
+    told = False
+    # Somebody may change the limit while the node waits.
+    while (limit := _limit(planned)) is not None:
+        slots = _slots(planned, limit.limit)
+        if slots > limit.limit - limit.active_slots and not told:
+            waiting(slots)
+            told = True
+        if stopping.is_set():
+            raise NodeStopped
+        if not limit.limit:
+            # Nobody may have any for now; the server refuses to be asked for more than there can be.
+            stopping.wait(GLANCE)
+            continue
         # A lease that cannot be renewed, because the server is starting again, is no reason to stop a training run.
         held = concurrency(
             LIMIT, slots, timeout_seconds=GLANCE, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False
@@ -41,24 +48,28 @@ def gpu_slots(planned: Planned, stopping: threading.Event, waiting: Callable[[in
         try:
             held.__enter__()
         except TimeoutError:
-            if stopping.is_set():
-                raise NodeStopped from None
             continue
-        break
-    try:
-        yield
-    finally:
-        held.__exit__(None, None, None)
+        try:
+            yield
+        finally:
+            held.__exit__(None, None, None)
+        return
+    yield
 
 
-def _slots(planned: Planned) -> tuple[int, int]:
-    """How many slots a node takes, and how many are free: a slot a worker, or all of them if it takes what the cluster has."""
+def _limit(planned: Planned) -> GlobalConcurrencyLimitResponse | None:
+    """The server's limit, if it has one and the node uses GPUs."""
     if planned.stage not in GPU_STAGES:
-        return 0, 0
+        return None
     with get_client(sync_client=True) as client:
         try:
             limit = client.read_global_concurrency_limit_by_name(LIMIT)
         except ObjectNotFound:
-            return 0, 0
+            return None
+    return limit if limit.active else None
+
+
+def _slots(planned: Planned, limit: int) -> int:
+    """A slot a worker, or all of them if the node takes what the cluster has."""
     workers = getattr(planned.config, "workers", 1)
-    return min(limit.limit, limit.limit if workers is None else workers), limit.limit - limit.active_slots
+    return max(1, limit if workers is None else min(limit, workers))

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
+from infra import ray_jobs
 from infra.prefect_server import check_api
 from infra.processes import (
     ServerError,
@@ -140,12 +142,18 @@ class Stand:
         self.version = "0.0.0"
         self.connections = 0
         self.address = ""
+        self.hiccups = 0
+        self.asked: list[str] = []
 
     def answer(self, connection: ServerConnection, request: Request) -> Response | None:
         if request.headers.get("Authorization") != "Bearer secret":
             return connection.respond(401, "Unauthorized")
         if request.path.endswith("/tail"):
             return None
+        self.asked.append(request.path)
+        if self.hiccups:
+            self.hiccups -= 1
+            return connection.respond(502, "Bad Gateway")
         ended = self.connections >= 2
         body = {
             "/api/version": {"ray_version": self.version},
@@ -183,6 +191,37 @@ def test_following_gives_each_line_once_over_broken_streams() -> None:
     assert lines == stand.log.split("\n")
 
 
+def test_following_outlives_a_proxy_without_answers_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "PAUSE", 0.01)
+    with standing() as stand:
+        jobs = RayJobs(stand.address, "secret")
+        stand.hiccups = 3
+        assert [line for line in jobs.follow("one", tick=0.05) if line is not None] == stand.log.split("\n")
+        assert stand.hiccups == 0
+        monkeypatch.setattr(ray_jobs, "PATIENCE", 0.1)
+        stand.hiccups = 1000
+        with pytest.raises(ServerError, match="GET /api/jobs/one: Bad Gateway"):
+            jobs.status("one")
+        stand.hiccups, stand.asked = 1000, []
+        with pytest.raises(ServerError):
+            jobs.check_version()
+        assert not jobs.ready()
+        assert stand.asked == ["/api/version"] * 2, "a command that begins asks once"
+
+
+def test_a_job_is_submitted_once_whatever_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    came = []
+
+    def urlopen(request: urllib.request.Request, timeout: float) -> None:
+        came.append(request.get_method())
+        raise TimeoutError
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    with pytest.raises(ServerError, match="no Ray Jobs API answers"):
+        RayJobs("http://ray.example:8265").submit("one", "true")
+    assert came == ["POST"]
+
+
 def test_jobs_without_a_submission_are_nobodys() -> None:
     with standing() as stand:
         assert RayJobs(stand.address, "secret").statuses() == {"one": "RUNNING"}
@@ -215,16 +254,30 @@ def test_a_prefect_server_that_cannot_be_used_is_said_in_one_line(monkeypatch: p
         with pytest.raises(ServerError, match="refuses the key; set PREFECT_API_KEY"):
             check_api(f"{stand.address}/api")
         monkeypatch.setenv("PREFECT_API_KEY", "secret")
-        with pytest.raises(ServerError, match=r"is 0\.0\.0, here it is .*; a server must not be older than its clients"):
+        major, minor, *_ = map(int, version("prefect").split("."))
+        stand.version = f"{major}.{minor - 1}.99"
+        with pytest.raises(ServerError, match=r"is .*\.99, here it is .*; a server must not be older than its clients"):
             check_api(f"{stand.address}/api")
-        stand.version = "99.0.0"
+        stand.version = f"{major}.{minor + 1}.0"
         check_api(f"{stand.address}/api")
+        # Prefect's own client would refuse it, with a traceback.
+        stand.version = "99.0.0"
+        with pytest.raises(ServerError, match=rf"is 99\.0\.0, here it is .*; name a server of version {major} in"):
+            check_api(f"{stand.address}/api")
     with pytest.raises(ServerError, match=r"no Prefect server answers at .* \(.*refused\); start it, or unset PREFECT_API_URL"):
         check_api(f"{stand.address}/api")
 
 
-def test_no_ray_at_all_is_one_line() -> None:
+def test_no_ray_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = RayJobs(f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert not jobs.ready()
-    with pytest.raises(ServerError, match="no Ray Jobs API answers at .*; is the cluster up"):
+    # The embedded one would be waited for in vain.
+    begun = time.monotonic()
+    with pytest.raises(ServerError, match="no Ray Jobs API answers at .*; the same command again starts Ray anew"):
+        jobs.statuses()
+    assert time.monotonic() - begun < ray_jobs.PATIENCE / 2
+    monkeypatch.setattr(ray_jobs, "PATIENCE", 0.0)
+    monkeypatch.setenv("RAY_ADDRESS", jobs.address)
+    with pytest.raises(ServerError, match="no Ray Jobs API answers at .*; start the cluster, or unset RAY_ADDRESS"):
         jobs.statuses()
