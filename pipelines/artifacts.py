@@ -1,21 +1,33 @@
-"""The pages that a run leaves in the Prefect UI, as Markdown: one a dataset, and the run's graph."""
+"""The pages that a run leaves in the Prefect UI, as Markdown: one a dataset, and the run's graph.
+
+Pages and progress tell of the work: what goes wrong in them is a warning in the run's log, and never fails a node.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import tarfile
-from collections.abc import Iterable
-from contextlib import suppress
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
-from infra.dataset import Dataset, FileEntry, Manifest
-from pipelines.lineage import artifact_link, maker, mermaid
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
+from prefect.client.schemas.objects import ArtifactCollection
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+
+from infra.dataset import Dataset, FileEntry, Manifest, find
+from pipelines.lineage import artifact_key, artifact_link, maker, mermaid
 from pipelines.run import Outcome, Run
 from pipelines.scores import scores_section
-from stages.contract import StageError
-from stages.graph import Planned
+from stages.catalog import stage_class
+from stages.graph import Planned, changes
 from stages.tar import Sample, read_samples
 
 # A page of the UI is one JSON reply: pictures are shrunk until they fit, and only the first few are shown.
@@ -25,11 +37,51 @@ PICTURES = 4
 THUMBNAILS = 6
 THUMBNAIL_SIDE = 160
 CAPTION = 80
+# How many versions of a node its page lists.
+VERSIONS = 20
 _MARKUP = frozenset("|<>&`*_[]()!#\\~$")
 
 
-def dataset_page(run: Run, planned: Planned, outcome: Outcome) -> str:
-    """A dataset's page: identity, where it came from, what was thrown away and why, how long it took, pictures."""
+@contextmanager
+def harmless(what: str) -> Iterator[None]:
+    """Turns an error of what only tells of the work into a warning in the log of the run, where there is one."""
+    try:
+        yield
+    except Exception as error:
+        log: Any
+        try:
+            log = get_run_logger()
+        except MissingContextError:
+            log = logging.getLogger("pipelines")
+        log.warning("%s cannot be shown: %s: %s", what, type(error).__name__, error)
+
+
+def publish_page(run: Run, planned: Planned, outcome: Outcome) -> None:
+    """Publish a dataset's page under its node's key.
+
+    A reused dataset is published again, or the run's graph and list of artifacts would lack it; so the page itself lists the
+    node's versions, which it takes over from the newest page of the key.
+    """
+    with harmless(f"the page of {planned.name}"):
+        key = artifact_key(run.recipe.name, planned.name)
+        with get_client(sync_client=True) as client:
+            asked = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[key]))
+            before = next(iter(client.read_latest_artifacts(artifact_filter=asked, limit=1)), None)
+        create_markdown_artifact(dataset_page(run, planned, outcome, before), key, _names(planned.stage, planned.fingerprint))
+
+
+def publish_run_page(run: Run) -> None:
+    """Publish the page of a whole run under the recipe's key."""
+    with harmless("the page of the run"):
+        create_markdown_artifact(run_page(run), artifact_key(run.recipe.name, "lineage"), "datasets of a run")
+
+
+def dataset_page(run: Run, planned: Planned, outcome: Outcome, before: ArtifactCollection | None = None) -> str:
+    """A dataset's page: identity, where it came from, what was thrown away and why, how long it took, pictures.
+
+    Args:
+        before: the newest page of the node so far, if there is one.
+    """
     assert outcome.dataset is not None
     manifest = outcome.dataset.manifest
     verb = "reused; nothing that decides it has changed" if outcome.result == "reused" else "made in this run"
@@ -48,14 +100,15 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome) -> str:
                 ("where", f"`{run.store.url(outcome.dataset.folder)}`"),
             ],
         ),
-        *_changes(planned, outcome),
+        "## Versions",
+        "\n".join(_versions(run, planned, outcome, before)),
         "## Inputs",
         _inputs(run, planned),
         "## Dropped",
         _drops(manifest),
         *_pictures(outcome.dataset),
         *thumbnails(outcome.dataset),
-        *scores_section(manifest.summary.get("scores", {}), manifest.config),
+        *_scores(manifest),
         *_block("Summary", {name: value for name, value in manifest.summary.items() if name != "scores"}),
         *_block("Configuration", manifest.config),
         *_block("Schema", manifest.columns),
@@ -97,11 +150,28 @@ def _code(manifest: Manifest) -> str:
     return f"stage version {code['stage_version']}, package {code['package']}, commit {code.get('git') or 'unknown'}"
 
 
-def _changes(planned: Planned, outcome: Outcome) -> list[str]:
-    """What made this version another one than the version before."""
-    if outcome.result != "made" or planned.state != "stale":
-        return []
-    return ["## Since the version before", "\n".join(f"- `{reason}`" for reason in planned.reasons)]
+def _versions(run: Run, planned: Planned, outcome: Outcome, before: ArtifactCollection | None) -> list[str]:
+    """A line for every version that the node has had, the newest first: what made it another one than that before it."""
+    assert outcome.dataset is not None
+    name = _names(planned.stage, planned.fingerprint)
+    listed = re.search(r"^## Versions\n\n((?:- .*\n)+)", str(before.data), re.MULTILINE) if before is not None else None
+    older = listed[1].splitlines() if listed is not None else []
+    if before is not None and before.description == name and older:
+        return older
+    reasons = planned.reasons if outcome.result == "made" and planned.state == "stale" else []
+    if before is not None and before.description != name and not reasons:
+        # Made by a run that was killed before it could publish, or made long ago and now returned to.
+        stage, _, fingerprint = (before.description or "").partition(" ")
+        earlier = find(run.store, stage, fingerprint)
+        reasons = changes(planned, earlier, stage_class(planned.stage).version) if earlier is not None else []
+    because = f": {', '.join(f'`{reason}`' for reason in reasons)}" if reasons else ""
+    manifest = outcome.dataset.manifest
+    return [f"- `{manifest.fingerprint}`, {manifest.stats.rows_out:,} rows, {manifest.created}{because}", *older][:VERSIONS]
+
+
+def _names(stage: str, fingerprint: str) -> str:
+    """The description of a page in the UI, which says which version it shows."""
+    return f"{stage} {fingerprint}"
 
 
 def _inputs(run: Run, planned: Planned) -> str:
@@ -132,9 +202,18 @@ def _block(title: str, value: object) -> list[str]:
     return [f"## {title}", f"```json\n{json.dumps(value, indent=1)}\n```"] if value else []
 
 
+def _scores(manifest: Manifest) -> list[str]:
+    with harmless(f"the scores of {manifest.node}"):
+        return scores_section(manifest.summary.get("scores", {}), manifest.config)
+    return []
+
+
 def _pictures(dataset: Dataset) -> list[str]:
-    entries = [entry for entry in dataset.files if entry.name.endswith(".png")][:PICTURES]
-    return [f"![{entry.name}]({data_uri(dataset, entry)})" for entry in entries]
+    shown = []
+    for entry in [entry for entry in dataset.files if entry.name.endswith(".png")][:PICTURES]:
+        with harmless(entry.path):
+            shown.append(f"![{entry.name}]({data_uri(dataset, entry)})")
+    return shown
 
 
 def data_uri(dataset: Dataset, entry: FileEntry) -> str:
@@ -166,12 +245,16 @@ def thumbnails(dataset: Dataset) -> list[str]:
     samples: list[Sample] = []
     for entry in shards:
         # A shard that was damaged after it was committed is for `verify` to find, and no reason to go without a page.
-        with suppress(StageError, OSError, tarfile.TarError), dataset.open(entry) as file:
+        with harmless(entry.path), dataset.open(entry) as file:
             samples += islice(read_samples(file), -(-THUMBNAILS // len(shards)))
-    shown = samples[:THUMBNAILS]
+    shown: list[tuple[str, str]] = []
+    for sample in samples[:THUMBNAILS]:
+        with harmless(f"the picture {sample.key}"):
+            shown.append((_thumbnail(sample), _words(sample.caption)))
     if not shown:
         return []
-    return ["## Pictures", _table(map(_thumbnail, shown), [tuple(_words(sample.caption) for sample in shown)])]
+    pictures, captions = zip(*shown, strict=True)
+    return ["## Pictures", _table(pictures, [captions])]
 
 
 def _thumbnail(sample: Sample) -> str:

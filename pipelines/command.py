@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,6 +44,21 @@ KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the servers and 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _nodes_of(context: typer.Context, incomplete: str) -> list[str]:
+    """What a shell completes a NODE to: the nodes of the recipe that was named before it."""
+    from stages.recipe import RecipeError, load_recipe
+
+    try:
+        # The option that is being completed lacks its value yet, so the arguments have not been given their names.
+        return [node for node in load_recipe(context.args[0]).nodes if node.startswith(incomplete)]
+    except (IndexError, OSError, RecipeError):
+        return []
+
+
+def _node_option(name: str, words: str) -> Any:
+    return typer.Option(name, help=words, metavar="NODE", autocompletion=_nodes_of)
+
+
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
     """Common options; `main` reads them from the command line."""
@@ -52,10 +67,10 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 @app.command(epilog="Example: unidiffuser run configs/demo.yaml --set subsets.little.filter.min_side=256")
 def run(
     recipe: RecipeArgument,
-    only: Annotated[list[str] | None, typer.Option("--only", help="Only this node (repeatable).", metavar="NODE")] = None,
-    start: Annotated[str | None, typer.Option("--from", help="This node and what follows from it.", metavar="NODE")] = None,
-    until: Annotated[str | None, typer.Option("--until", help="This node and what it needs.", metavar="NODE")] = None,
-    force: Annotated[list[str] | None, typer.Option("--force", help="Make this node again (repeatable).", metavar="NODE")] = None,
+    only: Annotated[list[str] | None, _node_option("--only", "Only this node (repeatable).")] = None,
+    start: Annotated[str | None, _node_option("--from", "This node and what follows from it.")] = None,
+    until: Annotated[str | None, _node_option("--until", "This node and what it needs.")] = None,
+    force: Annotated[list[str] | None, _node_option("--force", "Make this node again (repeatable).")] = None,
     overrides: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for each node hit, stale or miss, and why.")] = False,
     jobs: JobsOption = 1,
@@ -155,15 +170,23 @@ def verify(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
 @app.command(epilog="Example: unidiffuser gc configs/demo.yaml --delete")
 def gc(
     recipes: Annotated[list[Path], typer.Argument(help="Every recipe whose data is to be kept.", metavar="RECIPE...")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Keep also what `run --set` gave (repeatable).", metavar="a.b=c")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", help="Keep this too, and all it was made from (repeatable).", metavar="DATASET"),
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove it; otherwise it is only listed.")] = False,
     as_json: JsonOption = False,
     store: StoreOption = "runs",
 ) -> None:
-    """Datasets and units that no named recipe refers to, and nothing that it was made from."""
+    """Datasets and units that no named recipe refers to, nor any dataset that is kept."""
     from infra.store import Store
     from pipelines import garbage
 
-    found = garbage.gc(recipes, Store(store), delete, Console(stderr=True) if as_json else console)
+    view = Console(stderr=True) if as_json else console
+    found = garbage.gc(recipes, overrides or (), keep or (), Store(store), delete, view)
     if as_json:
         print(json.dumps(found, indent=1))
 
@@ -279,7 +302,10 @@ def up(
 
 @app.command(epilog="Example: unidiffuser deploy configs/demo.yaml")
 def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = "runs") -> None:
-    """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules."""
+    """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules.
+
+    Pools of type docker and kubernetes take an image of `infra/Dockerfile` as `deploy.pool.variables.image`.
+    """
     from infra.external import state_folder
     from infra.store import Store
     from pipelines.conduct import deploy_recipe

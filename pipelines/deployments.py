@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -47,8 +48,9 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
         asleep: register it without its schedules and triggers.
 
     Raises:
-        RecipeError: a schedule or the work pool is not as it must be; names the field.
+        RecipeError: a schedule, the work pool or the store is not as it must be; names the field.
     """
+    _check_store(recipe.deploy.pool, store)
     schedules = [_schedule(recipe, number, schedule) for number, schedule in enumerate(recipe.deploy.schedules)]
     done = Deployed(recipe.name)
     with get_client(sync_client=True) as client:
@@ -92,18 +94,51 @@ def ensure_pool(client: SyncPrefectClient, pool: Pool) -> None:
     """Make the work pool if it is not there.
 
     Raises:
-        RecipeError: it is there, and of another type.
+        RecipeError: it is there, and of another type; or it has no variable of a name that the recipe gives.
     """
     try:
         found = client.read_work_pool(pool.name)
+        kind, template = found.type, found.base_job_template
     except ObjectNotFound:
+        found = None
         kinds = {kind: facts for package in client.read_worker_metadata().values() for kind, facts in package.items()}
-        template = kinds[pool.type]["default_base_job_configuration"]
+        kind, template = pool.type, pool_template(pool.type, kinds[pool.type]["default_base_job_configuration"])
+    if kind != pool.type:
+        raise RecipeError(f"deploy.pool.type: {pool.type}, but the work pool {pool.name} is of type {kind}; name another pool")
+    known = template.get("variables", {}).get("properties", {})
+    if unknown := [name for name in pool.variables if name.split(".")[0] not in known]:
+        place = f"deploy.pool.variables.{unknown[0]}"
+        raise RecipeError(f"{place}: the work pool {pool.name} has no such variable; it has {', '.join(sorted(known))}")
+    if found is None:
         client.create_work_pool(WorkPoolCreate(name=pool.name, type=pool.type, base_job_template=template))
-        return
-    if found.type != pool.type:
+
+
+def pool_template(kind: str, default: dict[str, Any]) -> dict[str, Any]:
+    """Prefect's own template of jobs on such a pool, with what a container needs to reach the data and a cluster that asks for a
+    token: volumes, which Prefect's template for Kubernetes lacks, and RAY_AUTH_TOKEN as the worker's environment has it.
+
+    Prefect's server keeps the name of the token and no token: the worker fills it in when it starts a run.
+    """
+    template = deepcopy(default)
+    variables = template["variables"]["properties"]
+    if kind != "process":
+        variables["env"]["default"] = {"RAY_AUTH_TOKEN": "{{ $RAY_AUTH_TOKEN }}"}
+    if kind == "kubernetes":
+        pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+        pod["volumes"], pod["containers"][0]["volumeMounts"] = "{{ volumes }}", "{{ volume_mounts }}"
+        for name in ("volumes", "volume_mounts"):
+            words = "As in the manifest of a pod."
+            variables[name] = {"title": name, "description": words, "type": "array", "items": {"type": "object"}}
+    return template
+
+
+def _check_store(pool: Pool, store: Store) -> None:
+    """A folder of this machine is the same in a container only where it is mounted there, which nobody here can check."""
+    if store.local and pool.type != "process" and not pool.variables.get("volumes"):
+        mounts = "volumes and volume_mounts" if pool.type == "kubernetes" else "volumes"
         raise RecipeError(
-            f"deploy.pool.type: {pool.type}, but the work pool {pool.name} is of type {found.type}; name another pool"
+            f"deploy.pool.type: a {pool.type} container cannot see the folder {store.root}; point --store at an fsspec URL "
+            f"such as s3://BUCKET/runs, or mount the folder at the same path with deploy.pool.variables.{mounts}"
         )
 
 

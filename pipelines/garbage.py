@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,28 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from infra.dataset import by_prefix
 from infra.store import Store
+from pipelines.terminal import ReportTable
 from stages.garbage import Garbage, collect, find_garbage
-from stages.recipe import load_recipe
+from stages.recipe import Recipe, RecipeError, load_recipe
 
 
-def gc(recipes: list[Path], store: Store, delete: bool, console: Console) -> dict[str, Any]:
+def gc(
+    recipes: Sequence[Path], overrides: Sequence[str], keep: Sequence[str], store: Store, delete: bool, console: Console
+) -> dict[str, Any]:
     """Show what goes, and remove it if asked to; returns what a script would read.
+
+    Args:
+        overrides: what the recipes give with these is kept as well.
+        keep: further datasets to keep, as `by_prefix` takes them.
 
     Raises:
         RecipeError: a recipe is not as it must be.
+        StoreError: there is no such dataset to keep, or several.
     """
-    garbage = find_garbage([load_recipe(path) for path in recipes], store)
+    wanted = [*map(load_recipe, recipes), *_changed(recipes, overrides)]
+    garbage = find_garbage(wanted, store, keep=[by_prefix(store, text) for text in keep])
     if garbage.datasets or garbage.leftovers:
         console.print(_table(garbage))
     if garbage.strangers:
@@ -49,8 +60,21 @@ def gc(recipes: list[Path], store: Store, delete: bool, console: Console) -> dic
     }
 
 
+def _changed(recipes: Sequence[Path], overrides: Sequence[str]) -> list[Recipe]:
+    """The recipes with the overrides, where they have such fields; one of them must."""
+    changed, refused = [], []
+    for path in recipes if overrides else ():
+        try:
+            changed.append(load_recipe(path, overrides))
+        except RecipeError as error:
+            refused.append(error)
+    if refused and not changed:
+        raise refused[0]
+    return changed
+
+
 def _table(garbage: Garbage) -> Table:
-    table = Table()
+    table = ReportTable()
     for head in ("what", "made"):
         table.add_column(head, no_wrap=True)
     for head in ("units", "size"):

@@ -19,7 +19,7 @@ from infra.dataset import Dataset, FileEntry, find
 from infra.store import Store
 from pipelines.lineage import Branch
 from pipelines.run import plan_run
-from pipelines.terminal import PLAN_STYLES
+from pipelines.terminal import PLAN_STYLES, ReportTable
 from stages.catalog import FOLDER_STAGES, SUBSET_STAGES, stage_class
 from stages.graph import Planned
 from stages.recipe import Recipe
@@ -67,7 +67,7 @@ def _done(planned: Planned, store: Store) -> dict[str, Any] | None:
 
 
 def status_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table()
+    table = ReportTable()
     for head in ("node", "state"):
         table.add_column(head, no_wrap=True)
     for head in ("rows in", "rows out"):
@@ -106,7 +106,7 @@ def watch_status(recipe: Recipe, store: Store, console: Console) -> None:
 
 def funnel_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:
     """What became of the rows of every subset, stage by stage: how many are left of all that came in, and why the others went."""
-    table = Table(title="rows", title_justify="left")
+    table = ReportTable(title="rows", title_justify="left")
     for head in ("node", "in", "out", "of all"):
         table.add_column(head, justify="left" if head == "node" else "right", no_wrap=True)
     table.add_column("dropped", overflow="fold")
@@ -137,7 +137,7 @@ def lineage_tree(title: str, root: Branch) -> Tree:
 def inspect_dataset(dataset: Dataset, console: Console) -> None:
     """Print identity, counts, files, schema, a few rows, and the first picture."""
     manifest = dataset.manifest
-    facts = Table(show_header=False, box=None)
+    facts = ReportTable(show_header=False, box=None)
     for name, value in (
         ("dataset", f"{manifest.stage}/{manifest.fingerprint}"),
         ("node", manifest.node),
@@ -162,14 +162,14 @@ def inspect_dataset(dataset: Dataset, console: Console) -> None:
 
 
 def _schema_table(columns: dict[str, str]) -> Table:
-    table = Table("column", "type", title="schema", title_justify="left")
+    table = ReportTable("column", "type", title="schema", title_justify="left")
     for name, kind in columns.items():
         table.add_row(name, escape(kind))
     return table
 
 
 def _files_table(files: list[FileEntry]) -> Table:
-    table = Table("file", "rows", "bytes", "sha256", title=f"{len(files)} files", title_justify="left")
+    table = ReportTable("file", "rows", "bytes", "sha256", title=f"{len(files)} files", title_justify="left")
     for entry in files[:FILES]:
         table.add_row(entry.path, f"{entry.rows:,}", f"{entry.bytes:,}", entry.sha256[:12])
     if len(files) > FILES:
@@ -182,7 +182,7 @@ def _rows_table(dataset: Dataset, entry: FileEntry) -> Table:
     with dataset.open(entry) as file:
         batch = next(pq.ParquetFile(file).iter_batches(batch_size=ROWS), None)
     rows = batch.to_pylist() if batch is not None else []
-    table = Table("column", *(f"row {n}" for n in range(len(rows))), title=entry.name, title_justify="left")
+    table = ReportTable("column", *(f"row {n}" for n in range(len(rows))), title=entry.name, title_justify="left")
     for name in rows[0] if rows else ():
         table.add_row(name, *(escape(_cell(row[name])) for row in rows))
     return table

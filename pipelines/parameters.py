@@ -48,7 +48,7 @@ def changed(recipe: Recipe, config: Mapping[str, Mapping[str, Any]]) -> Recipe:
         if not isinstance(values, Mapping):
             raise RecipeError(f"config.{name}: expected a mapping of fields, got {values!r}")
         if differences := _differences(recipe.nodes[name].config, values):
-            _merge(_place(document, recipe.nodes[name]), differences)
+            _merge(_place(document, recipe.nodes[name]), differences, recipe.nodes[name].config)
             fresh = True
     return parse_recipe(document, recipe.folder) if fresh else recipe
 
@@ -71,7 +71,8 @@ def _place(document: dict[str, Any], node: Node) -> dict[str, Any]:
     if node.stage == "train":
         keys = ["train", node.name.removeprefix("train-")]
     elif node.name == node.stage:
-        keys = [node.stage]
+        # `text_codec` is as good as `text-codec`.
+        keys = [node.stage if node.stage in document else node.stage.replace("-", "_")]
     else:
         keys = ["subsets", node.name.removesuffix(f"-{node.stage}"), node.stage]
     for key in keys[:-1]:
@@ -81,10 +82,12 @@ def _place(document: dict[str, Any], node: Node) -> dict[str, Any]:
     return document[keys[-1]]
 
 
-def _merge(place: dict[str, Any], values: Mapping[str, Any]) -> None:
+def _merge(place: dict[str, Any], values: Mapping[str, Any], config: BaseModel) -> None:
+    """Write values into the document; a field that is a model of its own field by field, a mapping that is a value as a whole."""
     for name, value in values.items():
-        if isinstance(value, Mapping) and isinstance(place.get(name), dict):
-            _merge(place[name], value)
+        part = getattr(config, name, None)
+        if isinstance(part, BaseModel) and isinstance(value, Mapping) and isinstance(place.get(name), dict):
+            _merge(place[name], value, part)
         else:
             place[name] = value
 

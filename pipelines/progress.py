@@ -13,7 +13,7 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from pipelines.artifacts import picture_uri
+from pipelines.artifacts import harmless, picture_uri
 from pipelines.lineage import artifact_key
 from pipelines.run import Run
 
@@ -23,7 +23,7 @@ CURVE_EVERY = 20.0
 
 
 class ProgressArtifact:
-    """The node's progress bar in the UI; made with its first report."""
+    """The node's progress bar in the UI; made with its first report. A report that fails is skipped."""
 
     def __init__(self, run: Run, node: str):
         self.run, self.node = run, node
@@ -31,6 +31,10 @@ class ProgressArtifact:
         self.moved = 0.0
 
     def report(self, fields: dict[str, Any]) -> None:
+        with harmless(f"the progress of {self.node}"):
+            self._report(fields)
+
+    def _report(self, fields: dict[str, Any]) -> None:
         self.run.view.progress(self.node, fields)
         finished = fields["done"] >= fields["total"]
         if time.monotonic() - self.moved < PROGRESS_EVERY and not finished:
@@ -55,7 +59,11 @@ class TrainingArtifact:
         self.drawn = 0.0
 
     def report(self, fields: dict[str, Any]) -> None:
-        """A loss, or a sheet that is ready; other nodes report neither, and have no page."""
+        """A loss, or a sheet that is ready; other nodes report neither, and have no page. A report that fails is skipped."""
+        with harmless(f"the page of losses of {self.node}"):
+            self._report(fields)
+
+    def _report(self, fields: dict[str, Any]) -> None:
         if "picture" in fields:
             picture = picture_uri(self.run.store.read(fields["picture"]))
             self.sheet = [f"## Samples at step {fields['done']}", f"![samples]({picture})"]
@@ -83,7 +91,7 @@ class TrainingArtifact:
 
 
 def describe_progress(fields: dict[str, Any]) -> str:
-    """``write: 3 of 10 units, rows 1200, rows_per_s 340.5``"""
+    """``write: 3 of 10 units, rows 1200, rows_per_s 340.5, left 0:12``"""
     known = ("node", "phase", "done", "total", "unit")
     more = "".join(f", {name} {value}" for name, value in fields.items() if name not in known)
     return f"{fields['phase']}: {fields['done']} of {fields['total']} {fields['unit']}{more}"

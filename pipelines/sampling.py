@@ -18,6 +18,7 @@ from rich.table import Table
 
 from infra.store import Store
 from pipelines.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
+from pipelines.terminal import ReportTable
 
 RESULTS = "results.jsonl"
 # Without a terminal, a line of progress in this many seconds.
@@ -202,7 +203,7 @@ def _text_fields(facts: dict[str, Any]) -> Any:
 
 def results_table(rows: Sequence[dict[str, Any]]) -> Table:
     """File, what it was made from, caption and seed, a row a result."""
-    table = Table()
+    table = ReportTable()
     for head in ("file", "from", "caption"):
         table.add_column(head, overflow="fold")
     table.add_column("seed", justify="right")

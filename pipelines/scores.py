@@ -15,10 +15,13 @@ COLUMNS = 2
 def scores_section(scores: dict[str, dict[str, Any]], config: dict[str, Any]) -> list[str]:
     """Markdown: one picture of all histograms, then a table of thresholds.
 
+    A score that no row has is left out.
+
     Args:
         scores: a filter's ``summary["scores"]``, see `stages.histogram.histogram_of`.
         config: the filter's configuration, whose ``min_SCORE`` and ``max_SCORE`` are marked.
     """
+    scores = {score: told for score, told in scores.items() if sum(told["counts"])}
     if not scores:
         return []
     picture = base64.b64encode(draw(scores, config)).decode()

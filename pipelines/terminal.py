@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -20,6 +20,15 @@ STYLES = {"reused": "cyan", "made": "green", "failed": "bold red", "stopped": "y
 PLAN_STYLES = {"hit": "cyan", "stale": "yellow", "miss": "green"}
 # Without a terminal a line a report would fill a log file: one per phase, and then one in this many seconds.
 PLAIN_EVERY = 10.0
+
+
+class ReportTable(Table):
+    """A table with lines on a terminal, and plain columns in a file or a pipe, which programs read."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not console.is_terminal:
+            self.box, self.pad_edge = None, False
+        return super().__rich_console__(console, options)
 
 
 class TerminalView:
@@ -75,7 +84,7 @@ class TerminalView:
 
 
 def describe(fields: Mapping[str, Any]) -> str:
-    """``write 3/10 units, rows 1200, rows_per_s 340.5``"""
+    """``write 3/10 units, rows 1200, rows_per_s 340.5, left 0:12``"""
     known = ("node", "phase", "done", "total", "unit")
     more = "".join(f", {name} {_short(value)}" for name, value in fields.items() if name not in known)
     return f"{fields['phase']} {fields['done']}/{fields['total']} {fields['unit']}{more}"
@@ -87,7 +96,7 @@ def _short(value: Any) -> str:
 
 def closing_table(run: Run) -> Table:
     """Node, result, rows in and out, drops by reason, seconds, fingerprint, where: a row a node of the run."""
-    table = Table(title=run.recipe.name, title_justify="left")
+    table = ReportTable(title=run.recipe.name, title_justify="left")
     table.add_column("node", no_wrap=True)
     table.add_column("result", no_wrap=True)
     for head in ("rows in", "rows out"):
@@ -114,7 +123,7 @@ def closing_table(run: Run) -> Table:
 
 def plan_table(planned: Mapping[str, Planned], nodes: Sequence[str]) -> Table:
     """For every node hit, stale or miss, and which field or input made it so."""
-    table = Table()
+    table = ReportTable()
     for head in ("node", "state", "fingerprint"):
         table.add_column(head, no_wrap=True)
     table.add_column("because", overflow="fold")

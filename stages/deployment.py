@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 from zoneinfo import available_timezones
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# Bounds of cron's five fields, and the names that stand for numbers in two of them.
+_CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 7)}
+_CRON_NAMES = {
+    "month": ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"),
+    "weekday": ("sun", "mon", "tue", "wed", "thu", "fri", "sat"),
+}
 
 
 class _Section(BaseModel):
@@ -31,11 +39,45 @@ class Schedule(_Section):
             raise ValueError("no such time zone; expected a name such as Europe/Berlin")
         return timezone
 
+    @field_validator("cron")
+    @classmethod
+    def _five_fields(cls, cron: str | None) -> str | None:
+        # Prefect has a check of its own, but must not be imported before its server is chosen; `deploy` asks that one too.
+        fields = (cron or "").lower().split()
+        if cron is not None and len(fields) != len(_CRON):
+            raise ValueError("expected five fields: minute, hour, day, month and weekday")
+        for (name, bounds), field in zip(_CRON.items(), fields, strict=False):
+            if not all(_is_cron(part, bounds, _CRON_NAMES.get(name, ())) for part in field.split(",")):
+                raise ValueError(f"{field} is no {name}; expected *, or {bounds[0]} to {bounds[1]}, such as 2, 1-5, */10 or 1,15")
+        return cron
+
+    @field_validator("rrule")
+    @classmethod
+    def _rule(cls, rrule: str | None) -> str | None:
+        if rrule is not None:
+            from dateutil.rrule import rrulestr
+
+            try:
+                rrulestr(rrule)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"no rule of RFC 5545 ({error}); expected one such as FREQ=WEEKLY;BYDAY=SA;BYHOUR=6") from None
+        return rrule
+
     @model_validator(mode="after")
     def _one_kind(self) -> Schedule:
         if sum(kind is not None for kind in (self.cron, self.interval, self.rrule)) != 1:
             raise ValueError("expected exactly one of cron, interval and rrule")
         return self
+
+
+def _is_cron(part: str, bounds: tuple[int, int], names: tuple[str, ...]) -> bool:
+    """Whether a part of a cron field is ``*``, a number or a range within the bounds, with or without a step; or one of Prefect's
+    extras: ``L`` for the last day, ``L5`` for the last Friday, ``5#2`` for the second."""
+    found = re.fullmatch(r"(?:[*?l]|l?(\w+)(?:-(\w+)|#[1-5])?)(?:/[1-9]\d*)?", part)
+    if found is None:
+        return False
+    ends = [str(bounds[0] + names.index(end)) if end in names else end for end in found.groups() if end is not None]
+    return all(end.isdecimal() and bounds[0] <= int(end) <= bounds[1] for end in ends)
 
 
 class Trigger(_Section):

@@ -50,17 +50,20 @@ class Garbage:
         return sum(size for _, size in self.datasets) + sum(leftover.bytes for leftover in self.leftovers)
 
 
-def find_garbage(recipes: Sequence[Recipe], store: Store, now: datetime | None = None) -> Garbage:
+def find_garbage(recipes: Sequence[Recipe], store: Store, now: datetime | None = None, keep: Sequence[Dataset] = ()) -> Garbage:
     """What none of these recipes refers to.
 
     Kept are the datasets of their nodes, where a node has none yet the one that it gave last, all that these were made from, and
     the finished units that a run of them would reuse.
 
+    Args:
+        keep: datasets that are kept as well, with all that they were made from.
+
     Raises:
         RecipeError: a recipe names a file that does not exist.
     """
     planned = [node for recipe in recipes for node in plan(recipe, store).values()]
-    kept = _kept(planned, store)
+    kept = _kept(planned, store, keep)
     live = {entry.unit for dataset in kept.values() for entry in dataset.files}
     for node in planned:
         # The finished units that a run of it would reuse.
@@ -108,10 +111,10 @@ def collect(garbage: Garbage, store: Store) -> None:
         store.remove(folder)
 
 
-def _kept(planned: Iterable[Planned], store: Store) -> dict[str, Dataset]:
-    """Datasets by fingerprint: those of the nodes, and all that they were made from."""
+def _kept(planned: Iterable[Planned], store: Store, keep: Sequence[Dataset]) -> dict[str, Dataset]:
+    """Datasets by fingerprint: those of the nodes and those named, and all that they were made from."""
     kept: dict[str, Dataset] = {}
-    ahead: list[Dataset | None] = []
+    ahead: list[Dataset | None] = [*keep]
     for node in planned:
         ahead.append(find(store, node.stage, node.fingerprint) or pointed(store, node.recipe, node.name))
         # A retried download goes on from the one before, which is an input though no dataset names it yet.

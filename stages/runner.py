@@ -196,6 +196,7 @@ class Progress:
     def __init__(self, node: str, phase: str, total: int, done: int):
         self.node, self.phase, self.total, self.done, self.rows = node, phase, total, done, 0
         self.start = self.said = time.monotonic()
+        self.before = done
         if done:
             log.info("%s: %s: %d of %d units were done already", node, phase, done, total)
         self.say()
@@ -209,12 +210,23 @@ class Progress:
 
     def say(self) -> None:
         self.said = time.monotonic()
-        rate = self.rows / max(time.monotonic() - self.start, 1e-3)
-        emit_progress(self.node, self.phase, self.done, self.total, "units", {"rows": self.rows, "rows_per_s": round(rate, 1)})
+        seconds = max(time.monotonic() - self.start, 1e-3)
+        left = time_left(self.total - self.done, (self.done - self.before) / seconds)
+        more = {"rows": self.rows, "rows_per_s": round(self.rows / seconds, 1), **left}
+        emit_progress(self.node, self.phase, self.done, self.total, "units", more)
+
+
+def time_left(steps: int, per_s: float) -> dict[str, str]:
+    """``{"left": "1:02:30"}``, the time that so many steps take as a field of progress; empty when that is unknown or over."""
+    if steps <= 0 or per_s <= 0:
+        return {}
+    minutes, seconds = divmod(round(steps / per_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return {"left": f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"}
 
 
 def emit_progress(node: str, phase: str, done: int, total: int, unit: str, more: dict[str, Any] | None = None) -> None:
-    """Print one progress line; `more` holds rates, losses and the like."""
+    """Print one progress line; `more` holds rates, losses and the like, whose words have neither spaces nor commas."""
     fields = {"node": node, "phase": phase, "done": done, "total": total, "unit": unit, **(more or {})}
     print(f"@progress {json.dumps(fields)}", flush=True)
 

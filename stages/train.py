@@ -20,7 +20,7 @@ from infra.dataset import fetch_files
 from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, operational, scratch_output
 from stages.preview import PreviewConfig, Previews
 from stages.recipe import encoder
-from stages.runner import emit_progress
+from stages.runner import emit_progress, time_left
 from training.config import TrainConfig
 
 log = logging.getLogger("stages")
@@ -125,6 +125,7 @@ def train_chain(job: Job, units: list[Unit], keys: list[str], done: list[UnitRec
 
     def on_row(row: dict[str, Any]) -> None:
         more: dict[str, Any] = {name: round(row[name], 5) for name in ("loss", "samples_per_s", "lr") if name in row}
+        more |= time_left(job.config.steps - row["step"], row.get("samples_per_s", 0) / job.config.global_batch)
         emit_progress(job.node, row["kind"], row["step"], job.config.steps, "steps", more)
         previews.seen(row["step"])
         if row["kind"] == "validation":

@@ -15,7 +15,8 @@ from pipelines.progress import describe_progress, read_progress
 from pipelines.run import snapshot
 from stages.deployment import Schedule
 from stages.graph import plan
-from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.recipe import Recipe, RecipeError, load_recipe, parse_recipe
+from stages.runner import time_left
 from tests.pipelines.conftest import write_metadata
 
 ROOT = Path(__file__).parent.parent.parent
@@ -68,6 +69,18 @@ def test_a_changed_field_changes_that_node_alone_in_whatever_place_the_recipe_wr
     expected["train-256"]["model"]["width"] = 64
     expected["text-codec"]["steps"] = 7
     assert after == expected
+
+
+def test_text_codec_may_be_written_with_an_underscore(demo: Recipe) -> None:
+    document = {("text_codec" if name == "text-codec" else name): value for name, value in demo.document.items()}
+    written = parse_recipe(document, demo.folder)
+    assert changed(written, {"text-codec": {"steps": 7}}).nodes["text-codec"].config.steps == 7
+
+
+def test_a_mapping_that_is_a_value_is_replaced_and_keeps_none_of_its_old_keys(path: Path) -> None:
+    recipe = load_recipe(path, ["subsets.good.select.columns={url: link, caption: words}"])
+    after = changed(recipe, {"good-select": {"columns": {"url": "address"}}})
+    assert after.nodes["good-select"].config.columns == {"url": "address"}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +162,7 @@ def test_a_schedule_in_words() -> None:
     "fields",
     [
         {"phase": "write", "done": 3, "total": 10, "unit": "units", "rows": 1200, "rows_per_s": 340.5},
-        {"phase": "train", "done": 1, "total": 2, "unit": "steps", "loss": 1e-05, "eta": "3:20"},
+        {"phase": "train", "done": 1, "total": 2, "unit": "steps", "loss": 1e-05, **time_left(200, 1.0)},
         {"phase": "pick", "done": 0, "total": 1, "unit": "units"},
     ],
 )

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +14,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, folder_of
 from infra.store import Store, sha256_of
 from pipelines import command
 from pipelines.artifacts import PICTURE_BYTES, data_uri, thumbnails
+from pipelines.inspection import funnel_table, status_rows, status_table
 from pipelines.jobs import parse_line
 from pipelines.lineage import ancestors, descendants
 from pipelines.selection import select_nodes
+from pipelines.terminal import plan_table
 from stages.recipe import Recipe, RecipeError, load_recipe
 from stages.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe
@@ -206,6 +210,35 @@ def test_inspect_and_lineage_show_a_dataset(
     assert run_main(monkeypatch, "lineage", "aaaa", "--json", "--store", tmp_path / "store") == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["fingerprint"] == "aa" * 12 and tree["made"][0]["fingerprint"] == "bb" * 12
+
+
+def test_tables_have_lines_on_a_terminal_and_are_plain_columns_elsewhere(recipe: Recipe, tmp_path: Path) -> None:
+    def shown(terminal: bool) -> list[str]:
+        console = Console(file=io.StringIO(), force_terminal=terminal, no_color=True, width=160)
+        rows = status_rows(recipe, Store(str(tmp_path / "store")))
+        console.print(status_table(rows), funnel_table(recipe, rows), plan_table({}, []))
+        return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+    plain = shown(terminal=False)
+    assert plain[0].split() == ["node", "state", "rows", "in", "rows", "out", "made", "where,", "or", "why", "not"]
+    assert [line.split()[:2] for line in plain[1:5]] == [[name, "miss"] for name in recipe.nodes]
+    assert all(line.isascii() for line in plain)
+    assert any("│ a-select" in line for line in shown(terminal=True))
+
+
+def test_the_shell_completes_commands_and_the_nodes_of_the_recipe(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+
+    def offered(*words: str) -> list[str]:
+        environment = {**os.environ, "_UNIDIFFUSER_COMPLETE": "complete_bash"}
+        environment |= {"COMP_WORDS": " ".join(["unidiffuser", *words]), "COMP_CWORD": str(len(words))}
+        command = Path(sys.executable).with_name("unidiffuser")
+        return subprocess.run([command], env=environment, capture_output=True, text=True, timeout=60).stdout.split()
+
+    assert {"retry-failed", "run"} == set(offered("r"))
+    for option in ("--only", "--from", "--until", "--force"):
+        assert offered("run", str(recipe), option, "b") == ["bad-select", "bad-download"]
+    assert offered("run", str(tmp_path / "none.yaml"), "--only", "b") == []
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -128,6 +128,46 @@ def test_an_unfinished_run_keeps_what_it_has(folder: Path, store: Store, monkeyp
     assert files(store) and not garbage.leftovers and not garbage.datasets
 
 
+def test_a_dataset_that_is_kept_stays_with_what_it_was_made_from(folder: Path, store: Store) -> None:
+    before, other = run(recipe(folder, 500), store), run(recipe(folder, 400), store)
+    wanted = recipe(folder, 300)
+    run(wanted, store)
+    inputs = {"rows": before.manifest.reference()}
+    changed = other.manifest.model_copy(update={"inputs": inputs})
+    store.write_json(f"{other.folder}/manifest.json", changed.model_dump(mode="json", by_alias=True))
+    assert len(find_garbage([wanted], store, TOMORROW).datasets) == 2
+    kept = find_garbage([wanted], store, TOMORROW, [Dataset(store, changed)])
+    assert not kept.datasets
+    alone = find_garbage([wanted], store, TOMORROW, [before])
+    assert [d.manifest.fingerprint for d, _ in alone.datasets] == [other.manifest.fingerprint]
+    collect(alone, store)
+    assert verify(before) == []
+
+
+def test_the_command_keeps_what_run_with_set_gave_and_what_is_named(folder: Path, store: Store) -> None:
+    from typer.testing import CliRunner
+
+    from stages.recipe import RecipeError
+
+    run(recipe(folder, 300), store)
+    others = {width: run(recipe(folder, width), store).manifest.fingerprint for width in (400, 500)}
+    # Another recipe, without such a field, does not stand in the way.
+    (folder / "theirs.yaml").write_text("name: theirs\nsubsets:\n  b: {select: {metadata: [metadata/*.parquet]}}\n")
+    set_400, named = ("--set", "subsets.a.select.min_width=400"), [str(folder / n) for n in ("kept-300.yaml", "theirs.yaml")]
+
+    def doomed(*more: str) -> list[int]:
+        done = CliRunner().invoke(app, ["gc", *named, "--store", store.root, *more])
+        assert done.exit_code == 0, done.output
+        return [width for width, fingerprint in others.items() if fingerprint in done.output]
+
+    assert doomed() == [400, 500]
+    assert doomed(*set_400) == [500]
+    assert doomed("--keep", f"select/{others[500]}") == [400]
+    assert doomed(*set_400, "--keep", others[500][:12]) == []
+    failed = CliRunner().invoke(app, ["gc", *named, "--store", store.root, "--set", "subsets.a.select.wide=4"])
+    assert isinstance(failed.exception, RecipeError)
+
+
 def test_the_command_lists_first_and_removes_when_told_to(folder: Path, store: Store) -> None:
     from typer.testing import CliRunner
 

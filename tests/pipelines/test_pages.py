@@ -1,0 +1,185 @@
+"""The page of a dataset: what it says, that no picture can fail it, and that it lists the versions of its node."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from rich.console import Console
+
+from infra.dataset import Dataset, Manifest, Stats, commit, point
+from infra.store import Store
+from pipelines import artifacts, progress
+from pipelines.artifacts import dataset_page, publish_page
+from pipelines.run import Outcome, Result, Run, plan_run
+from pipelines.servers import Servers
+from pipelines.terminal import TerminalView
+from stages.catalog import stage_class
+from stages.contract import result_fields
+from stages.recipe import Recipe, load_recipe
+from stages.tar import Sample, ShardWriter
+from tests.pipelines.conftest import Kept, write_metadata
+from tests.pipelines.test_plain import a_dataset
+
+PAST = "2026-01-01T00:00:00+00:00"
+SELECT = stage_class("select").version
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+def recipe(folder: Path, width: int) -> Recipe:
+    if not (folder / "metadata").exists():
+        write_metadata(folder / "metadata" / "part-0.parquet")
+    path = folder / "pages.yaml"
+    path.write_text(f"name: pages\nsubsets:\n  a: {{select: {{metadata: [metadata/*.parquet], min_width: {width}}}}}\n")
+    return load_recipe(path)
+
+
+def a_run(recipe: Recipe, store: Store) -> Run:
+    view = TerminalView(Console(file=io.StringIO()))
+    return Run(recipe, store, plan_run(recipe, store), list(recipe.nodes), Servers(recipe.folder), view)
+
+
+def made(run: Run, **fields: Any) -> Dataset:
+    """The dataset of `a-select` without its files."""
+    planned = run.planned["a-select"]
+    known = {
+        "stage": "select", "node": planned.name, "fingerprint": planned.fingerprint, "generation": 0, "inputs": {},
+        "config": result_fields(planned.config), "sources": planned.all_sources, "columns": {"url": "string"},
+        "code": {"stage_version": SELECT, "package": "0.1.0", "git": "0123456789ab+"}, "summary": {}, "seconds": 2.0,
+        "stats": Stats(rows_in=60, rows_out=44, dropped={"min_width": 15, "language": 1}), "created": PAST, "files": [],
+    }  # fmt: skip
+    return commit(run.store, Manifest(**{**known, **fields}))
+
+
+def page_of(run: Run, result: Result, dataset: Dataset) -> str:
+    return dataset_page(run, run.planned["a-select"], Outcome("a-select", result, 2.0, dataset))
+
+
+def test_a_page_says_which_code_made_how_much_of_what_and_what_was_dropped(tmp_path: Path, store: Store) -> None:
+    run = a_run(recipe(tmp_path, 256), store)
+    (tmp_path / "rows.parquet").write_bytes(bytes(2_300_000))
+    files = a_dataset(store, "select", "ab" * 12, {}, tmp_path / "rows.parquet").files
+    page = page_of(run, "made", made(run, files=files))
+    assert f"| code | stage version {SELECT}, package 0.1.0, commit 0123456789ab+ |" in page
+    assert "| files | 1, 2.3 MB |" in page
+    assert "| rows in | 60 |" in page and "| rows out | 44 |" in page
+    assert "| min_width | 15 | 25.0% |" in page and "| language | 1 | 1.7% |" in page
+    assert re.search(r'## Schema\n\n```json\n\{\n "url": "string"\n\}', page)
+    assert '"min_width": 256' in page.split("## Configuration")[1].split("## ")[0]
+
+
+def test_a_made_version_says_what_differs_from_the_version_before(tmp_path: Path, store: Store) -> None:
+    before = a_run(recipe(tmp_path, 256), store)
+    point(store, "pages", "a-select", made(before).manifest.reference())
+    run = a_run(recipe(tmp_path, 300), store)
+    assert "`min_width: 256 -> 300`" in page_of(run, "made", made(run))
+
+
+def picture(size: tuple[int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (250, 0, 10)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_pictures_that_cannot_be_shown_leave_a_page_without_them(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000)
+    with ShardWriter(tmp_path / "0.tar") as shard:
+        for number, image in enumerate((b"no picture", picture((400, 400)), picture((60, 60)))):
+            shard.add(Sample(f"{number:05d}", image, "png", f"caption {number}", {}))
+    for name in ("good.png", "gone.png"):
+        (tmp_path / name).write_bytes(picture((8, 8)))
+    files = a_dataset(store, "select", "ab" * 12, {}, *(tmp_path / n for n in ("0.tar", "good.png", "gone.png"))).files
+    Path(store.url(files[2].path)).unlink()
+    run = a_run(recipe(tmp_path, 256), store)
+    # Scores that no histogram can be drawn of.
+    page = page_of(run, "made", made(run, files=files, summary={"scores": {"aesthetic": {"counts": [3]}}}))
+    assert "![good.png](data:" in page and "gone.png](data:" not in page
+    assert "caption 2" in page and "caption 0" not in page and "caption 1" not in page
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    for words in ("gone.png", "the picture 00000", "DecompressionBombError", "the scores of a-select"):
+        assert words in said
+
+
+def test_a_server_that_refuses_fails_neither_progress_nor_pages(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
+        raise ConnectionError("nobody there")
+
+    for place in (progress, artifacts):
+        monkeypatch.setattr(place, "create_markdown_artifact", refuses)
+        monkeypatch.setattr(place, "get_client", refuses)
+    monkeypatch.setattr(progress, "create_progress_artifact", refuses)
+    run = a_run(recipe(tmp_path, 256), store)
+    run.view.started("a-select")
+    progress.ProgressArtifact(run, "a-select").report({"phase": "write", "done": 1, "total": 2, "unit": "units"})
+    progress.TrainingArtifact(run, "a-select").report({"phase": "train", "done": 1, "total": 2, "loss": 0.5})
+    progress.TrainingArtifact(run, "a-select").report({"done": 1, "picture": "not/there.png"})
+    publish_page(run, run.planned["a-select"], Outcome("a-select", "made", 2.0, made(run)))
+    artifacts.publish_run_page(run)
+    said = [record.getMessage() for record in caplog.records if "cannot be shown" in record.getMessage()]
+    assert len(said) == 5 and sum("nobody there" in line for line in said) == 4
+
+
+@pytest.fixture
+def server(kept: Kept) -> Iterator[None]:
+    """Prefect's client of this process asks the server of `kept`, which is left as it was."""
+    with temporary_settings({PREFECT_API_URL: f"{kept.address}/api"}):
+        yield
+        with get_client(sync_client=True) as client:
+            for page in client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["pages-a-select"]))):
+                client.delete_artifact(page.id)
+
+
+def newest_page() -> tuple[str, int]:
+    """The newest page of the node, and how many there are."""
+    key = ArtifactFilter(key=ArtifactFilterKey(any_=["pages-a-select"]))
+    with get_client(sync_client=True) as client:
+        pages = client.read_artifacts(artifact_filter=key, sort="CREATED_DESC")
+    return str(pages[0].data), len(pages)
+
+
+def versions(page: str) -> list[str]:
+    return re.findall(r"^- `([0-9a-f]{24})`.*?(?:: (.*))?$", page.split("## Versions\n\n")[1].split("\n\n## ")[0], re.MULTILINE)
+
+
+def test_every_run_has_the_page_which_lists_each_version_once_and_a_return_to_an_old_one(
+    tmp_path: Path, store: Store, server: None
+) -> None:
+    first = a_run(recipe(tmp_path, 256), store)
+    old = made(first)
+
+    def publish(run: Run, dataset: Dataset, result: Result) -> None:
+        publish_page(run, run.planned["a-select"], Outcome("a-select", result, 2.0, dataset))
+        point(store, "pages", "a-select", dataset.manifest.reference())
+
+    publish(first, old, "made")
+    publish(first, old, "reused")
+    assert versions(newest_page()[0]) == [(old.manifest.fingerprint, "")]
+    second = a_run(recipe(tmp_path, 300), store)
+    new = made(second)
+    publish(second, new, "made")
+    publish(second, new, "reused")
+    line_of_new = (new.manifest.fingerprint, "`min_width: 256 -> 300`")
+    page, count = newest_page()
+    assert versions(page) == [line_of_new, (old.manifest.fingerprint, "")]
+    assert count == 4, "the graph of each run shows the page"
+    assert "was reused" in page
+    back = a_run(recipe(tmp_path, 256), store)
+    publish(back, old, "reused")
+    line_of_old = (old.manifest.fingerprint, "`min_width: 300 -> 256`")
+    assert versions(newest_page()[0]) == [line_of_old, line_of_new, (old.manifest.fingerprint, "")]
