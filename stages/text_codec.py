@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -17,10 +17,16 @@ from pydantic import Field
 from infra.dataset import FileEntry
 from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
 from stages.recipe import encoder
-from stages.runner import emit_progress
+from stages.runner import emit_progress, time_left
 from unidiffuser.references import weights_digest
 
+if TYPE_CHECKING:
+    from unidiffuser.encoders import ClipEncoder
+    from unidiffuser.text_decoder import TextCodec
+
 log = logging.getLogger("stages")
+# Captions whose latents say how far the latent is from unit scale.
+STANDARDISED_ON = 512
 
 
 class TextCodecConfig(StageConfig):
@@ -42,9 +48,27 @@ class TextCodecConfig(StageConfig):
     seed: int = Field(0, description="order of the captions and start of the new layers")
 
 
-def is_held_out(caption: str, fraction: float) -> bool:
-    """Whether a caption is kept for validation: decided by its own hash, so that it never moves when captions are added."""
-    return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") < fraction * 2**64
+def held_out(captions: Iterable[str], count: int) -> tuple[list[str], list[str]]:
+    """The captions that validation keeps, and those to train on: distinct, in the order of their hashes.
+
+    Kept are the `count` captions with the smallest hashes, a tenth of all at most. The order of the rows does not matter, and a
+    caption that is added moves one other at most from one part to the other.
+    """
+    distinct = sorted(set(captions), key=lambda caption: hashlib.sha256(caption.encode()).digest())
+    kept = min(count, max(1, len(distinct) // 10))
+    return distinct[:kept], distinct[kept:]
+
+
+def bleu4(clip: ClipEncoder, codec: TextCodec, captions: Sequence[str], batch: int, beams: int) -> float:
+    """Corpus BLEU-4 between captions and what the decoder makes of their latents, from 0 to 1 (sacrebleu)."""
+    from sacrebleu.metrics import BLEU
+
+    codec.eval()
+    decoded: list[str] = []
+    for start in range(0, len(captions), batch):
+        hidden = clip.tokens(captions[start : start + batch]).clone()
+        decoded += codec.decode(codec.encode(hidden), beams=beams)
+    return BLEU().corpus_score(decoded, [list(captions)]).score / 100
 
 
 class Trainer:
@@ -64,15 +88,13 @@ class Trainer:
 
     def run(self, unit: Unit, out: Output) -> None:
         captions = list(self.captions())
-        unique = sorted(set(captions))
-        fraction = min(0.1, 2 * self.config.validation_captions / max(1, len(unique)))
-        held = [c for c in unique if is_held_out(c, fraction)][: self.config.validation_captions]
-        train = [c for c in unique if not is_held_out(c, fraction)]
+        held, train = held_out(captions, self.config.validation_captions)
+        distinct = len(held) + len(train)
         if not held or not train:
-            raise StageError(f"{self.job.node}: {len(unique)} distinct captions are too few; select more rows")
+            raise StageError(f"{self.job.node}: {distinct} distinct captions are too few; select more rows")
         out.stats.rows_in = len(captions)
-        out.stats.drop("duplicate_caption", len(captions) - len(unique))
-        out.stats.rows_out = len(unique)
+        out.stats.drop("duplicate_caption", len(captions) - distinct)
+        out.stats.rows_out = distinct
         history = self.train(train, held)
         best = self.bleu(held, self.config.beams)
         out.notes |= {"bleu4": round(best, 4), "beams": self.config.beams, "held_out": len(held), "history": history}
@@ -96,8 +118,8 @@ class Trainer:
     def train(self, train: list[str], held: list[str]) -> list[dict[str, float]]:
         """Reconstruct captions until BLEU-4 on the held-out ones stops rising; returns the history of validations.
 
-        The best weights are kept, not the last. The latent is brought to unit scale afterwards, since the diffusion's noise
-        schedule assumes it.
+        The best weights are kept, not the last. The latent is brought to unit scale afterwards, as it lies over captions drawn
+        at random, since the diffusion's noise schedule assumes it.
         """
         import torch
 
@@ -106,7 +128,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(self.codec.parameters(), lr=config.lr, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         best, state, waited, history, losses = -1.0, None, 0, [], []
-        last_word = time.monotonic()
+        start = last_word = time.monotonic()
         for step in range(1, config.steps + 1):
             picks = torch.randint(len(train), (min(config.batch, len(train)),), generator=order).tolist()
             batch = [train[i] for i in picks]
@@ -118,7 +140,9 @@ class Trainer:
             schedule.step()
             losses.append(float(loss.detach()))
             if time.monotonic() - last_word > 5:
-                emit_progress(self.job.node, "train", step, config.steps, "steps", {"loss": round(losses[-1], 4)})
+                rate = step / (time.monotonic() - start)
+                more = {"loss": round(losses[-1], 4), "steps_per_s": round(rate, 2), **time_left(config.steps - step, rate)}
+                emit_progress(self.job.node, "train", step, config.steps, "steps", more)
                 last_word = time.monotonic()
             if step % config.validate_every and step != config.steps:
                 continue
@@ -135,7 +159,8 @@ class Trainer:
         assert state is not None
         self.codec.load_state_dict(state)
         self.codec.eval()
-        self.codec.standardise(self.clip.tokens(train[:512]))
+        some = torch.randperm(len(train), generator=order)[:STANDARDISED_ON].tolist()
+        self.codec.standardise(self.clip.tokens([train[i] for i in some]))
         return history
 
     def rate(self, step: int) -> float:
@@ -146,15 +171,7 @@ class Trainer:
         return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
 
     def bleu(self, captions: list[str], beams: int) -> float:
-        """Corpus BLEU-4 between captions and what the decoder makes of their latents, from 0 to 1 (sacrebleu)."""
-        from sacrebleu.metrics import BLEU
-
-        self.codec.eval()
-        decoded: list[str] = []
-        for start in range(0, len(captions), self.config.batch):
-            hidden = self.clip.tokens(captions[start : start + self.config.batch]).clone()
-            decoded += self.codec.decode(self.codec.encode(hidden), beams=beams)
-        return BLEU().corpus_score(decoded, [captions]).score / 100
+        return bleu4(self.clip, self.codec, captions, self.config.batch, beams)
 
 
 def tables(job: Job) -> list[FileEntry]:
@@ -182,7 +199,7 @@ class TextCodecStage(Stage):
     """One dataset: codec.json, codec.safetensors and the GPT-2 folder that `TextCodec.load` reads."""
 
     name = "text-codec"
-    version = 2
+    version = 3
     Config = TextCodecConfig
     phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources),)
 

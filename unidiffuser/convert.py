@@ -2,24 +2,27 @@
 
 Official is a single dictionary of tensors (``uvit_v0.pth``, ``uvit_v1.pth``); diffusers is a folder with ``config.json`` and
 ``diffusion_pytorch_model.safetensors``, as in the ``unet`` folder of a UniDiffuserPipeline. Tensors are renamed and cut, never
-computed with, so every way there and back is exact.
+computed with, so every way there and back is exact. What is read is compared with what a model of those sizes has in that layout,
+so what is wrong with a file is said in the file's own names.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from unidiffuser.modalities import paper_modalities, token_order
-from unidiffuser.tensors import WeightsError
-from unidiffuser.uvit import UViTConfig
+from unidiffuser.tensors import WeightsError, check_tensors
+from unidiffuser.uvit import UViT, UViTConfig
 
 # Native name -> official name, of what is not the same in both: the ends of the network. Blocks are named alike.
 _OFFICIAL = {
@@ -66,7 +69,7 @@ def to_official(state: Mapping[str, Tensor], config: UViTConfig) -> dict[str, Te
     """Native tensors under their official names.
 
     Raises:
-        WeightsError: the model is not declared like the paper's, so the official layout has no place for it.
+        WeightsError: the model is not declared like the paper's, or its latent is not square.
     """
     _sizes(config)
     return {_rename(name, _OFFICIAL): tensor for name, tensor in state.items()}
@@ -82,45 +85,43 @@ def from_official(
         text_tokens: tokens of the text, which the position table cannot tell from the patches; a CLIP text has 77.
 
     Raises:
-        WeightsError: tensors that give the sizes are missing, or the sizes do not add up.
+        WeightsError: tensors are missing, extra or wrongly shaped, or the sizes that they tell do not add up.
     """
-    table = {official: native for native, official in _OFFICIAL.items()}
-    native = {_rename(name, table): tensor for name, tensor in state.items()}
-    sizes = ("inputs.latent.weight", "position", "inputs.clip.weight", "inputs.text.weight", "mid_block.mlp.fc1.weight")
-    if missing := [_rename(name, _OFFICIAL) for name in sizes if name not in native]:
+    sizes = {"patch_embed.proj.weight": 4, "pos_embed": 3, "clip_img_embed.weight": 2, "text_embed.weight": 2,
+             "mid_block.mlp.fc1.weight": 2}  # fmt: skip
+    if missing := [name for name in sizes if name not in state]:
         raise WeightsError(f"not a published U-ViT: {', '.join(missing)} missing, by which its sizes are told")
-    try:
-        width, channels, patch, _ = native["inputs.latent.weight"].shape
-        tokens = native["position"].shape[1]
-        clip, text, hidden = (native[name].shape[index] for name, index in zip(sizes[2:], (1, 1, 0), strict=True))
-    except (IndexError, ValueError) as error:
-        shapes = ", ".join(f"{_rename(name, _OFFICIAL)} {tuple(native[name].shape)}" for name in sizes)
-        raise WeightsError(f"not a published U-ViT: one of {shapes} has another number of axes") from error
+    shapes = {name: tuple(state[name].shape) for name in sizes}
+    if wrong := [f"{name} {shapes[name]}" for name, axes in sizes.items() if len(shapes[name]) != axes or 0 in shapes[name]]:
+        raise WeightsError(f"not a published U-ViT: {', '.join(wrong)}: another number of axes, or an empty one")
+    (width, channels, patch, _), (_, tokens, _), (_, clip), (_, text), (hidden, _) = shapes.values()
+    if heads is None and width % 64 or width % (heads or 64):
+        raise WeightsError(f"a width of {width} is no multiple of {heads or 64}: give the number of attention heads (--heads)")
     side = math.isqrt(max(tokens - 3 - text_tokens, 0))
     if side < 1 or side * side != tokens - 3 - text_tokens:
         raise WeightsError(
-            f"the position table has {tokens} rows; less 2 timesteps, 1 CLIP and {text_tokens} text tokens that is not a "
-            "square of patches: name the CLIP of its captions, which tells the number of text tokens"
+            f"pos_embed {shapes['pos_embed']}: the position table has {tokens} rows; less 2 timesteps, 1 CLIP and {text_tokens} "
+            "text tokens that is not a square of patches: name the CLIP of its captions, which tells the number of text tokens"
         )
-    return UViTConfig(
-        width=width,
-        depth=2 * len({name.split(".")[1] for name in native if name.startswith("in_blocks.")}),
-        heads=heads or width // 64,
-        mlp_ratio=hidden / width,
-        modalities=paper_modalities((channels, side * patch, side * patch), clip, (text_tokens, text), patch),
-        data_type_token="data_type_embedding.weight" in native,
-    ), native
+    config = _config(
+        latent=(channels, side * patch, side * patch), clip=clip, text=(text_tokens, text), patch=patch, width=width,
+        depth=2 * len({match[1] for name in state if (match := re.match(r"(?:in|out)_blocks\.(\d+)\.", name))}),
+        heads=heads or width // 64, mlp_ratio=hidden / width, data_type_token="token_embedding.weight" in state,
+    )  # fmt: skip
+    native = _empty(config)
+    check_tensors(to_official(native, config), state, "U-ViT")
+    return config, {name: state[_rename(name, _OFFICIAL)] for name in native}
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: UViTConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Configuration and tensors of diffusers' UniDiffuserModel from native tensors.
 
     Raises:
-        WeightsError: the model is not declared like the paper's, or its latent is not square.
+        WeightsError: the model is not declared like the paper's, or its latent is not square, or its MLP ratio not 4.
     """
     latent, clip, text = _sizes(config)
-    if latent[1] != latent[2] or config.mlp_ratio != 4:
-        raise WeightsError(f"diffusers holds square latents and an MLP ratio of 4, not {latent} and {config.mlp_ratio}")
+    if config.mlp_ratio != 4:
+        raise WeightsError(f"diffusers holds an MLP ratio of 4, not {config.mlp_ratio}")
     patch = next(part.patch for part in token_order(config.modalities) if part.is_grid)
     settings = {
         "_class_name": "UniDiffuserModel",
@@ -145,89 +146,81 @@ def to_diffusers(state: Mapping[str, Tensor], config: UViTConfig) -> tuple[dict[
     }
     tensors: dict[str, Tensor] = {}
     for name, tensor in to_official(state, config).items():
-        tensors.update(_official_to_diffusers(name, tensor))
+        names = _diffusers_names(name)
+        tensors.update(zip(names, (piece.contiguous() for piece in tensor.chunk(len(names))), strict=True))
     for leaf in ("weight", "bias"):
         tensors[f"{_UNUSED}.{leaf}"] = tensors[f"vae_img_in.proj.{leaf}"].clone()
     return settings, tensors
 
 
-def _official_to_diffusers(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _diffusers_names(name: str) -> list[str]:
+    """The tensor, or the three, that diffusers has for an official one."""
     if "_block" not in name.split(".")[0]:
-        return {_rename(name, _DIFFUSERS): tensor}
+        return [_rename(name, _DIFFUSERS)]
     # in_blocks.3.attn.proj.weight -> (in_blocks.3., attn.proj, weight)
     words = name.split(".")
     start = 1 if words[0] == "mid_block" else 2
     prefix = "transformer.transformer_" + ".".join(words[:start]) + "."
     layer, leaf = ".".join(words[start:-1]), words[-1]
     if layer in _DIFFUSERS_SKIP:
-        return {f"{prefix}{_DIFFUSERS_SKIP[layer]}.{leaf}": tensor}
+        return [f"{prefix}{_DIFFUSERS_SKIP[layer]}.{leaf}"]
     if words[0] == "out_blocks":
         prefix += "block."
-    if layer == "attn.qkv":
-        return {f"{prefix}{piece}.{leaf}": part.contiguous() for piece, part in zip(_QKV, tensor.chunk(3), strict=True)}
-    if layer not in _DIFFUSERS_BLOCK:
-        raise WeightsError(f"{name}: not a tensor of a U-ViT block")
-    return {f"{prefix}{_DIFFUSERS_BLOCK[layer]}.{leaf}": tensor}
+    return [f"{prefix}{piece}.{leaf}" for piece in (_QKV if layer == "attn.qkv" else (_DIFFUSERS_BLOCK[layer],))]
 
 
 def from_diffusers(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[UViTConfig, dict[str, Tensor]]:
     """Configuration and native tensors from those of diffusers' UniDiffuserModel.
 
     Raises:
-        WeightsError: it has another architecture than the published one, or tensors are missing.
+        WeightsError: it has another architecture than the published one, or tensors are missing, extra or wrongly shaped.
     """
     published = {"block_type": "unidiffuser", "pre_layer_norm": False, "activation_fn": "gelu",
                  "use_timestep_embedding": False, "use_patch_pos_embed": False}  # fmt: skip
     for field, value in published.items():
         if settings.get(field, value) != value:
             raise WeightsError(f"config.json: {field} is {settings[field]!r}, the published U-ViT has {value!r}")
-    official = _diffusers_to_official(state)
-    return from_official(official, settings["num_attention_heads"], settings["num_text_tokens"])
+    names = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "sample_size", "patch_size",
+             "clip_img_dim", "num_text_tokens", "text_dim")  # fmt: skip
+    if wrong := [f"{name} is {settings.get(name)!r}" for name in names if type(settings.get(name)) is not int]:
+        raise WeightsError(f"config.json: {', '.join(wrong)}, expected a whole number")
+    heads, head_width, depth, channels, side, patch, clip, text_tokens, text = (settings[name] for name in names)
+    config = _config(
+        latent=(channels, side, side), clip=clip, text=(text_tokens, text), patch=patch, width=heads * head_width, depth=depth,
+        heads=heads, mlp_ratio=4, data_type_token=bool(settings.get("use_data_type_embedding", False)),
+    )  # fmt: skip
+    native = _empty(config)
+    read = {name: tensor for name, tensor in state.items() if not name.startswith(_UNUSED)}
+    expected = {name: tensor for name, tensor in to_diffusers(native, config)[1].items() if not name.startswith(_UNUSED)}
+    check_tensors(expected, read, "U-ViT")
+    pieces = {name: [read[piece] for piece in _diffusers_names(_rename(name, _OFFICIAL))] for name in native}
+    return config, {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in pieces.items()}
 
 
-def _diffusers_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ends = {diffusers: official for official, diffusers in _DIFFUSERS.items()}
-    block = {diffusers: official for official, diffusers in (_DIFFUSERS_BLOCK | _DIFFUSERS_SKIP).items()}
-    official = {}
-    for name, tensor in state.items():
-        if name.startswith(_UNUSED):
-            continue
-        head, separator, rest = name.partition("transformer.transformer_")
-        if head or not separator:
-            official[_rename(name, ends)] = tensor
-            continue
-        words = rest.split(".")
-        start = 1 if words[0] == "mid_block" else 2
-        prefix = ".".join(words[:start])
-        layer, leaf = ".".join(words[start:-1]).removeprefix("block."), words[-1]
-        if layer in _QKV[1:]:
-            continue
-        if layer == _QKV[0]:
-            names = [name.replace(_QKV[0], piece) for piece in _QKV]
-            absent = [piece for piece in names if piece not in state]
-            if absent:
-                raise WeightsError(f"tensors missing: {', '.join(absent)}")
-            official[f"{prefix}.attn.qkv.{leaf}"] = torch.cat([state[piece] for piece in names])
-        elif layer in block:
-            official[f"{prefix}.{block[layer]}.{leaf}"] = tensor
-        else:
-            raise WeightsError(f"{name}: not a tensor of a UniDiffuserModel")
-    return official
+def _config(latent: tuple[int, int, int], clip: int, text: tuple[int, int], patch: int, **sizes: Any) -> UViTConfig:
+    try:
+        return UViTConfig(modalities=paper_modalities(latent, clip, text, patch), **sizes)
+    except ValidationError as error:
+        raise WeightsError(f"sizes that no U-ViT has: {error.errors()[0]['msg']}") from error
 
 
-def _sizes(
-    config: UViTConfig,
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _empty(config: UViTConfig) -> dict[str, Tensor]:
+    """Native tensors without values."""
+    with torch.device("meta"):
+        return UViT(config).state_dict()
+
+
+def _sizes(config: UViTConfig) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Shapes of latent, clip and text of a model declared like the paper's."""
     declared = {modality.name: {part.name: part.shape for part in modality.parts} for modality in config.modalities}
     names = [(name, list(parts)) for name, parts in declared.items()]
     if names != [("image", ["latent", "clip"]), ("text", ["text"])]:
         raise WeightsError(f"other layouts hold an image (latent, clip) and a text (text), this model has {names}")
-    return (
-        declared["image"]["latent"],
-        declared["image"]["clip"],
-        declared["text"]["text"],
-    )
+    latent, clip, text = declared["image"]["latent"], declared["image"]["clip"], declared["text"]["text"]
+    if latent[1] != latent[2]:
+        # Their position tables do not tell rows from columns.
+        raise WeightsError(f"other layouts hold square latents, not {latent}")
+    return latent, clip, text
 
 
 def save_diffusers(folder: Path | str, state: Mapping[str, Tensor], config: UViTConfig) -> None:

@@ -3,6 +3,7 @@
 ``autoencoder_kl.pth`` uses the names of latent-diffusion, our autoencoder those of diffusers; ``caption_decoder.pth`` has
 ``encode_prefix``, ``decode_prefix`` and ``gpt`` where the text codec has ``projection``, ``prefix`` and ``gpt2``. Tensors are
 renamed, and attention weights of the autoencoder reshaped between linear layers and 1x1 convolutions: both ways are exact.
+What is read is compared with what the official file of such a model holds, so that errors name the file's own tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from unidiffuser.tensors import WeightsError
+from unidiffuser.tensors import check_tensors, without_masks
 
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _CODEC = {"projection": "encode_prefix", "prefix": "decode_prefix", "gpt2": "gpt"}
@@ -20,7 +21,7 @@ _CODEC = {"projection": "encode_prefix", "prefix": "decode_prefix", "gpt2": "gpt
 
 def vae_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a diffusers AutoencoderKL under latent-diffusion's names."""
-    levels = _levels(state, r"decoder\.up_blocks\.(\d+)\.")
+    levels = len({match[1] for name in state if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))})
     renamed = {}
     for name, tensor in state.items():
         new = name
@@ -38,31 +39,18 @@ def vae_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def vae_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a latent-diffusion autoencoder under diffusers' names."""
-    levels = _levels(state, r"decoder\.up\.(\d+)\.")
-    attention = {official: own for own, official in _ATTENTION.items()}
-    renamed = {}
-    for name, tensor in state.items():
-        new = name
-        new = re.sub(r"mid\.block_(\d)\.", lambda m: f"mid_block.resnets.{int(m[1]) - 1}.", new)
-        new = re.sub(r"down\.(\d+)\.block\.(\d+)\.", r"down_blocks.\1.resnets.\2.", new)
-        new = re.sub(r"down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0.", new)
-        new = re.sub(r"up\.(\d+)\.block\.(\d+)\.", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.resnets.{m[2]}.", new)
-        new = re.sub(r"up\.(\d+)\.upsample\.", lambda m: f"up_blocks.{levels - 1 - int(m[1])}.upsamplers.0.", new)
-        new = re.sub(r"coder\.norm_out\.", "coder.conv_norm_out.", new).replace("nin_shortcut", "conv_shortcut")
-        if (match := re.match(r"(\w+)\.mid\.attn_1\.(\w+)\.(weight|bias)$", new)) is not None:
-            new = f"{match[1]}.mid_block.attentions.0.{attention[match[2]]}.{match[3]}"
-            tensor = tensor[..., 0, 0] if tensor.dim() == 4 else tensor
-        renamed[new] = tensor
-    return renamed
+def vae_from_official(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a latent-diffusion autoencoder under diffusers' names.
 
+    Args:
+        like: those of a diffusers AutoencoderKL of the same sizes; their values do not matter.
 
-def _levels(state: Mapping[str, Tensor], pattern: str) -> int:
-    found = [int(match[1]) for name in state if (match := re.match(pattern, name)) is not None]
-    if not found:
-        raise WeightsError("not an autoencoder: no decoder levels among its tensors")
-    return max(found) + 1
+    Raises:
+        WeightsError: tensors are missing, extra or wrongly shaped.
+    """
+    expected = vae_to_official(like)
+    check_tensors(expected, state, "autoencoder")
+    return {own: state[official].reshape(like[own].shape) for own, official in zip(like, expected, strict=True)}
 
 
 def codec_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,16 +58,17 @@ def codec_to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{_CODEC[head]}.{rest}": tensor for name, tensor in state.items() for head, rest in [name.split(".", 1)]}
 
 
-def codec_from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of caption_decoder.pth under the names of a ``TextCodec``; the causal masks that old files hold are left out."""
-    own = {official: name for name, official in _CODEC.items()}
-    renamed = {}
-    for name, tensor in state.items():
-        name = name.removeprefix("module.")  # saved from a DataParallel model
-        if re.search(r"\.attn\.(masked_)?bias$", name):
-            continue
-        head, _, rest = name.partition(".")
-        if head not in own:
-            raise WeightsError(f"{name}: not a tensor of a caption decoder")
-        renamed[f"{own[head]}.{rest}"] = tensor
-    return renamed
+def codec_from_official(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of caption_decoder.pth under the names of a ``TextCodec``; the causal masks that old files hold are left out.
+
+    Args:
+        like: those of a ``TextCodec`` of the same sizes; their values do not matter.
+
+    Raises:
+        WeightsError: tensors are missing, extra or wrongly shaped.
+    """
+    state = without_masks(state)
+    prefix = "module." if any(name.startswith("module.") for name in state) else ""  # saved from a DataParallel model
+    expected = {f"{prefix}{name}": tensor for name, tensor in codec_to_official(like).items()}
+    check_tensors(expected, state, "caption decoder")
+    return {own: state[official] for own, official in zip(like, expected, strict=True)}

@@ -47,6 +47,7 @@ class ImageLatents:
         self.scaling_factor = float(model.config.scaling_factor)
         self.channels = int(model.config.latent_channels)
         self.reduction = 2 ** (len(model.config.block_out_channels) - 1)
+        self.laid_out = False
 
     @classmethod
     def load(cls, ref: str = "embedded", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ImageLatents:
@@ -62,8 +63,22 @@ class ImageLatents:
             str(folder or ref), torch_dtype=dtype, local_files_only=folder is not None, low_cpu_mem_usage=False,
             ignore_mismatched_sizes=True, output_loading_info=True,
         )  # fmt: skip
-        check_loading(info, folder or ref)
-        return cls(model.to(device=device, memory_format=torch.channels_last))
+        check_loading(model, info, folder or ref)
+        latents = cls(model.to(device))
+        if latents.model.device.type != "cpu":
+            latents._lay_out()
+        return latents
+
+    def _lay_out(self) -> None:
+        """Lay the weights out as convolutions want them, in memory of their own.
+
+        On a CPU that waits for the first picture that is decoded: until then weights are pages of their file, and who only
+        encodes never reads the decoder's.
+        """
+        for weight in self.model.parameters():
+            layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+            weight.data = weight.data.clone(memory_format=layout)
+        self.laid_out = True
 
     def latent_shape(self, px: int) -> tuple[int, int, int]:
         """(C, h, w) of the latent of a px x px picture. Raises ValueError if the autoencoder cannot halve px evenly."""
@@ -87,6 +102,8 @@ class ImageLatents:
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
         """Decode (B, C, h, w) scaled latents into (B, 3, H, W) uint8 pictures."""
+        if not self.laid_out:
+            self._lay_out()
         z = (z.to(self.model.device) / self.scaling_factor).to(self.model.dtype)
         y = self.model.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
         return y.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).contiguous()

@@ -16,7 +16,7 @@ from unidiffuser.compiling import find_compiler
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.images import to_pil, to_rgb, to_square, to_tensor
 from unidiffuser.modalities import all_parts, resized
-from unidiffuser.sampling import SAMPLERS, sample
+from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, sample
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.tasks import TASK_NAMES
 from unidiffuser.text_decoder import TextCodec
@@ -49,7 +49,8 @@ def check_request(
     """Say what is wrong with a request before anything is loaded; see ``UniDiffuser.generate`` for the arguments.
 
     Raises:
-        ValueError: the task or the sampler is unknown, an input is missing or not taken, or a timestep is out of range.
+        ValueError: the task or the sampler is unknown, the two do not go together, an input is missing or not taken, or a
+            timestep is out of range.
     """
     last = NoiseSchedule().steps
     if task not in TASK_NAMES:
@@ -62,6 +63,8 @@ def check_request(
         raise ValueError(f"{task} takes images, and no prompts")
     if task == "interpolate" and len(images or ()) != 2:
         raise ValueError(f"interpolate takes two images, not {len(images or ())}")
+    if task == "interpolate" and sampler not in DETERMINISTIC:
+        raise ValueError(f"interpolate takes a sampler that adds no noise ({', '.join(DETERMINISTIC)}), not {sampler}")
     if task in ("joint", "i", "t") and (prompts or images):
         raise ValueError(f"{task} takes neither prompts nor images")
     if task == "gibbs" and prompts and images:
@@ -172,7 +175,7 @@ class UniDiffuser:
             task: one of ``tasks.TASK_NAMES``; ``gibbs`` takes prompts, images or neither.
             images: PIL images of any size, mode and orientation; two of them for ``interpolate``, of which ``count`` is then the
                 number of frames.
-            seeds: one a result; 0, 1, 2, ... if None.
+            seeds: one a result; 0, 1, 2, ... if None. All frames of ``interpolate`` are of the first, which they then name.
             size: pixels a side, if another than the model was trained for.
             batch: results computed at once; changes memory and speed, and results by rounding only.
             beams: width of the beam search that writes captions; 1 is greedy.
@@ -189,6 +192,8 @@ class UniDiffuser:
         seeds = list(seeds) if seeds is not None else list(range(len(sources)))
         if len(seeds) != len(sources):
             raise ValueError(f"{len(sources)} results need {len(sources)} seeds, not {len(seeds)}")
+        if task == "interpolate":
+            seeds = seeds[:1] * count
         size = self.size if size is None else size
         if size < 1 or size % (self.vae.reduction * self.latent.patch):
             raise ValueError(f"size {size}: this model needs a multiple of {self.vae.reduction * self.latent.patch} pixels")

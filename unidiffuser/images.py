@@ -12,15 +12,16 @@ from torch import Tensor
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as RGB, as a person expects to see it: turned upright by its EXIF orientation, transparency over white,
-    16-bit grey scaled to 8 bits, the first frame of an animation."""
+    greys of 16 bits, or of floats up to 1, scaled to 8 bits, the first frame of an animation."""
     if getattr(image, "n_frames", 1) > 1:
         image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.asarray(image, dtype=np.float64)
-        # PIL only clips when it converts these: 16-bit greys would all turn white. Plain "I" holds 8 or 16 bits.
+        # PIL only clips when it converts these: 16-bit greys would all turn white. Plain "I" holds 8 or 16 bits, and for floats
+        # there are two habits: 0 to 1, and 0 to 255.
         wide = image.mode.startswith("I;16") or (image.mode == "I" and levels.max(initial=0) > 255)
-        top = 65535.0 if wide else 255.0
+        top = 65535.0 if wide else 1.0 if image.mode == "F" and levels.max(initial=0) <= 1 else 255.0
         return Image.fromarray((levels.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -14,7 +14,6 @@ weights, the initial scale of the position table) is native only, and has its de
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_o
 from unidiffuser.pipeline_export import save_pipeline
 from unidiffuser.pipeline_import import import_pipeline, load_unet
 from unidiffuser.references import Encoders
-from unidiffuser.tensors import WeightsError, named, read_tensors
+from unidiffuser.tensors import WeightsError, named, read_settings, read_tensors
 from unidiffuser.uvit import UViT
 from unidiffuser.weights import build, load_native, save_native
 
@@ -71,7 +70,7 @@ def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 7
     for folder in (source, source / "uvit", source / "unet"):
         if not (folder / "config.json").is_file():
             continue
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = read_settings(folder / "config.json")
         if "modalities" in settings:
             return load_native(folder)
         if settings.get("_class_name") == "UniDiffuserModel":

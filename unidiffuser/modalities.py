@@ -2,6 +2,13 @@
 
 The paper's model is ``paper_modalities()``: an image (autoencoder latent and CLIP embedding, which share a timestep) and a
 text. Any other list of modalities trains and samples with the same code.
+
+A part does not name its codec. Network, objective and samplers see tensors and nothing else, and a codec is no one thing: the
+latent of a picture comes from moments that are sampled anew each epoch, its CLIP part is encoded and never decoded, the text is
+encoded by one model and decoded by two. A name here would decide nothing: which weights made the data is in a recipe's
+`encoders` and counts in every fingerprint, and an export folder holds them under fixed names (`generation.FOLDERS`). What encodes
+and decodes stands beside the declaration that it serves, as `generation` does for the paper's and `examples/shapes/codec.py`
+for its own.
 """
 
 from __future__ import annotations

@@ -7,8 +7,9 @@ arXiv 2303.06555 equation 5: E || eps_theta(x_s, y_t, s, t) - [eps_x, eps_y] ||^
 
     loss = sum_p w_p mse_p / sum_p w_p,
 
-so an untrained network, which predicts about zero, starts at 1 whatever the parts are. The paper's norm, read literally,
-is the mean over all elements, which weighs each part by its number of elements, and so changes with the resolution:
+so an untrained network, which predicts about zero, starts at 1 whatever the parts are (with min-SNR weights at their mean over
+the timesteps, which is less). The paper's norm, read literally, is the mean over all elements, which weighs each part by its
+number of elements, and so changes with the resolution:
 
     512 px: latent 4*64*64 = 16384 (75.1%), clip 512 (2.3%), text 77*64 = 4928 (22.6%)
     256 px: latent 4*32*32 =  4096 (43.0%), clip 512 (5.4%), text 77*64 = 4928 (51.7%)
@@ -69,7 +70,8 @@ class JointObjective:
             generator: the randomness, on the batch's device; torch's own if None.
 
         Returns:
-            The loss, and by name of the part its mean squared error: detached, unweighted by part, 1 for an untrained network.
+            The loss, and by name of the part its mean squared error, detached: without the part's weight, but with the min-SNR
+            weights if there are any, so that the loss is their weighted mean. Without these an untrained network's are 1.
 
         Raises:
             KeyError: a part is missing from the batch.

@@ -16,7 +16,7 @@ from unidiffuser.convert_parts import codec_from_official, codec_to_official, va
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.generation import UniDiffuser
 from unidiffuser.references import Encoders, local_folder
-from unidiffuser.tensors import WeightsError, load_checked, named, read_tensors
+from unidiffuser.tensors import named, read_tensors
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.weights import build, save_native
 
@@ -65,16 +65,11 @@ def import_official(source: Path, folder: Path, encoders: Encoders, heads: int |
     ClipEncoder.load(encoders.clip).save(folder / "clip_image")
 
     vae = AutoencoderKL.from_config(AutoencoderKL.load_config(str(local_folder(encoders.vae, "vae") or encoders.vae)))
-    tensors, decoder = read_tensors(source / VAE_FILE), read_tensors(source / CODEC_FILE)
-    with named(source / VAE_FILE):
-        load_checked(vae, vae_from_official(tensors), "autoencoder")
+    latent_width = config.modalities[1].parts[0].shape[1]
+    codec = TextCodec.new(encoders.gpt2, clip_text.text_width, latent_width)
+    for part, name, from_file in ((vae, VAE_FILE, vae_from_official), (codec, CODEC_FILE, codec_from_official)):
+        tensors = read_tensors(source / name)
+        with named(source / name):
+            part.load_state_dict(from_file(tensors, part.state_dict()))
     ImageLatents(vae).save(str(folder / "vae"))
-
-    with named(source / CODEC_FILE):
-        state = codec_from_official(decoder)
-    if "projection.weight" not in state:
-        raise WeightsError(f"{source / CODEC_FILE}: encode_prefix.weight is missing: not a caption decoder")
-    latent_width, text_width = state["projection.weight"].shape
-    codec = TextCodec.new(encoders.gpt2, text_width, latent_width)
-    load_checked(codec, state, source / CODEC_FILE)
     codec.save(folder / "text_codec")

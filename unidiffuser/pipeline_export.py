@@ -68,10 +68,10 @@ def save_pipeline(folder: Path | str, model: UniDiffuser) -> None:
         scheduler=scheduler_class(**scheduler_settings(NoiseSchedule()), **settings),
     )
     pipeline.save_pretrained(folder)
-    _forget_paths(folder)
+    forget_paths(folder)
 
 
-def _forget_paths(folder: Path) -> None:
+def forget_paths(folder: Path) -> None:
     """diffusers writes down where a part was loaded from: a temporary folder, and another one each time."""
     for file in folder.rglob("*.json"):
         settings = json.loads(file.read_text(encoding="utf-8"))

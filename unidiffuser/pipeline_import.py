@@ -6,9 +6,6 @@ image tower and the text projection of the text CLIP, which sampling does not us
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,9 @@ from torch import Tensor
 
 from unidiffuser.clip_towers import write_image_tower, write_text_tower
 from unidiffuser.convert import from_diffusers
-from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS
-from unidiffuser.tensors import WeightsError, check_loading, load_checked, named, read_tensors
+from unidiffuser.encoders import ImageLatents
+from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS, forget_paths
+from unidiffuser.tensors import WeightsError, check_loading, check_tensors, named, read_settings, read_tensors, without_masks
 from unidiffuser.text_decoder import EOS, TextCodec
 from unidiffuser.uvit import UViT
 from unidiffuser.weights import build, save_native
@@ -35,12 +33,13 @@ def import_pipeline(source: Path, folder: Path) -> None:
     """
     from transformers import AutoTokenizer, CLIPImageProcessor, CLIPTextModel, CLIPVisionModelWithProjection
 
-    index = _json(source / "model_index.json")
+    index = read_settings(source / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise WeightsError(f"{source}: a {index.get('_class_name')}, expected a {PIPELINE}")
     save_native(folder / "uvit", load_unet(source / "unet"))
-    _json(source / "vae" / "config.json")
-    shutil.copytree(source / "vae", folder / "vae")
+    read_settings(source / "vae" / "config.json")
+    ImageLatents.load(str(source / "vae")).save(str(folder / "vae"))
+    forget_paths(folder / "vae")
     write_image_tower(
         folder / "clip_image",
         _pretrained(CLIPVisionModelWithProjection, source / "image_encoder"),
@@ -60,16 +59,10 @@ def load_unet(folder: Path) -> UViT:
         FileNotFoundError: config.json or the weights are missing.
         WeightsError: it has another architecture than the published one, or tensors do not fit.
     """
-    settings, state = _json(folder / "config.json"), _weights(folder)
+    settings, state = read_settings(folder / "config.json"), _weights(folder)
     with named(folder):
         config, native = from_diffusers(settings, state)
     return build(config, native, folder)
-
-
-def _json(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: not found; a pipeline of diffusers has it")
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -78,11 +71,11 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _pretrained(model_class: Any, folder: Path) -> Any:
-    _json(folder / "config.json")
+    read_settings(folder / "config.json")
     model, info = model_class.from_pretrained(
         folder, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
     )
-    check_loading(info, folder)
+    check_loading(model, info, folder)
     return model
 
 
@@ -90,31 +83,29 @@ def _codec(source: Path) -> TextCodec:
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = source / "text_decoder"
-    config, state = _json(folder / "config.json"), _weights(folder)
-    if not config.get("prefix_hidden_dim"):
-        raise WeightsError(f"{folder}: has no projection of the text latent (prefix_hidden_dim), the published one has")
+    config, state = read_settings(folder / "config.json"), without_masks(_weights(folder))
+    if not config.get("prefix_hidden_dim") or not config.get("prefix_inner_dim"):
+        raise WeightsError(
+            f"{folder}: has no projection of the text latent (prefix_inner_dim, prefix_hidden_dim), the published one has"
+        )
     _strip_unreached(config, state)
     tokenizer = AutoTokenizer.from_pretrained(source / "text_tokenizer", local_files_only=True)
     if EOS not in tokenizer.get_vocab():
         raise WeightsError(f"{source / 'text_tokenizer'}: has no token {EOS}")
     gpt2 = GPT2LMHeadModel(GPT2Config(**{name: config[name] for name in GPT2_FIELDS if name in config}))
     codec = TextCodec(gpt2, tokenizer, config["prefix_inner_dim"], config["prefix_hidden_dim"])
-    heads = {f"{theirs}.": f"{own}." for own, theirs in CODEC_NAMES.items()}
-    named = {f"{heads.get(head + '.', head + '.')}{rest}": tensor for head, rest, tensor in _split(state)}
-    embedding, head = named.get("gpt2.transformer.wte.weight"), named.get("gpt2.lm_head.weight")
-    if embedding is not None and head is not None and not torch.equal(embedding, head):
+    own = codec.state_dict()
+    names = {name: f"{CODEC_NAMES[head]}.{rest}" for name in own for head, rest in [name.split(".", 1)]}
+    check_tensors({names[name]: tensor for name, tensor in own.items()}, state, folder)
+    if not torch.equal(state[names["gpt2.transformer.wte.weight"]], state[names["gpt2.lm_head.weight"]]):
         raise WeightsError(f"{folder}: lm_head differs from wte, GPT-2 has one tensor for both")
-    load_checked(codec, named, folder)
+    codec.load_state_dict({name: state[theirs] for name, theirs in names.items()})
     return codec.eval()
-
-
-def _split(state: Mapping[str, Tensor]) -> list[tuple[str, str, Tensor]]:
-    return [(*name.split(".", 1), tensor) for name, tensor in state.items()]  # type: ignore[misc]
 
 
 def _strip_unreached(config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Cut off the rows of zeros that ``save_pipeline`` put behind the positions of a small GPT-2."""
-    if (place := state.get(POSITIONS)) is None:
+    if (place := state.get(POSITIONS)) is None or place.dim() != 2:
         return
     reached = place.any(dim=1).nonzero()
     used = int(reached.max()) + 1 if len(reached) else len(place)

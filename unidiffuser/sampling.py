@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from unidiffuser.guidance import GuidedNoise
 from unidiffuser.modalities import Modality, all_parts
 from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.solver import SAMPLERS, invert, solve
-from unidiffuser.tasks import CHAINS, Task, task_named
+from unidiffuser.solver import DETERMINISTIC, SAMPLERS, invert, solve
+from unidiffuser.tasks import CHAINS, TASKS, Task, task_named
 
-__all__ = ["SAMPLERS", "NoiseSource", "Sampler", "sample", "slerp"]
+__all__ = ["DETERMINISTIC", "SAMPLERS", "NoiseSource", "Sampler", "sample", "slerp"]
 
 
 class NoiseSource:
@@ -56,9 +56,9 @@ class Sampler:
         return solve(noise_of, drawn, self.schedule, self.steps, self.sampler, noise.draw)
 
     def encode(self, task: Task, noise: NoiseSource, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The starting noise from which ``draw`` without guidance makes the drawn parts of ``data`` again."""
-        unguided = replace(self, guidance=0.0)._noise_of(task, noise, data, 0)
-        return invert(unguided, {part.name: data[part.name] for part in self._parts(task.sample)}, self.schedule, self.steps)
+        """The starting noise of the drawn parts of ``data``, given its others: ``decode`` makes them again from it."""
+        drawn = {part.name: data[part.name] for part in self._parts(task.sample)}
+        return invert(self._noise_of(task, noise, data, 0), drawn, self.schedule, self.steps)
 
     def decode(
         self, task: Task, noise: NoiseSource, start: Mapping[str, Tensor], condition: Mapping[str, Tensor]
@@ -98,30 +98,39 @@ class Sampler:
             yield state
 
     def interpolate(
-        self, noise: NoiseSource, ends: Mapping[str, Tensor], frames: int, image: str = "image", text: str = "text"
+        self, ends: Mapping[str, Tensor], frames: int, seed: int, batch: int, image: str = "image", text: str = "text"
     ) -> dict[str, Tensor]:
         """``frames`` images from one to another, both included, with the texts between theirs.
 
         Each end is described (image to text), then encoded into its noise by the deterministic solver given that text. The
         frames start from spherical interpolations of both (section 6.3, interpolation of two images).
 
+        Only the descriptions are guided. The way from an image to its noise and back is the flow of the network's own
+        prediction: a guided way back would be another flow, and would not end at the image that was encoded.
+
         Args:
-            noise: for two samples.
             ends: the parts of the image, (2, *shape).
+            seed: of the noise, the same for both ends and all frames: what stands in for modalities that are left out must
+                not differ on the way there and the way back, nor between neighbours.
+            batch: rows of a network call, at most.
         """
         describe, depict = Task(sample=(text,), given=(image,)), Task(sample=(image,), given=(text,))
-        texts = self.draw(describe, noise, ends)
-        starts = self.encode(depict, noise, {**ends, **texts})
-        fractions = torch.linspace(0, 1, frames).tolist()
+        plain = replace(self, guidance=0.0)
 
-        def between(pair: Tensor) -> Tensor:
-            return torch.stack([slerp(pair[0], pair[1], fraction) for fraction in fractions])
+        def noise(parts: Mapping[str, Tensor]) -> NoiseSource:
+            first = next(iter(parts.values()))
+            return NoiseSource(self.modalities, [seed] * len(first), first.device)
 
-        texts = {name: between(pair) for name, pair in texts.items()}
-        starts = {name: between(pair) for name, pair in starts.items()}
-        # One stand-in noise for all frames: it must not differ between neighbours.
-        shared = NoiseSource(self.modalities, [noise.generators[0].initial_seed()] * frames, noise.device)
-        return self.decode(depict, shared, starts, texts) | texts
+        def decoded(frames: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return plain.decode(depict, noise(frames), {name: frames[name] for name in starts}, frames)
+
+        texts = in_batches(lambda given: self.draw(describe, noise(given), given), ends, batch)
+        starts = in_batches(lambda data: plain.encode(depict, noise(data), data), {**ends, **texts}, batch)
+        between = {
+            name: torch.stack([slerp(pair[0], pair[1], fraction) for fraction in torch.linspace(0, 1, frames).tolist()])
+            for name, pair in {**texts, **starts}.items()
+        }
+        return in_batches(decoded, between, batch) | {name: between[name] for name in texts}
 
     def _noise_of(self, task: Task, noise: NoiseSource, condition: Mapping[str, Tensor], condition_t: int) -> GuidedNoise:
         given_parts = self._parts(task.given)
@@ -169,9 +178,10 @@ def sample(
         steps: network calls a draw.
         guidance: scale s in c + s (c - u); 0 is none, the paper uses 7. (diffusers' pipeline counts from 1.)
         seeds: one a sample. For ``interpolate``, one a frame, of which the first counts.
-        sampler: a name in ``SAMPLERS``.
+        sampler: a name in ``SAMPLERS``; for ``interpolate`` in ``DETERMINISTIC``.
         condition: clean given parts, (len(seeds), *shape); for ``interpolate`` the two images, (2, *shape).
-        condition_t: noise the condition up to this timestep first, 0 .. 1000: 0 conditions fully, 1000 not at all.
+        condition_t: noise the condition up to this timestep first, 0 .. 1000: 0 conditions fully, 1000 not at all. Only for a
+            task of one draw that is given something: a chain's later draws are given what it drew itself.
         guidance_interval: guide only at timesteps from .. to.
         data_type: 0 or 1, for a model with a data-type token.
         rounds: rounds of ``gibbs``.
@@ -181,14 +191,18 @@ def sample(
         The drawn parts by name, (len(seeds), *shape) in fp32; chains return the parts of all their steps' results.
 
     Raises:
-        ValueError: an unknown task or sampler, a condition that is missing or has the wrong number of rows.
+        ValueError: an unknown task or sampler, one that does not go with the task, a ``condition_t`` that means nothing, a
+            condition that is missing or has the wrong number of rows.
     """
     condition = dict(condition or {})
     schedule = schedule or NoiseSchedule()
     if not seeds or batch < 1:
         raise ValueError(f"give at least one seed and a batch of 1 or more, not {len(seeds)} and {batch}")
-    if not 0 <= condition_t <= schedule.steps:
-        raise ValueError(f"condition_t must be in 0 .. {schedule.steps}, not {condition_t}")
+    _check_condition_t(task, condition_t, schedule.steps)
+    if task == "interpolate" and sampler not in DETERMINISTIC:
+        raise ValueError(f"interpolate goes back to the noise of its images: {sampler!r} cannot, {', '.join(DETERMINISTIC)} can")
+    if task == "interpolate" and not condition:
+        raise ValueError("interpolate is given two images: the condition is empty")
     rows = 2 if task == "interpolate" else len(seeds)
     for name, part in condition.items():
         if len(part) != rows:
@@ -197,7 +211,7 @@ def sample(
     drawer = Sampler(model, modalities, schedule.to(device), steps, guidance, sampler, guidance_interval, data_type)
     if task == "interpolate":
         ends = {name: part.to(device).float() for name, part in condition.items()}
-        return drawer.interpolate(NoiseSource(modalities, [seeds[0], seeds[0]], device), ends, len(seeds))
+        return drawer.interpolate(ends, len(seeds), seeds[0], batch)
 
     pieces = []
     for first in range(0, len(seeds), batch):
@@ -211,6 +225,23 @@ def sample(
             drawn = drawer.draw(task_named(task, modalities), noise, given, condition_t)
         pieces.append(drawn)
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def in_batches(
+    work: Callable[[dict[str, Tensor]], dict[str, Tensor]], parts: Mapping[str, Tensor], batch: int
+) -> dict[str, Tensor]:
+    """What ``work`` makes of parts (B, *shape), of which it is given ``batch`` rows at a time."""
+    rows = len(next(iter(parts.values())))
+    pieces = [work({name: part[first : first + batch] for name, part in parts.items()}) for first in range(0, rows, batch)]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _check_condition_t(task: str | Task, condition_t: int, last: int) -> None:
+    if not 0 <= condition_t <= last:
+        raise ValueError(f"condition_t must be in 0 .. {last}, not {condition_t}")
+    single = TASKS.get(task) if isinstance(task, str) else task
+    if condition_t and (single is None or not single.given):
+        raise ValueError(f"condition_t goes with one draw that is given something, not with {task}")
 
 
 def slerp(first: Tensor, second: Tensor, fraction: float) -> Tensor:

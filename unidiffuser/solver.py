@@ -28,6 +28,9 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "dpm++2m-sde": (DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
 }
 
+# What these draw is a function of the starting noise: only their way can be gone back, see `invert`.
+DETERMINISTIC = tuple(name for name in SAMPLERS if not name.endswith("-sde"))
+
 NoiseOf = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
 
 
@@ -67,7 +70,7 @@ def solve(
         raise ValueError(f"no sampler named {sampler!r}; there are {', '.join(SAMPLERS)}")
     scheduler_class, settings = SAMPLERS[sampler]
     scheduler = scheduler_class(**scheduler_settings(schedule), **settings)
-    return _run(scheduler, noise_of, start, schedule, steps, fresh if sampler.endswith("-sde") else None)
+    return _run(scheduler, noise_of, start, schedule, steps, None if sampler in DETERMINISTIC else fresh)
 
 
 def invert(noise_of: NoiseOf, data: Mapping[str, Tensor], schedule: NoiseSchedule, steps: int) -> dict[str, Tensor]:

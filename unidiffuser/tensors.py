@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -47,44 +48,79 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
     except Exception as error:  # torch.load raises whatever the unpickler and the zip reader raise
         raise WeightsError(f"{path}: not a readable file of plain tensors ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    flat = isinstance(state, dict) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    if not flat:
         raise WeightsError(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
     return state
 
 
-def load_checked(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
-    """Load ``state`` into ``module``, or nothing of it.
+def read_settings(file: Path) -> dict[str, Any]:
+    """The settings of a JSON file that lies beside weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        WeightsError: it is damaged.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: not found; a checkpoint of this layout has it")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{file}: expected a mapping, found {type(settings).__name__}")
+    return settings
+
+
+def without_masks(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file of GPT-2 that are weights."""
+    return {name: tensor for name, tensor in state.items() if not _MASK.search(name)}
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: object) -> None:
+    """Compare the tensors of a file, by name and shape, with those that it should hold.
 
     Args:
+        expected: tensors with the wanted names and shapes; their values do not matter (they may be on the meta device).
         source: what to call the weights in an error, usually their path.
 
     Raises:
         WeightsError: tensors are missing, extra or wrongly shaped; it names up to eight of each, with shapes.
     """
-    expected = module.state_dict()
-    missing = [f"{name} {tuple(expected[name].shape)}" for name in expected if name not in state]
-    extra = [f"{name} {tuple(state[name].shape)}" for name in state if name not in expected]
+    missing = [f"{name} {tuple(expected[name].shape)}" for name in expected if name not in found]
+    extra = [f"{name} {tuple(found[name].shape)}" for name in found if name not in expected]
     wrong = [
-        f"{name} {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
+        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected
-        if name in state and state[name].shape != expected[name].shape
+        if name in found and found[name].shape != expected[name].shape
     ]
     _complain(source, missing, extra, wrong)
+
+
+def load_checked(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Load ``state`` into ``module``, or nothing of it.
+
+    Raises:
+        WeightsError: see ``check_tensors``.
+    """
+    check_tensors(module.state_dict(), state, source)
     module.load_state_dict(state)
 
 
-def check_loading(info: Mapping[str, Any], source: object) -> None:
+def check_loading(model: Any, info: Mapping[str, Any], source: object) -> None:
     """The same for a model of diffusers or transformers, from what its ``from_pretrained`` says of the loading.
 
     Args:
         info: the second result of ``from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)``.
 
     Raises:
-        WeightsError: as ``load_checked``.
+        WeightsError: as ``check_tensors``.
     """
+    expected = model.state_dict()
+    missing = [f"{name} {tuple(expected[name].shape)}" for name in sorted(info["missing_keys"])]
     extra = [name for name in sorted(info["unexpected_keys"]) if not _MASK.search(name)]
     wrong = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])]
-    _complain(source, sorted(info["missing_keys"]), extra, wrong)
+    _complain(source, missing, extra, wrong)
 
 
 def _complain(source: object, missing: list[str], extra: list[str], wrong: list[str]) -> None:

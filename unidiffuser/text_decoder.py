@@ -56,7 +56,7 @@ class TextCodec(nn.Module):
         gpt2, info = model_class.from_pretrained(
             source, dtype=torch.float32, local_files_only=offline, ignore_mismatched_sizes=True, output_loading_info=True
         )
-        check_loading(info, source)
+        check_loading(gpt2, info, source)
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         if EOS not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"eos_token": EOS})

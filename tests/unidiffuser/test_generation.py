@@ -73,7 +73,7 @@ REQUESTS = {
 def test_every_task_returns_what_it_draws_for_every_input(model, task):
     inputs, has_image, has_caption, results = REQUESTS[task]
     drawn = model.generate(task, **inputs, count=2, steps=3, guidance=1.0, beams=1)
-    assert [result.seed for result in drawn] == list(range(results))
+    assert [result.seed for result in drawn] == ([0, 0] if task == "interpolate" else list(range(results)))
     assert [result.source for result in drawn] == ([0, 0, 1, 1] if results == 4 else [0, 0])
     for result in drawn:
         assert isinstance(result.image, Image.Image) == has_image
@@ -156,6 +156,10 @@ def test_empty_long_and_foreign_prompts_work_and_say_what_was_cut(model):
         ({"task": "i2t", "prompts": PROMPTS}, "i2t takes images"),
         ({"task": "joint", "prompts": PROMPTS}, "joint takes neither"),
         ({"task": "interpolate", "images": [noise_image(0)]}, "takes two images, not 1"),
+        (
+            {"task": "interpolate", "images": [noise_image(0)] * 2, "sampler": "dpm++2m-sde"},
+            r"interpolate takes a sampler that adds no noise \(dpm.*, ddim\), not dpm\+\+2m-sde",
+        ),
         ({"task": "t2i", "prompts": PROMPTS, "seeds": [1]}, "2 results need 2 seeds, not 1"),
         ({"task": "joint", "sampler": "euler"}, "no sampler named 'euler'; there are dpm"),
         ({"task": "joint", "condition_t": 5}, "condition_t goes with t2i and i2t, not with joint"),
@@ -197,6 +201,9 @@ def test_images_of_every_kind_become_the_rgb_that_one_sees():
     assert [to_rgb(reopened(grey, "PNG")).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
     dark = Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint16))
     assert [to_rgb(dark).getpixel((x, 0))[0] for x in range(3)] == [0, 0, 1]
+    for top in (1, 255):
+        floats = Image.fromarray(np.array([[0, 0.5, 1]], dtype=np.float32) * top)
+        assert [to_rgb(reopened(floats, "TIFF")).getpixel((x, 0))[0] for x in range(3)] == [0, 128, 255]
     assert to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
     assert to_rgb(Image.new("L", (2, 2), 77)).getpixel((0, 0)) == (77, 77, 77)
 

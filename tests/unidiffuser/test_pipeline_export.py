@@ -32,12 +32,16 @@ class FromZero(nn.Module):
         super().__init__()
         self.network, self.drawn = network, drawn
 
-    def forward(self, x, t):
-        return self.network(x, {name: time - 1 if name == self.drawn else time for name, time in t.items()})
+    def forward(self, x, t, data_type=None):
+        return self.network(x, {name: time - 1 if name == self.drawn else time for name, time in t.items()}, data_type)
+
+
+BOTH_VERSIONS = pytest.mark.parametrize("folder", ["v0", "v1"], indirect=True)
+VERSION_0 = pytest.mark.parametrize("folder", ["v0"], indirect=True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export folder as the demo's, with the embedded autoencoder, CLIP and GPT-2; U-ViT and projections are untrained."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("export")
@@ -47,7 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     TextCodec.new("embedded", clip.text_width, 32).save(folder / "text_codec")
     latent = (6, PIXELS // 32, PIXELS // 32)
     modalities = paper_modalities(latent, clip=clip.embed_dim, text=(clip.context_length, 32))
-    network = UViT(UViTConfig(width=64, depth=2, heads=2, modalities=modalities, position_std=0.5))
+    network = UViT(UViTConfig(width=64, depth=2, heads=2, modalities=modalities, position_std=0.5,
+                             data_type_token=request.param == "v1"))  # fmt: skip
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
     save_native(folder / "uvit", network)
@@ -67,11 +72,13 @@ def pipeline(folder: Path) -> UniDiffuserPipeline:
     return loaded
 
 
+@BOTH_VERSIONS
 def test_text_to_image_gives_the_same_picture(model, pipeline):
     condition = {"text": model.text_codec.encode(model.clip_text.tokens(PROMPTS).clone()).detach()}
     modalities = model.uvit.config.modalities
     seeds, steps = [3, 4], 8
-    ours = sample(FromZero(model.uvit, "image"), "t2i", modalities, 2, steps, 0.0, seeds, condition=condition)
+    kind = 1 if model.uvit.config.data_type_token else None  # the pipeline's own default
+    ours = sample(FromZero(model.uvit, "image"), "t2i", modalities, 2, steps, 0.0, seeds, condition=condition, data_type=kind)
     latent = ours["latent"] / model.vae.scaling_factor
     with torch.no_grad():
         picture = model.vae.model.decode(latent).sample.div(2).add(0.5).clamp(0, 1).permute(0, 2, 3, 1)
@@ -89,6 +96,7 @@ def test_text_to_image_gives_the_same_picture(model, pipeline):
     assert (rounded - theirs).abs().max() < 1e-3 + 0.5 / 255
 
 
+@VERSION_0
 def test_image_embeddings_and_captions_agree(model, pipeline):
     image = noise_image(5, (96, 96))
     pixels = pipeline.clip_image_processor(image, return_tensors="pt")
@@ -108,6 +116,7 @@ def test_image_embeddings_and_captions_agree(model, pipeline):
         torch.testing.assert_close(out, model.text_codec.gpt2(inputs_embeds=prefix).logits, atol=1e-4, rtol=1e-4)
 
 
+@VERSION_0
 def test_every_mode_of_the_pipeline_runs_even_when_no_caption_ends(pipeline):
     """Its beam search goes on for 67 tokens behind the 16 of the latent: more than the 64 positions of the embedded GPT-2."""
     decoder = pipeline.text_decoder
@@ -121,6 +130,7 @@ def test_every_mode_of_the_pipeline_runs_even_when_no_caption_ends(pipeline):
     assert isinstance(pipeline(image=noise_image(1, (PIXELS, PIXELS)), num_inference_steps=2).text[0], str)
 
 
+@VERSION_0
 def test_the_same_model_gives_the_same_files(folder, tmp_path):
     def digests(where: Path) -> dict[str, str]:
         files = [path for path in where.rglob("*") if path.is_file()]

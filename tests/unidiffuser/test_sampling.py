@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.unidiffuser.gaussian import IMAGE_AND_TEXT, GaussianWorld
 from unidiffuser.modalities import Modality, Part
-from unidiffuser.sampling import SAMPLERS, sample, slerp
+from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, NoiseSource, sample, slerp
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.tasks import TASK_NAMES, Task
 from unidiffuser.uvit import UViT, UViTConfig
@@ -24,6 +24,20 @@ LAST = float(NoiseSchedule().alpha_bar[-1])
 @pytest.fixture(scope="module")
 def world() -> GaussianWorld:
     return GaussianWorld.random(IMAGE_AND_TEXT)
+
+
+class OneGenerator(NoiseSource):
+    """Noise of all samples from the first one's generator, in a hundredth of the time."""
+
+    def draw(self) -> dict[str, Tensor]:
+        return {part.name: torch.randn(len(self.generators), *part.shape, generator=self.generators[0]) for part in self.parts}
+
+
+@pytest.fixture
+def quick_noise(sampler, monkeypatch) -> None:
+    """A sampler that adds noise asks for it at every step, which would take minutes from 2000 generators."""
+    if sampler not in DETERMINISTIC:
+        monkeypatch.setattr("unidiffuser.sampling.NoiseSource", OneGenerator)
 
 
 def reached(mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,6 +70,12 @@ def fixed(world: GaussianWorld, name: str) -> tuple[dict[str, Tensor], Tensor]:
     return {k: parts[k] for k in own}, full[index][None]
 
 
+def enough(sampler: str, steps: int) -> int:
+    """``steps`` of a second-order solver; a first-order one, or one that adds noise, takes three times as many."""
+    return 3 * steps if sampler in ("ddim", "dpm++2m-sde") else steps
+
+
+@pytest.mark.usefixtures("quick_noise")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("task", ["i", "t", "joint", "t2i", "i2t"])
 def test_every_task_and_sampler_draws_the_true_distribution(world, sampler, task):
@@ -68,32 +88,38 @@ def test_every_task_and_sampler_draws_the_true_distribution(world, sampler, task
     else:
         index = world.index(*{"i": ["image"], "t": ["text"], "joint": ["image", "text"]}[task])
         mean, covariance = world.mean[index], world.covariance[index][:, index]
-    steps = 300 if sampler in ("ddim", "dpm++2m-sde") else 100
+    steps = enough(sampler, 100)
     out = world.flat(sample(world, task, IMAGE_AND_TEXT, COUNT, steps, 0.0, SEEDS, sampler, condition))
-    if sampler == "dpm++2m-sde":
+    if sampler not in DETERMINISTIC:
         check(out, mean, covariance, slack=0.04)  # with fresh noise at every step the wrong start is soon forgotten
         return
     check(out, *reached(mean, covariance))
     check(out, mean, covariance, slack=0.1)  # the truth itself, with room for the wrong start
 
 
+@pytest.mark.usefixtures("quick_noise")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("task", "drawn", "given"), [("t2i", "image", "text"), ("i2t", "text", "image")])
 @pytest.mark.parametrize("condition_t", [0, 300, 700, 1000])
-def test_noisy_condition_lies_between_conditional_and_marginal(world, condition_t):
-    condition, value = fixed(world, "text")
+def test_noisy_condition_lies_between_conditional_and_marginal(world, sampler, task, drawn, given, condition_t):
+    condition, value = fixed(world, given)
     alpha_bar = world.alpha_bar[condition_t]
-    mean, covariance = world.conditional("image", "text", alpha_bar.sqrt() * value, condition_t)
-    i, j = world.index("image"), world.index("text")
+    mean, covariance = world.conditional(drawn, given, alpha_bar.sqrt() * value, condition_t)
+    i, j = world.index(drawn), world.index(given)
     own = alpha_bar * world.covariance[j][:, j] + (1 - alpha_bar) * torch.eye(len(j))
     gain = alpha_bar.sqrt() * world.covariance[i][:, j] @ torch.linalg.inv(own)
-    mean, covariance = reached(mean[0], covariance)
-    out = sample(world, "t2i", IMAGE_AND_TEXT, COUNT, 100, 0.0, SEEDS, condition=condition, condition_t=condition_t)
-    check(world.flat(out), mean, covariance + (1 - alpha_bar) * gain @ gain.T, slack=0.03)
+    mean, covariance = (mean[0], covariance) if sampler not in DETERMINISTIC else reached(mean[0], covariance)
+    steps = enough(sampler, 60)
+    out = sample(world, task, IMAGE_AND_TEXT, COUNT, steps, 0.0, SEEDS, sampler, condition, condition_t)
+    check(world.flat(out), mean, covariance + (1 - alpha_bar) * gain @ gain.T, slack=0.04)
 
 
+@pytest.mark.usefixtures("quick_noise")
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("task", "steps_of"), [("i2t2i", ["text", "image"]), ("t2i2t", ["image", "text"])])
-def test_chains_draw_each_step_given_the_one_before(world, task, steps_of):
+def test_chains_draw_each_step_given_the_one_before(world, sampler, task, steps_of):
     condition, value = fixed(world, steps_of[-1])
-    out = sample(world, task, IMAGE_AND_TEXT, COUNT, 60, 0.0, SEEDS, condition=condition)
+    out = sample(world, task, IMAGE_AND_TEXT, COUNT, enough(sampler, 60), 0.0, SEEDS, sampler, condition)
     mean, covariance = world.conditional(steps_of[0], steps_of[-1], value)
     name, given = steps_of[-1], steps_of[0]
     i, j = world.index(name), world.index(given)
@@ -104,15 +130,19 @@ def test_chains_draw_each_step_given_the_one_before(world, task, steps_of):
     check(world.flat(drawn), final_mean[0], final_covariance + gain @ covariance @ gain.T, slack=0.1)
 
 
-def test_gibbs_chain_keeps_the_joint_and_forgets_its_start(world):
-    kept = world.flat(sample(world, "gibbs", IMAGE_AND_TEXT, COUNT, 60, 0.0, SEEDS, rounds=2))
-    check(kept, world.mean, world.covariance, slack=0.1)
+@pytest.mark.usefixtures("quick_noise")
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_gibbs_chain_keeps_the_joint_and_forgets_its_start(world, sampler):
+    kept = sample(world, "gibbs", IMAGE_AND_TEXT, COUNT, enough(sampler, 60), 0.0, SEEDS, sampler, rounds=2)
+    check(world.flat(kept), world.mean, world.covariance, slack=0.1)
 
     condition, value = fixed(world, "text")
     away = value[0] - world.mean[world.index("text")]
     distances = []
     for rounds in (1, 3):
-        out = sample(world, "gibbs", IMAGE_AND_TEXT, COUNT, 40, 0.0, SEEDS, condition=condition, rounds=rounds)
+        out = sample(
+            world, "gibbs", IMAGE_AND_TEXT, COUNT, enough(sampler, 40), 0.0, SEEDS, sampler, condition, rounds=rounds
+        )  # fmt: skip
         i, j = world.index("image"), world.index("text")
         forth = world.covariance[i][:, j] @ torch.linalg.inv(world.covariance[j][:, j])
         back = world.covariance[j][:, i] @ torch.linalg.inv(world.covariance[i][:, i])
@@ -185,15 +215,26 @@ def test_guidance_interval_saves_the_unconditional_half_outside(world):
     assert not torch.allclose(middle, always) and not torch.allclose(middle, never)
 
 
-def test_interpolation_starts_and_ends_at_the_two_images(world):
+@pytest.mark.parametrize("guidance", [0.0, 7.0])
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+def test_interpolation_goes_from_image_to_image_along_the_flow(world, sampler, guidance):
+    """Against the flow in closed form: to the noise of both images given their texts, between, and back; see ``reached``."""
     parts = world.split(world.draw(2, seed=3))
     images = {"latent": parts["latent"].float(), "clip": parts["clip"].float()}
-    out = sample(world, "interpolate", IMAGE_AND_TEXT, 8, 100, 0.0, [5] * 7, condition=images)
-    assert out["latent"].shape == (7, 1, 2, 2) and out["text"].shape == (7, 2, 2)
+    out = sample(world, "interpolate", IMAGE_AND_TEXT, 8, enough(sampler, 200), guidance, [5] * 5, sampler, images)
+    assert out["latent"].shape == (5, 1, 2, 2) and out["text"].shape == (5, 2, 2)
     for name, image in images.items():
         torch.testing.assert_close(out[name][[0, -1]], image, atol=0.03, rtol=0.03)
-    steps = out["latent"].flatten(1).diff(dim=0).norm(dim=1)
-    assert steps.max() < 0.6 * (images["latent"][1] - images["latent"][0]).norm()
+
+    mean, covariance = world.conditional("image", "text", out["text"].flatten(1).double())
+    values, vectors = torch.linalg.eigh(covariance)
+    shrink = vectors @ torch.diag((values / (values + (1 - LAST) / LAST)).sqrt()) @ vectors.T
+    ends = mean[[0, -1]] + (world.flat(images) - mean[[0, -1]]) @ torch.linalg.inv(shrink)
+    for frame, fraction in enumerate(torch.linspace(0, 1, 5).tolist()):
+        start = torch.cat([slerp(*LAST**0.5 * part, fraction) for part in ends.split([4, 2], dim=1)]) / LAST**0.5
+        expected = mean[frame] + shrink @ (start - mean[frame])
+        found = world.flat({name: out[name][frame : frame + 1] for name in images})[0]
+        torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
 
 
 def test_slerp_keeps_the_norm_of_unit_vectors_and_its_ends():
@@ -236,7 +277,14 @@ def test_batch_size_changes_nothing(network, task):
         condition = {"latent": torch.randn(rows, 1, 2, 2), "clip": torch.randn(rows, 2)}
     elif task in ("t2i", "t2i2t"):
         condition = {"text": torch.randn(5, 2, 2)}
-    runs = [sample(network, task, IMAGE_AND_TEXT, n, 8, 2.0, seeds, condition=condition, rounds=2) for n in (1, 2, 5)]
+    runs, calls = [], []
+    hook = network.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0]["latent"])))
+    for batch in (1, 2, 5):
+        calls.clear()
+        runs.append(sample(network, task, IMAGE_AND_TEXT, batch, 8, 2.0, seeds, condition=condition, rounds=2))
+        # Guidance adds a row for each modality that is drawn.
+        assert max(calls) <= batch * (3 if task in ("joint", "gibbs") else 2)
+    hook.remove()
     for run in runs[1:]:
         for name, part in run.items():
             torch.testing.assert_close(part, runs[0][name], atol=1e-4, rtol=1e-4)
@@ -264,5 +312,12 @@ def test_wrong_requests_are_named(network):
         draw(condition={"text": torch.zeros(2, 2, 2)})
     with pytest.raises(ValueError, match="condition_t must be in 0 .. 1000"):
         draw(condition_t=1001)
+    for task in ("joint", "i", "i2t2i", "t2i2t", "gibbs", "interpolate"):
+        with pytest.raises(ValueError, match=f"condition_t goes with one draw that is given something, not with {task}"):
+            draw(task, condition_t=5)
+    with pytest.raises(ValueError, match="'dpm\\+\\+2m-sde' cannot, dpm\\+\\+2m, dpm\\+\\+3m, unipc, ddim can"):
+        draw("interpolate", sampler="dpm++2m-sde")
+    with pytest.raises(ValueError, match="interpolate is given two images"):
+        draw("interpolate", condition={})
     with pytest.raises(ValueError, match="a task draws and is given"):
         draw(Task(sample=("sound",)))

@@ -17,12 +17,14 @@ from unidiffuser.modalities import (
 from unidiffuser.uvit import UViT, UViTConfig, resize_positions
 
 
-def small_config(data_type_token: bool = False, latent: tuple[int, int, int] = (4, 8, 8), **settings) -> UViTConfig:
+def small_config(
+    data_type_token: bool = False, latent: tuple[int, int, int] = (4, 8, 8), patch: int = 2, **settings
+) -> UViTConfig:
     return UViTConfig(
         width=64,
         depth=4,
         heads=4,
-        modalities=paper_modalities(latent, clip=24, text=(7, 16)),
+        modalities=paper_modalities(latent, clip=24, text=(7, 16), patch=patch),
         data_type_token=data_type_token,
         **settings,
     )
@@ -38,10 +40,10 @@ def inputs(config: UViTConfig, batch: int = 3) -> tuple[dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("data_type_token", [False, True], ids=["v0", "v1"])
-@pytest.mark.parametrize("size", [8, 12])
-def test_outputs_equal_those_of_diffusers(data_type_token, size):
+@pytest.mark.parametrize(("size", "patch"), [(8, 2), (12, 2), (4, 1), (16, 4)])
+def test_outputs_equal_those_of_diffusers(data_type_token, size, patch):
     torch.manual_seed(0)
-    config = small_config(data_type_token, latent=(4, size, size))
+    config = small_config(data_type_token, (4, size, size), patch)
     model = UViT(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -137,14 +139,32 @@ def test_activation_checkpointing_changes_no_gradient():
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
-def test_compiles_without_graph_breaks():
-    model = UViT(small_config(data_type_token=True)).eval()
-    x, t = inputs(model.config)
-    data_type = torch.zeros(3, dtype=torch.long)
+@pytest.mark.parametrize("data_type_token", [False, True], ids=["v0", "v1"])
+@pytest.mark.parametrize(
+    ("grid", "training"),
+    [((8, 8), False), ((12, 12), False), ((4, 12), False), ((4, 12), True)],
+    ids=["own size", "another size", "not square", "training, not square"],
+)
+def test_compiles_without_graph_breaks(data_type_token, grid, training):
+    """In training with recomputed activations and a backward pass, as the recipes for large models have it."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = UViT(small_config(data_type_token, activation_checkpointing=training)).train(training)
+    x, t = inputs(model.config.model_copy(update={"modalities": resized(model.config.modalities, {"latent": (4, *grid)})}))
+    data_type = torch.zeros(3, dtype=torch.long) if data_type_token else None
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        for name, value in compiled(x, t, data_type).items():
-            torch.testing.assert_close(value, model(x, t, data_type)[name], atol=1e-5, rtol=1e-5)
+
+    def run(network) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        model.zero_grad()
+        with torch.set_grad_enabled(training):
+            out = network(x, t, data_type)
+        if training:
+            sum(part.square().mean() for part in out.values()).backward()
+        return out, {name: parameter.grad for name, parameter in model.named_parameters() if training}
+
+    for found, expected in zip(run(compiled), run(model), strict=True):
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_attention_runs_in_the_autocast_type(monkeypatch):

@@ -68,18 +68,83 @@ def test_heads_and_text_tokens_can_be_told():
         from_official(official)
 
 
+@pytest.mark.parametrize(
+    ("width", "heads", "message"),
+    [
+        (32, None, "a width of 32 is no multiple of 64: give the number of attention heads"),
+        (200, None, "a width of 200 is no multiple of 64: give the number of attention heads"),
+        (128, 3, "a width of 128 is no multiple of 3: give the number of attention heads"),
+        (128, -2, "sizes that no U-ViT has: .*greater than 0"),
+    ],
+)
+def test_heads_that_cannot_be_are_refused(width, heads, message):
+    model = model_of(width=width, depth=2, heads=2)
+    official = to_official(model.state_dict(), model.config)
+    with pytest.raises(WeightsError, match=message):
+        from_official(official, heads=heads)
+    assert from_official(official, heads=2)[0] == model.config
+
+
 def test_what_other_layouts_cannot_hold_is_refused():
-    wide = model_of(modalities=paper_modalities((4, 6, 8), clip=24, text=(77, 16)))
-    with pytest.raises(WeightsError, match="square latents"):
-        to_diffusers(wide.state_dict(), wide.config)
+    wide = model_of(modalities=paper_modalities((4, 8, 18), clip=24, text=(77, 16)))  # 4 x 9 patches: as many as 6 x 6
+    for there in (to_diffusers, to_official):
+        with pytest.raises(WeightsError, match=r"square latents, not \(4, 8, 18\)"):
+            there(wide.state_dict(), wide.config)
     sound = model_of(modalities=(Modality(name="sound", parts=(Part(name="waves", shape=(9,)),)),))
     with pytest.raises(WeightsError, match="this model has .*sound"):
         to_official(sound.state_dict(), sound.config)
     with pytest.raises(WeightsError, match="not a published U-ViT: patch_embed.proj.weight, pos_embed, .* missing"):
         from_official({"other.weight": torch.zeros(2)})
+    thick = model_of(mlp_ratio=2)
+    with pytest.raises(WeightsError, match="an MLP ratio of 4, not 2"):
+        to_diffusers(thick.state_dict(), thick.config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_fn": "geglu"}, "activation_fn is 'geglu', the published U-ViT has 'gelu'"),
+        ({"num_text_tokens": None}, "config.json: num_text_tokens is None, expected a whole number"),
+        ({"attention_head_dim": "64", "num_layers": 4.5}, "attention_head_dim is '64', num_layers is 4.5, expected"),
+        ({"num_layers": 3}, "sizes that no U-ViT has: .*depth must be even"),
+        ({"patch_size": 4}, "sizes that no U-ViT has: .*patches of 4 do not divide 6x6"),
+    ],
+)
+def test_settings_of_another_network_are_refused(changes, message):
     settings, state = to_diffusers(model_of().state_dict(), model_of().config)
-    with pytest.raises(WeightsError, match="activation_fn is 'geglu', the published U-ViT has 'gelu'"):
-        from_diffusers({**settings, "activation_fn": "geglu"}, state)
+    with pytest.raises(WeightsError, match=message):
+        from_diffusers({**settings, **changes}, state)
+
+
+DIFFUSERS_BLOCK = "transformer.transformer_mid_block.attn1"
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        ("official", ("clip_img_out.bias", None), r"1 missing: clip_img_out.bias \(24,\)"),
+        ("official", ("inputs.latent.weight", (3,)), r"1 extra: inputs.latent.weight \(3,\)"),
+        ("official", ("in_blocks.0.attn.qkv.weight", (5, 5)), r"in_blocks.0.attn.qkv.weight \(5, 5\) instead of \(384, 128\)"),
+        ("official", ("text_embed.weight", (3,)), r"text_embed.weight \(3,\): another number of axes"),
+        ("official", ("pos_embed", (1, 88, 128)), r"pos_embed \(1, 88, 128\): the position table has 88 rows"),
+        ("diffusers", ("vae_img_in.proj.bias", None), r"1 missing: vae_img_in.proj.bias \(128,\)"),
+        ("diffusers", (f"{DIFFUSERS_BLOCK}.to_k.weight", None), rf"1 missing: {DIFFUSERS_BLOCK}.to_k.weight \(128, 128\)"),
+        ("diffusers", (f"{DIFFUSERS_BLOCK}.to_q.bias", (3,)), rf"1 extra: {DIFFUSERS_BLOCK}.to_q.bias \(3,\)"),
+        ("diffusers", ("lone", (2,)), r"1 extra: lone \(2,\)"),
+        ("diffusers", (f"{DIFFUSERS_BLOCK}.to_v.weight", (9, 128)), rf"{DIFFUSERS_BLOCK}.to_v.weight \(9, 128\) instead of"),
+    ],
+)
+def test_wrong_tensors_of_other_layouts_have_the_names_of_their_file(layout, change, message):
+    model, (name, shape) = model_of(), change
+    settings, state = to_diffusers(model.state_dict(), model.config)
+    if layout == "official":
+        state = to_official(model.state_dict(), model.config)
+    if shape is None:
+        del state[name]
+    else:
+        state[name] = torch.zeros(shape)
+    with pytest.raises(WeightsError, match=message):
+        from_official(state) if layout == "official" else from_diffusers(settings, state)
 
 
 def test_native_folder_there_and_back(tmp_path):
