@@ -30,9 +30,10 @@ test: setup lint
 test-slow: setup
 	$(PY) -m pytest -m slow
 
-# Fifty kills at random moments over select, download and filter (docs/results/chaos.json): half an hour.
+# Kills at random moments, fifty over select, download and filter, 32 over whole recipes as deployments: an hour.
 chaos: setup
-	$(PY) -m tests.pipelines.chaos $$(mktemp -d) --json docs/results/chaos.json
+	$(PY) -m tests.pipelines.chaos data $$(mktemp -d) --kills 50 --json docs/results/chaos-data.json
+	$(PY) -m tests.pipelines.chaos deployed $$(mktemp -d) --kills 32 --json docs/results/chaos-deployed.json
 
 lint: setup
 	$(VENV)/bin/ruff check .
