@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup demo test test-slow chaos lint encoders text-decoder shapes lock clean
+.PHONY: setup demo test test-runs test-parts test-slow chaos lint encoders text-decoder shapes lock clean
 
 setup: $(VENV)/.ready
 
@@ -23,10 +23,17 @@ $(VENV)/.ready: requirements.lock pyproject.toml | $(UV)
 demo: setup
 	$(VENV)/bin/unidiffuser demo
 
-test: setup lint
-	$(PY) -m pytest
+# Two at a time: the runs of whole recipes wait for their servers for half of their time.
+test: setup
+	$(MAKE) --no-print-directory --jobs 2 lint test-runs test-parts
 
-# Schedules, leases, crashes and cancellations of real deployments, which are mostly waiting.
+test-runs: setup
+	$(PY) -m pytest tests/pipelines
+
+test-parts: setup
+	$(PY) -m pytest --ignore tests/pipelines
+
+# Schedules, leases, crashes and cancellations of real deployments, which are mostly waiting; benchmarks at tiny sizes.
 test-slow: setup
 	$(PY) -m pytest -m slow
 

@@ -31,6 +31,7 @@ def figures(line: str, name: str) -> dict[str, str]:
     return dict(pair.split("=") for pair in line.split()[1:])
 
 
+@pytest.mark.slow
 def test_sampling_compares_both_tasks_with_diffusers(tmp_path):
     file = tmp_path / "sampling.json"
     tiny = ["--width", "64", "--depth", "2", "--pixels", "16", "--autoencoder", "32", "--decoder", "64"]
@@ -79,6 +80,7 @@ def test_products_are_run_with_their_shapes_and_layouts():
     assert [[3, 5], [5, 7]] in shapes and [[2, 3, 5], [2, 5, 7]] in shapes
 
 
+@pytest.mark.slow
 def test_training_compares_a_step_with_its_products(tmp_path):
     file = tmp_path / "training.json"
     result = run("training", file, "--width", "64", "--pixels", "16", "--batch", "2", "--rounds", "1", "--eager", "--no-memory")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 from infra.dataset import all_datasets
 from infra.store import Store
 from pipelines.run import plan_run
 from stages.recipe import load_recipe
 from tests.pipelines.conftest import Kept, start
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_forced_node_is_made_again_as_a_generation_that_later_runs_reuse(kept: Kept) -> None:
