@@ -1,13 +1,13 @@
 """Near duplicates across a whole set, found by workers that each see a part of it (three phases of the filter).
 
     survey    a unit per group of shards: histograms of the scores, and how many rows have a value of each column that is judged;
-              thumbnails of the rows that meet the conditions, along a curve
-    compare   a unit per region of the thumbnails' space: which of its rows resemble an earlier one
+              hashes of the rows that meet the conditions, a file a band, in the order of its keys
+    compare   a unit per range of a band's keys, or for several small bands: which of its rows resemble an earlier one
     gather    a unit per group of shards: these rows by shard, with a digest a shard that decides its part of the last phase
 
 "Earlier" means above it in the input's order. A row that is itself a near duplicate counts too: the rule is then one of sets, and
-neither the regions nor the groups show in the result. A worker holds at most about `ROWS` thumbnails (of 768 bytes, three
-times while it sorts: 1.2 GB); the driver holds `SAMPLE` rows a group.
+neither the ranges nor the groups show in the result. A worker takes `ROWS` rows at most, 2.2 GB at its peak; the driver holds the
+hashes of `SAMPLE` rows a group.
 """
 
 from __future__ import annotations
@@ -24,24 +24,23 @@ from infra.dataset import FileEntry
 from stages.conditions import SCORES, Verdict, columns_of, conditions
 from stages.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
 from stages.histogram import count
-from stages.regions import Region, curve, regions
+from stages.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
 from stages.tar import open_table
-from stages.thumbnails import QUARTERS, THUMBNAIL_BYTES, brightness, brightness_tolerance, earlier_alike
 
-# Rows of a group of shards, and rows of a region with its margins.
-ROWS = 500_000
-# Rows of a group whose brightness the driver plans regions by.
+# Rows of a group of shards, and rows that a unit compares.
+ROWS = 4_000_000
+# Rows of a group whose hashes the driver plans ranges by.
 SAMPLE = 64
-ROW_GROUP = 4096
+ROW_GROUP = 8192
 NONE = digest_of([])
 
-BRIGHTNESS = [f"brightness_{number}" for number in range(QUARTERS)]
-THUMBNAILS = pa.schema(
+LOOKS = pa.schema(
     [
+        ("key", pa.int64()),
         ("shard", pa.int32()),
         ("row", pa.int32()),
-        *((name, pa.uint8()) for name in BRIGHTNESS),
-        ("thumbnail", pa.binary(THUMBNAIL_BYTES)),
+        ("phash", pa.binary(HASH_BYTES)),
+        ("colours", pa.binary(COLOUR_BYTES)),
     ]
 )
 PLACES = pa.schema([("group", pa.int32()), ("shard", pa.int32()), ("row", pa.int32())])
@@ -50,13 +49,13 @@ PLACES = pa.schema([("group", pa.int32()), ("shard", pa.int32()), ("row", pa.int
 def judge(scores: pa.Table, config: Any) -> Verdict:
     """Which rows of a table of scores can be decoded and meet the conditions."""
     verdict = Verdict(np.ones(scores.num_rows, dtype=bool))
-    verdict.drop("undecodable", scores["thumbnail"].is_null())
+    verdict.drop("undecodable", scores["phash"].is_null())
     verdict.judge(scores, conditions(config), config.keep_null)
     return verdict
 
 
 def columns_judged(config: Any) -> set[str]:
-    return {"width", "height", "caption", "thumbnail"} | columns_of(conditions(config))
+    return {"width", "height", "caption", "phash", "colours"} | columns_of(conditions(config))
 
 
 def groups(records: list[UnitRecord]) -> list[list[UnitRecord]]:
@@ -99,74 +98,106 @@ class Survey:
                 histograms[score] = histograms.get(score, 0) + np.array(count(score, scores[score]))
             if self.job.config.duplicate_tolerance is not None:
                 rows = np.flatnonzero(judge(scores, self.job.config).passing)
-                parts.append((np.full(len(rows), number), rows, pixels_of(scores["thumbnail"].take(pa.array(rows)))))
+                passing = scores.select(["phash", "colours"]).take(pa.array(rows))
+                parts.append((np.full(len(rows), number), rows, bytes_of(passing["phash"]), bytes_of(passing["colours"])))
         out.notes["histograms"] = {score: counts.tolist() for score, counts in histograms.items()}
         out.notes["known"] = dict(known)
         if parts:
-            shards, rows, thumbnails = (np.concatenate(part) for part in zip(*parts, strict=True))
-            self.write(out, shards, rows, thumbnails)
+            self.write(out, *(np.concatenate(part) for part in zip(*parts, strict=True)))
 
-    def write(self, out: Output, shards: np.ndarray, rows: np.ndarray, thumbnails: np.ndarray) -> None:
-        # Of equal thumbnails the first stands for all: the same picture of a missing picture comes a million times.
-        first = np.sort(np.unique(thumbnails.view(f"V{THUMBNAIL_BYTES}").ravel(), return_index=True)[1])
+    def write(self, out: Output, shards: np.ndarray, rows: np.ndarray, hashes: np.ndarray, shades: np.ndarray) -> None:
+        # Of rows that look the same the first stands for all: the picture of a missing picture comes a million times.
+        both = np.concatenate([hashes, shades], axis=1).view(f"V{HASH_BYTES + COLOUR_BYTES}").ravel()
+        first = np.sort(np.unique(both, return_index=True)[1])
         again = np.setdiff1d(np.arange(len(rows)), first, assume_unique=True)
         write_places(out, "equal.parquet", np.zeros(len(again)), shards[again], rows[again])
-        quarters = brightness(thumbnails[first])
-        along = curve(quarters)
-        chosen = first[along]
-        quarters = quarters[along]
-        columns = [pa.array(values, field.type) for values, field in zip(
-            (shards[chosen], rows[chosen], *quarters.T), THUMBNAILS, strict=False)]  # fmt: skip
-        flat = pa.py_buffer(thumbnails[chosen].tobytes())
-        columns.append(pa.FixedSizeBinaryArray.from_buffers(THUMBNAILS.field("thumbnail").type, len(chosen), [None, flat]))
-        path = out.path("thumbnails.parquet", len(chosen))
-        pq.write_table(pa.table(columns, schema=THUMBNAILS), path, compression="zstd", row_group_size=ROW_GROUP)
-        out.notes["thumbnails"] = len(chosen)
-        out.notes["sample"] = quarters[np.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).astype(int)].tolist()
+        tolerance = self.job.config.duplicate_tolerance
+        for band in range(bands(tolerance)):
+            keys = key(hashes[first], band, tolerance)
+            along = np.argsort(keys, kind="stable")
+            chosen = first[along]
+            columns = [pa.array(keys[along]), pa.array(shards[chosen], pa.int32()), pa.array(rows[chosen], pa.int32())]
+            columns += [fixed(values[chosen]) for values in (hashes, shades)]
+            path = out.path(band_file(band), len(chosen))
+            pq.write_table(pa.table(columns, schema=LOOKS), path, compression="zstd", row_group_size=ROW_GROUP)
+        sample = first[np.linspace(0, len(first) - 1, min(SAMPLE, len(first))).astype(int)]
+        out.notes["looks"] = len(first)
+        out.notes["sample"] = [row.tobytes().hex() for row in hashes[sample]]
+
+
+def band_file(band: int) -> str:
+    return f"band-{band:02d}.parquet"
+
+
+def ranges(job: Job, surveyed: list[UnitRecord]) -> Iterator[tuple[int, int, int, float]]:
+    """(band, low, high, rows): ranges of keys, high included, that cover every band; about `ROWS` rows at most in each.
+
+    Only pictures that are alike in a whole band cannot be parted.
+    """
+    tolerance = job.config.duplicate_tolerance
+    samples = [np.frombuffer(bytes.fromhex("".join(r.notes["sample"])), np.uint8).reshape(-1, HASH_BYTES) for r in surveyed]
+    weights = [np.full(len(s), r.notes["looks"] / max(len(s), 1)) for s, r in zip(samples, surveyed, strict=True)]
+    hashes, weight = np.concatenate(samples), np.concatenate(weights)
+    parts = int(np.ceil(weight.sum() / ROWS))
+    for band in range(bands(tolerance)):
+        keys = key(hashes, band, tolerance)
+        order = np.argsort(keys, kind="stable")
+        below = np.cumsum(weight[order])
+        cuts = np.searchsorted(below, below[-1:] * np.arange(1, parts) / max(parts, 1))
+        # A range begins with a key, so equal keys are never parted.
+        lows = sorted({0, *keys[order][cuts].tolist()})
+        for low, after in zip(lows, [*lows[1:], 2**63], strict=True):
+            inside = (keys >= low) & (keys <= after - 1)
+            yield band, low, after - 1, float(weight[inside].sum())
 
 
 def compare_units(job: Job, earlier: Records) -> Iterable[Unit]:
     surveyed = earlier["survey"]
     if job.config.duplicate_tolerance is None or not surveyed:
         return
-    files = [file_of(record, "thumbnails.parquet") for record in surveyed]
-    paths, decided = [file.path for file in files], digest_of([file.sha256 for file in files])
-    samples = [np.array(record.notes["sample"], np.uint8).reshape(-1, QUARTERS) for record in surveyed]
-    weights = [np.full(len(s), r.notes["thumbnails"] / max(len(s), 1)) for s, r in zip(samples, surveyed, strict=True)]
-    margin = brightness_tolerance(job.config.duplicate_tolerance)
-    for number, region in enumerate(regions(np.concatenate(samples), np.concatenate(weights), margin, ROWS)):
-        payload = {"files": paths, "low": region.low, "high": region.high}
-        yield Unit(f"region-{number:05d}", (decided, str(region)), payload)
+    # One list a band, which all its units share: there are thousands of them at LAION's size.
+    files = [[file_of(record, band_file(band)) for record in surveyed] for band in range(bands(job.config.duplicate_tolerance))]
+    paths = [[file.path for file in found] for found in files]
+    digests = [digest_of([file.sha256 for file in found]) for found in files]
+    packs: list[list[tuple[int, int, int]]] = []
+    held = 0.0
+    for band, low, high, rows in ranges(job, surveyed):
+        if not packs or held + rows > ROWS:
+            packs.append([])
+            held = 0.0
+        packs[-1].append((band, low, high))
+        held += rows
+    for number, pack in enumerate(packs):
+        needed = sorted({band for band, *_ in pack})
+        payload = {"ranges": pack, "files": {str(band): paths[band] for band in needed}}
+        yield Unit(f"bands-{number:05d}", (*(digests[band] for band in needed), digest_of(pack)), payload)
 
 
 class Compare:
-    """Worker: the near duplicates in one region."""
+    """Worker: the near duplicates among the rows of some ranges of keys."""
 
     def __init__(self, job: Job):
         self.job = job
         self.tolerance: int = job.config.duplicate_tolerance
 
     def run(self, unit: Unit, out: Output) -> None:
-        region = Region(tuple(unit.payload["low"]), tuple(unit.payload["high"]))
-        margin = brightness_tolerance(self.tolerance)
+        found = [self.alike(unit.payload["files"][str(band)], low, high) for band, low, high in unit.payload["ranges"]]
+        # Rows that are alike in several bands come once.
+        write_places(out, "alike.parquet", *np.unique(np.concatenate(found, axis=1), axis=1))
+
+    def alike(self, paths: list[str], low: int, high: int) -> np.ndarray:
+        """Places of the near duplicates, (3, rows): group, shard and row."""
         parts = []
-        for group, path in enumerate(unit.payload["files"]):
+        for group, path in enumerate(paths):
             with open_table(self.job, path) as file:
-                table = pq.read_table(file, filters=within(region, margin))
-            quarters = np.stack([table[name].to_numpy() for name in BRIGHTNESS], axis=1)
+                # Keys are sorted, so Parquet's statistics leave the rest of the file unread.
+                table = pq.read_table(file, filters=[("key", ">=", low), ("key", "<=", high)])
             places = np.stack([np.full(len(table), group), table["shard"].to_numpy(), table["row"].to_numpy()])
-            parts.append((places, region.holds(quarters), pixels_of(table["thumbnail"])))
+            parts.append((places, table["key"].to_numpy(), bytes_of(table["phash"]), bytes_of(table["colours"])))
         places = np.concatenate([part[0] for part in parts], axis=1)
         order = np.lexsort(places[::-1])
-        asked = np.concatenate([part[1] for part in parts])[order]
-        thumbnails = np.concatenate([part[2] for part in parts])[order]
-        write_places(out, "alike.parquet", *places[:, order][:, earlier_alike(thumbnails, self.tolerance, asked)])
-
-
-def within(region: Region, margin: int) -> list[tuple[str, str, int]]:
-    """The region and its margin as a filter of Parquet, which skips row groups by their statistics."""
-    below = [(name, ">=", max(low - margin, 0)) for name, low in zip(BRIGHTNESS, region.low, strict=True)]
-    return below + [(name, "<=", min(high + margin - 1, 255)) for name, high in zip(BRIGHTNESS, region.high, strict=True)]
+        keys, hashes, shades = (np.concatenate(part)[order] for part in list(zip(*parts, strict=True))[1:])
+        return places[:, order][:, earlier_alike(keys, hashes, shades, self.tolerance)]
 
 
 def gather_units(job: Job, earlier: Records) -> Iterable[Unit]:
@@ -189,7 +220,9 @@ class Gather:
     def run(self, unit: Unit, out: Output) -> None:
         tables = [self.read(unit.payload["equal"], 0)]
         tables += [self.read(path, unit.payload["group"]) for path in unit.payload["alike"]]
-        found = pa.concat_tables(tables).sort_by([("shard", "ascending"), ("row", "ascending")])
+        # A row that is alike in several bands comes from several units.
+        found = pa.concat_tables(tables).group_by(["shard", "row"]).aggregate([])
+        found = found.sort_by([("shard", "ascending"), ("row", "ascending")])
         shards, rows = found["shard"].to_numpy(), found["row"].to_numpy()
         write_places(out, "drops.parquet", np.zeros(len(rows)), shards, rows)
         out.notes["drops"] = [digest_of(rows[shards == number].tolist()) for number in range(unit.payload["shards"])]
@@ -226,11 +259,17 @@ def file_of(record: UnitRecord, name: str) -> FileEntry:
     return next(file for file in record.files if file.name == name)
 
 
-def pixels_of(thumbnails: pa.ChunkedArray) -> np.ndarray:
-    """A column of thumbnails without nulls as (rows, THUMBNAIL_BYTES) uint8."""
-    whole = thumbnails.combine_chunks()
-    pixels = np.frombuffer(whole.buffers()[1] or b"", np.uint8).reshape(-1, THUMBNAIL_BYTES)
-    return pixels[whole.offset : whole.offset + len(whole)]
+def bytes_of(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of binaries of one length, without nulls, as (rows, length) uint8."""
+    whole, length = column.combine_chunks(), column.type.byte_width
+    values = np.frombuffer(whole.buffers()[1] or b"", np.uint8).reshape(-1, length)
+    return values[whole.offset : whole.offset + len(whole)]
+
+
+def fixed(values: np.ndarray) -> pa.Array:
+    """The inverse of `bytes_of`."""
+    kind = pa.binary(values.shape[1])
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(values.tobytes())])
 
 
 def _resources(config: Any) -> Resources:

@@ -29,9 +29,9 @@ from stages.conditions import SCORES, conditions
 from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord, operational
 from stages.heads import Heads, Scorer, head_digests
 from stages.histogram import histogram_of, join
+from stages.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
 from stages.recipe import encoder
 from stages.tar import Sample, ShardWriter, open_table, read_shard
-from stages.thumbnails import THUMBNAIL_BYTES, thumbnail
 from unidiffuser.references import weights_digest
 
 log = logging.getLogger("stages")
@@ -73,7 +73,7 @@ class FilterConfig(StageConfig):
     max_pwatermark: float | None = Field(None, description="score of its head, or that came with the metadata")
     keep_null: bool = Field(True, description="a row without a score meets conditions on it; false: it counts as null_COLUMN")
     duplicate_tolerance: int | None = Field(
-        12, ge=0, le=64, description="levels of 255 by which thumbnails of near duplicates may differ; null keeps duplicates"
+        12, ge=0, le=32, description="bits of 256 by which perceptual hashes of near duplicates may differ; null keeps duplicates"
     )
     batch: int = operational(32, "images that CLIP sees at once", ge=1)
     workers: int | None = operational(None, "workers at most", ge=1)
@@ -112,14 +112,15 @@ class Score:
         out.stats.rows_in = table.num_rows
 
     def measure(self, batch: list[Sample]) -> pa.Table:
-        """A row per sample; width, height, thumbnail and CLIP columns are null where the image cannot be decoded."""
+        """A row per sample; what was measured is null where the image cannot be decoded."""
         images = [decode(sample.image) for sample in batch]
         columns: dict[str, Any] = {
             "key": pa.array([sample.key for sample in batch], pa.string()),
             "caption": pa.array([sample.caption for sample in batch], pa.string()),
             "width": pa.array([image and image.width for image in images], pa.int32()),
             "height": pa.array([image and image.height for image in images], pa.int32()),
-            "thumbnail": pa.array([image and thumbnail(image) for image in images], pa.binary(THUMBNAIL_BYTES)),
+            "phash": pa.array([image and perceptual_hash(image) for image in images], pa.binary(HASH_BYTES)),
+            "colours": pa.array([image and colours(image) for image in images], pa.binary(COLOUR_BYTES)),
         }
         columns["language"] = pa.array([sample.meta.get("language") for sample in batch], pa.string())
         for score in TRAVELLING:
@@ -187,7 +188,7 @@ class Write:
         kept = scores.filter(pa.array(verdict.passing))
         pq.write_table(kept, out.path(f"{unit.name}.parquet", kept.num_rows), compression="zstd")
         out.path(f"{unit.name}.tar", kept.num_rows)
-        self.copy(unit, out, {row["key"]: row for row in kept.drop_columns(["thumbnail", "clip", "caption"]).to_pylist()})
+        self.copy(unit, out, {row["key"]: row for row in kept.drop_columns(["phash", "colours", "clip", "caption"]).to_pylist()})
         out.stats.rows_in, out.stats.rows_out = scores.num_rows, kept.num_rows
         for reason, rows_lost in verdict.dropped.items():
             out.stats.drop(reason, rows_lost)
@@ -226,7 +227,7 @@ def unanswered(config: FilterConfig, earlier: Records) -> dict[str, str]:
     counted = [record.notes.get("known") for record in earlier["survey"]]
     # Surveys of before this was counted say nothing.
     known: Counter[str] = sum(map(Counter, counted), Counter()) if None not in counted else Counter()
-    if not known["thumbnail"]:
+    if not known["phash"]:
         return {}
     asked = {condition.name: column for condition in conditions(config) for column in condition.columns}
     return {"languages" if name == "language" else name: column for name, column in asked.items() if not known[column]}
@@ -259,7 +260,7 @@ CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
 
 class Filter(Stage):
     name = "filter"
-    version = 2
+    version = 3
     Config = FilterConfig
     phases = (
         Phase("score", _score_units, Score, fields=frozenset({"clip_scores", "heads", "precision"}), resources=_score_resources),

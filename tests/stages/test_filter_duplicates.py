@@ -6,74 +6,63 @@ import io
 import random
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
+from imagehash import phash
 from PIL import Image
 
 from infra.store import Store
 from stages import duplicates
 from stages.contract import StageError
-from stages.duplicates import within
 from stages.filter import Filter
-from stages.regions import Region, curve, regions
-from stages.thumbnails import THUMBNAIL_BYTES, brightness, brightness_tolerance, earlier_alike, thumbnail
+from stages.likeness import COLOUR_BYTES, HASH_BYTES, bands, colours, earlier_alike, key, perceptual_hash
 from tests.stages.shards import blots, download, encoded, sample
 
+LOOKS = tuple[np.ndarray, np.ndarray]
 
-def clusters(seed: int, count: int) -> np.ndarray:
-    """Thumbnails around a few centres, some on the brink of the tolerance, some equal."""
+
+def clusters(seed: int, count: int) -> LOOKS:
+    """Hashes and colours around a few centres, some on the brink of a tolerance, some equal."""
     chance = np.random.default_rng(seed)
-    centres = chance.integers(0, 256, (count // 10, 16, 16, 3)) // 2 + chance.integers(0, 128, (count // 10, 1, 1, 3))
-    noise = chance.integers(-7, 8, (count, 16, 16, 3)) + chance.integers(-3, 4, (count, 1, 1, 1))
-    thumbs = np.clip(centres[chance.integers(0, len(centres), count)] + noise, 0, 255).astype(np.uint8)
-    thumbs[:: count // 8] = 255
-    return thumbs.reshape(count, THUMBNAIL_BYTES)
+    centre = chance.integers(0, count // 10, count)
+    bits = chance.random((count // 10, HASH_BYTES * 8))[centre] < 0.5
+    bits ^= chance.random(bits.shape) < chance.choice([0.0, 0.01, 0.03, 0.06], (count, 1))
+    shades = chance.integers(20, 230, (count // 10, COLOUR_BYTES))[centre] + chance.choice([0, 6, 10], (count, 1))
+    shades[:: count // 8] = 255
+    return np.packbits(bits, axis=1), shades.astype(np.uint8)
 
 
-def all_pairs(thumbs: np.ndarray, tolerance: int) -> np.ndarray:
+def all_pairs(looks: LOOKS, tolerance: int) -> np.ndarray:
     """Which rows resemble an earlier one, from the rule alone."""
-    gaps = np.abs(thumbs[:, None].astype(np.int16) - thumbs[None].astype(np.int16)).max(-1) <= tolerance
-    pixels = thumbs.reshape(-1, 16, 16, 3).astype(float) @ [0.25, 0.625, 0.125]
-    for part in (pixels[:, :8, :8], pixels[:, :8, 8:], pixels[:, 8:, :8], pixels[:, 8:, 8:]):
-        mean = np.floor(part.mean((1, 2)))
-        gaps &= np.abs(mean[:, None] - mean[None]) <= tolerance // 4
-    return np.tril(gaps, -1).any(1)
+    hashes, shades = looks
+    bits = np.unpackbits(hashes, axis=1)
+    alike = (bits[:, None] != bits[None]).sum(-1) <= tolerance
+    alike &= np.abs(shades[:, None].astype(int) - shades[None].astype(int)).max(-1) <= 16
+    return np.tril(alike, -1).any(1)
 
 
-@pytest.mark.parametrize("tolerance", [0, 3, 12, 30])
+def by_bands(looks: LOOKS, tolerance: int) -> np.ndarray:
+    found = [earlier_alike(key(looks[0], band, tolerance), *looks, tolerance) for band in range(bands(tolerance))]
+    return np.any(found, axis=0)
+
+
+@pytest.mark.parametrize("tolerance", [0, 3, 12, 32])
 def test_near_duplicates_equal_a_comparison_of_all_pairs(tolerance):
-    thumbs = clusters(0, 240)
-    truth = all_pairs(thumbs, tolerance)
-    assert earlier_alike(thumbs, tolerance).tolist() == truth.tolist() and 0 < truth.sum() < 240
+    looks = clusters(0, 240)
+    truth = all_pairs(looks, tolerance)
+    assert by_bands(looks, tolerance).tolist() == truth.tolist() and 0 < truth.sum() < 240
 
 
-@pytest.mark.parametrize("limit", [10, 60, 1000])
-def test_regions_cover_everything_and_see_all_that_their_rows_can_resemble(limit):
-    thumbs = clusters(1, 240)
-    quarters, margin = brightness(thumbs), brightness_tolerance(12)
-    sample = np.arange(0, 240, 3)
-    found = list(regions(quarters[sample], np.full(len(sample), 3.0), margin, limit))
-    alike = np.zeros(240, dtype=int)
-    owners = np.zeros(240, dtype=int)
-    for region in found:
-        seen = np.flatnonzero(region.holds(quarters, margin))
-        asked = region.holds(quarters[seen])
-        owners[seen[asked]] += 1
-        alike[seen[earlier_alike(thumbs[seen], 12, asked)]] += 1
-    assert (owners == 1).all() and alike.tolist() == all_pairs(thumbs, 12).astype(int).tolist()
-    assert (len(found) == 1) == (limit == 1000)
+def test_every_bit_belongs_to_one_band():
+    nothing = np.zeros((1, HASH_BYTES), np.uint8)
+    for bit in range(HASH_BYTES * 8):
+        one = np.packbits(np.arange(HASH_BYTES * 8) == bit)[None]
+        assert sum(int(key(one, band, 12)[0] != key(nothing, band, 12)[0]) for band in range(bands(12))) == 1
 
 
-def test_a_region_is_read_without_most_of_the_file(tmp_path):
-    quarters = np.random.default_rng(2).integers(0, 256, (4096, 4)).astype(np.uint8)
-    quarters = quarters[curve(quarters)]
-    region = Region((0, 128, 0, 128), (64, 192, 256, 256))
-    table = duplicates.pa.table({name: values for name, values in zip(duplicates.BRIGHTNESS, quarters.T, strict=True)})
-    pq.write_table(table, tmp_path / "t.parquet", row_group_size=64)
-    read = pq.read_table(tmp_path / "t.parquet", filters=within(region, 3))
-    assert len(read) == region.holds(quarters, 3).sum() > 0
-    held = region.holds(quarters, 3).reshape(-1, 64).any(1)
-    assert held.mean() < 0.25
+def test_the_hash_is_the_librarys_in_its_own_order():
+    picture = blots(random.Random(5))
+    bits = np.unpackbits(np.frombuffer(perceptual_hash(picture), np.uint8))
+    assert bits.tolist() == phash(picture, hash_size=16).hash.ravel().tolist()
 
 
 @pytest.mark.parametrize("change", ["jpeg", "webp", "half"])
@@ -84,9 +73,23 @@ def test_reencoded_pictures_are_near_duplicates_and_others_are_not(change):
         copies = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in pictures]
     else:
         copies = [Image.open(io.BytesIO(encoded(picture, change.upper(), quality=80))).convert("RGB") for picture in pictures]
-    thumbs = np.frombuffer(b"".join(map(thumbnail, pictures + copies)), np.uint8).reshape(-1, THUMBNAIL_BYTES)
-    alike = earlier_alike(thumbs, 12)
+    alike = by_bands(looks_of(pictures + copies), 12)
     assert not alike[:40].any() and alike[40:].mean() > 0.9
+
+
+def test_a_variant_in_another_colour_of_the_same_brightness_is_another_picture():
+    pictures = []
+    for ground in ((200, 60, 60), (61, 128, 60)):
+        pixels = np.full((256, 256, 3), ground, np.uint8)
+        pixels[80:170, 60:200] = 250
+        pictures.append(Image.fromarray(pixels))
+    hashes, shades = looks_of(pictures)
+    assert (hashes[0] == hashes[1]).all() and not by_bands((hashes, shades), 12).any()
+
+
+def looks_of(pictures: list[Image.Image]) -> LOOKS:
+    hashes, shades = (b"".join(map(measure, pictures)) for measure in (perceptual_hash, colours))
+    return np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES), np.frombuffer(shades, np.uint8).reshape(-1, COLOUR_BYTES)
 
 
 def some(seed: int, count: int, shard: int = 15) -> list:
@@ -102,7 +105,7 @@ def some(seed: int, count: int, shard: int = 15) -> list:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    """Groups of two shards, many regions, several row groups."""
+    """Groups of two shards, many ranges of keys, several row groups."""
     monkeypatch.setattr(duplicates, "ROWS", 30)
     monkeypatch.setattr(duplicates, "ROW_GROUP", 4)
 

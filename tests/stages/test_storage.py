@@ -153,7 +153,7 @@ def overwrite_the_middle(path):
 
 # What reads a table of the filter's, by what it makes.
 READ_BY = [
-    ("scores.parquet", "thumbnails.parquet"), ("scores.parquet", "0*.tar"), ("thumbnails.parquet", "alike.parquet"),
+    ("scores.parquet", "equal.parquet"), ("scores.parquet", "0*.tar"), ("band-07.parquet", "alike.parquet"),
     ("equal.parquet", "drops.parquet"), ("alike.parquet", "drops.parquet"), ("drops.parquet", "0*.tar"),
 ]  # fmt: skip
 
