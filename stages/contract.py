@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, ClassVar, Protocol
 from uuid import uuid4
 
@@ -167,10 +169,24 @@ class Output:
 
 
 @contextmanager
-def scratch_output() -> Iterator[Output]:
-    """An `Output` whose scratch folder is gone afterwards, also after an error."""
+def scratch_output(store: Store) -> Iterator[Output]:
+    """An `Output` whose scratch folder is gone afterwards, also after an error.
+
+    Raises:
+        StageError: the disk of the scratch folder or that of the store is full.
+    """
     with TemporaryDirectory(prefix="unidiffuser-unit-") as folder:
-        yield Output(Path(folder))
+        try:
+            yield Output(Path(folder))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            free = store.free_bytes()
+            scratch = free is None or shutil.disk_usage(folder).free < free
+            place, fix = (gettempdir(), "point TMPDIR") if scratch else (store.root, "point --store")
+            raise StageError(
+                f"no space is left in {place}; free some or {fix} elsewhere, and run again: what is done is kept"
+            ) from error
 
 
 class Worker(Protocol):

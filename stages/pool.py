@@ -33,7 +33,7 @@ class PoolWorker:
     def run(self, unit: Unit, key: str) -> UnitRecord:
         start = time.perf_counter()
         # Another run may be at the same unit: two that differ (the web changes) must not mix their files.
-        with self.job.store.claimed(key), scratch_output() as out:
+        with self.job.store.claimed(key), scratch_output(self.job.store) as out:
             if (done := self.job.unit_done(key)) is not None:
                 return done
             self.worker.run(unit, out)

@@ -58,7 +58,7 @@ class Publisher:
             return
         state = json.loads(Path(folder, "trainer.json").read_text(encoding="utf-8"))
         rows = sum(d.manifest.stats.rows_out for name, d in self.job.inputs.items() if name.startswith("data."))
-        with scratch_output() as out:
+        with scratch_output(self.job.store) as out:
             for path in sorted(Path(folder).iterdir()):
                 path.rename(out.path(path.name))
             out.stats.rows_in, out.stats.rows_out = rows, state["rows"]

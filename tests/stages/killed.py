@@ -41,7 +41,7 @@ def kill_at(root: str, number: int, driver: int):
 def in_process(job, phase, pending, units, done):
     worker = phase.worker(job)
     for unit, key in pending:
-        with scratch_output() as out:
+        with scratch_output(job.store) as out:
             worker.run(unit, out)
             done(unit, out.publish(job, key, unit.name, 0.0))
 

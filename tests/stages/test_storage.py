@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import random
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from infra.dataset import find, verify
 from infra.store import Store
@@ -79,17 +81,60 @@ def test_the_claim_of_a_run_that_dies_is_gone(tmp_path):
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
-def test_a_store_that_cannot_be_written_is_one_line_and_no_dataset(store, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "error", "line"),
+    [
+        (errno.EROFS, OSError, "Read-only file system"),
+        (errno.ENOSPC, StageError, "no space is left in .*; free some or point --store elsewhere, and run again"),
+    ],
+)
+def test_a_store_that_cannot_be_written_is_one_line_and_no_dataset(store, monkeypatch, number, error, line):
     def refuse(source, target):
         raise OSError(number, os.strerror(number), str(target))
 
     with monkeypatch.context() as broken:
         broken.setattr("infra.store.shutil.copyfile", refuse)
-        with pytest.raises(OSError, match=os.strerror(number)):
+        with pytest.raises(error, match=line):
             run_stage(planned(Squares), store, Squares)
     assert find(store, "squares", "f" * 24) is None
     assert verify(run_stage(planned(Squares), store, Squares)) == [], "and the next run ends as if nothing had been"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of two MiB; gives its folder and how to make it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> bool:
+        return not subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode
+
+    if not mount("size=2m"):
+        pytest.skip("a file system can be mounted by the superuser only")
+    yield folder, lambda: mount("remount,size=64m")
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("full", ["store", "scratch"])
+def test_a_disk_that_is_really_full(tmp_path, small_disk, monkeypatch, make, digests, full):
+    folder, enlarge = small_disk
+    monkeypatch.setattr("stages.runner.DISK_RESERVE", -(2**40))  # else it is refused before the work starts
+    pictures = [Image.frombytes("RGB", (120, 120), random.Random(n).randbytes(120 * 120 * 3)) for n in range(16)]
+    shards = [[sample(n, encoded(pictures[n])) for n in range(start, start + 4)] for start in range(0, 16, 4)]
+    calm = Store(str(tmp_path / "calm"))
+    undisturbed = digests(make(Filter, calm, {"rows": download(calm, shards)}, clip_scores=False, min_side=None))
+    work = Store(str((folder if full == "store" else tmp_path) / "work"))
+    rows = download(work, shards)
+    if full == "scratch":
+        (folder / "of another program").write_bytes(bytes(2_000_000))
+        monkeypatch.setattr("tempfile.tempdir", str(folder))
+    with pytest.raises(StageError, match=f"^no space is left in {folder}.*; free some or point .* elsewhere, and run again"):
+        make(Filter, work, {"rows": rows}, clip_scores=False, min_side=None)
+    assert not list(Path(work.root).glob("filter/*/manifest.json"))
+    assert enlarge()
+    dataset = make(Filter, work, {"rows": rows}, clip_scores=False, min_side=None)
+    assert digests(dataset) == undisturbed and verify(dataset) == []
 
 
 def test_a_read_only_store_is_one_line(tmp_path, monkeypatch, capsys):
@@ -187,7 +232,7 @@ class Coin:
         self.job, self.interrupt = job, interrupt
 
     def publish(self):
-        with scratch_output() as out:
+        with scratch_output(self.job.store) as out:
             for name in ("heads", "tails"):
                 out.path(name, 1).write_bytes(os.urandom(1000))
             publish, told = self.job.store.publish, []

@@ -80,7 +80,7 @@ def _count(job, units, keys, done):
         value += 1
         if value == job.config.die_at:
             raise RuntimeError("the gang died")
-        with scratch_output() as out:
+        with scratch_output(job.store) as out:
             out.path("value.txt", rows=1).write_text(f"{value}\n")
             out.stats.rows_in = out.stats.rows_out = 1
             out.notes["value"] = value
