@@ -55,6 +55,8 @@ ROWS = 110
 PATIENCE = 900.0
 # What died unseen is marked after three heartbeats of half a minute, and started again after ten seconds more.
 SETTLING = 240.0
+# How long a process may take that ends by itself.
+ENDING = 5.0
 RECIPE = """
 name: chaos
 subsets:
@@ -191,6 +193,13 @@ def bring(word: str, store: Path) -> None:
     assert code == 0, printed
 
 
+def named(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:200]
+    except psutil.Error:
+        return "has ended since"
+
+
 def story(
     scene: Scene, arguments: list[str | Path], store: Path, kinds: list[str], rng: random.Random
 ) -> Iterator[dict[str, Any]]:
@@ -224,12 +233,17 @@ def ending(scene: Scene, store: Path, wanted: dict[str, dict[str, str]]) -> dict
     left = {"runs_left": runs_left(store), "jobs_left": jobs_left(store)}
     if scene.up:
         bring("down", store)
+    # A shell of Ray's that watches over a job looks once a second whether it may end.
+    began = time.monotonic()
+    while (left_over := survivors(store)) and time.monotonic() < began + ENDING:
+        time.sleep(0.2)
     found = digests(Store(str(store)))
     return {
         "nodes": len(found),
         "nodes_that_differ": sorted(node for node in wanted | found if wanted.get(node) != found.get(node)),
         **left,
-        "processes_left": len(survivors(store)),
+        "processes_left": len(left_over),
+        **({"left_over": [named(process) for process in left_over]} if left_over else {}),
         **settled,
     }
 
