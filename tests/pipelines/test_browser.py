@@ -1,4 +1,4 @@
-"""What a person does in the Prefect UI, in a real browser on a real server: start, watch, follow the lineage, retry, cancel.
+"""What a person does in the Prefect UI, in a real browser on a real server: start, watch, retry, copy, cancel, follow lineage.
 
 Set SCREENSHOTS to a folder to renew the pictures of the documentation there.
 """
@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from examples.little_web.build import build
-from examples.little_web.server import LittleWeb
+from examples.little_web.server import Handler, LittleWeb
 from infra.dataset import Dataset, find
 from infra.processes import free_port, recorded
 from infra.ray_jobs import RayJobs
@@ -38,7 +39,7 @@ description: Pictures of a little web that are worth keeping.
 subsets:
   little:
     select: {metadata: [web/metadata/*.parquet], min_side: 128}
-    download: {timeout: 2, retries: 0}
+    download: {timeout: 60, retries: 0}
 """
 PATIENCE = 90_000  # milliseconds
 
@@ -74,18 +75,35 @@ class World:
         raise AssertionError(f"the run does not end: {names}")
 
 
+@dataclass
+class Web:
+    """A folder with a recipe and a little web, the port of that web, what brings it up, and what its answers wait for."""
+
+    folder: Path
+    port: int
+    come_up: Callable[[], object]
+    answering: Event
+
+
 @pytest.fixture(scope="module")
-def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, Callable[[], None]]]:
-    """The folder of a recipe beside a web, the port of that web, and what brings it up."""
-    folder, port = tmp_path_factory.mktemp("browser"), free_port()
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    folder, port, answering = tmp_path_factory.mktemp("browser"), free_port(), Event()
+    answering.set()
     build(folder / "web", rows=60, seed=0)
-    with ExitStack() as served:
-        yield folder, port, lambda: (served.enter_context(LittleWeb(folder / "web", port)), None)[1]
+    answer = Handler.do_GET
+
+    def late(handler: Handler) -> None:
+        answering.wait(PATIENCE / 1000)
+        answer(handler)
+
+    with ExitStack() as served, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "do_GET", late)
+        yield Web(folder, port, lambda: served.enter_context(LittleWeb(folder / "web", port)), answering)
 
 
 @pytest.fixture(scope="module")
-def world(web: tuple[Path, int, Callable[[], None]]) -> Iterator[World]:
-    folder, port, _ = web
+def world(web: Web) -> Iterator[World]:
+    folder, port = web.folder, web.port
     recipe, store = folder / "pictures.yaml", folder / "store"
     recipe.write_text(RECIPE)
     hosts = f"subsets.little.download.hosts={{little-web.example: '127.0.0.1:{port}'}}"
@@ -126,12 +144,17 @@ def run_of(page: Any) -> str:
     return page.url.split("/flow-run/")[1].split("?")[0]
 
 
-def start_by_form(page: Any, world: World, fill: Callable[[], None]) -> str:
-    """Start the recipe's deployment through its form, with what `fill` puts there; returns the run, whose page is then open."""
+def start_by_form(page: Any, world: World, fill: Callable[[], None], deployment: str = "pictures") -> str:
+    """Start a deployment through its form, with what `fill` puts there; returns the run, whose page is then open."""
     page.goto(f"{world.address}/v2/deployments")
-    page.get_by_role("link", name="pictures", exact=True).click()
+    page.get_by_role("link", name=deployment, exact=True).click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
+    return submit(page, fill)
+
+
+def submit(page: Any, fill: Callable[[], None]) -> str:
+    """Fill and send the form that opens; returns the run, whose page is then open."""
     page.get_by_text("Min Side (Optional)").wait_for()
     fill()
     page.get_by_role("button", name="Submit").click()
@@ -139,11 +162,19 @@ def start_by_form(page: Any, world: World, fill: Callable[[], None]) -> str:
     return run_of(page)
 
 
-def choose(page: Any, entry: str, confirmation: str) -> None:
-    """An entry of the menu of a run's page, and the button of the question that follows."""
+def change(page: Any, before: str, after: str) -> None:
+    """Change the first number of the form that has this value."""
+    next(field for field in page.locator("input[type=number]").all() if field.input_value() == before).fill(after)
+
+
+def choose(page: Any, entry: str) -> None:
+    """An entry of the menu of a run's page."""
     page.get_by_role("button", name="Open menu").click()
     page.get_by_role("menuitem", name=entry).click()
-    page.get_by_role("button", name=confirmation, exact=True).click()
+
+
+def confirm(page: Any, answer: str) -> None:
+    page.get_by_role("button", name=answer, exact=True).click()
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +183,7 @@ def failed(page: Any, world: World) -> str:
 
     def fill() -> None:
         picture(page, "prefect-form", height=720)
-        # The first number of the form that has the recipe's value.
-        field = next(field for field in page.locator("input[type=number]").all() if field.input_value() == "128")
-        field.fill("200")
+        change(page, "128", "200")
 
     run = start_by_form(page, world, fill)
     assert world.end(run) == "Failed"
@@ -178,11 +207,12 @@ def test_a_changed_field_of_the_form_changes_that_nodes_dataset_and_a_failure_sa
         page.get_by_role("link", name=node).first.wait_for()
 
 
-def test_retry_does_only_what_failed(page: Any, world: World, failed: str, web: tuple[Path, int, Callable[[], None]]) -> None:
+def test_retry_does_only_what_failed(page: Any, world: World, failed: str, web: Web) -> None:
     before = {path: path.stat().st_mtime_ns for path in Path(world.store.root, "select", "units").rglob("unit.json")}
-    web[2]()
+    web.come_up()
     page.goto(f"{world.address}/v2/runs/flow-run/{failed}")
-    choose(page, "Retry", "Retry")
+    choose(page, "Retry")
+    confirm(page, "Retry")
     assert world.end(failed, attempt=2) == "Completed", world.api("GET", f"flow_runs/{failed}")["state"]
     page.get_by_text("Completed", exact=True).first.wait_for()
     assert world.dataset("little-download", CHANGED) is not None
@@ -214,13 +244,46 @@ def test_the_runs_page_shows_the_graph_of_its_datasets(page: Any, world: World, 
     page.goto(f"{world.address}/v2/artifacts/key/pictures-lineage")
     page.locator("main a[href*='/artifacts/artifact/']").first.click()
     page.locator("main svg").get_by_text("little-download").first.wait_for()
+    picture(page, "prefect-lineage", height=720)
+
+
+def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: Any, world: World, failed: str, web: Web) -> None:
+    changed = "subsets.little.select.min_side=600"
+    # A node alone, started from its own deployment.
+    alone = start_by_form(page, world, lambda: change(page, "128", "600"), "pictures-little-select")
+    assert world.end(alone) == "Completed", world.api("GET", f"flow_runs/{alone}")["state"]
+    source = world.dataset("little-select", changed)
+    assert source is not None and world.dataset("little-download", changed) is None
+    # The form of the copy has what the run had: 200, which was changed from 128 then.
+    web.answering.clear()
+    page.goto(f"{world.address}/v2/runs/flow-run/{failed}")
+    choose(page, "Copy to new run")
+    copy = submit(page, lambda: change(page, "200", "600"))
+    # It is watched while it runs: the graph, which is drawn on a canvas, and the list of the same tasks.
+    page.get_by_text("Running", exact=True).first.wait_for()
+    page.locator("main canvas").first.wait_for()
+    picture(page, "prefect-run", height=720)
+    page.get_by_role("tab", name="Task Runs").click()
+    page.get_by_role("link", name="little-download").first.wait_for()
+    assert world.dataset("little-download", changed) is None
+    web.answering.set()
+    assert world.end(copy) == "Completed", world.api("GET", f"flow_runs/{copy}")["state"]
+    page.get_by_text("Completed", exact=True).first.wait_for()
+    made = world.dataset("little-download", changed)
+    assert made is not None and made.manifest.inputs["rows"].fingerprint == source.manifest.fingerprint
+    # From the dataset of the copy to the run that made its input, which is the node's.
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_role("link", name=re.compile(f"download {made.manifest.fingerprint}")).first.click()
+    page.wait_for_url(re.compile("/artifacts/key/pictures-little-download"))
+    main = page.locator("main")
+    main.locator("a[href*='/artifacts/artifact/']").first.click()
+    main.get_by_text(f"download/{made.manifest.fingerprint}").first.wait_for()
+    main.get_by_role("link", name="this run").first.click()
+    assert run_of(page) == alone
 
 
 def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str) -> None:
-    def fill() -> None:
-        next(field for field in page.locator("input[type=number]").all() if field.input_value() == "128").fill("300")
-
-    run = start_by_form(page, world, fill)
+    run = start_by_form(page, world, lambda: change(page, "128", "300"))
     planned = plan(load_recipe(world.recipe, [world.hosts, "subsets.little.select.min_side=300"]), world.store)["little-select"]
     ray = recorded("ray", Path(world.store.root, ".state"))
     assert ray is not None
@@ -229,7 +292,8 @@ def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str) -> None:
     while jobs.statuses().get(job) != "RUNNING":
         assert time.monotonic() < deadline, "the job never ran"
         time.sleep(0.2)
-    choose(page, "Cancel", "Cancel Flow Run")
+    choose(page, "Cancel")
+    confirm(page, "Cancel Flow Run")
     assert world.end(run) == "Cancelled"
     page.get_by_text("Cancelled", exact=True).first.wait_for()
     assert jobs.statuses()[job] == "STOPPED"
