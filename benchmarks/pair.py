@@ -130,16 +130,16 @@ def silence() -> None:
     warnings.simplefilter("ignore")
 
 
-def load_ours(folder: Path, device: torch.device) -> UniDiffuser:
-    """This project's side of the pair, in fp32."""
+def load_ours(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> UniDiffuser:
+    """This project's side of the pair."""
     silence()
-    return UniDiffuser.load(folder / "ours", device)
+    return UniDiffuser.load(folder / "ours", device, dtype)
 
 
-def load_peer(folder: Path, device: torch.device) -> Any:  # a pipeline declares its parts at run time
-    """diffusers' side of the pair, in fp32."""
+def load_peer(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:  # parts are declared at run time
+    """diffusers' side of the pair."""
     silence()
-    pipeline = UniDiffuserPipeline.from_pretrained(folder / "diffusers").to(device)
+    pipeline = UniDiffuserPipeline.from_pretrained(folder / "diffusers", torch_dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

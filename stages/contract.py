@@ -214,8 +214,9 @@ class Phase:
     Attributes:
         plan: (job, records of the earlier phases by phase name) -> units, in the order of the dataset's files.
         worker: job -> Worker, called once in each worker process. A chain has none.
-        gang: for a chain (each unit builds on the one before): (job, all units, keys, done records) -> None. It publishes
-            a record a unit and may stop early only by raising. The dataset is the chain's last unit.
+        gang: for a chain (each unit builds on the one before): (job, all units, keys, key aside) -> None. It publishes a
+            record a unit, and may stop early only by raising; what it has reached between two units it can then leave under
+            the key aside, which is the same for every number of units. The dataset is the chain's last unit.
         fields: the config fields that this phase's result depends on; None means all. Others may change without redoing it.
         resources: config -> what a worker takes.
     """
@@ -223,7 +224,7 @@ class Phase:
     name: str
     plan: Callable[[Job, Records], Iterable[Unit]]
     worker: Callable[[Job], Worker] | None = None
-    gang: Callable[[Job, list[Unit], list[str], list[UnitRecord]], None] | None = None
+    gang: Callable[[Job, list[Unit], list[str], str], None] | None = None
     fields: frozenset[str] | None = None
     resources: Callable[[Any], Resources] = lambda config: Resources()
 

@@ -125,6 +125,11 @@ def keyed_units(stage: type[Stage], phase: Phase, job: Job, planned: Planned, ea
     return units, [unit.shared or key_of(unit) for unit in units]
 
 
+def aside_key(stage: type[Stage], phase: Phase, job: Job, planned: Planned) -> str:
+    """Key of what a chain leaves that is stopped between two units."""
+    return unit_keys(stage, phase, job, planned.generation)(Unit("aside", ()))
+
+
 @dataclass(frozen=True)
 class PhaseState:
     """How far a phase of a node is: how many units it has, how many are done, and the keys of those that are there."""
@@ -147,7 +152,8 @@ def phase_states(planned: Planned, store: Store, stage: type[Stage]) -> Iterator
         found = job.units_done(keys)
         # Of a chain the last unit that is there counts: the ones before may have given way to it.
         done = max((n for n, key in enumerate(keys, 1) if key in found), default=0) if phase.gang else len(found)
-        yield PhaseState(phase.name, len(keys), done, frozenset(found))
+        aside = job.units_done([aside_key(stage, phase, job, planned)]) if phase.gang else {}
+        yield PhaseState(phase.name, len(keys), done, frozenset(found | aside))
         if done < len(keys):
             return
         records[phase.name] = [found[key] for key in (keys[-1:] if phase.gang else keys)]
@@ -162,7 +168,7 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
     progress = Progress(job.node, phase.name, len(units), len(found))
     if phase.gang is not None:
         if keys[-1] not in found:
-            phase.gang(job, units, keys, [found[key] for key in keys if key in found])
+            phase.gang(job, units, keys, aside_key(stage, phase, job, planned))
             found = job.units_done(keys)
         # A chain is its last unit: the ones before are steps on the way, and may have given way to it.
         units, keys = units[-1:], keys[-1:]

@@ -1,7 +1,8 @@
 """train: a stage of the U-ViT's training (arXiv 2303.06555, section 6.1), as a chain of checkpoints on a gang of workers.
 
 A unit is a checkpoint. Its key leaves out the last step, so a longer run goes on from the greatest checkpoint of a shorter one,
-and a run that died goes on from its own. The dataset is the checkpoint at `steps`.
+and a run that died goes on from its own. A run that is asked to stop leaves one more, aside from the units, of the step that it
+has reached. The dataset is the checkpoint at `steps`.
 """
 
 from __future__ import annotations
@@ -49,13 +50,11 @@ class Publisher:
 
     job: Job
     keys: dict[int, str]
+    aside: str
     started: float
 
     def __call__(self, folder: str, step: int, metrics: dict[str, Any]) -> None:
-        key = self.keys.get(step)
-        if key is None:
-            # Stopped between two checkpoints: the step is no unit, so what it holds past the last one is done again.
-            return
+        key = self.keys.get(step, self.aside)
         state = json.loads(Path(folder, "trainer.json").read_text(encoding="utf-8"))
         rows = sum(d.manifest.stats.rows_out for name, d in self.job.inputs.items() if name.startswith("data."))
         with scratch_output(self.job.store) as out:
@@ -64,11 +63,16 @@ class Publisher:
             out.stats.rows_in, out.stats.rows_out = rows, state["rows"]
             out.stats.drop("validation_or_where" if self.job.config.data.where else "validation", rows - state["rows"])
             out.notes |= {"step": step, "metrics": metrics}
+            if step not in self.keys:
+                self.job.store.remove(self.job.unit_folder(self.aside))
             out.publish(self.job, key, f"step-{step:08d}", time.time() - self.started)
-        self.give_way(step)
+        if step in self.keys:
+            self.give_way(step)
 
     def give_way(self, step: int) -> None:
-        """Remove the checkpoint before this one unless `keep_every` keeps it: a year of checkpoints would fill any disk."""
+        """Remove the checkpoint before this one unless `keep_every` keeps it, and what the last stop left: a year of
+        checkpoints would fill any disk."""
+        self.job.store.remove(self.job.unit_folder(self.aside))
         keep = self.job.config.keep_every
         earlier = [s for s in self.keys if s < step]
         if keep is None or not earlier or max(earlier) % keep == 0:
@@ -82,14 +86,19 @@ class Newest:
 
     job: Job
     keys: dict[int, str]
+    aside: str
     folder: str
 
     def __call__(self) -> str | None:
-        for step in sorted(self.keys, reverse=True):
-            record = self.job.unit_done(self.keys[step])
-            if record is not None:
-                return str(fetch_files(self.job.store, record.files, Path(self.folder, f"resume-{step}")))
-        return None
+        done = (self.job.unit_done(self.keys[step]) for step in sorted(self.keys, reverse=True))
+        newest = next((record for record in done if record is not None), None)
+        aside = self.job.unit_done(self.aside)
+        # The recipe may ask for fewer steps now than when it was stopped.
+        if aside is not None and (newest.notes["step"] if newest else -1) < aside.notes["step"] < max(self.keys):
+            newest = aside
+        if newest is None:
+            return None
+        return str(fetch_files(self.job.store, newest.files, Path(self.folder, f"resume-{newest.notes['step']}")))
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Initial:
         return str(self.job.inputs["init"].fetch(Path(self.folder, "init")))
 
 
-def train_chain(job: Job, units: list[Unit], keys: list[str], done: list[UnitRecord]) -> None:
+def train_chain(job: Job, units: list[Unit], keys: list[str], aside: str) -> None:
     """Train from the newest checkpoint to the last step.
 
     Raises:
@@ -136,8 +145,8 @@ def train_chain(job: Job, units: list[Unit], keys: list[str], done: list[UnitRec
             config=job.config,
             shards=tuple(shards),
             work_folder=folder,
-            publish=Publisher(job, by_step, time.time()),
-            resume=Newest(job, by_step, folder),
+            publish=Publisher(job, by_step, aside, time.time()),
+            resume=Newest(job, by_step, aside, folder),
             init_from=Initial(job, folder) if "init" in job.inputs else None,
             init_optimizer=job.config.init_optimizer,
         )

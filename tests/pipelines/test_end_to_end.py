@@ -9,11 +9,13 @@ import re
 import shlex
 import shutil
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +32,8 @@ from pipelines.checkpoints import Named, opened
 from pipelines.command import app
 from stages.graph import Planned, plan
 from stages.recipe import Recipe, load_recipe
+from stages.runner import aside_key, make_job
+from stages.train import Train
 from tests.pipelines.conftest import start, survivors
 
 NODES = [
@@ -267,19 +271,64 @@ def test_the_example_in_a_commands_help_does_what_it_says(world: World, command:
         assert (tmp_path / "my-pipeline" / "model_index.json").is_file()
     if command == "up":
         check_page_of_training(world)
+    if command == "deploy":
+        check_that_a_cancelled_training_goes_on_from_its_step(world)
+
+
+def api(world: World, method: str, path: str, body: Any = None) -> Any:
+    server = recorded("prefect", Path(world.store.root, ".state"))
+    assert server is not None
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{server.address}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.loads(reply.read() or b"null")
 
 
 def check_page_of_training(world: World) -> None:
     """The first training's page was left in the Prefect UI, with its losses to the end and the sheet of its first checkpoint."""
-    server = recorded("prefect", Path(world.store.root, ".state"))
-    assert server is not None
-    body = json.dumps({"artifacts": {"key": {"any_": ["small-train-256-training"]}}}).encode()
-    request = urllib.request.Request(f"{server.address}/api/artifacts/filter", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        (artifact,) = json.load(reply)
+    (artifact,) = api(world, "POST", "artifacts/filter", {"artifacts": {"key": {"any_": ["small-train-256-training"]}}})
     assert "Step 6: validation loss " in artifact["data"] and "## Samples at step 3" in artifact["data"]
     curve, sheet = (base64.b64decode(data) for data in re.findall(r"data:image/\w+;base64,([^)]+)", artifact["data"]))
     assert min(Image.open(io.BytesIO(curve)).size) > 300 and Image.open(io.BytesIO(sheet)).size == (210, 1100)
+
+
+def check_that_a_cancelled_training_goes_on_from_its_step(world: World) -> None:
+    """Cancel in the UI leaves a checkpoint of the step that was reached, though the recipe's first is far away."""
+
+    def begin(**config: Any) -> str:
+        deployment = api(world, "GET", "deployments/name/node/small-train-256")["id"]
+        return str(api(world, "POST", f"deployments/{deployment}/create_flow_run", {"parameters": {"config": config}})["id"])
+
+    def lines(run: str) -> str:
+        found = api(world, "POST", "logs/filter", {"logs": {"flow_run_id": {"any_": [run]}}})
+        return "\n".join(line["message"] for line in found)
+
+    def wait(question: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 300
+        while not (answer := question()):
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.3)
+        return answer
+
+    def state(run: str) -> Any:
+        return api(world, "GET", f"flow_runs/{run}")["state"]
+
+    far = {"steps": 50_000, "checkpoint_every": 50_000}
+    run = begin(**far)
+    # It validates every third step.
+    wait(lambda: "step 9 validation loss" in lines(run))
+    api(world, "POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    wait(lambda: state(run)["type"] == "CANCELLED")
+    planned = world.planned(*(f"train.256.{name}={value}" for name, value in far.items()))["train-256"]
+    job = make_job(planned, world.store)
+    left = job.unit_done(aside_key(Train, Train.phases[0], job, planned))
+    assert left is not None and left.notes["step"] >= 9 and "model.safetensors" in {file.name for file in left.files}
+    again = begin(steps=left.notes["step"] + 3, checkpoint_every=50_000)
+    wait(lambda: state(again)["type"] in ("COMPLETED", "FAILED"))
+    assert state(again)["type"] == "COMPLETED", state(again)
+    validated = {int(step) for step in re.findall(r"step (\d+) validation loss", lines(again))}
+    assert validated and min(validated) > left.notes["step"], "it began anew"
+    assert job.unit_done(left.key) is None, "the checkpoint of the end takes its place"
 
 
 def test_an_appended_metadata_file_does_only_its_own_work(world: World) -> None:

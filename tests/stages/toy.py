@@ -73,8 +73,9 @@ class CountConfig(StageConfig):
     die_at: int = operational(0, "step at which the gang dies, once")
 
 
-def _count(job, units, keys, done):
+def _count(job, units, keys, aside):
     """Each unit holds one more than the one before it; starts from the last that is done."""
+    done = list(job.units_done(keys).values())
     value = done[-1].notes["value"] if done else 0
     for unit, key in list(zip(units, keys, strict=True))[len(done) :]:
         value += 1
