@@ -28,12 +28,13 @@ test: setup
 	$(MAKE) --no-print-directory --jobs 2 lint test-runs test-parts
 
 test-runs: setup
-	$(PY) -m pytest tests/pipelines
+	$(PY) -m pytest tests/pipelines --ignore tests/pipelines/test_deploy.py
 
 test-parts: setup
 	$(PY) -m pytest --ignore tests/pipelines
+	$(PY) -m pytest tests/pipelines/test_deploy.py
 
-# Schedules, leases, crashes and cancellations of real deployments, which are mostly waiting; benchmarks at tiny sizes.
+# Deployments whose processes are killed, which is mostly waiting; a forced run; benchmarks at tiny sizes.
 test-slow: setup
 	$(PY) -m pytest -m slow
 

@@ -1,8 +1,12 @@
-"""A recipe that real Ray and Prefect run in seconds: two selects on Parquet files of our own, one of which must fail."""
+"""A recipe that real Ray and Prefect run in seconds: two selects on Parquet files of our own, one of which must fail; a browser.
+
+Set SCREENSHOTS to a folder to renew the pictures of the documentation there.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow as pa
@@ -19,6 +24,8 @@ import pytest
 from infra.processes import MARK
 
 ROWS = 60
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 90_000  # milliseconds
 
 
 def write_metadata(path: Path, first: int = 0) -> None:
@@ -130,3 +137,23 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
         while (left := survivors(store)) and time.monotonic() < deadline:
             for process in left:
                 process.kill()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    """A page of a browser; only where `CHROMIUM` is one."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page.set_default_timeout(PATIENCE)
+        yield page
+        browser.close()
+
+
+def picture(page: Any, name: str, height: int = 1000) -> None:
+    """Renew a picture of the documentation, if asked to; `height` leaves out what is below."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(2000)
+        page.screenshot(path=Path(folder, f"{name}.png"), clip={"x": 0, "y": 0, "width": 1400, "height": height})

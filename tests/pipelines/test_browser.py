@@ -1,14 +1,9 @@
-"""What a person does in the Prefect UI, in a real browser on a real server: start, watch, retry, copy, cancel, follow lineage.
-
-Set SCREENSHOTS to a folder to renew the pictures of the documentation there.
-"""
+"""What a person does in the Prefect UI, in a real browser on a real server: start, watch, retry, copy, cancel, follow lineage."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -28,9 +23,8 @@ from infra.ray_jobs import RayJobs
 from infra.store import Store
 from stages.graph import plan
 from stages.recipe import load_recipe
-from tests.pipelines.conftest import start, survivors
+from tests.pipelines.conftest import CHROMIUM, PATIENCE, picture, start, survivors
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 RECIPE = """
@@ -41,7 +35,6 @@ subsets:
     select: {metadata: [web/metadata/*.parquet], min_side: 128}
     download: {timeout: 60, retries: 0}
 """
-PATIENCE = 90_000  # milliseconds
 
 
 @dataclass
@@ -118,25 +111,6 @@ def world(web: Web) -> Iterator[World]:
         start("down", "--store", store).finish()
         for process in survivors(store):
             process.kill()
-
-
-@pytest.fixture(scope="module")
-def page(world: World) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(PATIENCE)
-        yield page
-        browser.close()
-
-
-def picture(page: Any, name: str, height: int = 1000) -> None:
-    """Renew a picture of the documentation, if asked to; `height` leaves out what is below."""
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.wait_for_timeout(2000)
-        page.screenshot(path=Path(folder, f"{name}.png"), clip={"x": 0, "y": 0, "width": 1400, "height": height})
 
 
 def run_of(page: Any) -> str:
@@ -244,7 +218,6 @@ def test_the_runs_page_shows_the_graph_of_its_datasets(page: Any, world: World, 
     page.goto(f"{world.address}/v2/artifacts/key/pictures-lineage")
     page.locator("main a[href*='/artifacts/artifact/']").first.click()
     page.locator("main svg").get_by_text("little-download").first.wait_for()
-    picture(page, "prefect-lineage", height=720)
 
 
 def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: Any, world: World, failed: str, web: Web) -> None:
@@ -262,7 +235,6 @@ def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: An
     # It is watched while it runs: the graph, which is drawn on a canvas, and the list of the same tasks.
     page.get_by_text("Running", exact=True).first.wait_for()
     page.locator("main canvas").first.wait_for()
-    picture(page, "prefect-run", height=720)
     page.get_by_role("tab", name="Task Runs").click()
     page.get_by_role("link", name="little-download").first.wait_for()
     assert world.dataset("little-download", changed) is None

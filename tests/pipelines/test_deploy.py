@@ -31,8 +31,6 @@ from stages.graph import plan
 from stages.recipe import load_recipe
 from tests.pipelines.conftest import start, survivors, write_metadata
 
-pytestmark = pytest.mark.slow
-
 TINY = """
 name: tiny
 subsets:

@@ -34,7 +34,7 @@ from stages.graph import Planned, plan
 from stages.recipe import Recipe, load_recipe
 from stages.runner import aside_key, make_job
 from stages.train import Train
-from tests.pipelines.conftest import start, survivors
+from tests.pipelines.conftest import CHROMIUM, picture, start, survivors
 
 NODES = [
     "little-select", "little-download", "little-filter", "text-codec", "little-encode", "large-filter", "large-encode",
@@ -263,7 +263,9 @@ def test_every_command_has_an_example(world: World) -> None:
 
 
 @pytest.mark.parametrize("command", SAID)
-def test_the_example_in_a_commands_help_does_what_it_says(world: World, command: str, tmp_path: Path) -> None:
+def test_the_example_in_a_commands_help_does_what_it_says(
+    world: World, command: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     assert SAID[command] in run_example(world, command, tmp_path)
     if command == "sample":
         assert len(list((tmp_path / "out").glob("*.png"))) == 1
@@ -271,6 +273,8 @@ def test_the_example_in_a_commands_help_does_what_it_says(world: World, command:
         assert (tmp_path / "my-pipeline" / "model_index.json").is_file()
     if command == "up":
         check_page_of_training(world)
+        if CHROMIUM:
+            check_graphs(world, request.getfixturevalue("page"))
     if command == "deploy":
         check_that_a_cancelled_training_goes_on_from_its_step(world)
 
@@ -290,6 +294,23 @@ def check_page_of_training(world: World) -> None:
     assert "Step 6: validation loss " in artifact["data"] and "## Samples at step 3" in artifact["data"]
     curve, sheet = (base64.b64decode(data) for data in re.findall(r"data:image/\w+;base64,([^)]+)", artifact["data"]))
     assert min(Image.open(io.BytesIO(curve)).size) > 300 and Image.open(io.BytesIO(sheet)).size == (210, 1100)
+
+
+def check_graphs(world: World, page: Any) -> None:
+    """The first run's page has a graph of its nodes, which is drawn on a canvas, and its artifact one of its datasets."""
+    run, *_ = api(world, "POST", "flow_runs/filter", {"sort": "START_TIME_ASC"})
+    server = recorded("prefect", Path(world.store.root, ".state"))
+    assert server is not None
+    page.goto(f"{server.address}/v2/runs/flow-run/{run['id']}?tab=TaskRuns")
+    page.locator("main canvas").first.wait_for()
+    page.get_by_role("link", name="train-512").first.wait_for()
+    picture(page, "prefect-run", height=508)
+    page.goto(f"{server.address}/v2/artifacts/key/small-lineage")
+    # The oldest: that run's, in which everything was made.
+    page.locator("main a[href*='/artifacts/artifact/']").last.click()
+    for node in NODES:
+        page.locator("main svg").get_by_text(node).first.wait_for()
+    picture(page, "prefect-lineage")
 
 
 def check_that_a_cancelled_training_goes_on_from_its_step(world: World) -> None:
