@@ -151,6 +151,17 @@ def confirm(page: Any, answer: str) -> None:
     page.get_by_role("button", name=answer, exact=True).click()
 
 
+def open_page_of(page: Any, download: Dataset) -> Any:
+    """From the page of a run to the newest page of the download that it made or reused."""
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_role("link", name=re.compile(f"download {download.manifest.fingerprint}")).first.click()
+    page.wait_for_url(re.compile("/artifacts/key/pictures-little-download"))
+    main = page.locator("main")
+    main.locator("a[href*='/artifacts/artifact/']").first.click()
+    main.get_by_text(f"download/{download.manifest.fingerprint}").first.wait_for()
+    return main
+
+
 @pytest.fixture(scope="module")
 def failed(page: Any, world: World) -> str:
     """A run that was started through the form with one field changed, and failed since the web is down."""
@@ -197,13 +208,7 @@ def test_a_datasets_page_says_what_it_is_and_leads_to_the_run_that_made_its_inpu
     made, source = world.dataset("little-download", CHANGED), world.dataset("little-select", CHANGED)
     assert made is not None and source is not None
     page.goto(f"{world.address}/v2/runs/flow-run/{failed}")
-    page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_role("link", name=re.compile(f"download {made.manifest.fingerprint}")).first.click()
-    page.wait_for_url(re.compile("/artifacts/key/pictures-little-download"))
-    main = page.locator("main")
-    # Of the versions the newest.
-    main.locator("a[href*='/artifacts/artifact/']").first.click()
-    main.get_by_text(f"download/{made.manifest.fingerprint}").first.wait_for()
+    main = open_page_of(page, made)
     for text in (f"select/{source.manifest.fingerprint}", f"{made.manifest.stats.rows_in}", *made.manifest.stats.dropped):
         main.get_by_text(text).first.wait_for()
     main.get_by_role("link", name="little-select").click()
@@ -244,13 +249,7 @@ def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: An
     made = world.dataset("little-download", changed)
     assert made is not None and made.manifest.inputs["rows"].fingerprint == source.manifest.fingerprint
     # From the dataset of the copy to the run that made its input, which is the node's.
-    page.get_by_role("tab", name="Artifacts").click()
-    page.get_by_role("link", name=re.compile(f"download {made.manifest.fingerprint}")).first.click()
-    page.wait_for_url(re.compile("/artifacts/key/pictures-little-download"))
-    main = page.locator("main")
-    main.locator("a[href*='/artifacts/artifact/']").first.click()
-    main.get_by_text(f"download/{made.manifest.fingerprint}").first.wait_for()
-    main.get_by_role("link", name="this run").first.click()
+    open_page_of(page, made).get_by_role("link", name="this run").first.click()
     assert run_of(page) == alone
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from infra.dataset import find, verify
 from infra.store import Store
-from stages.contract import StageError, result_fields
-from stages.runner import run_stage
+from stages.contract import StageError, result_fields, scratch_output
+from stages.runner import aside_key, make_job, phase_states, run_stage
 from tests.stages.toy import Count, Squares, planned
 
 ROOT = Path(__file__).parent.parent.parent
@@ -151,3 +151,16 @@ def test_killed_on_ray_it_ends_with_the_same_files(tmp_path, number):
     run_stage(planned(Squares), Store(str(tmp_path / "whole")), Squares)
     assert stored(tmp_path / "store") == stored(tmp_path / "whole")
     assert committed(tmp_path / "store") == committed(tmp_path / "whole")
+
+
+def test_what_a_chain_leaves_aside_is_the_same_for_every_length_and_counts_as_what_a_run_would_reuse(tmp_path):
+    store, phase = Store(str(tmp_path)), Count.phases[0]
+    short, long = planned(Count, steps=3), planned(Count, "e" * 24, steps=5)
+    job = make_job(short, store)
+    key = aside_key(Count, phase, job, short)
+    assert key == aside_key(Count, phase, make_job(long, store), long)
+    with scratch_output(store) as out:
+        out.path("value.txt", rows=1).write_text("2.5\n")
+        out.publish(job, key, "aside", 0.0)
+    (state,) = phase_states(long, store, Count)
+    assert (state.done, state.total, state.keys) == (0, 5, {key})
