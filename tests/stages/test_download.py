@@ -15,6 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra.store import Store
+from stages.contract import StageError
 from stages.download import Download, DownloadConfig
 from stages.network import Guard, dial
 from tests.stages.hostile_files import FILES, JPEG
@@ -161,7 +162,7 @@ def test_full_disk_is_an_error_and_not_a_dead_link(store, web, select, make, in_
 
     rows = select(store, ["jpeg", "png"])
     monkeypatch.setattr("stages.engine.ShardSink.spool", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StageError, match="no space is left in"):
         make(Download, store, {"rows": rows}, hosts={HOST: web})
 
 
