@@ -28,11 +28,11 @@ test: setup
 	$(MAKE) --no-print-directory --jobs 2 lint test-runs test-parts
 
 test-runs: setup
-	$(PY) -m pytest tests/pipelines --ignore tests/pipelines/test_deploy.py
+	$(PY) -m pytest tests/pipelines --ignore tests/pipelines/test_chaos.py
 
 test-parts: setup
 	$(PY) -m pytest --ignore tests/pipelines
-	$(PY) -m pytest tests/pipelines/test_deploy.py
+	$(PY) -m pytest tests/pipelines/test_chaos.py
 
 # Deployments whose processes are killed, which is mostly waiting; a forced run; benchmarks at tiny sizes.
 test-slow: setup

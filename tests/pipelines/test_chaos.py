@@ -17,7 +17,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
         yield found
 
 
-@pytest.mark.parametrize(("name", "seed"), [("data", 3), pytest.param("deployed", 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "seed"), [("data", 3), ("deployed", 0)])
 def test_what_was_killed_five_times_ends_like_what_was_not(tmp_path: Path, calm: Undisturbed, name: str, seed: int) -> None:
     scene = replace(SCENES[name], recipe=RECIPE, latest=8.0)
     rows = list(trial(scene, calm, tmp_path, kills=5, seed=seed))
