@@ -130,16 +130,16 @@ def silence() -> None:
     warnings.simplefilter("ignore")
 
 
-def load_ours(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> UniDiffuser:
-    """This project's side of the pair."""
+def load_ours(folder: Path, device: torch.device) -> UniDiffuser:
+    """This project's side of the pair, in fp32."""
     silence()
-    return UniDiffuser.load(folder / "ours", device, dtype)
+    return UniDiffuser.load(folder / "ours", device)
 
 
-def load_peer(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:  # parts are declared at run time
-    """diffusers' side of the pair."""
+def load_peer(folder: Path, device: torch.device) -> Any:  # a pipeline declares its parts at run time
+    """diffusers' side of the pair, in fp32."""
     silence()
-    pipeline = UniDiffuserPipeline.from_pretrained(folder / "diffusers", torch_dtype=dtype).to(device)
+    pipeline = UniDiffuserPipeline.from_pretrained(folder / "diffusers").to(device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
