@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from unidiffuser import linear
 
 aten = torch.ops.aten
 
@@ -111,8 +116,19 @@ _PRODUCTS: dict[Any, Callable[..., list[Product]]] = {
 }
 
 
-def replay(products: list[Product], dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
-    """What runs ``products`` one after the other on random numbers; products of one shape share their memory."""
+@contextmanager
+def recorded() -> Iterator[Products]:
+    """Records what runs inside, with all linear layers as torch's own products."""
+    with patch.object(linear, "ONEDNN", False), Products() as recorder:
+        yield recorder
+
+
+def replay(products: list[Product], dtype: torch.dtype, device: torch.device, onednn: bool = False) -> Callable[[], None]:
+    """What runs ``products`` one after the other on random numbers; products of one shape share their memory.
+
+    Args:
+        onednn: run those of two matrices as ``unidiffuser.linear`` does where that is faster, not as ``torch.matmul`` does.
+    """
 
     def matrix(batch: int, rows: int, columns: int, transposed: bool) -> Tensor:
         shape = (batch, columns, rows) if transposed else (batch, rows, columns)
@@ -123,11 +139,13 @@ def replay(products: list[Product], dtype: torch.dtype, device: torch.device) ->
     for product in set(products):
         a = matrix(product.batch, product.m, product.k, product.a_transposed)
         b = matrix(product.batch, product.k, product.n, product.b_transposed)
-        calls[product] = (a, b, torch.empty_like(a @ b))
+        if onednn and product.batch == 1:
+            calls[product] = partial(linear.onednn_linear, a, b.mT, None)
+        else:
+            calls[product] = partial(torch.matmul, a, b, out=torch.empty_like(a @ b))
 
     def run() -> None:
         for product in products:
-            a, b, out = calls[product]
-            torch.matmul(a, b, out=out)
+            calls[product]()
 
     return run

@@ -25,7 +25,7 @@ import typer
 from PIL import Image
 
 from benchmarks.frame import Result, choose_device, interleaved, machine, peak_in_child, progress, synchronise, timed
-from benchmarks.matmuls import Product, Products, replay
+from benchmarks.matmuls import Product, recorded, replay
 from benchmarks.pair import Sizes, build, differences, load_ours, load_peer
 
 TASKS = ("t2i", "i2t")
@@ -73,15 +73,17 @@ class Work:
 
     def products(self, task: str) -> list[Product]:
         """The matrix products of one call of the network in this task."""
-        recorder, forward = Products(), self.network.forward
+        forward, found = self.network.forward, []
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            with recorder:
-                return forward(*args, **kwargs)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            with recorded() as recorder:
+                result = forward(*args, **kwargs)
+            found.extend(recorder.found)
+            return result
 
-        with patch.object(self.network, "forward", recorded):
+        with patch.object(self.network, "forward", watched):
             self.eagerly(task, 1)
-        return recorder.found
+        return found
 
     def eagerly(self, task: str, steps: int | None = None) -> list:
         """The same, with the network not compiled even if it can be."""

@@ -2,7 +2,8 @@
 
 The step is the training loop's: joint objective, backward pass and AdamW in a DeepSpeed engine, compiled. Its peer runs the
 matrix products that the step contains, and nothing else. Width and tokens are the paper's at 256 px; depth and batch fit a
-laptop, and hardly move the ratio (every block is alike; a larger batch makes the optimizer's share smaller).
+laptop, and hardly move the ratio (every block is alike; a larger batch makes the optimizer's share smaller). Where the step
+goes by oneDNN, since torch's own products are slow there (see ``unidiffuser.linear``), the products run by oneDNN too.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.frame import Result, choose_device, interleaved, machine, peak_in_child, progress, timed
-from benchmarks.matmuls import Product, Products, replay
+from benchmarks.matmuls import Product, recorded, replay
 from training.config import ModelConfig, TrainConfig
 from training.engine import compiled, initialise_engine, resolve_precision
 from training.loop import uvit_config
+from unidiffuser import linear
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 from unidiffuser.objective import JointObjective
 from unidiffuser.schedule import NoiseSchedule
@@ -66,8 +68,7 @@ class Step:
         Raises:
             RuntimeError: they are not what ``torch.utils.flop_counter`` counts.
         """
-        recorder = Products()
-        with FlopCounterMode(display=False) as counter, recorder:
+        with recorded() as recorder, FlopCounterMode(display=False) as counter:
             self.loss(self.model).backward()
         self.model.zero_grad(set_to_none=True)
         if sum(product.flop for product in recorder.found) != counter.get_total_flops():
@@ -124,7 +125,10 @@ def main(
     plain = replay(products, torch.bfloat16 if precision == "bf16" else torch.float32, place)
     first = timed(step.start().run, place)
     plain()
-    seconds = interleaved({"step": step.run, "products": plain}, rounds, place)
+    runs = {"step": step.run, "products": plain}
+    if linear.ONEDNN and place.type == "cpu" and precision == "fp32":
+        runs["onednn"] = replay(products, torch.float32, place, onednn=True)
+    seconds = interleaved(runs, rounds, place)
     typical = {name: median(values) for name, values in seconds.items()}
     phases = step.phases()
     figures = {
@@ -133,8 +137,11 @@ def main(
         "products_gflops": round(flop / typical["products"] / 1e9),
         "first_step_s": round(first, 1),
     }
+    if "onednn" in runs:
+        figures["onednn_gflops"] = round(flop / typical["onednn"] / 1e9)
+        figures["onednn_ratio"] = round(typical["onednn"] / typical["step"], 3)
     if memory:
-        del step, plain
+        del step, plain, runs
         for name, checkpointing in (("memory_mib", False), ("checkpointed_mib", True)):
             figures[name] = round(peak_in_child(warm_step, config(checkpointing), modalities, place))
             progress(f"{name} {figures[name]}")

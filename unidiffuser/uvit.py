@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from unidiffuser.linear import Linear
 from unidiffuser.modalities import (
     Modality,
     Part,
@@ -82,8 +83,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -98,8 +99,8 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -114,7 +115,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, skip: bool) -> None:
         super().__init__()
-        self.skip_linear = nn.Linear(2 * width, width) if skip else None
+        self.skip_linear = Linear(2 * width, width) if skip else None
         self.norm1 = nn.LayerNorm(width) if skip else None
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
@@ -131,7 +132,7 @@ class Block(nn.Module):
 def _input_layer(part: Part, width: int) -> nn.Module:
     if part.is_grid:
         return nn.Conv2d(part.shape[0], width, kernel_size=part.patch, stride=part.patch)
-    return nn.Linear(part.token_width, width)
+    return Linear(part.token_width, width)
 
 
 class UViT(nn.Module):
@@ -155,7 +156,7 @@ class UViT(nn.Module):
         self.mid_block = block(skip=False)
         self.out_blocks = nn.ModuleList(block(skip=True) for _ in range(half))
         self.norm = nn.LayerNorm(width)
-        self.outputs = nn.ModuleDict({part.name: nn.Linear(width, part.token_width) for part in self.parts})
+        self.outputs = nn.ModuleDict({part.name: Linear(width, part.token_width) for part in self.parts})
         self._initialise()
 
     def _initialise(self) -> None:
