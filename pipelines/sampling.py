@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -273,4 +274,6 @@ def _draws(request: Request) -> int:
     """How many times a task goes through its steps; a Gibbs chain has 4 rounds of 2, and a joint start if it has no input."""
     if request.task == "gibbs":
         return 8 if request.prompts or request.images else 9
-    return {"i2t2i": 2, "t2i2t": 2, "interpolate": 3}.get(request.task, 1)
+    if request.task == "interpolate":  # both ends are described and encoded, then the frames are drawn
+        return 2 * ceil(2 / request.batch) + ceil(request.count / request.batch)
+    return {"i2t2i": 2, "t2i2t": 2}.get(request.task, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from infra.store import Store
+from pipelines import sampling
 from tests.pipelines.test_plain import run_main
 from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
@@ -78,6 +80,21 @@ def test_captions_need_no_folder_and_json_is_for_scripts(export, tmp_path, say):
     code, printed, _ = say("sample", export, "--task", "interpolate", *images, *FEW, "--count", 3, "--out", tmp_path / "way")
     assert code == 0 and len(rows_of(tmp_path / "way")) == 3
     assert all(row["file"] in printed for row in rows_of(tmp_path / "way"))
+
+
+@pytest.mark.parametrize("task, count, batch", [("joint", 2, 2), ("i2t2i", 1, 2), ("gibbs", 1, 1), ("interpolate", 5, 2)])
+def test_progress_moves_with_every_call_of_the_network(export, task, count, batch, tmp_path, say, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(sampling, "PLAIN_EVERY", 0.0)
+    inputs = {"i2t2i": 1, "interpolate": 2}.get(task, 0)
+    for number in range(inputs):
+        noise_image(number).save(tmp_path / f"{number}.png")
+    images = [word for number in range(inputs) for word in ("--image", tmp_path / f"{number}.png")]
+    code, printed, said = say(
+        "sample", export, "--task", task, *images, *FEW, "--count", count, "--batch", batch, "--out", tmp_path / "out"
+    )
+    assert code == 0, said
+    shares = [int(share) for share in re.findall(r"(\d+)% drawn", printed + said)]
+    assert shares[-2:] == [100, 100] and shares[:-1] == sorted(set(shares))
 
 
 def test_settings_reach_the_sampler(export, tmp_path, say):  # noqa: F811
