@@ -57,7 +57,7 @@ def train(
         watch: called after every step, with the number of steps done and the average so far.
     """
     groups = groups or [{"params": list(model.parameters()), "scale": 1.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
     average, first = Averaged(model), 0
     if state_file.exists():
         state = torch.load(state_file, map_location=next(model.parameters()).device, weights_only=True)
