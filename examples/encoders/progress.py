@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: 
 class Averaged:
     """An exponential moving average of a model's parameters, short at the start so that early weights are usable."""
 
-    def __init__(self, model: nn.Module, decay: float = 0.998) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
 
@@ -38,51 +38,62 @@ class Averaged:
                 self.values[name].copy_(value)
 
 
+def adamw(parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.AdamW:
+    """AdamW over parameters or groups of them, with the settings that all of the examples share."""
+    return torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
+
+
 def train(
     state_file: Path,
     model: nn.Module,
     loss_at: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
     steps: int,
     peak: float,
-    groups: list[dict[str, Any]] | None = None,
+    optimizers: Sequence[torch.optim.Optimizer] | None = None,
+    decay: float = 0.998,
     watch: Callable[[int, Averaged], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Train to `steps` with AdamW, resuming from `state_file`, and return the averaged weights: at once, if it is that far.
+    """Train to `steps`, resuming from `state_file`, and return the averaged weights: at once, if it is that far.
 
     Args:
         state_file: written every minute, first under another name, then renamed.
         loss_at: the loss of one step and figures to print. Its data must depend on the step alone, so that a resumed run
             sees what an uninterrupted one would have.
-        groups: AdamW's parameter groups, each with the `scale` of its learning rate.
+        optimizers: between them they have all parameters; a group may have a `scale` of its learning rate. `adamw` if None.
+        decay: of the average of the weights.
         watch: called after every step, with the number of steps done and the average so far.
     """
-    groups = groups or [{"params": list(model.parameters()), "scale": 1.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
-    average, first = Averaged(model), 0
+    optimizers = optimizers or [adamw(model.parameters())]
+    average, first = Averaged(model, decay), 0
     if state_file.exists():
         state = torch.load(state_file, map_location=next(model.parameters()).device, weights_only=True)
+        if "optimizers" not in state:
+            raise SystemExit(f"{state_file} is of an older version: delete it to train anew")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(values)
         average.values, first = state["average"], state["step"]
         print(f"{state_file.stem}: going on from step {first}", flush=True)
 
     def save(step: int) -> None:
         state_file.parent.mkdir(parents=True, exist_ok=True)
         partial = state_file.with_suffix(".partial")
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average.values, "step": step}
-        torch.save(state, partial)
+        state = {"model": model.state_dict(), "average": average.values, "step": step}
+        torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}, partial)
         partial.replace(state_file)
 
     shown = saved = time.monotonic()
     since = first
     for step in range(first, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, steps, peak)
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group.get("scale", 1.0) * learning_rate(step, steps, peak)
+        model.zero_grad(set_to_none=True)
         loss, figures = loss_at(step)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average.update(model, step)
         if watch is not None:
             watch(step + 1, average)

@@ -46,12 +46,7 @@ def to_values(pictures: np.ndarray) -> Tensor:
 
 
 class Autoencoder(nn.Module):
-    """Encoder, decoder, and the mean and scale that centre the latents of the world's pictures.
-
-    The latents that the U-ViT sees have a deviation of `LATENT_DEVIATION`, below one on purpose. At the last timestep the data
-    still shines through with sqrt(alpha_bar) = 0.068, while samples start from pure noise; with larger latents all
-    numbers of a picture together still tell what it was, and a network that learned to rely on it draws the marginals wrong.
-    """
+    """Encoder, decoder, and the mean and scale that centre the latents of the world's pictures at `LATENT_DEVIATION`."""
 
     mean: Tensor
     scale: Tensor

@@ -1,4 +1,4 @@
-"""What the network sees: the declared modalities, and the caption codec, which needs no training.
+"""What the network sees: the declared modalities, how they are noised, and the caption codec, which needs no training.
 
 A picture is a latent of `autoencoder.Autoencoder`, (8, 8, 8), in patches of 2: 16 tokens. A caption is 7 words, each a scaled
 unit vector, less the mean of all captions: (7, 21).
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from examples.shapes.autoencoder import CHANNELS, GRID
 from examples.shapes.world import PHRASINGS, all_captions, joint
 from unidiffuser.modalities import Modality, Part
+from unidiffuser.schedule import NoiseSchedule
 
 WORD_SCALE = 2.5
 PAD = ""
@@ -24,6 +25,11 @@ MODALITIES = (
     Modality(name="image", parts=(Part(name="latent", shape=(CHANNELS, GRID, GRID), patch=2, weight=1.0),)),
     Modality(name="text", parts=(Part(name="words", shape=(LENGTH, len(WORDS)), weight=1.0),)),
 )
+
+# Stable Diffusion's schedule leaves 7% of the data at its last timestep, at which all numbers of a picture together still tell
+# half a nat about its scene. A network that learned to lean on it looks for the scene in pure noise when it has no picture, and
+# never learns which words go together. This schedule leaves 0.3%, and spends fewer of its steps on nearly clean data.
+SCHEDULE = NoiseSchedule(beta_start=0.005, beta_end=0.02)
 
 
 def _unit_vectors(captions: list[str]) -> Tensor:

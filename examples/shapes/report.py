@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from examples.shapes.codec import LENGTH
+from examples.shapes.codec import LENGTH, SCHEDULE
 from examples.shapes.history import History
 from examples.shapes.measure import Artist
 from examples.shapes.sheets import curve, sheet
@@ -58,6 +58,7 @@ def figures(found: dict[str, Any], codec: History, network: History, artist: Art
         },
         "training": {
             "min_snr_gamma": MIN_SNR_GAMMA,
+            "last_signal": round(SCHEDULE.alpha_bar[-1].sqrt().item(), 4),
             "steps": network.rows[-1]["step"],
             "batch": BATCH,
             "minutes": round(network.minutes, 1),
@@ -119,11 +120,15 @@ read pictures and captions back; what they cannot read counts as wrong, and is a
 
 One U-ViT of {values["parameters"]:,} parameters learns all five distributions from scratch: {training["steps"]:,} steps of
 {training["batch"]} fresh pairs, {training["minutes"]} minutes, with the project's own model, sampler and objective (min-SNR
-weights, gamma {training["min_snr_gamma"]}). Before it, and frozen after, a small convolutional autoencoder is trained as picture
-codec ({codec["parameters"]:,} parameters, {codec["minutes"]} minutes), on crowds of forms that tell nothing of the world's
-distribution: 64 x 64 pixels become 16 image tokens. The caption codec, a scaled unit vector for each of {LENGTH} words, needs no
-training. Together {values["minutes"]} minutes by the clock (cores: {values["cores"]}, threads: {values["threads"]}), checks
-on the way included, and {values["core_minutes"]} minutes of processor time ({values["device"]}, torch {values["torch"]}).
+weights, gamma {training["min_snr_gamma"]}). The noise schedule leaves {training["last_signal"]:.1%} of the data at its end;
+scenes and timesteps come from a Sobol sequence, so that no stretch of steps has more than its share of any; Muon moves the
+matrices of the blocks, AdamW the rest.
+
+Before it, and frozen after, a small convolutional autoencoder is trained as picture codec ({codec["parameters"]:,} parameters,
+{codec["minutes"]} minutes), on crowds of forms that tell nothing of the world's distribution: 64 x 64 pixels become 16 image
+tokens. The caption codec, a scaled unit vector for each of {LENGTH} words, needs no training. Together {values["minutes"]}
+minutes by the clock (cores: {values["cores"]}, threads: {values["threads"]}), checks on the way included, and
+{values["core_minutes"]} minutes of processor time ({values["device"]}, torch {values["torch"]}).
 
 | figure | value | bar | met |
 |---|---|---|---|

@@ -16,7 +16,7 @@ from examples.shapes.codec import LENGTH, WORD_SCALE, WORDS, decode_captions, en
 from examples.shapes.history import History
 from examples.shapes.measure import accuracy, distribution, floor, total_variation, variations
 from examples.shapes.pictures import PALETTE, PAPER, SIDE, read_picture, render
-from examples.shapes.training import batch_at
+from examples.shapes.training import batch_at, evenly
 from examples.shapes.world import (
     COLOURS,
     PHRASINGS,
@@ -170,10 +170,40 @@ class Pixels(Autoencoder):
 
 
 def test_a_step_sees_the_same_pairs_whenever_it_is_done_and_they_belong_together() -> None:
-    first, again, other = batch_at(7, 32, Pixels()), batch_at(7, 32, Pixels()), batch_at(8, 32, Pixels())
+    (first, first_t), (again, again_t), (other, other_t) = (batch_at(step, 32, Pixels()) for step in (7, 7, 8))
     assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
+    assert all(torch.equal(first_t[name], again_t[name]) and not torch.equal(first_t[name], other_t[name]) for name in first_t)
     scenes = [read_picture(picture) for picture in Pixels().decode(first["latent"])]
     assert None not in scenes and scenes == [read_caption(text) for text in decode_captions(first["words"])]
+
+
+def test_every_stretch_of_steps_has_its_share_of_each_scene_at_each_pair_of_timesteps() -> None:
+    points = np.concatenate([evenly(step, 64) for step in range(100, 612)])
+    assert np.array_equal(evenly(611, 64), points[-64:]) and points.min() >= 0 and points.max() < 1
+    # Against random points: the numbers in each of 4^4 equal boxes of the cube vary by the square root of their mean.
+    boxes = np.histogramdd(points, bins=4, range=[(0, 1)] * 4)[0]
+    assert boxes.std() < 0.1 * boxes.mean() ** 0.5
+    timesteps = torch.cat([torch.stack(list(batch_at(step, 64, Pixels())[1].values())) for step in range(32)], dim=1)
+    assert timesteps.min() == 1 and timesteps.max() == 1000
+    assert abs(timesteps.double().mean(1) - 500.5).max() < 1 and abs(torch.corrcoef(timesteps.double())[0, 1]) < 0.01
+
+
+def test_each_parameter_is_moved_by_one_optimizer_and_the_matrices_of_the_blocks_by_muon(small) -> None:
+    model = training.build()
+    muon, rest = training.optimizers(model)
+    moved = [value for optimizer in (muon, rest) for group in optimizer.param_groups for value in group["params"]]
+    assert sorted(map(id, moved)) == sorted(map(id, model.parameters()))
+    by_muon = {id(value) for value in muon.param_groups[0]["params"]}
+    assert all(id(block.attn.qkv.weight) in by_muon for block in (*model.in_blocks, model.mid_block, *model.out_blocks))
+    assert not by_muon & {id(value) for module in (model.inputs, model.outputs) for value in module.parameters()}
+
+
+def test_the_state_of_an_older_version_is_refused(small, tmp_path) -> None:
+    training.fit(tmp_path, Autoencoder(), 1)
+    state = torch.load(tmp_path / "shapes.pt", weights_only=True)
+    torch.save({name: value for name, value in state.items() if name != "optimizers"}, tmp_path / "shapes.pt")
+    with pytest.raises(SystemExit, match=r"shapes.pt is of an older version: delete it to train anew"):
+        training.fit(tmp_path, Autoencoder(), 2)
 
 
 def test_the_codec_learns_and_its_latents_are_centred_at_their_scale(tmp_path) -> None:
