@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from examples.encoders.progress import adamw, train
+from examples.encoders.progress import adamw, late_fall, train
 from examples.little_web.compose import BACKGROUNDS, DRAWINGS, all_scenes, paint, render
 
 CHANNELS = (8, 8, 24, 48, 96, 128)
@@ -172,7 +172,9 @@ def fit(state: Path, folder: Path, steps: int = STEPS) -> None:
         loss, absolute, divergence = reconstruction_loss(model, x.contiguous(memory_format=torch.channels_last), noise)
         return loss, {"px": px, "l1": absolute.item(), "kl": divergence.item()}
 
-    values = train(state / "vae.pt", model, loss_at, steps, PEAK_LEARNING_RATE, [adamw(parameter_groups(model))])
+    values = train(
+        state / "vae.pt", model, loss_at, steps, late_fall(steps, PEAK_LEARNING_RATE), [adamw(parameter_groups(model))]
+    )
     write(values, folder)
 
 

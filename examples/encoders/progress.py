@@ -15,10 +15,9 @@ SHOW_EVERY_SECONDS = 15.0
 WEIGHT_DECAY = 0.01
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100, decay: float = 0.35) -> float:
-    """Warm up linearly, stay at the peak, and fall linearly to a fiftieth of it over the last `decay` of all steps."""
-    left = (steps - step) / max(1.0, decay * steps)
-    return peak * max(0.02, min(1.0, (step + 1) / warmup, left))
+def late_fall(steps: int, peak: float, warmup: int = 100, decay: float = 0.35) -> Callable[[int], float]:
+    """Learning rate of a step: up linearly, then `peak`, then linearly to a fiftieth of it over the last `decay` of all steps."""
+    return lambda step: peak * max(0.02, min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps)))
 
 
 class Averaged:
@@ -48,7 +47,7 @@ def train(
     model: nn.Module,
     loss_at: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
     steps: int,
-    peak: float,
+    rate: Callable[[int], float],
     optimizers: Sequence[torch.optim.Optimizer] | None = None,
     decay: float = 0.998,
     watch: Callable[[int, Averaged], None] | None = None,
@@ -59,6 +58,7 @@ def train(
         state_file: written every minute, first under another name, then renamed.
         loss_at: the loss of one step and figures to print. Its data must depend on the step alone, so that a resumed run
             sees what an uninterrupted one would have.
+        rate: the learning rate of a step.
         optimizers: between them they have all parameters; a group may have a `scale` of its learning rate. `adamw` if None.
         decay: of the average of the weights.
         watch: called after every step, with the number of steps done and the average so far.
@@ -87,7 +87,7 @@ def train(
     for step in range(first, steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group.get("scale", 1.0) * learning_rate(step, steps, peak)
+                group["lr"] = group.get("scale", 1.0) * rate(step)
         model.zero_grad(set_to_none=True)
         loss, figures = loss_at(step)
         loss.backward()
@@ -100,8 +100,8 @@ def train(
         now = time.monotonic()
         if now - shown >= SHOW_EVERY_SECONDS or step + 1 == steps:
             text = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
-            rate = (step + 1 - since) / (now - shown + 1e-9)
-            print(f"{state_file.stem}: {step + 1}/{steps} loss {loss.item():.4f} {text} {rate:.2f} steps/s", flush=True)
+            speed = (step + 1 - since) / (now - shown + 1e-9)
+            print(f"{state_file.stem}: {step + 1}/{steps} loss {loss.item():.4f} {text} {speed:.2f} steps/s", flush=True)
             shown, since = now, step + 1
         if now - saved >= SAVE_EVERY_SECONDS:
             save(step + 1)

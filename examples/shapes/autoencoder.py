@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from examples.encoders.progress import train
+from examples.encoders.progress import late_fall, train
 from examples.shapes.history import History
 from examples.shapes.pictures import (
     PALETTE,
@@ -123,7 +123,8 @@ def fit(state: Path, device: torch.device, steps: int) -> tuple[Autoencoder, His
         history.note(loss=loss.item(), **figures)
         return loss, figures
 
-    weights = train(state / "codec.pt", model, loss_at, steps, PEAK_LEARNING_RATE, watch=lambda step, _: history.row(step, steps))
+    rate = late_fall(steps, PEAK_LEARNING_RATE)
+    weights = train(state / "codec.pt", model, loss_at, steps, rate, watch=lambda step, _: history.row(step, steps))
     model.load_state_dict(weights)
     rng = np.random.default_rng(steps)
     model.centre(np.stack([render(scene, rng) for scene in draw(rng, SCALING_PICTURES)]))

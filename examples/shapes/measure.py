@@ -35,7 +35,7 @@ class Protocol:
     """
 
     conditional: int = 400
-    unconditional: int = 12000
+    unconditional: int = 20000
     steps: int = 50
     sampler: str = "dpm++2m-sde"
     guidance: float = 1.0
