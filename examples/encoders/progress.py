@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,17 @@ WEIGHT_DECAY = 0.01
 def late_fall(steps: int, peak: float, warmup: int = 100, decay: float = 0.35) -> Callable[[int], float]:
     """Learning rate of a step: up linearly, then `peak`, then linearly to a fiftieth of it over the last `decay` of all steps."""
     return lambda step: peak * max(0.02, min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, decay * steps)))
+
+
+def cosine_fall(steps: int, peak: float, warmup: int = 100) -> Callable[[int], float]:
+    """Learning rate of a step: up linearly to `peak`, then down along half a cosine to nothing at the last of all steps."""
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * (step + 1) / warmup
+        return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+    return rate
 
 
 class Averaged:

@@ -7,15 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from examples.encoders.progress import WEIGHT_DECAY, Averaged, adamw, train
+from examples.encoders.progress import WEIGHT_DECAY, Averaged, adamw, cosine_fall, train
 from examples.shapes.autoencoder import Autoencoder
 from examples.shapes.codec import MODALITIES, SCHEDULE, encode_captions
 from examples.shapes.history import History
 from examples.shapes.measure import Artist, Protocol, conditional
 from examples.shapes.pictures import render
 from examples.shapes.world import PHRASINGS, SCENES, caption, joint
-from training.config import ScheduleConfig
-from training.optimizer import learning_rate
 from unidiffuser.compiling import find_compiler
 from unidiffuser.objective import JointObjective
 from unidiffuser.uvit import UViT, UViTConfig
@@ -25,7 +23,6 @@ STEPS = 32000
 BATCH = 64
 # The losses stand still at a constant rate and fall with it, so it falls all the way.
 PEAK_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 100
 # Most of the unweighted loss is pixel noise at nearly clean timesteps; what a scene shows is decided at noisy ones.
 MIN_SNR_GAMMA = 0.5
 # About the last tenth of the training is averaged: what the network believes of the scenes wavers with what it saw last.
@@ -109,16 +106,7 @@ def fit(state: Path, codec: Autoencoder, steps: int) -> tuple[UViT, History]:
             for task, shares in found.items():
                 print(f"step {step} {task}:", " ".join(f"{name} {share:.2f}" for name, share in shares.items()), flush=True)
 
-    schedule = ScheduleConfig(warmup_steps=min(WARMUP_STEPS, steps - 1), decay="cosine", decay_steps=steps)
-    weights = train(
-        state / "shapes.pt",
-        model,
-        loss_at,
-        steps,
-        lambda step: learning_rate(step, PEAK_LEARNING_RATE, schedule),
-        optimizers(model),
-        AVERAGE_DECAY,
-        watch,
-    )
+    rate = cosine_fall(steps, PEAK_LEARNING_RATE)
+    weights = train(state / "shapes.pt", model, loss_at, steps, rate, optimizers(model), AVERAGE_DECAY, watch)
     averaged.load_state_dict(weights)
     return averaged.eval(), history

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples.encoders.progress import cosine_fall
 from examples.shapes import autoencoder, measure, training
 from examples.shapes.__main__ import main
 from examples.shapes.autoencoder import LATENT_DEVIATION, Autoencoder, crowded_pictures
@@ -30,6 +31,8 @@ from examples.shapes.world import (
     joint,
     read_caption,
 )
+from training.config import ScheduleConfig
+from training.optimizer import learning_rate
 
 RED_SQUARES = Scene("red", "square", "left", 2)
 
@@ -196,6 +199,13 @@ def test_each_parameter_is_moved_by_one_optimizer_and_the_matrices_of_the_blocks
     by_muon = {id(value) for value in muon.param_groups[0]["params"]}
     assert all(id(block.attn.qkv.weight) in by_muon for block in (*model.in_blocks, model.mid_block, *model.out_blocks))
     assert not by_muon & {id(value) for module in (model.inputs, model.outputs) for value in module.parameters()}
+
+
+def test_the_learning_rate_falls_as_the_trainer_lets_it() -> None:
+    schedule = ScheduleConfig(warmup_steps=100, decay="cosine", decay_steps=1000)
+    rate = cosine_fall(1000, peak=2.0, warmup=100)
+    for step in range(1000):
+        assert rate(step) == pytest.approx(learning_rate(step, 2.0, schedule), abs=1e-12)
 
 
 def test_the_state_of_an_older_version_is_refused(small, tmp_path) -> None:
