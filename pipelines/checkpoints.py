@@ -101,8 +101,10 @@ def opened(checkpoint: str, store: Store, named: Named, heads: int | None = None
 def convert(source: str, target: Path, to: Any, store: Store, named: Named, heads: int | None = None) -> None:
     """Write a checkpoint, or a lone U-ViT in any layout, as `target`; a training dataset becomes a whole set.
 
+    Prints with which --heads official files are to be converted back, if it takes that.
+
     Raises:
-        Misuse: see `opened`; or there is something at `target`.
+        Misuse: see `opened`; or there is something at `target`, or `heads` are given that the checkpoint tells itself.
         StageError: see `said_in_a_line`.
     """
     from unidiffuser import layouts
@@ -113,10 +115,12 @@ def convert(source: str, target: Path, to: Any, store: Store, named: Named, head
     path = Path(source)
     with said_in_a_line():
         if path.exists() and not (path / "manifest.json").is_file():
-            layouts.convert(path, target, to, heads, named.or_published)
+            untold = layouts.convert(path, target, to, heads, named.or_published)
         else:
             with opened(source, store, named) as folder:
-                layouts.convert(folder, target, to)
+                untold = layouts.convert(folder, target, to, heads)
+    if untold is not None:
+        print(f"official files do not tell the number of attention heads: give --heads {untold} to convert {target} back")
 
 
 def dataset_of(checkpoint: str, store: Store) -> Dataset:

@@ -229,6 +229,7 @@ def sample(
     sampler: Annotated[str, typer.Option("--sampler", help="dpm++2m, dpm++3m, unipc, ddim or dpm++2m-sde.")] = "dpm++2m",
     size: Annotated[int | None, typer.Option("--size", help="Pixels a side, if not those it was trained for.")] = None,
     beams: Annotated[int, typer.Option("--beams", min=1, help="Beams of the captions; 1 writes greedily.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of gibbs: each draws every modality once.")] = 4,
     interval: Annotated[
         tuple[int, int] | None, typer.Option("--guidance-interval", help="Guide only at timesteps from .. to.", metavar="FROM TO")
     ] = None,
@@ -251,7 +252,7 @@ def sample(
 
     request = sampling.Request(
         checkpoint, task, prompt or (), image or (), count, seed,
-        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams), batch, device, dtype, compile,
+        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds), batch, device, dtype, compile,
     )  # fmt: skip
     # Progress is no result: with --json it goes to stderr.
     view = Console(stderr=True) if as_json else console

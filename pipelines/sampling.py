@@ -37,6 +37,7 @@ class Settings:
     guidance_interval: tuple[int, int] | None = None
     size: int | None = None
     beams: int = 5
+    rounds: int = 4
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def results_table(rows: Sequence[dict[str, Any]]) -> Table:
 @contextmanager
 def _cuts_said(console: Console) -> Iterator[None]:
     """Say what is left of a prompt that was cut, once a prompt, as a line of its own."""
-    from unidiffuser.generation import PromptCut
+    from unidiffuser.codecs import PromptCut
 
     with warnings.catch_warnings():
         usual = warnings.showwarning
@@ -271,9 +272,9 @@ class _Bar:
 
 
 def _draws(request: Request) -> int:
-    """How many times a task goes through its steps; a Gibbs chain has 4 rounds of 2, and a joint start if it has no input."""
+    """How many times a task goes through its steps; a Gibbs chain has rounds of 2, and a joint start if it has no input."""
     if request.task == "gibbs":
-        return 8 if request.prompts or request.images else 9
+        return 2 * request.settings.rounds + (not request.prompts and not request.images)
     if request.task == "interpolate":  # both ends are described and encoded, then the frames are drawn
         return 2 * ceil(2 / request.batch) + ceil(request.count / request.batch)
     return {"i2t2i": 2, "t2i2t": 2}.get(request.task, 1)

@@ -97,8 +97,10 @@ class Model:
     def real_images(self, start: int, stop: int) -> list[Any]:
         from PIL import Image
 
+        from unidiffuser.images import to_rgb
+
         values = self.prompts.slice(start, stop - start)["image"].to_pylist()
-        return [Image.open(io.BytesIO(value)).convert("RGB") for value in values]
+        return [to_rgb(Image.open(io.BytesIO(value))) for value in values]
 
 
 class Draw(Model):
@@ -236,7 +238,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png and loss-curve.png; its rows are prompts."""
 
     name = "evaluate"
-    version = 2
+    version = 3
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (

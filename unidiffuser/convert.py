@@ -96,7 +96,10 @@ def from_official(
         raise WeightsError(f"not a published U-ViT: {', '.join(wrong)}: another number of axes, or an empty one")
     (width, channels, patch, _), (_, tokens, _), (_, clip), (_, text), (hidden, _) = shapes.values()
     if heads is None and width % 64 or width % (heads or 64):
-        raise WeightsError(f"a width of {width} is no multiple of {heads or 64}: give the number of attention heads (--heads)")
+        raise WeightsError(
+            f"a width of {width} is no multiple of {heads or 64}: give the number of attention heads, which no tensor shows, to "
+            "`unidiffuser convert SRC DST --to native --heads N`, and use what that writes"
+        )
     side = math.isqrt(max(tokens - 3 - text_tokens, 0))
     if side < 1 or side * side != tokens - 3 - text_tokens:
         raise WeightsError(

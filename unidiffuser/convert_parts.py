@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from unidiffuser.tensors import check_tensors, without_masks
+from unidiffuser.tensors import WeightsError, check_tensors, without_masks
 
 _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _CODEC = {"projection": "encode_prefix", "prefix": "decode_prefix", "gpt2": "gpt"}
@@ -65,10 +66,24 @@ def codec_from_official(state: Mapping[str, Tensor], like: Mapping[str, Tensor])
         like: those of a ``TextCodec`` of the same sizes; their values do not matter.
 
     Raises:
-        WeightsError: tensors are missing, extra or wrongly shaped.
+        WeightsError: tensors are missing, extra or wrongly shaped, or GPT-2's head is another than its embedding.
     """
     state = without_masks(state)
     prefix = "module." if any(name.startswith("module.") for name in state) else ""  # saved from a DataParallel model
-    expected = {f"{prefix}{name}": tensor for name, tensor in codec_to_official(like).items()}
-    check_tensors(expected, state, "caption decoder")
-    return {own: state[official] for own, official in zip(like, expected, strict=True)}
+    names = dict(zip(like, (f"{prefix}{name}" for name in codec_to_official(like)), strict=True))
+    return codec_renamed(state, names, like, "caption decoder")
+
+
+def codec_renamed(
+    state: Mapping[str, Tensor], names: Mapping[str, str], like: Mapping[str, Tensor], source: object
+) -> dict[str, Tensor]:
+    """Tensors of a ``TextCodec`` that have other ``names`` in a file, checked.
+
+    Raises:
+        WeightsError: see ``codec_from_official``.
+    """
+    check_tensors({theirs: like[own] for own, theirs in names.items()}, state, source)
+    embedding, head = names["gpt2.transformer.wte.weight"], names["gpt2.lm_head.weight"]
+    if not torch.equal(state[embedding], state[head]):
+        raise WeightsError(f"{source}: {head} differs from {embedding}, GPT-2 has one tensor for both; nothing was loaded")
+    return {own: state[theirs] for own, theirs in names.items()}

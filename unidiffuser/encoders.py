@@ -6,7 +6,7 @@ small embedded weights, a local folder or a public name (see `unidiffuser.refere
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from unidiffuser.references import local_folder
-from unidiffuser.tensors import WeightsError, check_loading
+from unidiffuser.tensors import WeightsError, load_checked, pretrained, read_settings, reading
 
 
 def sample_latent(moments: Tensor, scaling_factor: float, generator: torch.Generator | None = None) -> Tensor:
@@ -59,11 +59,7 @@ class ImageLatents:
         from diffusers import AutoencoderKL
 
         folder = local_folder(ref, "vae")
-        model, info = AutoencoderKL.from_pretrained(
-            str(folder or ref), torch_dtype=dtype, local_files_only=folder is not None, low_cpu_mem_usage=False,
-            ignore_mismatched_sizes=True, output_loading_info=True,
-        )  # fmt: skip
-        check_loading(model, info, folder or ref)
+        model = pretrained(AutoencoderKL, folder or ref, torch_dtype=dtype, low_cpu_mem_usage=False)
         latents = cls(model.to(device))
         if latents.model.device.type != "cpu":
             latents._lay_out()
@@ -117,13 +113,19 @@ def clip_settings(ref: str) -> dict[str, Any]:
     """open_clip's configuration of a model by reference, without its weights.
 
     Raises:
-        FileNotFoundError: a folder without the model. ValueError: a public name without weights. OSError: an unknown one.
+        FileNotFoundError: a folder without the model. WeightsError: its configuration is damaged.
+        ValueError: a public name without weights. OSError: an unknown one.
     """
     import open_clip
 
     folder = local_folder(ref, "clip")
     if folder is not None:
-        return json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+        file = folder / "open_clip_config.json"
+        settings = read_settings(file).get("model_cfg")
+        fields = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+        if not isinstance(settings, dict) or not all(isinstance(settings.get(name), kind) for name, kind in fields.items()):
+            raise WeightsError(f"{file}: expected a model_cfg with {', '.join(fields)}, as open_clip writes it")
+        return settings
     name, _, weights = ref.partition("/")
     if not weights:
         raise ValueError(f"clip {ref!r}: expected MODEL/WEIGHTS like 'ViT-B-32/openai', 'embedded' or a folder")
@@ -131,6 +133,34 @@ def clip_settings(ref: str) -> dict[str, Any]:
     if settings is None:
         raise OSError(f"clip {ref!r}: open_clip knows no model {name}")
     return settings | ({"quick_gelu": True} if weights == "openai" else {})
+
+
+def _model_of_folder(folder: Path) -> Any:
+    """The open_clip model of a folder, whose tensors are compared: open_clip stretches positions that do not fit."""
+    from open_clip import create_model, factory
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    def other(record: logging.LogRecord) -> bool:
+        return "No pretrained weights loaded" not in record.getMessage()  # not yet
+
+    logging.getLogger().addFilter(other)
+    try:
+        with reading(folder / "open_clip_config.json"):
+            model = create_model(
+                f"local-dir:{folder.resolve()}", load_weights=False, pretrained_text=False, force_custom_text=True
+            )
+        found = factory._find_checkpoint_in_dir(folder)
+    finally:
+        logging.getLogger().removeFilter(other)
+    if found is None:
+        raise FileNotFoundError(f"{folder}: no weights; expected open_clip_model.safetensors")
+    with reading(Path(found)):
+        state = convert_to_custom_text_state_dict(convert_state_dict(model, factory.load_state_dict(found)))
+        if (scale := state.get("logit_scale")) is not None and scale.numel() == 1:
+            state["logit_scale"] = scale.reshape(model.logit_scale.shape)  # older files have an axis for it
+    load_checked(model, state, found)
+    return model
 
 
 class ClipEncoder:
@@ -166,14 +196,18 @@ class ClipEncoder:
         import open_clip
 
         settings, folder = clip_settings(ref), local_folder(ref, "clip")
-        name, _, weights = ref.partition("/") if folder is None else (f"local-dir:{folder.resolve()}", "", None)
+        if folder is not None:
+            model = _model_of_folder(folder)
+            with reading(folder):
+                tokenizer = open_clip.get_tokenizer(f"local-dir:{folder.resolve()}")
+            return cls(model.to(device=device, dtype=dtype), tokenizer, ref, settings)
+        name, _, weights = ref.partition("/")
         try:
             model = open_clip.create_model(
                 name, pretrained=weights, force_custom_text=True, force_quick_gelu=weights == "openai", require_pretrained=True
             )
         except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise (OSError(f"clip {ref!r}: {reason}") if folder is None else WeightsError(f"{folder}: {reason}")) from error
+            raise OSError(f"clip {ref!r}: {' '.join(str(error).split())}") from error
         return cls(model.to(device=device, dtype=dtype), open_clip.get_tokenizer(name), ref, settings)
 
     def save(self, folder: str | Path) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
+from unidiffuser.codecs import CaptionCodec, Codec, PictureCodec, check_codecs
 from unidiffuser.compiling import find_compiler
 from unidiffuser.encoders import ClipEncoder, ImageLatents
-from unidiffuser.images import to_pil, to_rgb, to_square, to_tensor
+from unidiffuser.guidance import check_interval
 from unidiffuser.modalities import all_parts, resized
 from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, sample
 from unidiffuser.schedule import NoiseSchedule
@@ -32,10 +31,6 @@ TAKES_CONDITION_T = ("t2i", "i2t")
 # Beams of captions that a CPU follows side by side: more are a quarter faster in the decoder, and take 350 MiB more, which
 # would be the peak of all. Pictures it decodes one by one; other devices decode the whole batch.
 BEAMS_AT_ONCE = 5
-
-
-class PromptCut(UserWarning):
-    """A prompt has more tokens than the text encoder reads; the message says what is left of it."""
 
 
 def check_request(
@@ -73,8 +68,7 @@ def check_request(
         raise ValueError(f"condition_t must be in 0 .. {last}, not {condition_t}")
     if condition_t and task not in TAKES_CONDITION_T:
         raise ValueError(f"condition_t goes with {' and '.join(TAKES_CONDITION_T)}, not with {task}")
-    if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1] <= last:
-        raise ValueError(f"guidance_interval must be two timesteps in 0 .. {last}, the lower one first, not {guidance_interval}")
+    check_interval(guidance_interval, last)
 
 
 @dataclass(frozen=True)
@@ -109,6 +103,7 @@ class UniDiffuser:
         vae.model.enable_slicing()
         self.clip_image, self.clip_text = clip_image, clip_text
         self.device = uvit.position.device
+        check_codecs(uvit.config.modalities, self.codecs(vae.reduction))
         self.latent = {part.name: part for part in all_parts(uvit.config.modalities)}["latent"]
 
     @classmethod
@@ -120,7 +115,7 @@ class UniDiffuser:
 
         Raises:
             FileNotFoundError: the folder lacks one of these.
-            WeightsError: the U-ViT's weights do not fit its configuration.
+            WeightsError: the U-ViT's weights do not fit its configuration, or its codecs do not make what it models.
         """
         folder = Path(folder)
         missing = [name for name in FOLDERS if not (folder / name).is_dir()]
@@ -134,6 +129,13 @@ class UniDiffuser:
             TextCodec.load(folder / "text_codec").to(device),
             dtype,
         )
+
+    def codecs(self, size: int, beams: int = 5) -> dict[str, Codec]:
+        """The codecs by name, of pictures ``size`` pixels wide and of captions written with ``beams`` beams."""
+        return {
+            "image": PictureCodec(self.vae, self.clip_image, size),
+            "text": CaptionCodec(self.clip_text, self.text_codec, beams),
+        }
 
     def compile(self) -> None:
         """Compile the U-ViT for sampling: the first draw takes a minute more, and the first of another batch size again.
@@ -167,6 +169,7 @@ class UniDiffuser:
         size: int | None = None,
         batch: int = 16,
         beams: int = 5,
+        rounds: int = 4,
         data_type: int | None = None,
     ) -> list[Generated]:
         """Make ``count`` results of every prompt or image, or ``count`` results in all for tasks that take neither.
@@ -187,6 +190,8 @@ class UniDiffuser:
             ValueError: see ``check_request``; or the number of seeds is wrong, or the model cannot draw this size.
         """
         check_request(task, prompts, images, sampler, condition_t, guidance_interval)
+        if min(count, batch, beams, rounds) < 1:
+            raise ValueError(f"count, batch, beams and rounds must be 1 or more, not {count}, {batch}, {beams} and {rounds}")
         inputs = prompts or images or None
         sources = [0] * count if inputs is None or task == "interpolate" else _repeat(len(inputs), count)
         seeds = list(seeds) if seeds is not None else list(range(len(sources)))
@@ -199,55 +204,25 @@ class UniDiffuser:
             raise ValueError(f"size {size}: this model needs a multiple of {self.vae.reduction * self.latent.patch} pixels")
         if data_type is None and self.uvit.config.data_type_token:
             data_type = 1
-        condition = self._condition(prompts, images, size)
+        codecs = self.codecs(size, beams)
+        condition = codecs["image" if images else "text"].encode(inputs) if inputs else {}
         if task != "interpolate":
             condition = {name: part[torch.tensor(sources)] for name, part in condition.items()}
         modalities = resized(self.uvit.config.modalities, {"latent": self.vae.latent_shape(size)})
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             drawn = sample(
                 self.uvit, task, modalities, batch, steps, guidance, seeds, sampler, condition, condition_t,
-                guidance_interval, data_type,
+                guidance_interval, data_type, rounds,
             )  # fmt: skip
-        return self._results(drawn, seeds, sources, batch, beams)
-
-    def _condition(self, prompts: Sequence[str] | None, images: Sequence[Image.Image] | None, size: int) -> dict[str, Tensor]:
-        """The parts of the prompts and images, one row each."""
-        if prompts:
-            for prompt in prompts:
-                self._warn_if_cut(prompt)
-            with torch.no_grad():
-                return {"text": self.text_codec.encode(self.clip_text.tokens(list(prompts))).float()}
-        if images:
-            squares = [to_square(to_rgb(image), size) for image in images]
-            mean = self.vae.moments(to_tensor(squares).to(self.device)).chunk(2, dim=1)[0]
-            return {"latent": mean * self.vae.scaling_factor, "clip": self.clip_image.image(squares)}
-        return {}
-
-    def _warn_if_cut(self, prompt: str) -> None:
-        """Warn with what is left of a prompt that has more tokens than the text encoder takes."""
-        length, tokenizer = self.clip_text.context_length, self.clip_text.tokenizer
-
-        def fits(text: str) -> bool:
-            # A text that was cut differs from its own beginning: it ends in the end-of-text token.
-            return torch.equal(tokenizer([text])[0], tokenizer([text], context_length=4 * length)[0][:length])
-
-        if fits(prompt):
-            return
-        kept = bisect_left(range(len(prompt)), True, key=lambda last: not fits(prompt[: last + 1]))
-        message = f"the prompt has more than the {length} tokens that the model reads; cut after: {prompt[:kept]!r}"
-        warnings.warn(message, PromptCut, stacklevel=3)
-
-    def _results(self, drawn: dict[str, Tensor], seeds: list[int], sources: list[int], batch: int, beams: int) -> list[Generated]:
-        images: list[Image.Image | None] = [None] * len(seeds)
-        captions: list[str | None] = [None] * len(seeds)
         at_once = min(batch, max(1, BEAMS_AT_ONCE // beams)) if self.device.type == "cpu" else batch
-        for first in range(0, len(seeds), at_once):
-            rows = slice(first, first + at_once)
-            if "latent" in drawn:
-                images[rows] = to_pil(self.vae.decode(drawn["latent"][rows]))
-            if "text" in drawn:
-                captions[rows] = self.text_codec.decode(drawn["text"][rows], beams)
-        return [Generated(*row) for row in zip(seeds, sources, images, captions, strict=True)]
+        values: dict[str, list[Any]] = {name: [None] * len(seeds) for name in codecs}
+        for modality in modalities:
+            parts = {part.name: drawn[part.name] for part in modality.parts if part.name in drawn}
+            if parts:
+                rows = (slice(first, first + at_once) for first in range(0, len(seeds), at_once))
+                decode = codecs[modality.codec].decode
+                values[modality.codec] = [value for some in rows for value in decode({n: p[some] for n, p in parts.items()})]
+        return [Generated(*row) for row in zip(seeds, sources, values["image"], values["text"], strict=True)]
 
 
 def _repeat(inputs: int, count: int) -> list[int]:

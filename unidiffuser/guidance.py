@@ -7,6 +7,9 @@ arXiv 2303.06555 section 4.3. With scale s and T the last timestep, for drawing 
 
 so a scale of 0 is no guidance, and c + s (c - u) is the form for all. Generalised to any modalities: every drawn modality
 is pushed away from its marginal, in which all other modalities are noise.
+
+A guided prediction is no longer the noise of any one distribution, so where sampling ends depends on the way: the
+deterministic samplers agree, one that adds noise at every step ends elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +21,12 @@ from torch import Tensor, nn
 
 from unidiffuser.modalities import Modality
 from unidiffuser.tasks import Task
+
+
+def check_interval(interval: tuple[int, int] | None, last: int) -> None:
+    """Raise ValueError unless ``interval`` is None or two timesteps in 0 .. ``last``, the lower one first."""
+    if interval is not None and not 0 <= interval[0] <= interval[1] <= last:
+        raise ValueError(f"guidance_interval must be two timesteps in 0 .. {last}, the lower one first, not {interval}")
 
 
 class GuidedNoise:

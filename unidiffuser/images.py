@@ -22,6 +22,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # there are two habits: 0 to 1, and 0 to 255.
         wide = image.mode.startswith("I;16") or (image.mode == "I" and levels.max(initial=0) > 255)
         top = 65535.0 if wide else 1.0 if image.mode == "F" and levels.max(initial=0) <= 1 else 255.0
+        if (clear := image.info.get("transparency")) is not None:  # the one level of a PNG that is transparent
+            levels = np.where(levels == clear, top, levels)
         return Image.fromarray((levels.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -8,8 +8,9 @@ A lone U-ViT, or a whole set with the autoencoder, the CLIP towers and the text 
                                                            caption_decoder.pth; CLIP stands beside it (``references.Encoders``)
     diffusers  folder of a UniDiffuserModel, or ``unet``   folder of a UniDiffuserPipeline
 
-Tensors are renamed and cut, never computed with: every way there and back is exact. What belongs to training alone (the loss
-weights, the initial scale of the position table) is native only, and has its default after a way back.
+Tensors are renamed and cut, never computed with: every way there and back is exact. Those of the U-ViT keep their types, those of
+the other parts are written in fp32. What belongs to training alone (the loss weights, the initial scale of the position table) is
+native only, and has its default after a way back.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ import torch
 
 from unidiffuser.convert import from_official, save_diffusers, to_official
 from unidiffuser.encoders import clip_settings
-from unidiffuser.generation import UniDiffuser
+from unidiffuser.generation import FOLDERS, UniDiffuser
 from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_official, uvit_file
 from unidiffuser.pipeline_export import save_pipeline
 from unidiffuser.pipeline_import import import_pipeline, load_unet
 from unidiffuser.references import Encoders
 from unidiffuser.tensors import WeightsError, named, read_settings, read_tensors
 from unidiffuser.uvit import UViT
-from unidiffuser.weights import build, load_native, save_native
+from unidiffuser.weights import build, read_config, read_native, save_native
 
 Layout = Literal["native", "official", "diffusers"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -51,7 +52,7 @@ def set_layout(source: Path | str) -> Layout | None:
 
 
 def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 77) -> UViT:
-    """The U-ViT of a checkpoint in any layout, in evaluation mode.
+    """The U-ViT of a checkpoint in any layout, in evaluation mode, every tensor in its own type.
 
     Args:
         heads: attention heads of an official file, if not width / 64; the other layouts say it themselves.
@@ -61,22 +62,26 @@ def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 7
         FileNotFoundError: there is nothing at ``source``, or nothing that is known.
         WeightsError: it is damaged, or does not fit together.
     """
-    source = Path(source)
-    if source.is_file():
-        state = read_tensors(source)
-        with named(source):
+    place = _place_of_uvit(Path(source))
+    if place.is_file():
+        state = read_tensors(place)
+        with named(place):
             config, native = from_official(state, heads, text_tokens)
-        return build(config, native, source)
+        return build(config, native, place)
+    return read_native(place) if "modalities" in read_settings(place / "config.json") else load_unet(place)
+
+
+def _place_of_uvit(source: Path) -> Path:
+    """The official file, or the folder with config.json, of the U-ViT of a checkpoint."""
+    if source.is_file():
+        return source
     for folder in (source, source / "uvit", source / "unet"):
-        if not (folder / "config.json").is_file():
-            continue
-        settings = read_settings(folder / "config.json")
-        if "modalities" in settings:
-            return load_native(folder)
-        if settings.get("_class_name") == "UniDiffuserModel":
-            return load_unet(folder)
+        if (folder / "config.json").is_file():
+            settings = read_settings(folder / "config.json")
+            if "modalities" in settings or settings.get("_class_name") == "UniDiffuserModel":
+                return folder
     if (file := uvit_file(source)) is not None:
-        return load_uvit(file, heads, text_tokens)
+        return file
     raise FileNotFoundError(
         f"{source}: no U-ViT found; expected a .pth file, or a folder with uvit/config.json, unet/config.json, "
         "config.json or uvit_v1.pth"
@@ -115,7 +120,7 @@ def export_folder(source: Path | str, encoders: Encoders | None = None, heads: i
 
 def convert(
     source: Path | str, target: Path | str, to: Layout, heads: int | None = None, encoders: Encoders | None = None
-) -> None:
+) -> int | None:
     """Write the checkpoint ``source`` as ``target`` in another layout; a whole set becomes a whole set.
 
     A lone U-ViT becomes a lone U-ViT: a native folder, a .pth file, or a folder with ``unet``.
@@ -123,13 +128,20 @@ def convert(
     Args:
         heads, encoders: see ``export_folder``. A lone official U-ViT has as many text tokens as the CLIP of the captions.
 
+    Returns:
+        The heads that must be told when official files that were written are read; None where nothing must.
+
     Raises:
-        FileNotFoundError, WeightsError: see ``load_uvit`` and ``export_folder``.
+        FileNotFoundError, WeightsError: see ``load_uvit`` and ``export_folder``; or there is half a set at ``source``.
         FileExistsError: there is something at ``target``.
+        ValueError: ``heads`` of a checkpoint that tells its own.
     """
     source, target = Path(source), Path(target)
     if target.exists() and (target.is_file() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists: choose another name, or remove it")
+    _refuse_half_a_set(source)
+    if heads is not None and not _place_of_uvit(source).is_file():
+        raise ValueError(f"--heads {heads} is for official files, which do not tell it; this checkpoint does: leave it out")
     whole = set_layout(source)
     if whole is None and to == "official" and target.suffix != ".pth":
         raise WeightsError(f"{target}: an official U-ViT is a file, give a name that ends in .pth")
@@ -139,13 +151,34 @@ def convert(
         made = Path(scratch, "made")
         if whole is None:
             text = clip_settings((encoders or Encoders()).text)["text_cfg"]
-            _convert_uvit(load_uvit(source, heads, text.get("context_length", 77)), made, to)
+            uvit = load_uvit(source, heads, text.get("context_length", 77))
+            _convert_uvit(uvit, made, to)
+            config = uvit.config
         else:
             with export_folder(source, encoders, heads) as folder:
                 write_set(folder, made, to)
+                config = read_config(folder / "uvit")
         if target.is_dir():
             target.rmdir()
         made.rename(target)
+    return config.heads if to == "official" and config.heads * 64 != config.width else None
+
+
+def _refuse_half_a_set(source: Path) -> None:
+    """A U-ViT with only some of what stands beside it in a set would be converted alone, and the rest be lost.
+
+    Raises:
+        FileNotFoundError: that is so.
+    """
+    sets = (
+        (source / "uvit", FOLDERS[1:]),
+        (source / "unet", ("model_index.json", "vae")),
+        (uvit_file(source), (VAE_FILE, CODEC_FILE)),
+    )
+    for uvit, beside in sets:
+        missing = [name for name in beside if not (source / name).exists()]
+        if uvit is not None and uvit.exists() and 0 < len(missing) < len(beside):
+            raise FileNotFoundError(f"{source}: half a set, it lacks {', '.join(missing)}; for the U-ViT alone name {uvit}")
 
 
 def write_set(folder: Path, target: Path, to: Layout) -> None:
@@ -158,6 +191,9 @@ def write_set(folder: Path, target: Path, to: Layout) -> None:
         shutil.copytree(folder, target)
         return
     model = UniDiffuser.load(folder)
+    # A model that computes is of one type; another layout gets every tensor in its own.
+    del model.uvit
+    model.uvit = read_native(folder / "uvit")
     if to == "diffusers":
         save_pipeline(target, model)
     else:

@@ -3,18 +3,15 @@
 The paper's model is ``paper_modalities()``: an image (autoencoder latent and CLIP embedding, which share a timestep) and a
 text. Any other list of modalities trains and samples with the same code.
 
-A part does not name its codec. Network, objective and samplers see tensors and nothing else, and a codec is no one thing: the
-latent of a picture comes from moments that are sampled anew each epoch, its CLIP part is encoded and never decoded, the text is
-encoded by one model and decoded by two. A name here would decide nothing: which weights made the data is in a recipe's
-`encoders` and counts in every fingerprint, and an export folder holds them under fixed names (`generation.FOLDERS`). What encodes
-and decodes stands beside the declaration that it serves, as `generation` does for the paper's and `examples/shapes/codec.py`
-for its own.
+What a person sees of a modality, and its parts, are turned into each other by its codec, which it names; see `codecs`. A
+codec belongs to the modality and not to a part, since it may make several parts at once, of which some are encoded and never
+decoded. Network, objective and samplers need none: they see tensors and nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -65,12 +62,22 @@ class Part(BaseModel):
 
 
 class Modality(BaseModel):
-    """Parts that are noised together, with one timestep."""
+    """Parts that are noised together, with one timestep.
+
+    ``codec`` names what makes the parts out of what people see, and that out of drawn parts; without one it is called like the
+    modality.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     parts: Annotated[tuple[Part, ...], Field(min_length=1)]
+    codec: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _codec_of_its_name(cls, fields: Any) -> Any:
+        return {"codec": fields["name"], **fields} if isinstance(fields, dict) and "name" in fields else fields
 
 
 def check_modalities(modalities: Sequence[Modality]) -> None:
@@ -113,6 +120,7 @@ def resized(modalities: Sequence[Modality], shapes: dict[str, tuple[int, ...]]) 
     return tuple(
         Modality(
             name=modality.name,
+            codec=modality.codec,
             parts=tuple(Part(**{**part.model_dump(), "shape": shapes.get(part.name, part.shape)}) for part in modality.parts),
         )
         for modality in modalities

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from unidiffuser.clip_towers import clip_tokenizer, image_size, image_tower, text_tower
-from unidiffuser.convert import save_diffusers
+from unidiffuser.convert import to_diffusers
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.generation import UniDiffuser
 from unidiffuser.schedule import NoiseSchedule
@@ -46,7 +46,10 @@ def save_pipeline(folder: Path | str, model: UniDiffuser) -> None:
     from transformers import CLIPImageProcessor
 
     folder = Path(folder)
-    save_diffusers(folder / "unet", model.uvit.state_dict(), model.uvit.config)
+    unet_settings, unet_tensors = to_diffusers(model.uvit.state_dict(), model.uvit.config)
+    with torch.device("meta"):
+        unet = UniDiffuserModel.from_config(unet_settings)
+    unet.load_state_dict(unet_tensors, assign=True)  # every tensor in its own type, which from_pretrained would change
     preprocess = model.clip_image.model.visual.preprocess_cfg
     side = image_size(model.clip_image)
     scheduler_class, settings = SAMPLERS["dpm++2m"]
@@ -64,7 +67,7 @@ def save_pipeline(folder: Path | str, model: UniDiffuser) -> None:
         clip_tokenizer=tokenizer,
         text_decoder=_text_decoder(model.text_codec, model.clip_text.context_length),
         text_tokenizer=model.text_codec.tokenizer,
-        unet=UniDiffuserModel.from_pretrained(folder / "unet"),
+        unet=unet,
         scheduler=scheduler_class(**scheduler_settings(NoiseSchedule()), **settings),
     )
     pipeline.save_pretrained(folder)

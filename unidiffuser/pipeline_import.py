@@ -14,9 +14,10 @@ from torch import Tensor
 
 from unidiffuser.clip_towers import write_image_tower, write_text_tower
 from unidiffuser.convert import from_diffusers
+from unidiffuser.convert_parts import codec_renamed
 from unidiffuser.encoders import ImageLatents
 from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS, forget_paths
-from unidiffuser.tensors import WeightsError, check_loading, check_tensors, named, read_settings, read_tensors, without_masks
+from unidiffuser.tensors import WeightsError, named, pretrained, read_settings, read_tensors, reading, without_masks
 from unidiffuser.text_decoder import EOS, TextCodec
 from unidiffuser.uvit import UViT
 from unidiffuser.weights import build, save_native
@@ -40,15 +41,16 @@ def import_pipeline(source: Path, folder: Path) -> None:
     read_settings(source / "vae" / "config.json")
     ImageLatents.load(str(source / "vae")).save(str(folder / "vae"))
     forget_paths(folder / "vae")
+    images, texts = source / "image_encoder", source / "text_encoder"
     write_image_tower(
         folder / "clip_image",
-        _pretrained(CLIPVisionModelWithProjection, source / "image_encoder"),
-        CLIPImageProcessor.from_pretrained(source / "clip_image_processor", local_files_only=True),
-        f"{source / 'image_encoder'}",
+        pretrained(CLIPVisionModelWithProjection, images, dtype=torch.float32),
+        _without_tensors(CLIPImageProcessor, source / "clip_image_processor"),
+        str(images),
     )
-    tokenizer = AutoTokenizer.from_pretrained(source / "clip_tokenizer", local_files_only=True)
-    text_encoder = _pretrained(CLIPTextModel, source / "text_encoder")
-    write_text_tower(folder / "clip_text", text_encoder, tokenizer, f"{source / 'text_encoder'}")
+    tokenizer = _without_tensors(AutoTokenizer, source / "clip_tokenizer")
+    text_encoder = pretrained(CLIPTextModel, texts, dtype=torch.float32)
+    write_text_tower(folder / "clip_text", text_encoder, tokenizer, str(texts))
     _codec(source).save(folder / "text_codec")
 
 
@@ -70,13 +72,12 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return read_tensors(next((file for file in files if file.is_file()), files[0]))
 
 
-def _pretrained(model_class: Any, folder: Path) -> Any:
-    read_settings(folder / "config.json")
-    model, info = model_class.from_pretrained(
-        folder, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
-    )
-    check_loading(model, info, folder)
-    return model
+def _without_tensors(part_class: Any, folder: Path) -> Any:
+    """A tokenizer, or what prepares pictures."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: not found; a pipeline of diffusers has it, fetch or write it again")
+    with reading(folder):
+        return part_class.from_pretrained(folder, local_files_only=True)
 
 
 def _codec(source: Path) -> TextCodec:
@@ -89,17 +90,15 @@ def _codec(source: Path) -> TextCodec:
             f"{folder}: has no projection of the text latent (prefix_inner_dim, prefix_hidden_dim), the published one has"
         )
     _strip_unreached(config, state)
-    tokenizer = AutoTokenizer.from_pretrained(source / "text_tokenizer", local_files_only=True)
+    tokenizer = _without_tensors(AutoTokenizer, source / "text_tokenizer")
     if EOS not in tokenizer.get_vocab():
         raise WeightsError(f"{source / 'text_tokenizer'}: has no token {EOS}")
-    gpt2 = GPT2LMHeadModel(GPT2Config(**{name: config[name] for name in GPT2_FIELDS if name in config}))
-    codec = TextCodec(gpt2, tokenizer, config["prefix_inner_dim"], config["prefix_hidden_dim"])
+    with reading(folder / "config.json"):
+        gpt2 = GPT2LMHeadModel(GPT2Config(**{name: config[name] for name in GPT2_FIELDS if name in config}))
+        codec = TextCodec(gpt2, tokenizer, config["prefix_inner_dim"], config["prefix_hidden_dim"])
     own = codec.state_dict()
     names = {name: f"{CODEC_NAMES[head]}.{rest}" for name in own for head, rest in [name.split(".", 1)]}
-    check_tensors({names[name]: tensor for name, tensor in own.items()}, state, folder)
-    if not torch.equal(state[names["gpt2.transformer.wte.weight"]], state[names["gpt2.lm_head.weight"]]):
-        raise WeightsError(f"{folder}: lm_head differs from wte, GPT-2 has one tensor for both")
-    codec.load_state_dict({name: state[theirs] for name, theirs in names.items()})
+    codec.load_state_dict(codec_renamed(state, names, own, folder))
     return codec.eval()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from unidiffuser.guidance import GuidedNoise
+from unidiffuser.guidance import GuidedNoise, check_interval
 from unidiffuser.modalities import Modality, all_parts
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.solver import DETERMINISTIC, SAMPLERS, invert, solve
@@ -97,9 +97,7 @@ class Sampler:
                 state = state | self.draw(Task(sample=(name,), given=others), noise, state)
             yield state
 
-    def interpolate(
-        self, ends: Mapping[str, Tensor], frames: int, seed: int, batch: int, image: str = "image", text: str = "text"
-    ) -> dict[str, Tensor]:
+    def interpolate(self, ends: Mapping[str, Tensor], frames: int, seed: int, batch: int) -> dict[str, Tensor]:
         """``frames`` images from one to another, both included, with the texts between theirs.
 
         Each end is described (image to text), then encoded into its noise by the deterministic solver given that text. The
@@ -114,7 +112,7 @@ class Sampler:
                 not differ on the way there and the way back, nor between neighbours.
             batch: rows of a network call, at most.
         """
-        describe, depict = Task(sample=(text,), given=(image,)), Task(sample=(image,), given=(text,))
+        describe, depict = (task_named(name, self.modalities) for name in ("i2t", "t2i"))
         plain = replace(self, guidance=0.0)
 
         def noise(parts: Mapping[str, Tensor]) -> NoiseSource:
@@ -184,29 +182,33 @@ def sample(
             task of one draw that is given something: a chain's later draws are given what it drew itself.
         guidance_interval: guide only at timesteps from .. to.
         data_type: 0 or 1, for a model with a data-type token.
-        rounds: rounds of ``gibbs``.
+        rounds: rounds of ``gibbs``, 1 or more.
         schedule: Stable Diffusion's, as in the paper, if None.
 
     Returns:
         The drawn parts by name, (len(seeds), *shape) in fp32; chains return the parts of all their steps' results.
 
     Raises:
-        ValueError: an unknown task or sampler, one that does not go with the task, a ``condition_t`` that means nothing, a
-            condition that is missing or has the wrong number of rows.
+        ValueError: an unknown task or sampler, one that does not go with the task, a ``condition_t`` or an interval that means
+            nothing, a condition that is missing, unknown or wrongly shaped.
     """
     condition = dict(condition or {})
     schedule = schedule or NoiseSchedule()
-    if not seeds or batch < 1:
-        raise ValueError(f"give at least one seed and a batch of 1 or more, not {len(seeds)} and {batch}")
+    if not seeds or batch < 1 or rounds < 1:
+        raise ValueError(f"give at least one seed, and a batch and rounds of 1 or more, not {len(seeds)}, {batch} and {rounds}")
     _check_condition_t(task, condition_t, schedule.steps)
+    check_interval(guidance_interval, schedule.steps)
     if task == "interpolate" and sampler not in DETERMINISTIC:
         raise ValueError(f"interpolate goes back to the noise of its images: {sampler!r} cannot, {', '.join(DETERMINISTIC)} can")
     if task == "interpolate" and not condition:
         raise ValueError("interpolate is given two images: the condition is empty")
     rows = 2 if task == "interpolate" else len(seeds)
+    shapes = {part.name: part.shape for part in all_parts(modalities)}
     for name, part in condition.items():
-        if len(part) != rows:
-            raise ValueError(f"condition {name}: {len(part)} rows where {task} takes {rows}")
+        if name not in shapes:
+            raise ValueError(f"condition {name}: no such part; there are {', '.join(shapes)}")
+        if tuple(part.shape) != (rows, *shapes[name]):
+            raise ValueError(f"condition {name}: {tuple(part.shape)} where {task} takes {(rows, *shapes[name])}")
     device = next(model.parameters(), torch.empty(0)).device
     drawer = Sampler(model, modalities, schedule.to(device), steps, guidance, sampler, guidance_interval, data_type)
     if task == "interpolate":

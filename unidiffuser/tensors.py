@@ -23,6 +23,21 @@ class WeightsError(ValueError):
 
 
 @contextmanager
+def reading(source: Path | None) -> Iterator[None]:
+    """What a library raises that cannot read a file or a folder, as a ``WeightsError`` that names it.
+
+    An ``OSError`` names it itself. None is a public name, of which everything is raised as it is.
+    """
+    try:
+        yield
+    except Exception as error:  # parsers and modules raise whatever they like
+        if source is None or isinstance(error, OSError | WeightsError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise WeightsError(f"{source}: damaged, or of another kind ({reason[:300]}); fetch or write it again") from error
+
+
+@contextmanager
 def named(source: object) -> Iterator[None]:
     """Put ``source`` in front of a ``WeightsError`` that does not name it."""
     try:
@@ -45,9 +60,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+        raise WeightsError(f"{path}: not a readable safetensors file ({error}); fetch or write it again") from error
     except Exception as error:  # torch.load raises whatever the unpickler and the zip reader raise
-        raise WeightsError(f"{path}: not a readable file of plain tensors ({type(error).__name__})") from error
+        reason = type(error).__name__
+        raise WeightsError(f"{path}: not a readable file of plain tensors ({reason}); fetch or write it again") from error
     flat = isinstance(state, dict) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
     if not flat:
         raise WeightsError(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
@@ -66,7 +82,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsError(f"{file}: not readable as JSON ({error})") from error
+        raise WeightsError(f"{file}: not readable as JSON ({error}); fetch or write it again") from error
     if not isinstance(settings, dict):
         raise WeightsError(f"{file}: expected a mapping, found {type(settings).__name__}")
     return settings
@@ -85,7 +101,7 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], s
         source: what to call the weights in an error, usually their path.
 
     Raises:
-        WeightsError: tensors are missing, extra or wrongly shaped; it names up to eight of each, with shapes.
+        WeightsError: tensors are missing, extra, wrongly shaped or of whole numbers; it names up to eight of each, with shapes.
     """
     missing = [f"{name} {tuple(expected[name].shape)}" for name in expected if name not in found]
     extra = [f"{name} {tuple(found[name].shape)}" for name in found if name not in expected]
@@ -94,7 +110,12 @@ def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], s
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
-    _complain(source, missing, extra, wrong)
+    whole = [
+        f"{name} {tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in found.items()
+        if name in expected and expected[name].is_floating_point() and not tensor.is_floating_point()
+    ]
+    _complain(source, {"missing": missing, "extra": extra, "of another shape": wrong, "of whole numbers": whole})
 
 
 def load_checked(module: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
@@ -107,26 +128,56 @@ def load_checked(module: nn.Module, state: Mapping[str, Tensor], source: object)
     module.load_state_dict(state)
 
 
-def check_loading(model: Any, info: Mapping[str, Any], source: object) -> None:
-    """The same for a model of diffusers or transformers, from what its ``from_pretrained`` says of the loading.
+def pretrained(model_class: Any, source: Path | str, **settings: Any) -> Any:
+    """A model of diffusers or transformers, whole or not at all.
 
     Args:
-        info: the second result of ``from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)``.
+        source: a folder as a ``Path``, which is read offline, or a public name.
+        settings: of ``from_pretrained``.
 
     Raises:
-        WeightsError: as ``check_tensors``.
+        OSError: an unknown public name, or a file is missing.
+        WeightsError: a file is damaged, or as ``check_tensors``.
     """
+    folder = source if isinstance(source, Path) else None
+    if folder is not None:
+        read_settings(folder / "config.json")
+    settings |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        with reading(folder):
+            model, info = model_class.from_pretrained(str(source), local_files_only=folder is not None, **settings)
+    except (WeightsError, OSError):
+        _stored(folder)  # says which file it is, if one of them cannot be read
+        raise
+    _check_loading(model, info, source, folder)
+    return model
+
+
+def _stored(folder: Path | None) -> dict[str, Tensor]:
+    """All tensors in the files of weights of a folder."""
+    if folder is None:
+        return {}
+    files = sorted(folder.glob("*model*.safetensors")) or sorted(folder.glob("*model*.bin"))
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
+def _check_loading(model: Any, info: Mapping[str, Any], source: object, folder: Path | None) -> None:
+    """``check_tensors`` from what ``from_pretrained`` says of the loading, which leaves out the shapes of extra tensors."""
     expected = model.state_dict()
     missing = [f"{name} {tuple(expected[name].shape)}" for name in sorted(info["missing_keys"])]
-    extra = [name for name in sorted(info["unexpected_keys"]) if not _MASK.search(name)]
+    unexpected = [name for name in sorted(info["unexpected_keys"]) if not _MASK.search(name)]
+    stored = _stored(folder) if unexpected else {}
+    # The libraries may have cut a prefix off.
+    in_file = {name: min((own for own in stored if f".{own}".endswith(f".{name}")), key=len, default="") for name in unexpected}
+    extra = [f"{name} {tuple(stored[own].shape)}" if own else name for name, own in in_file.items()]
     wrong = [f"{name} {tuple(found)} instead of {tuple(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])]
-    _complain(source, missing, extra, wrong)
+    _complain(source, {"missing": missing, "extra": extra, "of another shape": wrong})
 
 
-def _complain(source: object, missing: list[str], extra: list[str], wrong: list[str]) -> None:
+def _complain(source: object, found: Mapping[str, list[str]]) -> None:
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-        for kind, names in (("missing", missing), ("extra", extra), ("of another shape", wrong))
+        for kind, names in found.items()
         if names
     ]
     if problems:

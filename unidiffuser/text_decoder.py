@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unidiffuser.references import local_folder
-from unidiffuser.tensors import check_loading, load_checked, read_tensors
+from unidiffuser.tensors import WeightsError, load_checked, pretrained, read_settings, read_tensors, reading
 
 EOS = "<|EOS|>"
 
@@ -51,13 +51,10 @@ class TextCodec(nn.Module):
         from transformers import AutoTokenizer, GPT2LMHeadModel
 
         folder = local_folder(gpt2_ref, "gpt2")
-        source, offline = str(folder or gpt2_ref), folder is not None
-        model_class: Any = GPT2LMHeadModel
-        gpt2, info = model_class.from_pretrained(
-            source, dtype=torch.float32, local_files_only=offline, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-        check_loading(gpt2, info, source)
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
+        source = folder or gpt2_ref
+        gpt2 = pretrained(GPT2LMHeadModel, source, dtype=torch.float32)
+        with reading(folder):
+            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=folder is not None)
         if EOS not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"eos_token": EOS})
             gpt2.resize_token_embeddings(len(tokenizer))
@@ -82,17 +79,28 @@ class TextCodec(nn.Module):
             latent: (B, L, d), from `encode`, or generated.
             noise: deviation of the noise added to the latent, in deviations of the latent itself. Latents that a diffusion
                 model makes are never exact; a decoder trained with some noise forgives that.
+
+        Raises:
+            ValueError: GPT-2 has too few positions for latent and captions.
         """
         if noise:
             spread = latent.detach().std(dim=(0, 1), keepdim=True)
             latent = latent + noise * spread * torch.randn_like(latent)
         ids, real = self.caption_ids(captions, latent.shape[1])
+        self._check_room(latent.shape[1], ids.shape[1])
         prefix = self.prefix(latent)
         embedded = torch.cat([prefix, self.gpt2.transformer.wte(ids)], dim=1)
         ones = torch.ones(prefix.shape[:2], dtype=real.dtype, device=real.device)
         output = self.gpt2(inputs_embeds=embedded, attention_mask=torch.cat([ones, real], dim=1), use_cache=False)
         logits = output.logits[:, prefix.shape[1] - 1 : -1]
         return nn.functional.cross_entropy(logits.transpose(1, 2).float(), ids.masked_fill(real == 0, -100))
+
+    def _check_room(self, prefix: int, behind: int) -> None:
+        if prefix + behind > (positions := self.gpt2.config.n_positions):
+            raise ValueError(
+                f"a text latent of {prefix} tokens and {behind} of its caption take {prefix + behind} positions, this GPT-2 has "
+                f"{positions}: take a larger GPT-2, or a CLIP of shorter captions"
+            )
 
     @torch.no_grad()
     def standardise(self, hidden: Tensor) -> None:
@@ -107,7 +115,12 @@ class TextCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, latent: Tensor, beams: int = 5) -> list[str]:
-        """Write the captions of (B, L, d) latents, by beam search (greedily with one beam), at most L tokens each."""
+        """Write the captions of (B, L, d) latents, by beam search (greedily with one beam), at most L tokens each.
+
+        Raises:
+            ValueError: GPT-2 has too few positions for L tokens and a caption of L tokens.
+        """
+        self._check_room(latent.shape[1], latent.shape[1] - 1)  # the last token is not read again
         prefix = self.prefix(latent.to(self.prefix.weight))
         ids = self.gpt2.generate(
             inputs_embeds=prefix,
@@ -136,12 +149,18 @@ class TextCodec(nn.Module):
         """Read a folder that `save` wrote, offline.
 
         Raises:
-            FileNotFoundError: a file is missing. WeightsError: tensors do not fit.
+            FileNotFoundError: a file is missing. WeightsError: a file is damaged, or tensors do not fit.
         """
         folder = Path(folder)
         if not (folder / "codec.json").is_file():
             raise FileNotFoundError(f"{folder}: expected a text codec with codec.json, codec.safetensors and gpt2/")
-        codec = cls.new(str(folder / "gpt2"), **json.loads((folder / "codec.json").read_text(encoding="utf-8")))
+        settings = read_settings(folder / "codec.json")
+        text_width, latent_width = settings.get("text_width"), settings.get("latent_width")
+        if not (type(text_width) is int and type(latent_width) is int and min(text_width, latent_width) > 0):
+            raise WeightsError(
+                f"{folder / 'codec.json'}: text_width is {text_width!r} and latent_width {latent_width!r}, expected whole numbers"
+            )
+        codec = cls.new(str(folder / "gpt2"), text_width, latent_width)
         ends = nn.ModuleDict({"projection": codec.projection, "prefix": codec.prefix})
         load_checked(ends, read_tensors(folder / "codec.safetensors"), folder / "codec.safetensors")
         return codec.eval()

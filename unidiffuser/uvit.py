@@ -119,7 +119,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width) if skip else None
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp = Mlp(width, round(width * mlp_ratio))
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -271,8 +271,11 @@ def resize_positions(state: Mapping[str, Tensor], old: UViTConfig, new: UViTConf
     old_parts, new_parts = token_order(old.modalities), token_order(new.modalities)
     fixed_old = [(p.name, p.patch, p.shape[0] if p.is_grid else p.shape) for p in old_parts]
     fixed_new = [(p.name, p.patch, p.shape[0] if p.is_grid else p.shape) for p in new_parts]
-    if fixed_old != fixed_new or old.width != new.width:
+    if fixed_old != fixed_new:
         raise ValueError(f"only the sizes of grids may differ: {fixed_old} became {fixed_new}")
+    for field in ("width", "depth", "heads", "mlp_ratio", "data_type_token"):
+        if getattr(old, field) != getattr(new, field):
+            raise ValueError(f"only the sizes of grids may differ: {field} {getattr(old, field)} became {getattr(new, field)}")
     grids = {part.name: part.patches for part in new_parts if part.is_grid}
     table = table_for(state["position"], old.modalities, len(old.modalities), grids)
     return {**state, "position": table.contiguous()}

@@ -22,8 +22,12 @@ LENGTH = max(len(text.split()) for text, _ in all_captions())
 NUMBER_OF_WORD = {word: number for number, word in enumerate(WORDS)}
 
 MODALITIES = (
-    Modality(name="image", parts=(Part(name="latent", shape=(CHANNELS, GRID, GRID), patch=2, weight=1.0),)),
-    Modality(name="text", parts=(Part(name="words", shape=(LENGTH, len(WORDS)), weight=1.0),)),
+    Modality(
+        name="image",
+        codec="shapes_picture",
+        parts=(Part(name="latent", shape=(CHANNELS, GRID, GRID), patch=2, weight=1.0),),
+    ),
+    Modality(name="text", codec="shapes_caption", parts=(Part(name="words", shape=(LENGTH, len(WORDS)), weight=1.0),)),
 )
 
 # Stable Diffusion's schedule leaves 7% of the data at its last timestep, at which all numbers of a picture together still tell

@@ -90,7 +90,20 @@ def test_progress_moves_with_every_call_of_the_network(export, task, count, batc
         noise_image(number).save(tmp_path / f"{number}.png")
     images = [word for number in range(inputs) for word in ("--image", tmp_path / f"{number}.png")]
     code, printed, said = say(
-        "sample", export, "--task", task, *images, *FEW, "--count", count, "--batch", batch, "--out", tmp_path / "out"
+        "sample",
+        export,
+        "--task",
+        task,
+        *images,
+        *FEW,
+        "--rounds",
+        2,
+        "--count",
+        count,
+        "--batch",
+        batch,
+        "--out",
+        tmp_path / "out",
     )
     assert code == 0, said
     shares = [int(share) for share in re.findall(r"(\d+)% drawn", printed + said)]
@@ -236,3 +249,48 @@ def test_convert_says_what_is_wrong(export, tmp_path, say):  # noqa: F811
         found, _, complaint = say("convert", *arguments)
         assert found == code and message in complaint and complaint.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_heads_that_official_files_do_not_tell_are_said_and_asked_for(export, tmp_path, say):  # noqa: F811
+    beside = ("--vae", export / "vae", "--clip", "embedded", "--text", "embedded", "--gpt2", "embedded")
+    official = tmp_path / "official"
+    code, printed, _ = say("convert", export, official, "--to", "official")
+    assert code == 0 and f"attention heads: give --heads 2 to convert {official} back\n" in printed
+    code, printed, complaint = say("sample", official, "--task", "t", *FEW, *beside)
+    assert code == 1 and printed == "" and complaint.count("\n") == 1
+    assert "width of 32 is no multiple of 64" in complaint and "`unidiffuser convert SRC DST --to native --heads N`" in complaint
+    assert say("convert", official, tmp_path / "native", "--to", "native", "--heads", 2, *beside)[0] == 0
+    code, printed, _ = say("convert", tmp_path / "native", tmp_path / "pipeline", "--to", "diffusers")
+    assert code == 0 and "--heads" not in printed
+
+
+def test_convert_refuses_heads_and_halves_in_a_line(export, store, tmp_path, say):  # noqa: F811
+    assert say("convert", export, tmp_path / "half", "--to", "official")[0] == 0
+    (tmp_path / "half" / "caption_decoder.pth").unlink()
+    before = sorted(tmp_path.iterdir())
+    for source, more, expected, message in (
+        (export, ("--heads", 2), 2, "--heads 2 is for official files, which do not tell it; this checkpoint does: leave it out"),
+        ("6578706f", ("--heads", 2, "--store", store.root), 2, "--heads 2 is for official files"),
+        (tmp_path / "half", ("--heads", 2), 1, "half a set, it lacks caption_decoder.pth; for the U-ViT alone name"),
+    ):
+        code, printed, complaint = say("convert", source, tmp_path / "x", "--to", "native", *more)
+        assert code == expected and message in complaint and complaint.count("\n") == 1 and printed == ""
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("clip_text/open_clip_model.safetensors", None),
+        ("clip_image/open_clip_config.json", "{}"),
+        ("clip_image/open_clip_config.json", "{"),
+        ("text_codec/codec.json", '{"text_width": 128}'),
+        ("text_codec/gpt2/model.safetensors", None),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_named_in_a_line(export, file, text, tmp_path, say):  # noqa: F811
+    damaged = Path(shutil.copytree(export, tmp_path / "damaged")) / file
+    damaged.write_bytes(damaged.read_bytes()[:-10] if text is None else text.encode())
+    code, printed, complaint = say("sample", tmp_path / "damaged", "--task", "t", *FEW)
+    assert code == 1 and printed == ""
+    assert complaint.startswith(f"error: {damaged}: ") and complaint.count("\n") == 1

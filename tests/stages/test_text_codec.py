@@ -110,3 +110,7 @@ def test_the_reported_bleu_is_that_of_the_codec_in_the_dataset(
 
     assert summary["bleu4"] == bleu(held) > 0
     assert bleu(train[:12]) != bleu(held)
+
+
+def test_a_token_of_the_latent_has_the_papers_64_numbers_unless_told_otherwise() -> None:
+    assert TextCodecConfig.model_validate({}).latent_width == 64

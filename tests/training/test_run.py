@@ -46,16 +46,29 @@ def start(shards: tuple[str, ...], settings: TrainConfig) -> UViT:
     return UViT(uvit_config(settings, Loader(settings, shards).modalities))
 
 
-def loss_of(model: UViT, batch) -> torch.Tensor:
-    """UniDiffuser's objective written out for one batch, with the paper's weights."""
+WEIGHTS = {"latent": 0.75, "clip": 0.02, "text": 0.23}
+
+
+def losses_of(model: UViT, batch, gamma: float = math.inf) -> dict[str, torch.Tensor]:
+    """Mean squared error of each part for one batch, in which the square of a sample counts min(snr, gamma) / snr."""
     alpha_bar = NoiseSchedule().alpha_bar
     noised = {}
     for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
         signal = alpha_bar[batch.timesteps[modality]].view(-1, *[1] * (batch.clean[part].dim() - 1))
         noised[part] = signal.sqrt() * batch.clean[part] + (1 - signal).sqrt() * batch.noise[part]
     predicted = model(noised, batch.timesteps)
-    mse = {part: (predicted[part] - batch.noise[part]).square().mean() for part in predicted}
-    return 0.75 * mse["latent"] + 0.02 * mse["clip"] + 0.23 * mse["text"]
+    found = {}
+    for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
+        signal = alpha_bar[batch.timesteps[modality]]
+        snr = signal / (1 - signal)
+        squares = (predicted[part] - batch.noise[part]).square().flatten(1).mean(1)
+        found[part] = (squares * snr.clamp(max=gamma) / snr).mean()
+    return found
+
+
+def loss_of(model: UViT, batch) -> torch.Tensor:
+    """UniDiffuser's objective written out for one batch, with the paper's weights."""
+    return sum(WEIGHTS[part] * mse for part, mse in losses_of(model, batch).items())
 
 
 def test_learning_rate_follows_the_formula() -> None:
@@ -86,6 +99,22 @@ def test_losses_and_weights_equal_plain_torch(every_step: Path, shards: tuple[st
     trained = load_native(every_step / "6").state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-5)
+
+
+def test_each_part_has_its_weight_and_its_loss_is_reported(
+    alone: None, every_step: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    weights = {"latent": 1.0, "clip": 3.0, "text": 0.0}
+    settings = config(objective={"part_weights": weights, "min_snr_gamma": 2.0})
+    run(job(tmp_path, shards, settings), CPU)
+    model, batch = start(shards, settings), Loader(settings, shards).batch(0)
+    for folder, shares, gamma in ((every_step / "6", WEIGHTS, math.inf), (tmp_path / "6", weights, 2.0)):
+        told = next(row for row in history(folder) if row["kind"] == "train")
+        expected = {part: mse.item() for part, mse in losses_of(model, batch, gamma).items()}
+        for part, mse in expected.items():
+            assert told[f"loss_{part}"] == pytest.approx(mse, abs=2e-6)
+        mean = sum(shares[part] * mse for part, mse in expected.items()) / sum(shares.values())
+        assert told["loss"] == pytest.approx(mean, abs=2e-6)
 
 
 def test_moving_average_follows_the_formula(every_step: Path, shards: tuple[str, ...]) -> None:

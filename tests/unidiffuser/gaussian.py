@@ -71,9 +71,14 @@ class GaussianWorld(nn.Module):
         noise = torch.randn(count, len(self.mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return self.mean + noise @ torch.linalg.cholesky(self.covariance).T
 
-    def conditional(self, name: str, given: str, value: Tensor, given_t: int = 0) -> tuple[Tensor, Tensor]:
+    def marginal(self, *names: str) -> tuple[Tensor, Tensor]:
+        """Mean (numbers,) and covariance of modalities together."""
+        index = self.index(*names)
+        return self.mean[index], self.covariance[index][:, index]
+
+    def conditional(self, name: str, given: str | tuple[str, ...], value: Tensor, given_t: int = 0) -> tuple[Tensor, Tensor]:
         """Mean (B, numbers) and covariance of modality ``name``, given ``value`` (B, numbers) of ``given`` at ``given_t``."""
-        i, j = self.index(name), self.index(given)
+        i, j = self.index(name), self.index(*([given] if isinstance(given, str) else given))
         alpha_bar = self.alpha_bar[given_t]
         cross = alpha_bar.sqrt() * self.covariance[i][:, j]
         own = alpha_bar * self.covariance[j][:, j] + (1 - alpha_bar) * torch.eye(len(j))

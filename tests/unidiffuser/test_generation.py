@@ -224,3 +224,37 @@ def test_to_square_takes_the_middle():
     image = Image.new("RGB", (90, 30), (0, 0, 0))
     image.paste((255, 255, 255), (30, 0, 60, 30))
     assert np.asarray(to_square(image, 30)).min() == 255
+
+
+def test_the_transparent_level_of_a_grey_picture_of_16_bits_becomes_white():
+    grey = Image.fromarray(np.array([[0, 1000, 65535]], dtype=np.uint16))
+    for clear, seen in ((0, [255, 4, 255]), (1000, [0, 255, 255]), (1001, [0, 4, 255])):
+        shown = to_rgb(reopened(grey, "PNG", transparency=clear))
+        assert [shown.getpixel((x, 0)) for x in range(3)] == [(level,) * 3 for level in seen]
+
+
+def test_pictures_are_taken_as_one_sees_them(model, monkeypatch):
+    def record(uvit, task, modalities, batch, steps, guidance, seeds, sampler, condition, *rest):
+        seen.update(condition)
+        return {"text": torch.zeros(len(seeds), model.clip_text.context_length, 8)}
+
+    def given(image: Image.Image) -> np.ndarray:
+        model.generate("i2t", images=[image], beams=1)
+        return torch.cat([seen["latent"].flatten(), seen["clip"].flatten()]).numpy()
+
+    seen = {}
+    monkeypatch.setattr("unidiffuser.generation.sample", record)
+
+    upright = noise_image(7)
+    stored, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert np.array_equal(given(reopened(stored, "PNG", exif=exif)), given(upright))
+    assert not np.array_equal(given(stored), given(upright))
+
+    half = Image.new("L", upright.size, 255)
+    half.paste(0, (0, 0, 20, 32))
+    clear, backed = upright.copy(), upright.copy()
+    clear.putalpha(half)
+    backed.paste((255, 255, 255), (0, 0, 20, 32))
+    assert np.array_equal(given(clear), given(backed))
+    assert not np.array_equal(given(backed), given(upright))

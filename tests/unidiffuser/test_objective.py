@@ -15,7 +15,7 @@ from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.tasks import Task
 from unidiffuser.uvit import UViT, UViTConfig
 
-SMALL = paper_modalities((2, 4, 4), clip=6, text=(3, 5), weights=(0.5, 0.1, 0.4))
+SMALL = paper_modalities((2, 4, 4), clip=6, text=(3, 5), weights=(1.0, 0.2, 0.8))
 
 
 class Recorder(nn.Module):
@@ -64,7 +64,7 @@ def test_loss_is_the_weighted_mean_of_the_parts_squared_errors(gamma):
             squared = squared * np.minimum(snr, gamma) / snr
         expected[name] = squared.mean()
         assert parts[name].item() == pytest.approx(expected[name], rel=1e-3)
-    total = 0.5 * expected["latent"] + 0.1 * expected["clip"] + 0.4 * expected["text"]
+    total = (1.0 * expected["latent"] + 0.2 * expected["clip"] + 0.8 * expected["text"]) / 2.0
     assert loss.item() == pytest.approx(total, rel=1e-3)
 
 
@@ -77,6 +77,21 @@ def test_timesteps_are_independent_and_uniform_over_1_to_1000():
         assert abs(t.mean() - 500.5) < 5 * 289 / 20_000**0.5
         assert (torch.bincount((t.long() - 1) // 100, minlength=10) - 2000).abs().max() < 5 * 2000**0.5
     assert abs(torch.corrcoef(torch.stack([image, text]))[0, 1]) < 5 / 20_000**0.5
+
+
+def test_noise_is_standard_normal():
+    _, noise = JointObjective(SMALL, NoiseSchedule()).draw(batch(5_000), torch.Generator().manual_seed(1))
+    for part in noise.values():
+        assert abs(part.mean()) < 5 / part.numel() ** 0.5
+        assert abs(part.var() - 1) < 5 * (2 / part.numel()) ** 0.5
+
+
+def test_the_data_type_reaches_a_model_that_has_a_token_for_it():
+    model = UViT(UViTConfig(width=16, depth=2, heads=2, modalities=SMALL, data_type_token=True))
+    objective = JointObjective(SMALL, NoiseSchedule())
+    with torch.no_grad():
+        web, internal = (objective(model, batch(4), torch.Generator().manual_seed(1), data_type=kind)[0] for kind in (0, 1))
+    assert web != internal
 
 
 def test_the_generator_decides_and_the_gradient_flows():
@@ -93,6 +108,7 @@ def test_default_weights_are_the_flat_mean_at_512_pixels():
     parts = [*image.parts, *text.parts]
     elements = np.array([np.prod(part.shape) for part in parts])
     assert np.allclose([part.weight for part in parts], elements / elements.sum(), atol=0.005)
+    assert [part.weight for part in paper_modalities((4, 32, 32))[0].parts] == [part.weight for part in image.parts]
 
 
 def test_no_weight_at_all_is_refused():

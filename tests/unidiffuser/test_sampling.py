@@ -7,10 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from tests.unidiffuser.gaussian import IMAGE_AND_TEXT, GaussianWorld
-from unidiffuser.modalities import Modality, Part
+from unidiffuser.modalities import Modality, Part, all_parts, resized
 from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, NoiseSource, sample, slerp
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.tasks import TASK_NAMES, Task
@@ -61,12 +62,12 @@ def check(drawn: Tensor, mean: Tensor, covariance: Tensor, slack: float = 0.02) 
     assert correlation_error.max() < error * 2**0.5 + 2 * slack
 
 
-def fixed(world: GaussianWorld, name: str) -> tuple[dict[str, Tensor], Tensor]:
-    """A value of one modality, the same for all samples: as parts, and as one row of numbers."""
-    index = world.index(name)
+def fixed(world: GaussianWorld, *names: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A value of some modalities, the same for all samples: as parts, and as one row of numbers."""
+    index = world.index(*names)
     full = world.mean + 1.2 * world.covariance.diag().sqrt()
     parts = {k: v.expand(COUNT, *v.shape[1:]).float() for k, v in world.split(full[None]).items()}
-    own = [part.name for modality in world.modalities if modality.name == name for part in modality.parts]
+    own = [part.name for modality in world.modalities if modality.name in names for part in modality.parts]
     return {k: parts[k] for k in own}, full[index][None]
 
 
@@ -86,8 +87,7 @@ def test_every_task_and_sampler_draws_the_true_distribution(world, sampler, task
         mean, covariance = world.conditional(drawn_name, given_name, value)
         mean = mean[0]
     else:
-        index = world.index(*{"i": ["image"], "t": ["text"], "joint": ["image", "text"]}[task])
-        mean, covariance = world.mean[index], world.covariance[index][:, index]
+        mean, covariance = world.marginal(*{"i": ["image"], "t": ["text"], "joint": ["image", "text"]}[task])
     steps = enough(sampler, 100)
     out = world.flat(sample(world, task, IMAGE_AND_TEXT, COUNT, steps, 0.0, SEEDS, sampler, condition))
     if sampler not in DETERMINISTIC:
@@ -112,6 +112,20 @@ def test_noisy_condition_lies_between_conditional_and_marginal(world, sampler, t
     steps = enough(sampler, 60)
     out = sample(world, task, IMAGE_AND_TEXT, COUNT, steps, 0.0, SEEDS, sampler, condition, condition_t)
     check(world.flat(out), mean, covariance + (1 - alpha_bar) * gain @ gain.T, slack=0.04)
+
+
+@pytest.mark.parametrize("condition_t", [100, 300])
+def test_every_sample_noises_its_condition_anew(condition_t):
+    """Where the given modality tells nearly all, a third or more of the spread of the samples is the condition's noise."""
+    world = two_numbers(0.99)
+    alpha_bar = world.alpha_bar[condition_t]
+    value = torch.full((COUNT, 1), 0.6)
+    out = sample(world, "t2i", world.modalities, COUNT, 60, 0.0, SEEDS, condition={"y": value}, condition_t=condition_t)
+    mean, covariance = reached(*world.conditional("image", "text", alpha_bar.sqrt() * value[0].double(), condition_t))
+    gain = alpha_bar.sqrt() * 0.99 * 0.64 / (alpha_bar * 0.64 + 1 - alpha_bar)
+    noise = (1 - alpha_bar) * gain**2
+    assert noise > 0.3 * (covariance + noise)
+    check(out["x"].double(), mean, covariance + noise)
 
 
 @pytest.mark.usefixtures("quick_noise")
@@ -173,13 +187,17 @@ def guided(scale: float, c_mean: float, c_var: float, u_mean: float, u_var: floa
     return factor[0] * np.trapezoid(push / factor, v), factor[0] / factor[-1] / math.sqrt(LAST)
 
 
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+@pytest.mark.parametrize(("task", "drawn", "given"), [("t2i", "x", "y"), ("i2t", "y", "x")])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
-def test_conditional_guidance_ends_in_the_closed_form(scale):
+def test_conditional_guidance_ends_in_the_closed_form(sampler, task, drawn, given, scale):
     world = two_numbers(0.7)
     value = torch.full((COUNT, 1), 0.6)
-    mean, covariance = world.conditional("image", "text", value[:1].double())
-    expected, std = guided(scale, mean.item(), covariance.item(), 0.5, 0.64)
-    out = sample(world, "t2i", world.modalities, COUNT, 200, scale, SEEDS, condition={"y": value})["x"]
+    names = {"x": "image", "y": "text"}
+    mean, covariance = world.conditional(names[drawn], names[given], value[:1].double())
+    expected, std = guided(scale, mean.item(), covariance.item(), {"x": 0.5, "y": -0.4}[drawn], 0.64)
+    steps = enough(sampler, 200)
+    out = sample(world, task, world.modalities, COUNT, steps, scale, SEEDS, sampler, condition={given: value})[drawn]
     assert out.mean().item() == pytest.approx(expected, abs=5 * std / COUNT**0.5 + 0.01)
     assert out.std().item() == pytest.approx(std, rel=0.08)
 
@@ -209,10 +227,40 @@ def test_guidance_interval_saves_the_unconditional_half_outside(world):
     assert world.rows_seen == 20 * 2 * 2
     middle = draw(guidance_interval=(300, 700))
     assert world.rows_seen == 20 * 2 + 9 * 2  # timesteps 1 + 49.95 k, of which k = 6 .. 14 lie in 300 .. 700
-    never = draw(guidance_interval=(1001, 1001))
+    never = draw(guidance_interval=(0, 0))
     assert world.rows_seen == 20 * 2
     torch.testing.assert_close(draw(guidance_interval=(1, 1000)), always)
     assert not torch.allclose(middle, always) and not torch.allclose(middle, never)
+
+
+@pytest.mark.parametrize(
+    ("task", "draws"),
+    # Rows a step with guidance: conditional and unconditional; a joint draw has two unconditional ones.
+    [("t2i", [2]), ("joint", [3]), ("i2t2i", [2, 2]), ("t2i2t", [2, 2]), ("gibbs", [3, *[2] * 4])],
+)
+def test_every_draw_of_a_task_is_guided(world, task, draws):
+    condition = {"t2i": "text", "t2i2t": "text", "i2t2i": "image"}.get(task)
+    parts = {name: value[:2] for name, value in fixed(world, condition)[0].items()} if condition else {}
+    world.rows_seen = 0
+    sample(world, task, IMAGE_AND_TEXT, 2, 5, 3.0, [1, 2], condition=parts, rounds=2)
+    assert world.rows_seen == 5 * 2 * sum(draws)
+
+
+def test_the_descriptions_of_an_interpolation_are_guided_and_its_flow_is_not(world):
+    images = {name: part[:2] for name, part in fixed(world, "image")[0].items()}
+    world.rows_seen = 0
+    sample(world, "interpolate", IMAGE_AND_TEXT, 2, 5, 3.0, [1] * 4, condition=images)
+    assert world.rows_seen == 5 * (2 * 2 + 2 + 4)  # guided descriptions of two ends, their encodings, four frames
+
+
+def test_the_frames_of_an_interpolation_are_drawn_by_the_sampler_that_was_asked_for():
+    """Where the picture does not depend on the text, the descriptions that the sampler drew make no difference to it."""
+    world = two_numbers(0.0)
+    ends = {"x": torch.tensor([[0.3], [1.5]])}
+    first, second = (
+        sample(world, "interpolate", world.modalities, 2, 5, 0.0, [1] * 3, sampler, ends)["x"] for sampler in ("ddim", "dpm++2m")
+    )
+    assert (first - second).abs().min() > 1e-3
 
 
 @pytest.mark.parametrize("guidance", [0.0, 7.0])
@@ -259,6 +307,51 @@ def test_ddim_is_ddim(world):
     torch.testing.assert_close(ours, x.float(), atol=1e-4, rtol=1e-4)
 
 
+THEIRS = {
+    "dpm++2m": (DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "dpmsolver++"}),
+    "dpm++3m": (DPMSolverMultistepScheduler, {"solver_order": 3, "algorithm_type": "dpmsolver++"}),
+    "unipc": (UniPCMultistepScheduler, {"solver_order": 2, "predict_x0": True}),
+    "ddim": (DPMSolverMultistepScheduler, {"solver_order": 1, "algorithm_type": "dpmsolver++"}),
+}
+
+
+@pytest.mark.parametrize("sampler", THEIRS)
+def test_a_sampler_takes_the_steps_of_the_scheduler_that_its_name_says(world, sampler):
+    """Twenty steps of diffusers' scheduler by hand, on one part: the other samplers end at least a hundred times further off."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
+    generator = torch.Generator().manual_seed(7)
+    start, stand_in = ({p.name: torch.randn(1, *p.shape, generator=generator) for p in all_parts(IMAGE_AND_TEXT)} for _ in "ab")
+
+    def by_hand(name: str) -> Tensor:
+        scheduler_class, settings = THEIRS[name]
+        scheduler = scheduler_class(trained_betas=betas.numpy(), final_sigmas_type="sigma_min", **settings)
+        scheduler.set_timesteps(20)
+        x = start["text"]
+        for index in scheduler.timesteps:
+            noise = world({**stand_in, "text": x}, {"image": torch.tensor(1000), "text": index + 1})["text"].float()
+            x = scheduler.step(noise, index, x).prev_sample
+        return x
+
+    ours = sample(world, "t", IMAGE_AND_TEXT, 1, 20, 0.0, [7], sampler)["text"]
+    distances = {name: (by_hand(name) - ours).abs().max().item() for name in THEIRS}
+    assert distances.pop(sampler) < 1e-5
+    assert min(distances.values()) > 1e-3
+
+
+def test_tasks_of_three_modalities_draw_the_true_distribution():
+    modalities = (*IMAGE_AND_TEXT, Modality(name="sound", parts=(Part(name="waves", shape=(2,)),)))
+    world = GaussianWorld.random(modalities, seed=2)
+    check(world.flat(sample(world, Task(sample=("text", "sound")), modalities, COUNT, 100, 0.0, SEEDS)),
+          *reached(*world.marginal("text", "sound")))  # fmt: skip
+    condition, value = fixed(world, "image", "sound")
+    mean, covariance = world.conditional("text", ("image", "sound"), value)
+    task = Task(sample=("text",), given=("image", "sound"))
+    drawn = sample(world, task, modalities, COUNT, 100, 0.0, SEEDS, condition=condition)
+    check(world.flat(drawn), *reached(mean[0], covariance))
+    kept = sample(world, "gibbs", modalities, COUNT, 60, 0.0, SEEDS, rounds=1)
+    check(world.flat(kept), *world.marginal("image", "text", "sound"), slack=0.1)
+
+
 @pytest.fixture(scope="module")
 def network() -> UViT:
     torch.manual_seed(0)
@@ -297,6 +390,14 @@ def test_a_sample_depends_on_its_own_seed_only(network):
     assert not torch.allclose(first["text"][0], first["text"][1])
 
 
+def test_grids_of_another_size_and_not_square_are_drawn(network):
+    wide = resized(IMAGE_AND_TEXT, {"latent": (1, 2, 6)})
+    one, many = (sample(network, "joint", wide, batch, 8, 1.0, [1, 2, 3]) for batch in (1, 3))
+    assert one["latent"].shape == (3, 1, 2, 6)
+    for name, part in one.items():
+        torch.testing.assert_close(many[name], part, atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_requests_are_named(network):
     def draw(task="t2i", **settings):
         wanted = {"condition": {"text": torch.zeros(1, 2, 2)}, **settings}
@@ -308,8 +409,20 @@ def test_wrong_requests_are_named(network):
         draw(sampler="euler")
     with pytest.raises(ValueError, match="the condition lacks text"):
         draw(condition={})
-    with pytest.raises(ValueError, match="condition text: 2 rows where t2i takes 1"):
+    with pytest.raises(ValueError, match=r"condition text: \(2, 2, 2\) where t2i takes \(1, 2, 2\)"):
         draw(condition={"text": torch.zeros(2, 2, 2)})
+    with pytest.raises(ValueError, match=r"condition text: \(1, 2, 3\) where t2i takes \(1, 2, 2\)"):
+        draw(condition={"text": torch.zeros(1, 2, 3)})
+    with pytest.raises(ValueError, match="condition caption: no such part; there are latent, clip, text"):
+        draw(condition={"caption": torch.zeros(1, 2, 2)})
+    for interval in ((700, 300), (0, 1001)):
+        with pytest.raises(ValueError, match=r"guidance_interval must be two timesteps in 0 .. 1000, the lower one first"):
+            draw(guidance_interval=interval)
+    with pytest.raises(ValueError, match="batch and rounds of 1 or more, not 1, 1 and 0"):
+        draw("gibbs", condition={}, rounds=0)
+    other = tuple(Modality(name=name, parts=(Part(name=name, shape=(2,)),)) for name in ("picture", "sound"))
+    with pytest.raises(ValueError, match="different ones of the modalities picture, sound"):
+        sample(network, "interpolate", other, 1, 4, 0.0, [1], condition={"picture": torch.zeros(2, 2)})
     with pytest.raises(ValueError, match="condition_t must be in 0 .. 1000"):
         draw(condition_t=1001)
     for task in ("joint", "i", "i2t2i", "t2i2t", "gibbs", "interpolate"):

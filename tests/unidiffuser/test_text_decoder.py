@@ -67,6 +67,39 @@ def test_captions_come_back_after_a_short_training_and_after_saving(codec: TextC
     assert loaded.decode(latent) == CAPTIONS
 
 
+def test_beams_are_those_of_transformers_own_search(codec: TextCodec) -> None:
+    torch.manual_seed(4)
+    codec = TextCodec.new("embedded", text_width=24, latent_width=8).eval()
+    latent = torch.randn(3, 16, 8)
+
+    def by_hand(beams: int) -> list[str]:
+        ids = codec.gpt2.generate(
+            inputs_embeds=codec.prefix(latent), attention_mask=torch.ones(3, 16, dtype=torch.long), max_new_tokens=16,
+            num_beams=beams, do_sample=False, eos_token_id=codec.eos, pad_token_id=codec.eos,
+        )  # fmt: skip
+        return [text.strip() for text in codec.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    written = {beams: by_hand(beams) for beams in (1, 2, 5)}
+    assert len({tuple(captions) for captions in written.values()}) == 3, "the three must differ to prove anything"
+    for beams, captions in written.items():
+        assert codec.decode(latent, beams) == captions
+    assert codec.decode(latent) == written[5]
+
+
+def test_a_latent_for_which_gpt2_has_too_few_positions_is_refused_with_both_numbers(codec: TextCodec) -> None:
+    assert codec.gpt2.config.n_positions == 64
+    with torch.no_grad():
+        codec.gpt2.transformer.wte.weight[codec.eos] = 0  # no caption ends before its last token
+        assert len(codec.decode(torch.randn(1, 32, 8), beams=1)) == 1
+        assert codec.loss(torch.randn(1, 32, 8), ["apple " * 40]).isfinite()
+    with pytest.raises(ValueError, match="a text latent of 33 tokens and 32 of its caption take 65 positions, this GPT-2 has 64"):
+        codec.decode(torch.randn(1, 33, 8))
+    with pytest.raises(ValueError, match="a text latent of 33 tokens and 33 of its caption take 66 positions, this GPT-2 has 64"):
+        codec.loss(torch.randn(1, 33, 8), ["apple " * 40])
+    with pytest.raises(ValueError, match="a text latent of 77 tokens"):
+        codec.loss(torch.randn(1, 77, 8), ["a lion"])
+
+
 def test_a_vocabulary_without_an_end_gets_one(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

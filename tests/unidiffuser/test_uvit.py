@@ -14,7 +14,7 @@ from unidiffuser.modalities import (
     resized,
     token_order,
 )
-from unidiffuser.uvit import UViT, UViTConfig, resize_positions
+from unidiffuser.uvit import Block, UViT, UViTConfig, resize_positions
 
 
 def small_config(
@@ -67,6 +67,12 @@ def test_published_number_of_parameters(data_type_token, expected):
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 
+def test_a_hidden_width_comes_back_from_its_ratio():
+    for hidden in range(1, 3000, 7):
+        with torch.device("meta"):
+            assert Block(704, 11, hidden / 704, skip=False).mlp.fc1.out_features == hidden
+
+
 def test_published_token_order():
     assert [part.name for part in token_order(paper_modalities())] == [
         "text",
@@ -76,9 +82,10 @@ def test_published_token_order():
     assert UViTConfig().tokens == 1104
 
 
-def test_another_latent_size_uses_bilinearly_interpolated_positions():
+@pytest.mark.parametrize("base", [(8, 8), (4, 16)], ids=["square", "not square"])
+def test_another_latent_size_uses_bilinearly_interpolated_positions(base):
     torch.manual_seed(0)
-    config = small_config(position_std=0.5)
+    config = small_config(position_std=0.5, latent=(4, *base))
     model = UViT(config).eval()
     wide = resized(config.modalities, {"latent": (4, 4, 12)})
     x, t = inputs(config.model_copy(update={"modalities": wide}))
@@ -87,7 +94,7 @@ def test_another_latent_size_uses_bilinearly_interpolated_positions():
 
         # The same weights in a model declared for the other size, its table interpolated here row by row.
         fixed = UViT(UViTConfig(**{**config.model_dump(), "modalities": wide})).eval()
-        table = model.position[0, -16:].reshape(4, 4, -1)
+        table = model.position[0, -16:].reshape(base[0] // 2, base[1] // 2, -1)
         grid = torch.stack([torch.stack([_bilinear(table, 2, 6, r, c) for c in range(6)]) for r in range(2)])
         state = {
             **model.state_dict(),
@@ -125,16 +132,24 @@ def test_resize_positions_gives_a_model_of_the_new_size_the_same_outputs():
             torch.testing.assert_close(grown(x, t)[name], value, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="only the sizes of grids may differ"):
         resize_positions(model.state_dict(), old, small_config(latent=(6, 8, 8)))
+    for field, value in {"width": 32, "depth": 6, "heads": 2, "mlp_ratio": 2.0, "data_type_token": True}.items():
+        with pytest.raises(ValueError, match=f"only the sizes of grids may differ: {field} .* became {value}"):
+            resize_positions(model.state_dict(), old, new.model_copy(update={field: value}))
 
 
-def test_activation_checkpointing_changes_no_gradient():
+def test_activation_checkpointing_computes_every_block_again_and_changes_no_gradient():
     torch.manual_seed(0)
     plain = UViT(small_config())
     thrifty = UViT(small_config(activation_checkpointing=True))
     thrifty.load_state_dict(plain.state_dict())
     x, t = inputs(plain.config)
-    for model in (plain, thrifty):
+    for model, times in ((plain, 1), (thrifty, 2)):
+        calls: list[str] = []
+        blocks = {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+        for name, module in blocks.items():
+            module.register_forward_pre_hook(lambda *_, name=name, calls=calls: calls.append(name))
         sum(out.square().mean() for out in model.train()(x, t).values()).backward()
+        assert {name: calls.count(name) for name in blocks} == dict.fromkeys(blocks, times)  # once more in the backward pass
     for (name, a), b in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
 

@@ -12,7 +12,7 @@ from unidiffuser.convert import from_diffusers, from_official, save_diffusers, t
 from unidiffuser.modalities import Modality, Part, paper_modalities
 from unidiffuser.tensors import WeightsError, read_tensors
 from unidiffuser.uvit import UViT, UViTConfig
-from unidiffuser.weights import load_native, save_native
+from unidiffuser.weights import load_native, read_native, save_native
 
 
 def model_of(data_type_token: bool = False, **settings) -> UViT:
@@ -31,7 +31,7 @@ def model_of(data_type_token: bool = False, **settings) -> UViT:
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert set(a) == set(b)
     for name in a:
-        assert torch.equal(a[name], b[name]), name
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("data_type_token", [False, True], ids=["v0", "v1"])
@@ -126,11 +126,13 @@ DIFFUSERS_BLOCK = "transformer.transformer_mid_block.attn1"
         ("official", ("inputs.latent.weight", (3,)), r"1 extra: inputs.latent.weight \(3,\)"),
         ("official", ("in_blocks.0.attn.qkv.weight", (5, 5)), r"in_blocks.0.attn.qkv.weight \(5, 5\) instead of \(384, 128\)"),
         ("official", ("text_embed.weight", (3,)), r"text_embed.weight \(3,\): another number of axes"),
+        ("official", ("text_embed.bias", torch.int64), r"1 of whole numbers: text_embed.bias \(128,\) int64; nothing was loaded"),
         ("official", ("pos_embed", (1, 88, 128)), r"pos_embed \(1, 88, 128\): the position table has 88 rows"),
         ("diffusers", ("vae_img_in.proj.bias", None), r"1 missing: vae_img_in.proj.bias \(128,\)"),
         ("diffusers", (f"{DIFFUSERS_BLOCK}.to_k.weight", None), rf"1 missing: {DIFFUSERS_BLOCK}.to_k.weight \(128, 128\)"),
         ("diffusers", (f"{DIFFUSERS_BLOCK}.to_q.bias", (3,)), rf"1 extra: {DIFFUSERS_BLOCK}.to_q.bias \(3,\)"),
         ("diffusers", ("lone", (2,)), r"1 extra: lone \(2,\)"),
+        ("diffusers", ("pos_embed", torch.int64), r"1 of whole numbers: pos_embed \(1, 89, 128\) int64"),
         ("diffusers", (f"{DIFFUSERS_BLOCK}.to_v.weight", (9, 128)), rf"{DIFFUSERS_BLOCK}.to_v.weight \(9, 128\) instead of"),
     ],
 )
@@ -141,6 +143,8 @@ def test_wrong_tensors_of_other_layouts_have_the_names_of_their_file(layout, cha
         state = to_official(model.state_dict(), model.config)
     if shape is None:
         del state[name]
+    elif isinstance(shape, torch.dtype):
+        state[name] = state[name].to(shape)
     else:
         state[name] = torch.zeros(shape)
     with pytest.raises(WeightsError, match=message):
@@ -153,6 +157,24 @@ def test_native_folder_there_and_back(tmp_path):
     loaded = load_native(tmp_path)
     assert loaded.config == model.config and not loaded.training
     assert_same(loaded.state_dict(), model.state_dict())
+
+
+def of_several_types(model: UViT) -> UViT:
+    """A model whose position table and norm have another type than the rest, with values that only these types hold."""
+    model.position = torch.nn.Parameter(model.position.detach().half())
+    model.norm.weight = torch.nn.Parameter(torch.rand_like(model.norm.weight, dtype=torch.float64))
+    model.norm.bias = torch.nn.Parameter(model.norm.bias.detach().bfloat16())
+    return model
+
+
+def test_a_model_of_several_types_loads_in_the_widest(tmp_path):
+    model = of_several_types(model_of())
+    save_native(tmp_path, model)
+    assert_same(read_native(tmp_path).state_dict(), model.state_dict())
+    assert_same(load_native(tmp_path).state_dict(), {name: tensor.double() for name, tensor in model.state_dict().items()})
+    model.norm.weight = torch.nn.Parameter(model.norm.weight.detach().to(torch.float8_e4m3fn))
+    save_native(tmp_path, model)
+    assert_same(load_native(tmp_path).state_dict(), {name: tensor.float() for name, tensor in model.state_dict().items()})
 
 
 def test_wrong_tensors_are_named_and_nothing_is_loaded(tmp_path):
