@@ -67,7 +67,7 @@ def test_captions_come_back_after_a_short_training_and_after_saving(codec: TextC
     assert loaded.decode(latent) == CAPTIONS
 
 
-def test_beams_are_those_of_transformers_own_search(codec: TextCodec) -> None:
+def test_beams_are_those_of_transformers_own_search() -> None:
     torch.manual_seed(4)
     codec = TextCodec.new("embedded", text_width=24, latent_width=8).eval()
     latent = torch.randn(3, 16, 8)
