@@ -102,6 +102,9 @@ def main(
     memory: Annotated[
         bool, typer.Option(help="Measure memory with and without checkpointing, in processes of their own.")
     ] = True,
+    memory_batch: Annotated[
+        int, typer.Option(min=1, help="Samples of that step; with few of them the optimizer is the peak, not the activations.")
+    ] = 64,
     threads: Annotated[int, typer.Option(help="Threads on a CPU; 0 leaves torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="auto is CUDA where it is found.")] = "auto",
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
@@ -113,9 +116,9 @@ def main(
     words = machine(place)
     modalities = paper_modalities((4, pixels // 8, pixels // 8))
 
-    def config(checkpointing: bool) -> TrainConfig:
+    def config(checkpointing: bool, samples: int = batch) -> TrainConfig:
         model = ModelConfig(width=width, depth=depth, heads=width // 64, activation_checkpointing=checkpointing)
-        return TrainConfig(steps=1, global_batch=batch, model=model, compile=not eager)
+        return TrainConfig(steps=1, global_batch=samples, model=model, compile=not eager)
 
     step = Step(config(False), modalities, place)
     products = step.products()
@@ -143,10 +146,11 @@ def main(
     if memory:
         del step, plain, runs
         for name, checkpointing in (("memory_mib", False), ("checkpointed_mib", True)):
-            figures[name] = round(peak_in_child(warm_step, config(checkpointing), modalities, place))
+            figures[name] = round(peak_in_child(warm_step, config(checkpointing, memory_batch), modalities, place))
             progress(f"{name} {figures[name]}")
     details = {
         "sizes": {"width": width, "depth": depth, "pixels": pixels, "batch": batch, "precision": precision},
+        "memory_batch": memory_batch if memory else None,
         "flop": flop,
         "products": len(products),
         "seconds": seconds,
