@@ -103,7 +103,7 @@ def main(
         bool, typer.Option(help="Measure memory with and without checkpointing, in processes of their own.")
     ] = True,
     memory_batch: Annotated[
-        int, typer.Option(min=1, help="Samples of that step; with few of them the optimizer is the peak, not the activations.")
+        int, typer.Option(min=1, help="Samples while memory is measured; of few the optimizer is the peak, not the activations.")
     ] = 64,
     threads: Annotated[int, typer.Option(help="Threads on a CPU; 0 leaves torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="auto is CUDA where it is found.")] = "auto",

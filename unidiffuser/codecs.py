@@ -66,7 +66,7 @@ class PictureCodec:
 
 @dataclass(frozen=True)
 class CaptionCodec:
-    """Captions in any language in and out; the part is ``text``. Written with ``beams`` beams, greedily with one.
+    """Captions in and out; the part is ``text``. Written with ``beams`` beams, greedily with one.
 
     Encoding warns with `PromptCut` of a caption that is longer than CLIP reads.
     """
