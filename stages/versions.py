@@ -1,8 +1,9 @@
 """Keeps stage versions honest: code that changed must come with a new version, or with a recorded reason why it need not.
 
 `versions.json` holds, for every stage, its version and a digest of the code that makes its result: the stage's own file and
-what that imports from this project, without comments, docstrings and layout. A test compares. After a change, either raise the
-stage's `version` (old datasets become stale) and run ``python -m stages.versions``, or, where the result is the same, run
+what that imports from this project, without comments, docstrings and layout. Where the files lie, and under what names they
+import each other, is no part of the digest: code may move. A test compares. After a change, either raise the stage's `version`
+(old datasets become stale) and run ``python -m stages.versions``, or, where the result is the same, run
 ``python -m stages.versions --waive STAGE "why the result is the same"``.
 """
 
@@ -54,15 +55,33 @@ def _imports(path: Path) -> list[Path]:
 
 
 def code_digest(stage: str) -> str:
-    """sha256 over the syntax trees of a stage's sources, docstrings left out, as 24 hex digits."""
-    digest = hashlib.sha256()
-    for path in sources(stage):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-                node.body = node.body[1:] or [ast.Pass()]
-        digest.update(f"{path.relative_to(ROOT)}\n{ast.unparse(tree)}\n".encode())
-    return digest.hexdigest()[:24]
+    """sha256 over what a stage's sources compute, in an order that no path decides, as 24 hex digits."""
+    files = sorted(hashlib.sha256(_computes(path).encode()).digest() for path in sources(stage))
+    return hashlib.sha256(b"".join(files)).hexdigest()[:24]
+
+
+class _Bare(ast.NodeTransformer):
+    """Leaves out docstrings, and imports of this project's own rooms."""
+
+    def visit_Import(self, node: ast.Import) -> ast.Import | None:
+        node.names = [alias for alias in node.names if not _own(alias.name)]
+        return node if node.names else None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if node.module and _own(node.module) else node
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+        return super().generic_visit(node)
+
+
+def _own(module: str) -> bool:
+    return module.split(".")[0] in (*ROOMS, "infra")
+
+
+def _computes(path: Path) -> str:
+    return ast.unparse(_Bare().visit(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def problems() -> list[str]:

@@ -53,20 +53,36 @@ def test_stage_code_does_not_change_without_a_new_version():
     assert versions.problems() == []
 
 
-def test_a_change_of_code_is_noticed_and_one_of_comments_is_not(tmp_path, monkeypatch):
-    before = versions.code_digest("select")
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A copy of select's sources, which `versions` then looks at."""
     copy = tmp_path / "project"
     for path in versions.sources("select"):
         target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text(encoding="utf-8"))
     monkeypatch.setattr(versions, "ROOT", copy)
-    stage = copy / "stages" / "select.py"
+    return copy
+
+
+def test_a_change_of_code_is_noticed_and_one_of_comments_is_not(project):
+    before = versions.code_digest("select")
+    stage = project / "stages" / "select.py"
     original = stage.read_text()
     stage.write_text("# a comment\n" + original)
     assert versions.code_digest("select") == before
     stage.write_text(original + "\nCHANGED = 1\n")
     assert versions.code_digest("select") != before
+
+
+def test_code_that_only_moves_keeps_its_digest(project):
+    before = versions.code_digest("select")
+    (project / "stages" / "a_first_room").mkdir()
+    (project / "stages" / "presets.py").rename(project / "stages" / "a_first_room" / "thresholds.py")
+    stage = project / "stages" / "select.py"
+    stage.write_text(stage.read_text().replace("from stages.presets import", "from stages.a_first_room.thresholds import"))
+    assert project / "stages" / "a_first_room" / "thresholds.py" in versions.sources("select")
+    assert versions.code_digest("select") == before
 
 
 def test_the_sources_of_a_stage_include_what_it_imports():
