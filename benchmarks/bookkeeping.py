@@ -23,10 +23,10 @@ import typer
 from benchmarks.watch import Watch
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, find
 from infra.store import Store
-from stages import pool
-from stages.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
-from stages.graph import Planned
-from stages.runner import make_job, run_stage, unit_keys
+from stages.runner import pool
+from stages.runner.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
+from stages.runner.graph import Planned
+from stages.runner.run import make_job, run_stage, unit_keys
 
 SHARD_ROWS = 10_000
 

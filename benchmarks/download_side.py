@@ -12,9 +12,9 @@ import ray
 
 from infra.store import Store
 from stages.download import Download
-from stages.graph import plan
-from stages.recipe import parse_recipe
-from stages.runner import run_stage
+from stages.runner.graph import plan
+from stages.runner.recipe import parse_recipe
+from stages.runner.run import run_stage
 from stages.select import Select
 
 

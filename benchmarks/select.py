@@ -50,8 +50,8 @@ def ours(files: list[str], out: str) -> dict[str, Any]:
     from infra.external import resolve
     from infra.store import Store
     from stages.__main__ import connect_ray
-    from stages.graph import Planned
-    from stages.runner import run_stage
+    from stages.runner.graph import Planned
+    from stages.runner.run import run_stage
     from stages.select import Select
 
     start = time.perf_counter()

@@ -27,7 +27,7 @@ from pipelines.lineage import artifact_key, artifact_link, maker, mermaid
 from pipelines.run import Outcome, Run
 from pipelines.scores import scores_section
 from stages.catalog import stage_class
-from stages.graph import Planned, changes
+from stages.runner.graph import Planned, changes
 from stages.tar import Sample, read_samples
 
 # A page of the UI is one JSON reply: pictures are shrunk until they fit, and only the first few are shown.

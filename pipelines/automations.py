@@ -14,7 +14,7 @@ from prefect.events import DeploymentEventTrigger
 from infra.prefect_server import HEARTBEAT_SECONDS
 from pipelines.deployed import RETRYING
 from pipelines.events import COMMITTED, labels
-from stages.recipe import Recipe
+from stages.runner.recipe import Recipe
 
 FLOWS = ("recipe", "node")
 # Runs with this tag are started again after a crash.

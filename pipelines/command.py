@@ -46,7 +46,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def _nodes_of(context: typer.Context, incomplete: str) -> list[str]:
     """What a shell completes a NODE to: the nodes of the recipe that was named before it."""
-    from stages.recipe import RecipeError, load_recipe
+    from stages.runner.recipe import RecipeError, load_recipe
 
     try:
         # The option that is being completed lacks its value yet, so the arguments have not been given their names.
@@ -80,7 +80,7 @@ def run(
     """Run a recipe; what is committed and unchanged is reused."""
     from infra.store import Store
     from pipelines import conduct
-    from stages.recipe import load_recipe
+    from stages.runner.recipe import load_recipe
 
     wish = conduct.Wish(only or (), start, until, force or (), overrides or (), jobs, keep)
     loaded = load_recipe(recipe, wish.overrides)
@@ -111,7 +111,7 @@ def status(
     """Nodes of a recipe with fingerprints, rows, state, and where they lie."""
     from infra.store import Store
     from pipelines.inspection import funnel_table, status_rows, status_table, watch_status
-    from stages.recipe import load_recipe
+    from stages.runner.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
     if watch:
@@ -204,7 +204,7 @@ def retry_failed(
     from infra.dataset import by_prefix
     from infra.store import Store
     from pipelines import retry
-    from stages.recipe import load_recipe
+    from stages.runner.recipe import load_recipe
 
     place = Store(store)
     loaded = load_recipe(recipe, overrides or ()) if recipe else None
@@ -310,7 +310,7 @@ def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOpti
     from infra.external import state_folder
     from infra.store import Store
     from pipelines.conduct import deploy_recipe
-    from stages.recipe import load_recipe
+    from stages.runner.recipe import load_recipe
 
     place = Store(store)
     deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console)
@@ -348,8 +348,8 @@ def _exit_code(error: Exception) -> int:
     from infra.processes import ServerError
     from infra.store import StoreError
     from pipelines.checkpoints import Misuse
-    from stages.contract import StageError
-    from stages.recipe import RecipeError
+    from stages.runner.contract import StageError
+    from stages.runner.recipe import RecipeError
 
     if isinstance(error, RecipeError | Misuse):
         return 2

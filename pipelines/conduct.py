@@ -25,9 +25,9 @@ from pipelines.run import Run, plan_run
 from pipelines.selection import check_inputs, select_nodes
 from pipelines.servers import Servers, use_servers
 from pipelines.terminal import TerminalView, closing_table, plan_table
-from stages.deployment import Schedule
-from stages.graph import Planned
-from stages.recipe import Recipe
+from stages.runner.deployment import Schedule
+from stages.runner.graph import Planned
+from stages.runner.recipe import Recipe
 
 if TYPE_CHECKING:
     # Prefect reads its settings when it is first imported, and that must wait until a server is chosen.

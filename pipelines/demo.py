@@ -12,7 +12,7 @@ from infra.external import state_folder
 from infra.store import Store
 from pipelines.conduct import Wish, run_recipe
 from pipelines.run import Run
-from stages.recipe import load_recipe
+from stages.runner.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
 # The host that the little web's links name. It does not exist; the recipe's operational setting says where it is today.

@@ -24,7 +24,7 @@ from pipelines.parameters import changed, choice
 from pipelines.run import Outcome, Run, plan_run, snapshot
 from pipelines.selection import check_inputs, select_nodes
 from pipelines.servers import Servers, use_servers
-from stages.recipe import Recipe, load_recipe
+from stages.runner.recipe import Recipe, load_recipe
 
 # The name of the state in which the automation puts a run whose process died; see `pipelines.automations`.
 RETRYING = "RetryingAfterCrash"

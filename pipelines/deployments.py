@@ -25,8 +25,8 @@ from pipelines.parameters import Choice, node_form, recipe_form
 from pipelines.run import snapshot
 from pipelines.selection import select_nodes
 from pipelines.slots import LIMIT
-from stages.deployment import Pool, Schedule
-from stages.recipe import Recipe, RecipeError, explain
+from stages.runner.deployment import Pool, Schedule
+from stages.runner.recipe import Recipe, RecipeError, explain
 
 # Flow and name of the function that is the flow, as an import path: the package is installed wherever a worker runs.
 ENTRYPOINTS = {"recipe": "pipelines.flow.recipe_run", "node": "pipelines.flow.node_run"}

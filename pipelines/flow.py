@@ -39,8 +39,8 @@ from pipelines.progress import ProgressArtifact, TrainingArtifact
 from pipelines.run import Outcome, Run, snapshot
 from pipelines.slots import gpu_slots
 from pipelines.stopping import end_runs_of_killed_commands, stop_on_cancel, stop_on_signals
-from stages.contract import StageError
-from stages.recipe import RecipeError
+from stages.runner.contract import StageError
+from stages.runner.recipe import RecipeError
 
 # The run that the flow and its tasks are about. Prefect copies the context into its threads.
 RUN: ContextVar[Run] = ContextVar("run")

@@ -13,8 +13,8 @@ from rich.table import Table
 from infra.dataset import by_prefix
 from infra.store import Store
 from pipelines.terminal import ReportTable
-from stages.garbage import Garbage, collect, find_garbage
-from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.runner.garbage import Garbage, collect, find_garbage
+from stages.runner.recipe import Recipe, RecipeError, load_recipe
 
 
 def gc(

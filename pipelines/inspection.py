@@ -21,9 +21,9 @@ from pipelines.lineage import Branch
 from pipelines.run import plan_run
 from pipelines.terminal import PLAN_STYLES, ReportTable
 from stages.catalog import FOLDER_STAGES, SUBSET_STAGES, stage_class
-from stages.graph import Planned
-from stages.recipe import Recipe
-from stages.runner import phase_states
+from stages.runner.graph import Planned
+from stages.runner.recipe import Recipe
+from stages.runner.run import phase_states
 
 # How many rows and files `inspect` shows, how many characters of a cell, and how many cells of terminal a picture is wide.
 ROWS = 5

@@ -16,7 +16,7 @@ from typing import Any
 from infra.processes import ServerError
 from infra.ray_jobs import TERMINAL, RayJobs
 from pipelines.run import Run, pinned, snapshot
-from stages.graph import Planned
+from stages.runner.graph import Planned
 
 Say = Callable[[int, str], None]
 Report = Callable[[dict[str, Any]], None]

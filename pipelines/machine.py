@@ -18,7 +18,7 @@ from infra.processes import SERVERS, Server, ServerError, locked, marked, nobody
 from infra.ray_cluster import configured_ray
 from pipelines.servers import GRACE, KEPT, use_servers
 from pipelines.terminal import ReportTable
-from stages.deployment import Pool
+from stages.runner.deployment import Pool
 
 # How long the runs that `down` interrupts may take to stop their jobs, and a worker to come up, in seconds.
 STOP_SECONDS = 60.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from stages.recipe import Node, Recipe, RecipeError, explain, parse_recipe
+from stages.runner.recipe import Node, Recipe, RecipeError, explain, parse_recipe
 
 
 class Choice(BaseModel):

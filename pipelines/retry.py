@@ -12,9 +12,9 @@ from infra.dataset import Dataset, find
 from infra.store import Store
 from pipelines.conduct import Wish, run_recipe
 from pipelines.run import Run, plan_run
-from stages.contract import StageError
-from stages.graph import Planned, plan
-from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.runner.contract import StageError
+from stages.runner.graph import Planned, plan
+from stages.runner.recipe import Recipe, RecipeError, load_recipe
 
 SNAPSHOTS = ".state/recipes"
 

@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol
 from infra.dataset import Dataset
 from infra.store import Store
 from pipelines.servers import Servers
-from stages.contract import digest_of, digest_of_text
-from stages.graph import Planned, outside_of, plan
-from stages.recipe import Recipe
+from stages.runner.contract import digest_of, digest_of_text
+from stages.runner.graph import Planned, outside_of, plan
+from stages.runner.recipe import Recipe
 
 Result = Literal["reused", "made", "failed", "stopped", "not run"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from stages.contract import StageError
-from stages.graph import Planned
-from stages.recipe import Recipe
+from stages.runner.contract import StageError
+from stages.runner.graph import Planned
+from stages.runner.recipe import Recipe
 
 
 def select_nodes(recipe: Recipe, only: Sequence[str] = (), start: str | None = None, until: str | None = None) -> list[str]:

@@ -12,7 +12,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
 from pipelines.jobs import NodeStopped
-from stages.graph import Planned
+from stages.runner.graph import Planned
 
 LIMIT = "gpu"
 # How long the slots of a holder that died stay taken, and how often a waiting node looks whether its run is to stop, in seconds.

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from pipelines.run import Outcome, Run
-from stages.graph import Planned
+from stages.runner.graph import Planned
 
 STYLES = {"reused": "cyan", "made": "green", "failed": "bold red", "stopped": "yellow", "not run": "dim"}
 PLAN_STYLES = {"hit": "cyan", "stale": "yellow", "miss": "green"}

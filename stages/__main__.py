@@ -14,10 +14,10 @@ import fsspec
 from infra.dataset import Dataset, find, point
 from infra.store import Store, StoreError
 from stages.catalog import stage_class
-from stages.contract import StageError
-from stages.graph import Outside, Planned, plan
-from stages.recipe import Recipe, RecipeError, load_recipe
-from stages.runner import describe_drops, run_stage
+from stages.runner.contract import StageError
+from stages.runner.graph import Outside, Planned, plan
+from stages.runner.recipe import Recipe, RecipeError, load_recipe
+from stages.runner.run import describe_drops, run_stage
 
 log = logging.getLogger("stages")
 

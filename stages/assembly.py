@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.dataset import Dataset
-from stages.contract import Job
+from stages.runner.contract import Job
 from unidiffuser.references import weights_digest
 
 

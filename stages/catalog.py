@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from stages.contract import Stage
+from stages.runner.contract import Stage
 
 STAGES = {
     "select": "stages.select:Select",

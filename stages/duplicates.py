@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from infra.dataset import FileEntry
 from stages.conditions import SCORES, Verdict, columns_of, conditions
-from stages.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
 from stages.histogram import count
 from stages.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
+from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
 from stages.tar import open_table
 
 # Rows of a group of shards, and rows that a unit compares.

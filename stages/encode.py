@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
-from stages.recipe import encoder
+from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
+from stages.runner.recipe import encoder
 from stages.tar import Sample, open_table, read_shard
 from unidiffuser.references import weights_digest
 
@@ -171,7 +171,7 @@ def plan_shards(job: Job, _: Records) -> Iterator[Unit]:
 
 def encoder_resources(config: EncodeConfig) -> Resources:
     """One worker a GPU where there are GPUs, else one a core."""
-    from stages.pool import gpus_each
+    from stages.runner.pool import gpus_each
 
     return Resources(cpus=1, gpus=gpus_each(), workers=config.workers)
 

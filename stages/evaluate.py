@@ -21,9 +21,21 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.assembly import assemble, encoder_digests
-from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord, operational
 from stages.pictures import loss_curve, sample_sheet
-from stages.recipe import encoder, external_file
+from stages.runner.contract import (
+    Job,
+    Output,
+    Phase,
+    Records,
+    Resources,
+    Stage,
+    StageConfig,
+    StageError,
+    Unit,
+    UnitRecord,
+    operational,
+)
+from stages.runner.recipe import encoder, external_file
 
 PROMPTS_A_UNIT = 25
 SHEET = 6
@@ -229,7 +241,7 @@ def plan_report(job: Job, records: Records) -> Iterator[Unit]:
 
 
 def sampler_resources(_: EvaluateConfig) -> Resources:
-    from stages.pool import gpus_each
+    from stages.runner.pool import gpus_each
 
     return Resources(cpus=1, gpus=gpus_each())
 

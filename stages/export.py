@@ -9,8 +9,8 @@ from typing import Literal
 from pydantic import Field
 
 from stages.assembly import assemble, encoder_digests
-from stages.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord
-from stages.recipe import encoder
+from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord
+from stages.runner.recipe import encoder
 
 
 class ExportConfig(StageConfig):

@@ -26,11 +26,23 @@ from pydantic import Field, model_validator
 
 from stages import duplicates
 from stages.conditions import SCORES, conditions
-from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord, operational
 from stages.heads import Heads, Scorer, head_digests
 from stages.histogram import histogram_of, join
 from stages.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
-from stages.recipe import encoder
+from stages.runner.contract import (
+    Job,
+    Output,
+    Phase,
+    Records,
+    Resources,
+    Stage,
+    StageConfig,
+    StageError,
+    Unit,
+    UnitRecord,
+    operational,
+)
+from stages.runner.recipe import encoder
 from stages.tar import Sample, ShardWriter, open_table, read_shard
 from unidiffuser.references import weights_digest
 
@@ -250,7 +262,7 @@ def refusal_of(job: Job, earlier: Records) -> str:
 
 
 def _score_resources(config: FilterConfig) -> Resources:
-    from stages.pool import gpus_each
+    from stages.runner.pool import gpus_each
 
     return Resources(1.0, gpus_each() if config.clip_scores or config.heads.named() else 0.0, config.workers)
 

@@ -18,9 +18,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, digest_of, operational
 from stages.images import RESULT, ImageConfig, Outcome
-from stages.recipe import external_file
+from stages.runner.contract import (
+    Job,
+    Output,
+    Phase,
+    Records,
+    Resources,
+    Stage,
+    StageError,
+    Unit,
+    UnitRecord,
+    digest_of,
+    operational,
+)
+from stages.runner.recipe import external_file
 from stages.tar import Sample, ShardWriter
 
 SHA256_DIGITS = 64

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from infra.store import sha256_of
-from stages.contract import StageConfig, StageError
-from stages.recipe import encoder, external_file
+from stages.runner.contract import StageConfig, StageError
+from stages.runner.recipe import encoder, external_file
 from unidiffuser.references import weights_digest
 
 if TYPE_CHECKING:

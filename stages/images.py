@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from stages.contract import StageConfig
+from stages.runner.contract import StageConfig
 
 # What is known of a row afterwards; sizes are pixels, `sha256` is that of the bytes as they came.
 RESULT = pa.schema(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.contract import StageError
+from stages.runner.contract import StageError
 
 # Columns that a file of the set must have, by what they mean.
 _PAIRS = {"url": "URL", "caption": "TEXT", "width": "WIDTH", "height": "HEIGHT", "similarity": "similarity"}

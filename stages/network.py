@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from stages.contract import StageError
+from stages.runner.contract import StageError
 
 # What Python's `is_global` lets pass: protocol assignments (Oracle's metadata service among them), dead 6to4 relays, and the
 # address at which every machine in Azure finds its host.

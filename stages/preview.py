@@ -15,9 +15,9 @@ from pydantic import Field
 
 from infra.dataset import FileEntry, fetch_files, find
 from stages.assembly import put_together
-from stages.contract import Job, StageConfig
 from stages.pictures import sample_sheet
-from stages.runner import emit_progress
+from stages.runner.contract import Job, StageConfig
+from stages.runner.run import emit_progress
 
 log = logging.getLogger("stages")
 

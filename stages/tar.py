@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from infra.store import Store
-from stages.contract import Job, StageError
+from stages.runner.contract import Job, StageError
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 VERIFY = "`unidiffuser verify` names what is damaged"

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.dataset import FileEntry
-from stages.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
-from stages.recipe import encoder
-from stages.runner import emit_progress, time_left
+from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
+from stages.runner.recipe import encoder
+from stages.runner.run import emit_progress, time_left
 from unidiffuser.references import weights_digest
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def plan_training(job: Job, _: Records) -> list[Unit]:
 def trainer_resources(config: TextCodecConfig) -> Resources:
     import ray
 
-    from stages.pool import gpus_each
+    from stages.runner.pool import gpus_each
 
     gpus, cpus = gpus_each(), ray.cluster_resources().get("CPU", 1)
     # Without a GPU the one worker may as well use the cores of a small machine, since nothing else runs meanwhile.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stages import versions
+from stages.runner import versions
 
 ROOT = Path(__file__).parent.parent
 BELOW = {
@@ -88,4 +88,4 @@ def test_code_that_only_moves_keeps_its_digest(project):
 def test_the_sources_of_a_stage_include_what_it_imports():
     names = {str(path.relative_to(ROOT)) for path in versions.sources("train")}
     assert {"stages/train.py", "training/loop.py", "unidiffuser/uvit.py", "unidiffuser/objective.py"} <= names
-    assert not names & versions.MACHINERY
+    assert not [name for name in names if name.startswith(versions.MACHINERY)]

@@ -26,8 +26,8 @@ from examples.little_web.server import LittleWeb
 from infra.dataset import Dataset, FileEntry, find
 from infra.processes import recorded
 from infra.store import Store
-from stages.graph import plan
-from stages.recipe import load_recipe
+from stages.runner.graph import plan
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import start, survivors
 
 ROWS = 110

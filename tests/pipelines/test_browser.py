@@ -21,8 +21,8 @@ from infra.dataset import Dataset, find
 from infra.processes import free_port, recorded
 from infra.ray_jobs import RayJobs
 from infra.store import Store
-from stages.graph import plan
-from stages.recipe import load_recipe
+from stages.runner.graph import plan
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import CHROMIUM, PATIENCE, picture, start, survivors
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

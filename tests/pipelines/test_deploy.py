@@ -27,8 +27,8 @@ from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.processes import Server, recorded
 from infra.ray_jobs import RayJobs
 from infra.store import Store
-from stages.graph import plan
-from stages.recipe import load_recipe
+from stages.runner.graph import plan
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import start, survivors, write_metadata
 
 TINY = """

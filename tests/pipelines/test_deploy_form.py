@@ -13,10 +13,10 @@ from pipelines.conduct import describe_schedule
 from pipelines.parameters import changed, choice, node_form, recipe_form, values_of
 from pipelines.progress import describe_progress, read_progress
 from pipelines.run import snapshot
-from stages.deployment import Schedule
-from stages.graph import plan
-from stages.recipe import Recipe, RecipeError, load_recipe, parse_recipe
-from stages.runner import time_left
+from stages.runner.deployment import Schedule
+from stages.runner.graph import plan
+from stages.runner.recipe import Recipe, RecipeError, load_recipe, parse_recipe
+from stages.runner.run import time_left
 from tests.pipelines.conftest import write_metadata
 
 ROOT = Path(__file__).parent.parent.parent

@@ -20,8 +20,8 @@ from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.jobs import ATTACHED, _follow
 from pipelines.machine import _is_flow
-from stages.graph import plan
-from stages.recipe import load_recipe
+from stages.runner.graph import plan
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Command, survivors, write_recipe
 from tests.pipelines.test_deploy import AFTER, TINY, Machine, machine, wait_for  # noqa: F401
 

@@ -23,7 +23,7 @@ from pipelines.machine import find_machine
 from pipelines.parameters import values_of
 from pipelines.run import Run, plan_run, snapshot
 from pipelines.servers import KEPT, Servers
-from stages.recipe import Recipe, load_recipe
+from stages.runner.recipe import Recipe, load_recipe
 from tests.infra.test_servers import standing
 from tests.pipelines.conftest import write_metadata
 

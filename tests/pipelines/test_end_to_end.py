@@ -30,9 +30,9 @@ from infra.processes import recorded
 from infra.store import Store
 from pipelines.checkpoints import Named, opened
 from pipelines.command import app
-from stages.graph import Planned, plan
-from stages.recipe import Recipe, load_recipe
-from stages.runner import aside_key, make_job
+from stages.runner.graph import Planned, plan
+from stages.runner.recipe import Recipe, load_recipe
+from stages.runner.run import aside_key, make_job
 from stages.train import Train
 from tests.pipelines.conftest import CHROMIUM, picture, start, survivors
 

@@ -16,8 +16,8 @@ from infra.store import Store
 from pipelines.openlineage import send
 from pipelines.run import Run, plan_run
 from stages.catalog import stage_class
-from stages.recipe import load_recipe
-from stages.runner import run_stage
+from stages.runner.recipe import load_recipe
+from stages.runner.run import run_stage
 from tests.pipelines.conftest import ROWS, write_metadata
 from tests.stages import killed
 
@@ -29,7 +29,7 @@ def sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sends the events of a select that this process has made, and returns its manifest."""
     for name in [name for name in os.environ if name.startswith("OPENLINEAGE_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr("stages.pool.run_pool", killed.in_process)
+    monkeypatch.setattr("stages.runner.pool.run_pool", killed.in_process)
     write_metadata(tmp_path / "metadata" / "part-0.parquet")
     path, store = tmp_path / "tiny.yaml", Store(str(tmp_path / "store"))
     path.write_text("name: tiny\nsubsets:\n  good: {select: {metadata: [metadata/*.parquet], min_width: 256}, download: {}}\n")

@@ -23,8 +23,8 @@ from pipelines.run import Outcome, Result, Run, plan_run
 from pipelines.servers import Servers
 from pipelines.terminal import TerminalView
 from stages.catalog import stage_class
-from stages.contract import result_fields
-from stages.recipe import Recipe, load_recipe
+from stages.runner.contract import result_fields
+from stages.runner.recipe import Recipe, load_recipe
 from stages.tar import Sample, ShardWriter
 from tests.pipelines.conftest import Kept, write_metadata
 from tests.pipelines.test_plain import a_dataset

@@ -25,7 +25,7 @@ from pipelines.jobs import parse_line
 from pipelines.lineage import ancestors, descendants
 from pipelines.selection import select_nodes
 from pipelines.terminal import plan_table
-from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe
 

@@ -29,8 +29,8 @@ from prefect.workers.base import BaseJobConfiguration
 from infra.store import Store
 from pipelines import deployments
 from pipelines.deployments import ENTRYPOINTS, _job_variables, _schedule, deploy, ensure_pool
-from stages.deployment import Pool, Schedule
-from stages.recipe import Recipe, RecipeError, load_recipe
+from stages.runner.deployment import Pool, Schedule
+from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from tests.pipelines.conftest import Kept, write_metadata
 
 ROOT = Path(__file__).parent.parent.parent

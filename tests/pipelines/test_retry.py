@@ -17,8 +17,8 @@ from pipelines.artifacts import dataset_page
 from pipelines.run import Outcome, Run, plan_run, snapshot
 from pipelines.servers import Servers
 from pipelines.terminal import TerminalView
-from stages.graph import Planned
-from stages.recipe import Recipe, load_recipe
+from stages.runner.graph import Planned
+from stages.runner.recipe import Recipe, load_recipe
 from tests.pipelines.test_plain import a_dataset
 
 

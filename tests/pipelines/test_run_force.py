@@ -9,7 +9,7 @@ import pytest
 from infra.dataset import all_datasets
 from infra.store import Store
 from pipelines.run import plan_run
-from stages.recipe import load_recipe
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Kept, start
 
 pytestmark = pytest.mark.slow

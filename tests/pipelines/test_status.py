@@ -10,9 +10,9 @@ import pytest
 from infra.store import Store
 from pipelines.inspection import status_rows
 from stages.catalog import stage_class
-from stages.graph import plan
-from stages.recipe import load_recipe
-from stages.runner import run_stage
+from stages.runner.graph import plan
+from stages.runner.recipe import load_recipe
+from stages.runner.run import run_stage
 from tests.pipelines.conftest import start, write_metadata
 from tests.stages import killed
 
@@ -37,14 +37,14 @@ def test_status_counts_the_units_of_an_unfinished_node_and_watching_shows_the_ch
                 raise KeyboardInterrupt
             killed.in_process(job, phase, [(unit, key)], 1, done)
 
-    monkeypatch.setattr("stages.pool.run_pool", stopped_at_the_third)
+    monkeypatch.setattr("stages.runner.pool.run_pool", stopped_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_stage(node, store, stage)
     assert status_rows(recipe, store)[0]["done"] == {"phase": asked[0], "units": 2, "of": 3}
 
     watching = start("status", path, "--watch", "--store", store.root)
     watching.read_until(f"{asked[0]}: 2 of 3 units done; never made")
-    monkeypatch.setattr("stages.pool.run_pool", killed.in_process)
+    monkeypatch.setattr("stages.runner.pool.run_pool", killed.in_process)
     run_stage(node, store, stage)
     assert watching.read_until(" hit ").startswith("a-select ")
     code, _ = watching.finish(signal.SIGINT)

@@ -18,7 +18,7 @@ from pipelines.deployed import Unwatched
 from pipelines.jobs import NodeStopped
 from pipelines.run import Outcome, Run, plan_run
 from pipelines.servers import Servers
-from stages.recipe import load_recipe
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import write_recipe
 
 NODE = "good-select"

@@ -11,16 +11,16 @@ import pytest
 from infra.dataset import Dataset
 from infra.external import resolve
 from infra.store import Store
-from stages.contract import Stage, digest_of, result_fields
-from stages.graph import Planned
-from stages.runner import run_stage
+from stages.runner.contract import Stage, digest_of, result_fields
+from stages.runner.graph import Planned
+from stages.runner.run import run_stage
 from tests.stages import killed
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units run one after the other in this process; the rest of the runner is the real one."""
-    monkeypatch.setattr("stages.pool.run_pool", killed.in_process)
+    monkeypatch.setattr("stages.runner.pool.run_pool", killed.in_process)
     # download installs an opener for its whole process, which is this one: it goes when the test ends.
     monkeypatch.setattr("urllib.request._opener", None)
 
@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def make() -> Callable[..., Dataset]:
-    """(stage, store, inputs, **config) -> the node's dataset, planned as `stages.graph.plan` does."""
+    """(stage, store, inputs, **config) -> the node's dataset, planned as `stages.runner.graph.plan` does."""
 
     def make(stage: type[Stage], store: Store, inputs: dict[str, Dataset] | None = None, **config: Any) -> Dataset:
         model = stage.Config.model_validate(config)

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from infra.store import Store
-from stages import pool
-from stages.contract import scratch_output
-from stages.runner import run_stage
+from stages.runner import pool
+from stages.runner.contract import scratch_output
+from stages.runner.run import run_stage
 from tests.stages.toy import Squares, planned
 
 

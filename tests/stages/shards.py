@@ -13,7 +13,7 @@ from PIL import Image
 
 from infra.dataset import Dataset, FileEntry, Manifest, Stats, commit
 from infra.store import Store
-from stages.contract import digest_of
+from stages.runner.contract import digest_of
 from stages.tar import Sample, ShardWriter, read_samples
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from infra.store import Store, StoreError
-from stages.contract import StageError, digest_of
-from stages.runner import make_job, run_stage, unit_keys
+from stages.runner.contract import StageError, digest_of
+from stages.runner.run import make_job, run_stage, unit_keys
 from tests.stages.toy import Keep, Squares, planned
 
 MANY = 60
@@ -28,7 +28,7 @@ def test_a_unit_key_is_the_digest_of_all_that_decides_it(store):
 def test_many_units_are_found_again_and_committed_alike(store, in_process, capsys, monkeypatch):
     """More files than a manifest holds inline; the second run finds every record."""
     monkeypatch.setattr("infra.dataset.FILES_INLINE", 10)
-    monkeypatch.setattr("stages.runner.SAY_EVERY", 1000)
+    monkeypatch.setattr("stages.runner.run.SAY_EVERY", 1000)
     numbers = list(range(1000, 1000 + MANY))
     first = run_stage(planned(Squares, numbers=numbers, limit=10**9), store, Squares)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("@progress ")]

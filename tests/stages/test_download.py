@@ -15,9 +15,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra.store import Store
-from stages.contract import StageError
 from stages.download import Download, DownloadConfig
 from stages.network import Guard, dial
+from stages.runner.contract import StageError
 from tests.stages.hostile_files import FILES, JPEG
 from tests.stages.hostile_tls import TLS, TLS_STATUS, tls_web
 from tests.stages.hostile_web import HOST, PAGES, STATUS, Handler, hostile_web

@@ -15,9 +15,9 @@ from torch import nn
 
 from infra.dataset import FileEntry, Manifest, Stats, commit
 from infra.store import Store
-from stages.contract import StageError
 from stages.encode import Encode
 from stages.filter import Filter
+from stages.runner.contract import StageError
 from tests.stages.shards import blots, cut_between_samples, download, encoded, kept_of, sample
 from training.config import Condition
 from training.latents import LatentReader, Selection

@@ -15,10 +15,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra.store import Store
-from stages.contract import StageError, result_fields
 from stages.download import Download
 from stages.filter import Filter, FilterConfig
 from stages.histogram import RANGES
+from stages.runner.contract import StageError, result_fields
 from stages.select import Select
 from stages.tar import Sample
 from tests.stages.hostile_web import HOST, hostile_web

@@ -12,9 +12,9 @@ from PIL import Image
 
 from infra.store import Store
 from stages import duplicates
-from stages.contract import StageError
 from stages.filter import Filter
 from stages.likeness import COLOUR_BYTES, HASH_BYTES, bands, colours, earlier_alike, key, perceptual_hash
+from stages.runner.contract import StageError
 from tests.stages.shards import blots, download, encoded, sample
 
 LOOKS = tuple[np.ndarray, np.ndarray]

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 from stages import duplicates
-from stages.contract import StageError
 from stages.filter import Filter, FilterConfig
-from stages.graph import Planned
-from stages.runner import phase_states
+from stages.runner.contract import StageError
+from stages.runner.graph import Planned
+from stages.runner.run import phase_states
 from tests.stages.shards import ColourClip, blots, download, encoded, kept_of, sample
 
 

@@ -12,10 +12,10 @@ from infra.dataset import Dataset, find, point, verify
 from infra.store import Store
 from pipelines.command import app
 from stages.catalog import stage_class
-from stages.garbage import collect, find_garbage
-from stages.graph import plan
-from stages.recipe import Recipe, load_recipe
-from stages.runner import run_stage
+from stages.runner.garbage import collect, find_garbage
+from stages.runner.graph import plan
+from stages.runner.recipe import Recipe, load_recipe
+from stages.runner.run import run_stage
 from tests.pipelines.conftest import write_metadata
 
 TOMORROW = datetime.now(UTC) + timedelta(hours=25)
@@ -121,7 +121,7 @@ def test_units_of_no_dataset_are_left_alone_for_a_day(folder: Path, store: Store
 
 def test_an_unfinished_run_keeps_what_it_has(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = recipe(folder, 300)
-    monkeypatch.setattr("stages.runner.commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("stages.runner.run.commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(wanted, store)
     garbage = find_garbage([wanted], store, TOMORROW)
@@ -147,7 +147,7 @@ def test_a_dataset_that_is_kept_stays_with_what_it_was_made_from(folder: Path, s
 def test_the_command_keeps_what_run_with_set_gave_and_what_is_named(folder: Path, store: Store) -> None:
     from typer.testing import CliRunner
 
-    from stages.recipe import RecipeError
+    from stages.runner.recipe import RecipeError
 
     run(recipe(folder, 300), store)
     others = {width: run(recipe(folder, width), store).manifest.fingerprint for width in (400, 500)}

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from infra.store import Store
-from stages.contract import StageError
 from stages.filter import Filter, FilterConfig
-from stages.graph import plan
 from stages.heads import HeadConfig
-from stages.recipe import RecipeError, parse_recipe
+from stages.runner.contract import StageError
+from stages.runner.graph import plan
+from stages.runner.recipe import RecipeError, parse_recipe
 from tests.stages.shards import ColourClip, blots, download, encoded, kept_of, sample
 
 

@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from stages.contract import StageError
 from stages.fetch import Limits, WebOpener
 from stages.network import ForbiddenAddress, Guard, Names, PlainSocket, Wait, dial, is_public
 from stages.politeness import FetchError, Hosts
+from stages.runner.contract import StageError
 from tests.stages.hostile_files import JPEG
 from tests.stages.hostile_web import hostile_web
 

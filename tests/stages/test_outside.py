@@ -11,8 +11,8 @@ from infra.dataset import find
 from infra.external import resolve
 from infra.store import Store
 from stages.__main__ import main
-from stages.graph import outside_of, plan
-from stages.recipe import load_recipe
+from stages.runner.graph import outside_of, plan
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import ROWS, write_metadata
 from tests.stages.hostile_web import hostile_web
 

@@ -18,9 +18,9 @@ from examples.little_web import compose
 from infra.dataset import verify
 from infra.store import Store
 from stages.__main__ import run_node
-from stages.contract import StageError
 from stages.folder import Folder
-from stages.recipe import RecipeError, load_recipe, parse_recipe
+from stages.runner.contract import StageError
+from stages.runner.recipe import RecipeError, load_recipe, parse_recipe
 from tests.stages.hostile_files import FILES, encoded
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.pages import samples_of, table_of
@@ -149,7 +149,7 @@ def check_filtered(kept, drawings):
 def run_nodes(store, in_process, monkeypatch):
     """(example, overrides, nodes) -> the nodes' datasets, with the encoders that ship with the project."""
     monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
-    monkeypatch.setattr("stages.pool.gpus_each", lambda: 0.0)
+    monkeypatch.setattr("stages.runner.pool.gpus_each", lambda: 0.0)
 
     def run(example, overrides, *nodes):
         recipe = load_recipe(CONFIGS / f"{example}.yaml", [*EMBEDDED, *overrides])

@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from infra.store import Store
-from stages.contract import RECORD, Job, Stats, UnitRecord
 from stages.preview import Previews
+from stages.runner.contract import RECORD, Job, Stats, UnitRecord
 from stages.train import TrainStageConfig
 
 KEYS = {100: "a" * 24, 200: "b" * 24, 300: "c" * 24}

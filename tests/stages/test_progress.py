@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from infra.store import Store
-from stages.contract import Job
-from stages.runner import Progress, time_left
+from stages.runner.contract import Job
+from stages.runner.run import Progress, time_left
 from stages.train import TrainStageConfig, checkpoint_steps, plan_checkpoints, train_chain
 
 
@@ -35,7 +35,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
 
 def test_a_phase_judges_by_the_units_of_this_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("stages.runner.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("stages.runner.run.time.monotonic", lambda: clock[0])
     progress = Progress("a-select", "write", total=100, done=90)
     for _ in range(10):
         clock[0] += 20

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.store import Store
-from stages.graph import plan
-from stages.recipe import RecipeError, load_recipe
+from stages.runner.graph import plan
+from stages.runner.recipe import RecipeError, load_recipe
 
 GOOD = """
 name: good

@@ -13,9 +13,9 @@ from infra.dataset import find, verify
 from infra.store import Store
 from pipelines.lineage import ancestors, descendants
 from stages.__main__ import run_node
-from stages.contract import StageError
-from stages.graph import plan
-from stages.recipe import load_recipe
+from stages.runner.contract import StageError
+from stages.runner.graph import plan
+from stages.runner.recipe import load_recipe
 from tests.stages.hostile_web import HOST, Handler, hostile_web
 from tests.stages.pages import name_of, samples_of, table_of
 

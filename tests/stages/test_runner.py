@@ -11,8 +11,8 @@ import pytest
 
 from infra.dataset import find, verify
 from infra.store import Store
-from stages.contract import StageError, result_fields, scratch_output
-from stages.runner import aside_key, make_job, phase_states, run_stage
+from stages.runner.contract import StageError, result_fields, scratch_output
+from stages.runner.run import aside_key, make_job, phase_states, run_stage
 from tests.stages.toy import Count, Squares, planned
 
 ROOT = Path(__file__).parent.parent.parent

@@ -13,7 +13,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from infra.store import Store
-from stages.contract import StageError
+from stages.runner.contract import StageError
 from stages.select import Select
 from tests.infra.test_store import bucket  # noqa: F401
 

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from stages.contract import StageError, result_fields
 from stages.laion import SCHEMAS
 from stages.presets import PRESETS
+from stages.runner.contract import StageError, result_fields
 from stages.select import Select, SelectConfig
 
 # Columns as the sets' own descriptions list them.

@@ -12,7 +12,7 @@ import pytest
 
 from infra.store import Store
 from stages import keys
-from stages.contract import StageError
+from stages.runner.contract import StageError
 from stages.select import Select
 
 HOSTS = [

@@ -18,11 +18,11 @@ from PIL import Image
 from infra.dataset import find, verify
 from infra.store import Store
 from stages.__main__ import main
-from stages.contract import Job, Phase, StageError, Unit, scratch_output
 from stages.download import Download
 from stages.filter import Filter
-from stages.pool import PoolWorker
-from stages.runner import run_stage
+from stages.runner.contract import Job, Phase, StageError, Unit, scratch_output
+from stages.runner.pool import PoolWorker
+from stages.runner.run import run_stage
 from tests.infra.test_store import bucket  # noqa: F401
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.pages import selector
@@ -119,7 +119,7 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("full", ["store", "scratch"])
 def test_a_disk_that_is_really_full(tmp_path, small_disk, monkeypatch, make, digests, full):
     folder, enlarge = small_disk
-    monkeypatch.setattr("stages.runner.DISK_RESERVE", -(2**40))  # else it is refused before the work starts
+    monkeypatch.setattr("stages.runner.run.DISK_RESERVE", -(2**40))  # else it is refused before the work starts
     pictures = [Image.frombytes("RGB", (120, 120), random.Random(n).randbytes(120 * 120 * 3)) for n in range(16)]
     shards = [[sample(n, encoded(pictures[n])) for n in range(start, start + 4)] for start in range(0, 16, 4)]
     calm = Store(str(tmp_path / "calm"))

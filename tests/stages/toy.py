@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from stages.contract import Phase, Stage, StageConfig, Unit, operational, scratch_output
-from stages.graph import Planned
+from stages.runner.contract import Phase, Stage, StageConfig, Unit, operational, scratch_output
+from stages.runner.graph import Planned
 
 
 class SquaresConfig(StageConfig):

@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from stages.contract import Job, Phase, Resources, StageError, Unit, UnitRecord, scratch_output
+from stages.runner.contract import Job, Phase, Resources, StageError, Unit, UnitRecord, scratch_output
 
 log = logging.getLogger("stages")
 

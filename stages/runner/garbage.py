@@ -10,9 +10,9 @@ from datetime import UTC, datetime, timedelta
 from infra.dataset import Dataset, InputRef, all_datasets, find, pointed
 from infra.store import Store
 from stages.catalog import STAGES, stage_class
-from stages.graph import Planned, plan
-from stages.recipe import Recipe
-from stages.runner import phase_states
+from stages.runner.graph import Planned, plan
+from stages.runner.recipe import Recipe
+from stages.runner.run import phase_states
 
 # Units that belong to no dataset are left alone for so long: a run may be making them.
 GRACE = timedelta(hours=24)

@@ -23,8 +23,19 @@ from typing import Any
 
 from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
 from infra.store import Store
-from stages.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, canonical, digest_of_text, result_fields
-from stages.graph import Planned
+from stages.runner.contract import (
+    Job,
+    Phase,
+    Records,
+    Stage,
+    StageError,
+    Unit,
+    UnitRecord,
+    canonical,
+    digest_of_text,
+    result_fields,
+)
+from stages.runner.graph import Planned
 
 log = logging.getLogger("stages")
 
@@ -183,7 +194,7 @@ def _run_pool(
     phase: Phase, job: Job, units: list[Unit], keys: list[str], found: dict[str, UnitRecord], progress: Progress
 ) -> None:
     # Imported here, not above: a hit must not pay for importing Ray.
-    from stages.pool import run_pool
+    from stages.runner.pool import run_pool
 
     def pending() -> Iterator[tuple[Unit, str]]:
         return ((unit, key) for unit, key in zip(units, keys, strict=True) if key not in fixed)
@@ -267,7 +278,7 @@ def code_identity(stage: type[Stage]) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]

@@ -3,8 +3,8 @@
 `versions.json` holds, for every stage, its version and a digest of the code that makes its result: the stage's own file and
 what that imports from this project, without comments, docstrings and layout. Where the files lie, and under what names they
 import each other, is no part of the digest: code may move. A test compares. After a change, either raise the stage's `version`
-(old datasets become stale) and run ``python -m stages.versions``, or, where the result is the same, run
-``python -m stages.versions --waive STAGE "why the result is the same"``.
+(old datasets become stale) and run ``python -m stages.runner.versions``, or, where the result is the same, run
+``python -m stages.runner.versions --waive STAGE "why the result is the same"``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from pathlib import Path
 
 from stages.catalog import STAGES, stage_class
 
-ROOT = Path(__file__).parent.parent
-RECORD = Path(__file__).parent / "versions.json"
+ROOT = Path(__file__).parent.parent.parent
+RECORD = Path(__file__).with_name("versions.json")
 # How a stage is run, planned, watched and stored does not decide what it makes.
-MACHINERY = {
-    f"stages/{name}.py"
-    for name in ("__init__", "__main__", "catalog", "contract", "graph", "pool", "preview", "recipe", "runner")
-}
+MACHINERY = ("stages/__init__.py", "stages/__main__.py", "stages/catalog.py", "stages/runner/", "stages/preview.py")
 ROOMS = ("stages", "training", "unidiffuser")
 
 
@@ -35,7 +32,7 @@ def sources(stage: str) -> list[Path]:
     waiting = [ROOT / f"{module.replace('.', '/')}.py"]
     while waiting:
         path = waiting.pop()
-        if path in found or str(path.relative_to(ROOT)) in MACHINERY:
+        if path in found or str(path.relative_to(ROOT)).startswith(MACHINERY):
             continue
         found.add(path)
         waiting += _imports(path)
@@ -93,10 +90,10 @@ def problems() -> list[str]:
         if known.get("version") == version and known.get("digest") != code_digest(stage):
             lines.append(
                 f"{stage}: its code changed but its version is still {version}: raise it in the stage's file, or run "
-                f'`python -m stages.versions --waive {stage} "why the result is the same"`'
+                f'`python -m stages.runner.versions --waive {stage} "why the result is the same"`'
             )
         elif known.get("version") != version:
-            lines.append(f"{stage}: version {version} is not recorded yet: run `python -m stages.versions`")
+            lines.append(f"{stage}: version {version} is not recorded yet: run `python -m stages.runner.versions`")
     return lines
 
 
@@ -114,7 +111,9 @@ def record(waive: str | None = None, reason: str = "") -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m stages.versions", description="Records the versions of the stages' code.")
+    parser = argparse.ArgumentParser(
+        prog="python -m stages.runner.versions", description="Records the versions of the stages' code."
+    )
     parser.add_argument("--waive", nargs=2, metavar=("STAGE", "REASON"), help="the code changed, the result did not")
     options = parser.parse_args()
     record(*(options.waive or ()))

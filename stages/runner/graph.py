@@ -12,8 +12,8 @@ from infra.dataset import Dataset, InputRef, find, pointed
 from infra.external import resolve
 from infra.store import Store
 from stages.catalog import stage_class
-from stages.contract import digest_of, result_fields
-from stages.recipe import Recipe, RecipeError
+from stages.runner.contract import digest_of, result_fields
+from stages.runner.recipe import Recipe, RecipeError
 
 State = Literal["hit", "stale", "miss"]
 

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stages.catalog import FOLDER_STAGES, STAGES, SUBSET_STAGES, stage_class
-from stages.deployment import Deploy
+from stages.runner.deployment import Deploy
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
