@@ -28,7 +28,7 @@ from pipelines.run import Outcome, Run
 from pipelines.scores import scores_section
 from stages.catalog import stage_class
 from stages.runner.graph import Planned, changes
-from stages.tar import Sample, read_samples
+from stages.shards.tar import Sample, read_samples
 
 # A page of the UI is one JSON reply: pictures are shrunk until they fit, and only the first few are shown.
 PICTURE_BYTES = 500_000

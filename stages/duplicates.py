@@ -21,11 +21,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.dataset import FileEntry
-from stages.conditions import SCORES, Verdict, columns_of, conditions
 from stages.histogram import count
 from stages.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
-from stages.tar import open_table
+from stages.shards.conditions import SCORES, Verdict, columns_of, conditions
+from stages.shards.tar import open_table
 
 # Rows of a group of shards, and rows that a unit compares.
 ROWS = 4_000_000

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
-from stages.tar import Sample, open_table, read_shard
+from stages.shards.tar import Sample, open_table, read_shard
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.

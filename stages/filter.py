@@ -25,7 +25,6 @@ import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from stages import duplicates
-from stages.conditions import SCORES, conditions
 from stages.heads import Heads, Scorer, head_digests
 from stages.histogram import histogram_of, join
 from stages.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
@@ -43,7 +42,8 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import encoder
-from stages.tar import Sample, ShardWriter, open_table, read_shard
+from stages.shards.conditions import SCORES, conditions
+from stages.shards.tar import Sample, ShardWriter, open_table, read_shard
 from unidiffuser.references import weights_digest
 
 log = logging.getLogger("stages")

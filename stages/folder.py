@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.images import RESULT, ImageConfig, Outcome
 from stages.runner.contract import (
     Job,
     Output,
@@ -33,7 +32,8 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import external_file
-from stages.tar import Sample, ShardWriter
+from stages.shards.images import RESULT, ImageConfig, Outcome
+from stages.shards.tar import Sample, ShardWriter
 
 SHA256_DIGITS = 64
 

@@ -33,7 +33,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from stages.conditions import Condition, Verdict, columns_of, conditions
 from stages.keys import SPACE, Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, repeated, text_keys
 from stages.laion import CANONICAL, NAMES, Reading, check_metadata, open_metadata
 from stages.lists import Admit, Match, ReadList, admit_units, admitted, domain_keys, file_of, hash_keys, list_units, match_units
@@ -52,6 +51,7 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import external_file
+from stages.shards.conditions import Condition, Verdict, columns_of, conditions
 from stages.where import Where
 
 GROUP = 1_000_000

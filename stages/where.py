@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.conditions import Condition
+from stages.shards.conditions import Condition
 
 COMPARISON = re.compile(r"^\s*(.+?)\s*(>=|<=|==|!=|>|<)\s*(.+?)\s*$")
 MEMBERSHIP = re.compile(r"^\s*(.+?)\s+(not in|in)\s+\[(.+)\]\s*$")

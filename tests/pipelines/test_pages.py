@@ -25,7 +25,7 @@ from pipelines.terminal import TerminalView
 from stages.catalog import stage_class
 from stages.runner.contract import result_fields
 from stages.runner.recipe import Recipe, load_recipe
-from stages.tar import Sample, ShardWriter
+from stages.shards.tar import Sample, ShardWriter
 from tests.pipelines.conftest import Kept, write_metadata
 from tests.pipelines.test_plain import a_dataset
 

@@ -26,7 +26,7 @@ from pipelines.lineage import ancestors, descendants
 from pipelines.selection import select_nodes
 from pipelines.terminal import plan_table
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
-from stages.tar import Sample, ShardWriter
+from stages.shards.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe
 
 

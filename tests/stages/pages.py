@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from infra.dataset import Dataset
 from infra.store import Store
 from stages.select import Select
-from stages.tar import Sample, read_samples
+from stages.shards.tar import Sample, read_samples
 from tests.stages.hostile_web import HOST
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from infra.dataset import Dataset, FileEntry, Manifest, Stats, commit
 from infra.store import Store
 from stages.runner.contract import digest_of
-from stages.tar import Sample, ShardWriter, read_samples
+from stages.shards.tar import Sample, ShardWriter, read_samples
 
 
 class ColourClip:

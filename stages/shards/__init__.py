@@ -1,0 +1,1 @@
+"""What flows between stages: tars of pictures with captions, and what is known of each row."""
