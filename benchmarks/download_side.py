@@ -15,7 +15,7 @@ from stages.download import Download
 from stages.runner.graph import plan
 from stages.runner.recipe import parse_recipe
 from stages.runner.run import run_stage
-from stages.select import Select
+from stages.select.stage import Select
 
 
 def main(metadata: str, folder: str, settings: str) -> None:

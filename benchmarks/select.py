@@ -21,7 +21,7 @@ from benchmarks.laion_rows import FILE_ROWS, metadata_file, write_metadata
 from benchmarks.watch import Watch
 
 CONDITIONS = {"min_side": 256, "min_similarity": 0.28, "max_punsafe": 0.5, "max_pwatermark": 0.8}
-# In DuckDB, what `stages/select.py` says of rows: first the conditions, then no earlier row with the same URL, nor hash.
+# In DuckDB, what `stages/select/stage.py` says of rows: first the conditions, then no earlier row with the same URL, nor hash.
 QUERY = """
 copy (
   with rows as (
@@ -52,7 +52,7 @@ def ours(files: list[str], out: str) -> dict[str, Any]:
     from stages.__main__ import connect_ray
     from stages.runner.graph import Planned
     from stages.runner.run import run_stage
-    from stages.select import Select
+    from stages.select.stage import Select
 
     start = time.perf_counter()
     connect_ray()

@@ -7,7 +7,7 @@ from importlib import import_module
 from stages.runner.contract import Stage
 
 STAGES = {
-    "select": "stages.select:Select",
+    "select": "stages.select.stage:Select",
     "download": "stages.download:Download",
     "folder": "stages.folder:Folder",
     "filter": "stages.filter:Filter",

@@ -23,9 +23,9 @@ from pydantic import Field
 
 from infra.dataset import FileEntry
 from stages.fetch import can_heal
-from stages.laion import SCORES
 from stages.politeness import Hosts, spread
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
+from stages.select.laion import SCORES
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.tar import Sample, ShardWriter, read_samples
 

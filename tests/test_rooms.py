@@ -67,7 +67,7 @@ def project(tmp_path, monkeypatch):
 
 def test_a_change_of_code_is_noticed_and_one_of_comments_is_not(project):
     before = versions.code_digest("select")
-    stage = project / "stages" / "select.py"
+    stage = project / "stages" / "select" / "stage.py"
     original = stage.read_text()
     stage.write_text("# a comment\n" + original)
     assert versions.code_digest("select") == before
@@ -78,9 +78,9 @@ def test_a_change_of_code_is_noticed_and_one_of_comments_is_not(project):
 def test_code_that_only_moves_keeps_its_digest(project):
     before = versions.code_digest("select")
     (project / "stages" / "a_first_room").mkdir()
-    (project / "stages" / "presets.py").rename(project / "stages" / "a_first_room" / "thresholds.py")
-    stage = project / "stages" / "select.py"
-    stage.write_text(stage.read_text().replace("from stages.presets import", "from stages.a_first_room.thresholds import"))
+    (project / "stages" / "select" / "presets.py").rename(project / "stages" / "a_first_room" / "thresholds.py")
+    stage = project / "stages" / "select" / "stage.py"
+    stage.write_text(stage.read_text().replace("from stages.select.presets import", "from stages.a_first_room.thresholds import"))
     assert project / "stages" / "a_first_room" / "thresholds.py" in versions.sources("select")
     assert versions.code_digest("select") == before
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from infra.dataset import Dataset
 from infra.store import Store
-from stages.select import Select
+from stages.select.stage import Select
 from stages.shards.tar import Sample, read_samples
 from tests.stages.hostile_web import HOST
 

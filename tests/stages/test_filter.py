@@ -19,7 +19,7 @@ from stages.download import Download
 from stages.filter import Filter, FilterConfig
 from stages.histogram import RANGES
 from stages.runner.contract import StageError, result_fields
-from stages.select import Select
+from stages.select.stage import Select
 from stages.shards.tar import Sample
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.shards import ColourClip, blots, cut_between_samples, download, encoded, kept_of, sample

@@ -14,7 +14,7 @@ from s3fs import S3FileSystem
 
 from infra.store import Store
 from stages.runner.contract import StageError
-from stages.select import Select
+from stages.select.stage import Select
 from tests.infra.test_store import bucket  # noqa: F401
 
 

@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from stages.laion import SCHEMAS
-from stages.presets import PRESETS
 from stages.runner.contract import StageError, result_fields
-from stages.select import Select, SelectConfig
+from stages.select.laion import SCHEMAS
+from stages.select.presets import PRESETS
+from stages.select.stage import Select, SelectConfig
 
 # Columns as the sets' own descriptions list them.
 COLUMNS = {

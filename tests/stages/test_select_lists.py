@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from infra.store import Store
-from stages import keys
 from stages.runner.contract import StageError
-from stages.select import Select
+from stages.select import keys
+from stages.select.stage import Select
 
 HOSTS = [
     "a.example", "b.example", "Pics.A.example", "deep.pics.a.example:8080", "xa.example", "c.test", "user@c.test", "x:y@z@c.test",
@@ -217,7 +217,7 @@ def test_however_a_domain_is_written(tmp_path, store, make, in_process, kind, en
 
 
 def test_a_column_of_domains_with_something_else_in_it_is_refused(tmp_path, store, make, in_process, monkeypatch):
-    monkeypatch.setattr("stages.lists.BATCH", 2)
+    monkeypatch.setattr("stages.select.lists.BATCH", 2)
     write(tmp_path / "a.parquet", [("http://a.example/1", 1)])
     pq.write_table(pa.table({"domain": ["a.example", None, "b.example", "https://c.example/x"]}), tmp_path / "deny.parquet")
     with pytest.raises(

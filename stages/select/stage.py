@@ -1,7 +1,7 @@
 """select: from LAION-schema Parquet to the rows that are worth downloading.
 
     pick        a unit per metadata file: the rows that meet the conditions and are in the sample, as keys of URL and hash
-    lists, match, admit     only with `allow` or `deny`, see `stages/lists.py`
+    lists, match, admit     only with `allow` or `deny`, see `stages/select/lists.py`
     duplicates  a unit per range of keys: which rows have the URL or hash of an earlier row
     write       a unit per metadata file: the rows that are left, in shards of `shard_rows`
 
@@ -33,10 +33,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from stages.keys import SPACE, Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, repeated, text_keys
-from stages.laion import CANONICAL, NAMES, Reading, check_metadata, open_metadata
-from stages.lists import Admit, Match, ReadList, admit_units, admitted, domain_keys, file_of, hash_keys, list_units, match_units
-from stages.presets import PRESETS
 from stages.runner.contract import (
     Job,
     Output,
@@ -51,8 +47,23 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import external_file
+from stages.select.keys import SPACE, Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, repeated, text_keys
+from stages.select.laion import CANONICAL, NAMES, Reading, check_metadata, open_metadata
+from stages.select.lists import (
+    Admit,
+    Match,
+    ReadList,
+    admit_units,
+    admitted,
+    domain_keys,
+    file_of,
+    hash_keys,
+    list_units,
+    match_units,
+)
+from stages.select.presets import PRESETS
+from stages.select.where import Where
 from stages.shards.conditions import Condition, Verdict, columns_of, conditions
-from stages.where import Where
 
 GROUP = 1_000_000
 

@@ -26,9 +26,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.dataset import FileEntry
-from stages.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
-from stages.laion import BATCH, NAMES, heal, readable
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
+from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
+from stages.select.laion import BATCH, NAMES, heal, readable
 
 KINDS = ("url", "hash", "domain")
 ROLES = ("allow", "deny")

@@ -1,0 +1,1 @@
+"""select: from metadata to the rows worth downloading."""
