@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from infra.store import Store
-from stages.download import Download
+from stages.download.stage import Download
 from stages.runner.graph import plan
 from stages.runner.recipe import parse_recipe
 from stages.runner.run import run_stage

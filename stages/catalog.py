@@ -8,7 +8,7 @@ from stages.runner.contract import Stage
 
 STAGES = {
     "select": "stages.select.stage:Select",
-    "download": "stages.download:Download",
+    "download": "stages.download.stage:Download",
     "folder": "stages.folder:Folder",
     "filter": "stages.filter:Filter",
     "text-codec": "stages.text_codec:TextCodecStage",

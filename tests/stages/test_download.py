@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra.store import Store
-from stages.download import Download, DownloadConfig
-from stages.network import Guard, dial
+from stages.download.network import Guard, dial
+from stages.download.stage import Download, DownloadConfig
 from stages.runner.contract import StageError
 from tests.stages.hostile_files import FILES, JPEG
 from tests.stages.hostile_tls import TLS, TLS_STATUS, tls_web
@@ -61,7 +61,7 @@ def test_every_misbehaviour_gets_its_status_and_nothing_beyond_loopback_is_diall
         dialled.add(f"{address[0]}:{address[1]}")
         return dial(family, address, wait)
 
-    monkeypatch.setattr("stages.network.Guard", partial(Guard, resolve=resolve, dial=listening))
+    monkeypatch.setattr("stages.download.network.Guard", partial(Guard, resolve=resolve, dial=listening))
     wanted = STATUS | TLS_STATUS
     start = time.monotonic()
     dataset = make(Download, store, {"rows": select(store, list(wanted))}, hosts=hosts, **FAST)
@@ -161,7 +161,7 @@ def test_full_disk_is_an_error_and_not_a_dead_link(store, web, select, make, in_
         raise OSError(28, "No space left on device")
 
     rows = select(store, ["jpeg", "png"])
-    monkeypatch.setattr("stages.engine.ShardSink.spool", full)
+    monkeypatch.setattr("stages.download.engine.ShardSink.spool", full)
     with pytest.raises(StageError, match="no space is left in"):
         make(Download, store, {"rows": rows}, hosts={HOST: web})
 

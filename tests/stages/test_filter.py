@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra.store import Store
-from stages.download import Download
+from stages.download.stage import Download
 from stages.filter import Filter, FilterConfig
 from stages.histogram import RANGES
 from stages.runner.contract import StageError, result_fields

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from stages.fetch import Limits, WebOpener
-from stages.network import ForbiddenAddress, Guard, Names, PlainSocket, Wait, dial, is_public
-from stages.politeness import FetchError, Hosts
+from stages.download.fetch import Limits, WebOpener
+from stages.download.network import ForbiddenAddress, Guard, Names, PlainSocket, Wait, dial, is_public
+from stages.download.politeness import FetchError, Hosts
 from stages.runner.contract import StageError
 from tests.stages.hostile_files import JPEG
 from tests.stages.hostile_web import hostile_web
@@ -123,7 +123,7 @@ def test_a_resolver_that_does_not_answer_ends_in_time(monkeypatch):
         asleep.wait(10)
         return []
 
-    monkeypatch.setattr("stages.network.socket.getaddrinfo", sleeps)
+    monkeypatch.setattr("stages.download.network.socket.getaddrinfo", sleeps)
     start = time.monotonic()
     with pytest.raises(socket.gaierror, match="no answer in time"):
         Names()("slow.example", 80, Wait(0.2, start + 5))

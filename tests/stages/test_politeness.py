@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from stages import politeness
-from stages.download import Download
-from stages.fetch import FetchError, _retry_after, can_heal
-from stages.network import Wait
-from stages.politeness import Hosts, spread
+from stages.download import politeness
+from stages.download.fetch import FetchError, _retry_after, can_heal
+from stages.download.network import Wait
+from stages.download.politeness import Hosts, spread
+from stages.download.stage import Download
 from tests.stages.hostile_web import HOST, Handler, hostile_web
 from tests.stages.pages import selector, table_of
 

@@ -18,7 +18,7 @@ from PIL import Image
 from infra.dataset import find, verify
 from infra.store import Store
 from stages.__main__ import main
-from stages.download import Download
+from stages.download.stage import Download
 from stages.filter import Filter
 from stages.runner.contract import Job, Phase, StageError, Unit, scratch_output
 from stages.runner.pool import PoolWorker

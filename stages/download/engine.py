@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 import pyarrow as pa  # noqa: E402
 from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: E402
 
-from stages.politeness import FetchError  # noqa: E402
+from stages.download.politeness import FetchError  # noqa: E402
 from stages.shards.images import ImageConfig, Outcome  # noqa: E402
 
 # What OpenCV decodes by itself as it should; the rest goes through Pillow first.

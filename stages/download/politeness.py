@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-from stages.network import Wait
+from stages.download.network import Wait
 
 # Failures that say that nobody is there, rather than what somebody there thinks of a request.
 SILENCE = frozenset({"timeout", "deadline", "connection", "dns"})

@@ -25,8 +25,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
-from stages.network import ForbiddenAddress, Guard, Wait
-from stages.politeness import FetchError, Hosts
+from stages.download.network import ForbiddenAddress, Guard, Wait
+from stages.download.politeness import FetchError, Hosts
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 REDIRECTS = (301, 302, 303, 307, 308)

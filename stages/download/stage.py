@@ -22,15 +22,15 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.dataset import FileEntry
-from stages.fetch import can_heal
-from stages.politeness import Hosts, spread
+from stages.download.fetch import can_heal
+from stages.download.politeness import Hosts, spread
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
 from stages.select.laion import SCORES
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.tar import Sample, ShardWriter, read_samples
 
 if TYPE_CHECKING:
-    from stages.engine import ShardSink
+    from stages.download.engine import ShardSink
 
 # What a row is called when the engine gave it back neither as an image nor as a failure.
 LOST = "engine_error"
@@ -72,9 +72,9 @@ class Fetcher:
     def __init__(self, job: Job):
         import urllib.request
 
-        from stages.engine import download_rows
-        from stages.fetch import Limits, WebOpener
-        from stages.network import Guard
+        from stages.download.engine import download_rows
+        from stages.download.fetch import Limits, WebOpener
+        from stages.download.network import Guard
 
         self.job = job
         self.config: DownloadConfig = job.config

@@ -1,0 +1,1 @@
+"""download: from addresses to WebDataset shards."""
