@@ -9,7 +9,7 @@ from stages.runner.contract import Stage
 STAGES = {
     "select": "stages.select.stage:Select",
     "download": "stages.download.stage:Download",
-    "folder": "stages.folder:Folder",
+    "folder": "stages.folder.stage:Folder",
     "filter": "stages.filter:Filter",
     "text-codec": "stages.text_codec:TextCodecStage",
     "encode": "stages.encode:Encode",

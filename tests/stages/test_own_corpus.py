@@ -18,7 +18,7 @@ from examples.little_web import compose
 from infra.dataset import verify
 from infra.store import Store
 from stages.__main__ import run_node
-from stages.folder import Folder
+from stages.folder.stage import Folder
 from stages.runner.contract import StageError
 from stages.runner.recipe import RecipeError, load_recipe, parse_recipe
 from tests.stages.hostile_files import FILES, encoded
@@ -96,7 +96,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(store, make, corpus, m
     def read(address):
         return b"another content" if address.endswith("photo 3.jpg") else Path(address).read_bytes()
 
-    monkeypatch.setattr("stages.folder._read", read)
+    monkeypatch.setattr("stages.folder.stage._read", read)
     with pytest.raises(StageError, match=r"photo 3\.jpg: changed while it was being read; run again"):
         make(Folder, store, images=[str(corpus / "**" / "*.jpg")])
 
