@@ -18,7 +18,7 @@ def scores_section(scores: dict[str, dict[str, Any]], config: dict[str, Any]) ->
     A score that no row has is left out.
 
     Args:
-        scores: a filter's ``summary["scores"]``, see `stages.histogram.histogram_of`.
+        scores: a filter's ``summary["scores"]``, see `stages.filter.histogram.histogram_of`.
         config: the filter's configuration, whose ``min_SCORE`` and ``max_SCORE`` are marked.
     """
     scores = {score: told for score, told in scores.items() if sum(told["counts"])}

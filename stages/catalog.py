@@ -10,7 +10,7 @@ STAGES = {
     "select": "stages.select.stage:Select",
     "download": "stages.download.stage:Download",
     "folder": "stages.folder.stage:Folder",
-    "filter": "stages.filter:Filter",
+    "filter": "stages.filter.stage:Filter",
     "text-codec": "stages.text_codec:TextCodecStage",
     "encode": "stages.encode:Encode",
     "train": "stages.train:Train",

@@ -16,7 +16,7 @@ from infra.store import Store
 from pipelines.inspection import funnel_table, status_rows
 from pipelines.run import plan_run
 from pipelines.scores import scores_section
-from stages.histogram import count, histogram_of
+from stages.filter.histogram import count, histogram_of
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import write_recipe
 

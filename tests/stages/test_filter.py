@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from infra.store import Store
 from stages.download.stage import Download
-from stages.filter import Filter, FilterConfig
-from stages.histogram import RANGES
+from stages.filter.histogram import RANGES
+from stages.filter.stage import Filter, FilterConfig
 from stages.runner.contract import StageError, result_fields
 from stages.select.stage import Select
 from stages.shards.tar import Sample
@@ -27,8 +27,8 @@ from tests.stages.shards import ColourClip, blots, cut_between_samples, download
 
 @pytest.fixture(autouse=True)
 def colour_clip(monkeypatch):
-    monkeypatch.setattr("stages.heads.Scorer.load_clip", lambda self, ref: ColourClip(ref))
-    monkeypatch.setattr("stages.filter.weights_digest", lambda ref, kind: f"digest of {ref}")
+    monkeypatch.setattr("stages.filter.heads.Scorer.load_clip", lambda self, ref: ColourClip(ref))
+    monkeypatch.setattr("stages.filter.stage.weights_digest", lambda ref, kind: f"digest of {ref}")
 
 
 def mixed(seed: int, count: int = 60) -> list[list[Sample]]:

@@ -11,9 +11,9 @@ from imagehash import phash
 from PIL import Image
 
 from infra.store import Store
-from stages import duplicates
-from stages.filter import Filter
-from stages.likeness import COLOUR_BYTES, HASH_BYTES, bands, colours, earlier_alike, key, perceptual_hash
+from stages.filter import duplicates
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, colours, earlier_alike, key, perceptual_hash
+from stages.filter.stage import Filter
 from stages.runner.contract import StageError
 from tests.stages.shards import blots, download, encoded, sample
 

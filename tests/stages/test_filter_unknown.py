@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stages import duplicates
-from stages.filter import Filter, FilterConfig
+from stages.filter import duplicates
+from stages.filter.stage import Filter, FilterConfig
 from stages.runner.contract import StageError
 from stages.runner.graph import Planned
 from stages.runner.run import phase_states
@@ -29,8 +29,8 @@ class DarkClip(ColourClip):
 
 @pytest.fixture(autouse=True)
 def clip(monkeypatch):
-    monkeypatch.setattr("stages.heads.Scorer.load_clip", lambda self, ref: DarkClip(ref))
-    monkeypatch.setattr("stages.filter.weights_digest", lambda ref, kind: f"digest of {ref}")
+    monkeypatch.setattr("stages.filter.heads.Scorer.load_clip", lambda self, ref: DarkClip(ref))
+    monkeypatch.setattr("stages.filter.stage.weights_digest", lambda ref, kind: f"digest of {ref}")
 
 
 @pytest.fixture

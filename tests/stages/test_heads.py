@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from infra.store import Store
-from stages.filter import Filter, FilterConfig
-from stages.heads import HeadConfig
+from stages.filter.heads import HeadConfig
+from stages.filter.stage import Filter, FilterConfig
 from stages.runner.contract import StageError
 from stages.runner.graph import plan
 from stages.runner.recipe import RecipeError, parse_recipe
@@ -34,7 +34,7 @@ class SixColours(ColourClip):
 @pytest.fixture(autouse=True)
 def clips(monkeypatch):
     known = {"embedded": ColourClip, "six": SixColours}
-    monkeypatch.setattr("stages.heads.Scorer.load_clip", lambda self, ref: known[ref](ref))
+    monkeypatch.setattr("stages.filter.heads.Scorer.load_clip", lambda self, ref: known[ref](ref))
     for place in ("filter", "heads"):
         monkeypatch.setattr(f"stages.{place}.weights_digest", lambda ref, kind: f"digest of {ref}")
 

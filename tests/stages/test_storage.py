@@ -19,7 +19,7 @@ from infra.dataset import find, verify
 from infra.store import Store
 from stages.__main__ import main
 from stages.download.stage import Download
-from stages.filter import Filter
+from stages.filter.stage import Filter
 from stages.runner.contract import Job, Phase, StageError, Unit, scratch_output
 from stages.runner.pool import PoolWorker
 from stages.runner.run import run_stage

@@ -1,7 +1,7 @@
 """filter: looks at the pixels and the captions of what was downloaded, and keeps the rows worth encoding.
 
     score   a unit per shard: decode, measure, embed with CLIP, compute the heads' scores; depends on no threshold
-    survey, compare, gather   which rows that meet the conditions look like an earlier one: see `stages.duplicates`
+    survey, compare, gather   which rows that meet the conditions look like an earlier one: see `stages.filter.duplicates`
     write   a unit per shard: the rows that meet the conditions and are no near duplicates, as a WebDataset shard
 
 Beside each ``SHARD.tar`` lies ``SHARD.parquet`` with what was measured, the CLIP embedding included. A unit of the last phase is
@@ -24,10 +24,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from stages import duplicates
-from stages.heads import Heads, Scorer, head_digests
-from stages.histogram import histogram_of, join
-from stages.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
+from stages.filter import duplicates
+from stages.filter.heads import Heads, Scorer, head_digests
+from stages.filter.histogram import histogram_of, join
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
 from stages.runner.contract import (
     Job,
     Output,

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.dataset import FileEntry
-from stages.histogram import count
-from stages.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
+from stages.filter.histogram import count
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
 from stages.shards.conditions import SCORES, Verdict, columns_of, conditions
 from stages.shards.tar import open_table

@@ -1,0 +1,1 @@
+"""filter: keeps the rows whose pixels and captions are worth encoding."""
