@@ -23,9 +23,9 @@ from benchmarks.frame import Result, machine, progress
 from examples.little_web.build import build
 from infra.dataset import Dataset, find
 from infra.store import Store
+from stages.encode.text_codec import bleu4
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
-from stages.text_codec import bleu4
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.text_decoder import TextCodec
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from infra.dataset import FileEntry, Manifest, Stats, commit
 from infra.store import Store
-from stages.encode import Encode
+from stages.encode.stage import Encode
 from stages.filter.stage import Filter
 from stages.runner.contract import StageError
 from tests.stages.shards import blots, cut_between_samples, download, encoded, kept_of, sample

@@ -17,7 +17,7 @@ from torch import Tensor
 from examples.little_web.compose import all_scenes, caption
 from infra.dataset import Dataset
 from infra.store import Store
-from stages.text_codec import TextCodecConfig, TextCodecStage, Trainer, held_out
+from stages.encode.text_codec import TextCodecConfig, TextCodecStage, Trainer, held_out
 from tests.stages.committed import dataset_of
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.text_decoder import TextCodec
@@ -73,7 +73,7 @@ def test_training_stops_and_keeps_the_best_weights(scores: list[float], stops_at
 
 
 def test_the_latent_gets_unit_scale_over_captions_from_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stages.text_codec.STANDARDISED_ON", 40)
+    monkeypatch.setattr("stages.encode.text_codec.STANDARDISED_ON", 40)
     trainer = Scripted([0.1])
     trainer.train(CAPTIONS, ["a lion"])
     chosen = trainer.encoded[-1]

@@ -1,0 +1,1 @@
+"""encode: latents in Parquet; and the text codec that it needs."""
