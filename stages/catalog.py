@@ -13,7 +13,7 @@ STAGES = {
     "filter": "stages.filter.stage:Filter",
     "text-codec": "stages.encode.text_codec:TextCodecStage",
     "encode": "stages.encode.stage:Encode",
-    "train": "stages.train:Train",
+    "train": "stages.train.stage:Train",
     "evaluate": "stages.evaluate:Evaluate",
     "export": "stages.export:Export",
 }

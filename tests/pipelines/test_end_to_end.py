@@ -33,7 +33,7 @@ from pipelines.command import app
 from stages.runner.graph import Planned, plan
 from stages.runner.recipe import Recipe, load_recipe
 from stages.runner.run import aside_key, make_job
-from stages.train import Train
+from stages.train.stage import Train
 from tests.pipelines.conftest import CHROMIUM, picture, start, survivors
 
 NODES = [

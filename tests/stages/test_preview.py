@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from infra.store import Store
-from stages.preview import Previews
 from stages.runner.contract import RECORD, Job, Stats, UnitRecord
-from stages.train import TrainStageConfig
+from stages.train.preview import Previews
+from stages.train.stage import TrainStageConfig
 
 KEYS = {100: "a" * 24, 200: "b" * 24, 300: "c" * 24}
 

@@ -11,7 +11,7 @@ import pytest
 from infra.store import Store
 from stages.runner.contract import Job
 from stages.runner.run import Progress, time_left
-from stages.train import TrainStageConfig, checkpoint_steps, plan_checkpoints, train_chain
+from stages.train.stage import TrainStageConfig, checkpoint_steps, plan_checkpoints, train_chain
 
 
 @pytest.mark.parametrize(

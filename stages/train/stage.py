@@ -18,10 +18,10 @@ from typing import Any
 from pydantic import Field
 
 from infra.dataset import fetch_files
-from stages.preview import PreviewConfig, Previews
 from stages.runner.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
+from stages.train.preview import PreviewConfig, Previews
 from training.config import TrainConfig
 
 log = logging.getLogger("stages")

@@ -1,0 +1,1 @@
+"""train: the U-ViT, from latents to checkpoints."""
