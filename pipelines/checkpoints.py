@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from infra.dataset import Dataset, by_prefix, find
 from infra.store import Store, StoreError
 from stages.assembly import assemble
-from stages.export import ExportConfig
+from stages.evaluate.export import ExportConfig
 from stages.runner.contract import Job, StageError
 from unidiffuser.references import Encoders, weights_digest
 

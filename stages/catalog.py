@@ -14,8 +14,8 @@ STAGES = {
     "text-codec": "stages.encode.text_codec:TextCodecStage",
     "encode": "stages.encode.stage:Encode",
     "train": "stages.train.stage:Train",
-    "evaluate": "stages.evaluate:Evaluate",
-    "export": "stages.export:Export",
+    "evaluate": "stages.evaluate.stage:Evaluate",
+    "export": "stages.evaluate.export:Export",
 }
 SUBSET_STAGES = ("select", "download", "filter", "encode")
 # Of a corpus of one's own, which is there already.

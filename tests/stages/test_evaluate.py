@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from stages.evaluate import Model
+from stages.evaluate.stage import Model
 
 
 def png(image: Image.Image, **settings: object) -> bytes:

@@ -12,7 +12,7 @@ from diffusers import UniDiffuserPipeline
 
 from infra.dataset import Dataset, verify
 from infra.store import Store
-from stages.export import Export
+from stages.evaluate.export import Export
 from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export  # noqa: F401
 from unidiffuser.generation import UniDiffuser

@@ -1,0 +1,1 @@
+"""evaluate: figures and pictures of a checkpoint; and export, which takes it elsewhere."""
