@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from infra.dataset import Dataset, by_prefix, find
 from infra.store import Store, StoreError
-from stages.assembly import assemble
+from stages.drawing.assembly import assemble
 from stages.evaluate.export import ExportConfig
 from stages.runner.contract import Job, StageError
 from unidiffuser.references import Encoders, weights_digest
@@ -147,7 +147,7 @@ def dataset_of(checkpoint: str, store: Store) -> Dataset:
 
 
 def training_job(checkpoint: Dataset, named: Named) -> Job:
-    """What `stages.assembly.assemble` needs: the codec and the encoders of the latents that the checkpoint was trained on.
+    """What `stages.drawing.assembly.assemble` needs: the codec and the encoders of the latents that the checkpoint was trained on.
 
     Manifests hold digests of encoders, not their names: tried are the named ones, the embedded and the published.
 

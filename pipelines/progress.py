@@ -82,7 +82,7 @@ class TrainingArtifact:
             client.update_artifact(self.artifact, ArtifactUpdate(data=self._page()))
 
     def _page(self) -> str:
-        from stages.pictures import loss_curve
+        from stages.drawing.pictures import loss_curve
 
         picture = io.BytesIO()
         loss_curve(picture, {self.node: self.rows}, "loss")

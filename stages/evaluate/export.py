@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stages.assembly import assemble, encoder_digests
+from stages.drawing.assembly import assemble, encoder_digests
 from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord
 from stages.runner.recipe import encoder
 

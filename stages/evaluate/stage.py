@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.assembly import assemble, encoder_digests
-from stages.pictures import loss_curve, sample_sheet
+from stages.drawing.assembly import assemble, encoder_digests
+from stages.drawing.pictures import loss_curve, sample_sheet
 from stages.runner.contract import (
     Job,
     Output,

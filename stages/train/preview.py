@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import Field
 
 from infra.dataset import FileEntry, fetch_files, find
-from stages.assembly import put_together
-from stages.pictures import sample_sheet
+from stages.drawing.assembly import put_together
+from stages.drawing.pictures import sample_sheet
 from stages.runner.contract import Job, StageConfig
 from stages.runner.run import emit_progress
 

@@ -1,0 +1,1 @@
+"""A checkpoint with its codecs, and sheets of what it draws."""
