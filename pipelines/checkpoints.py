@@ -147,7 +147,7 @@ def dataset_of(checkpoint: str, store: Store) -> Dataset:
 
 
 def training_job(checkpoint: Dataset, named: Named) -> Job:
-    """What `stages.drawing.assembly.assemble` needs: the codec and the encoders of the latents that the checkpoint was trained on.
+    """What `assemble` needs: the codec and the encoders of the latents that the checkpoint was trained on.
 
     Manifests hold digests of encoders, not their names: tried are the named ones, the embedded and the published.
 

@@ -75,7 +75,7 @@ def ascii_hosts(names: pa.Array) -> pa.Array:
 
 
 def _looked_up(name: str) -> str:
-    """As `stages.download.fetch` does it: tabs and line breaks are no part of a URL, and what is no ASCII goes through IDNA 2003."""
+    """As download looks a name up: tabs and line breaks are no part of a URL, and what is no ASCII goes through IDNA 2003."""
     name = re.sub(r"[\t\r\n]", "", name)
     try:
         return name.encode("idna").decode("ascii").rstrip(".")
