@@ -79,7 +79,7 @@ def run(
 ) -> None:
     """Run a recipe; what is committed and unchanged is reused."""
     from infra.store import Store
-    from pipelines import conduct
+    from pipelines.commands import conduct
     from stages.runner.recipe import load_recipe
 
     wish = conduct.Wish(only or (), start, until, force or (), overrides or (), jobs, keep)
@@ -94,8 +94,8 @@ def run(
 def demo(overrides: SetOption = None, jobs: JobsOption = 1, keep: KeepOption = False, store: StoreOption = "runs") -> None:
     """Build a little web of images, and train a model on it from metadata to samples."""
     from infra.store import Store
-    from pipelines import conduct
-    from pipelines.demo import run_demo
+    from pipelines.commands import conduct
+    from pipelines.commands.demo import run_demo
 
     raise typer.Exit(run_demo(Store(store), conduct.Wish(overrides=overrides or (), jobs=jobs, keep=keep), console))
 
@@ -110,7 +110,7 @@ def status(
 ) -> None:
     """Nodes of a recipe with fingerprints, rows, state, and where they lie."""
     from infra.store import Store
-    from pipelines.inspection import funnel_table, status_rows, status_table, watch_status
+    from pipelines.commands.inspection import funnel_table, status_rows, status_table, watch_status
     from stages.runner.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
@@ -128,7 +128,7 @@ def lineage(dataset: DatasetArgument, as_json: JsonOption = False, store: StoreO
     """The tree of what made a dataset, and what it made."""
     from infra.dataset import by_prefix
     from infra.store import Store
-    from pipelines.inspection import lineage_tree
+    from pipelines.commands.inspection import lineage_tree
     from pipelines.lineage import ancestors, descendants
 
     place = Store(store)
@@ -146,7 +146,7 @@ def inspect(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
     """Schema, counts, a few rows, and a picture where there is one."""
     from infra.dataset import by_prefix
     from infra.store import Store
-    from pipelines.inspection import inspect_dataset
+    from pipelines.commands.inspection import inspect_dataset
 
     inspect_dataset(by_prefix(Store(store), dataset), console)
 
@@ -183,7 +183,7 @@ def gc(
 ) -> None:
     """Datasets and units that no named recipe refers to, nor any dataset that is kept."""
     from infra.store import Store
-    from pipelines import garbage
+    from pipelines.commands import garbage
 
     view = Console(stderr=True) if as_json else console
     found = garbage.gc(recipes, overrides or (), keep or (), Store(store), delete, view)
@@ -203,7 +203,7 @@ def retry_failed(
     """Fetch again the rows of a download whose failure can heal, as a new dataset that the recipe goes on from."""
     from infra.dataset import by_prefix
     from infra.store import Store
-    from pipelines import retry
+    from pipelines.commands import retry
     from stages.runner.recipe import load_recipe
 
     place = Store(store)
@@ -247,8 +247,8 @@ def sample(
 ) -> None:
     """Draw pictures and captions from a checkpoint."""
     from infra.store import Store
-    from pipelines import sampling
-    from pipelines.checkpoints import Named
+    from pipelines.commands import sampling
+    from pipelines.commands.checkpoints import Named
 
     request = sampling.Request(
         checkpoint, task, prompt or (), image or (), count, seed,
@@ -279,7 +279,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in another layout: ours, that of the official files, or a pipeline of diffusers."""
     from infra.store import Store
-    from pipelines import checkpoints
+    from pipelines.commands import checkpoints
 
     with console.status(f"converting {source}"):
         checkpoints.convert(source, target, to, Store(store), checkpoints.Named(vae, clip, text, gpt2), heads)
@@ -309,7 +309,7 @@ def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOpti
     """
     from infra.external import state_folder
     from infra.store import Store
-    from pipelines.conduct import deploy_recipe
+    from pipelines.commands.conduct import deploy_recipe
     from stages.runner.recipe import load_recipe
 
     place = Store(store)
@@ -347,7 +347,7 @@ def main() -> None:
 def _exit_code(error: Exception) -> int:
     from infra.processes import ServerError
     from infra.store import StoreError
-    from pipelines.checkpoints import Misuse
+    from pipelines.commands.checkpoints import Misuse
     from stages.runner.contract import StageError
     from stages.runner.recipe import RecipeError
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from infra.prefect_server import WORKER, answers, check_api, configured_api, prefect_environment, start_worker
 from infra.processes import SERVERS, Server, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
 from infra.ray_cluster import configured_ray
+from pipelines.commands.terminal import ReportTable
 from pipelines.servers import GRACE, KEPT, use_servers
-from pipelines.terminal import ReportTable
 from stages.runner.deployment import Pool
 
 # How long the runs that `down` interrupts may take to stop their jobs, and a worker to come up, in seconds.

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from infra.store import Store
-from pipelines.conduct import describe_schedule
+from pipelines.commands.conduct import describe_schedule
 from pipelines.parameters import changed, choice, node_form, recipe_form, values_of
 from pipelines.progress import describe_progress, read_progress
 from pipelines.run import snapshot

@@ -28,8 +28,8 @@ from examples.little_web.server import LittleWeb
 from infra.dataset import Dataset, all_datasets, find, verify
 from infra.processes import recorded
 from infra.store import Store
-from pipelines.checkpoints import Named, opened
 from pipelines.command import app
+from pipelines.commands.checkpoints import Named, opened
 from stages.runner.graph import Planned, plan
 from stages.runner.recipe import Recipe, load_recipe
 from stages.runner.run import aside_key, make_job

@@ -19,9 +19,9 @@ from infra.dataset import Dataset, Manifest, Stats, commit, point
 from infra.store import Store
 from pipelines import artifacts, progress
 from pipelines.artifacts import dataset_page, publish_page
+from pipelines.commands.terminal import TerminalView
 from pipelines.run import Outcome, Result, Run, plan_run
 from pipelines.servers import Servers
-from pipelines.terminal import TerminalView
 from stages.catalog import stage_class
 from stages.runner.contract import result_fields
 from stages.runner.recipe import Recipe, load_recipe

@@ -20,11 +20,11 @@ from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit,
 from infra.store import Store, sha256_of
 from pipelines import command
 from pipelines.artifacts import PICTURE_BYTES, data_uri, thumbnails
-from pipelines.inspection import funnel_table, status_rows, status_table
+from pipelines.commands.inspection import funnel_table, status_rows, status_table
+from pipelines.commands.terminal import plan_table
 from pipelines.jobs import parse_line
 from pipelines.lineage import ancestors, descendants
 from pipelines.selection import select_nodes
-from pipelines.terminal import plan_table
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.shards.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe

@@ -12,11 +12,12 @@ import pytest
 
 from infra.dataset import Dataset, Stats, commit, find
 from infra.store import Store
-from pipelines import command, conduct, retry
+from pipelines import command
 from pipelines.artifacts import dataset_page
+from pipelines.commands import conduct, retry
+from pipelines.commands.terminal import TerminalView
 from pipelines.run import Outcome, Run, plan_run, snapshot
 from pipelines.servers import Servers
-from pipelines.terminal import TerminalView
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe, load_recipe
 from tests.pipelines.test_plain import a_dataset

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from infra.store import Store
-from pipelines import sampling
+from pipelines.commands import sampling
 from tests.pipelines.test_plain import run_main
 from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401

@@ -13,7 +13,7 @@ from PIL import Image
 
 from infra.dataset import Manifest, Stats, commit
 from infra.store import Store
-from pipelines.inspection import funnel_table, status_rows
+from pipelines.commands.inspection import funnel_table, status_rows
 from pipelines.run import plan_run
 from pipelines.scores import scores_section
 from stages.filter.histogram import count, histogram_of

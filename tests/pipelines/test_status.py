@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from infra.store import Store
-from pipelines.inspection import status_rows
+from pipelines.commands.inspection import status_rows
 from stages.catalog import stage_class
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe

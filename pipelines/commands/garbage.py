@@ -12,7 +12,7 @@ from rich.table import Table
 
 from infra.dataset import by_prefix
 from infra.store import Store
-from pipelines.terminal import ReportTable
+from pipelines.commands.terminal import ReportTable
 from stages.runner.garbage import Garbage, collect, find_garbage
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 

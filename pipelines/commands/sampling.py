@@ -18,8 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from infra.store import Store
-from pipelines.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
-from pipelines.terminal import ReportTable
+from pipelines.commands.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
+from pipelines.commands.terminal import ReportTable
 
 RESULTS = "results.jsonl"
 # Without a terminal, a line of progress in this many seconds.

@@ -10,11 +10,11 @@ from rich.console import Console
 from infra.dataset import Dataset
 from infra.external import state_folder
 from infra.store import Store
-from pipelines.conduct import Wish, run_recipe
+from pipelines.commands.conduct import Wish, run_recipe
 from pipelines.run import Run
 from stages.runner.recipe import load_recipe
 
-RECIPE = Path(__file__).parent.parent / "configs" / "demo.yaml"
+RECIPE = Path(__file__).parent.parent.parent / "configs" / "demo.yaml"
 # The host that the little web's links name. It does not exist; the recipe's operational setting says where it is today.
 HOST = "little-web.example"
 

@@ -18,13 +18,13 @@ from infra.external import state_folder
 from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
+from pipelines.commands.terminal import TerminalView, closing_table, plan_table
 from pipelines.jobs import stop_orphans
 from pipelines.machine import find_api, find_machine
 from pipelines.parameters import Choice
 from pipelines.run import Run, plan_run
 from pipelines.selection import check_inputs, select_nodes
 from pipelines.servers import Servers, use_servers
-from pipelines.terminal import TerminalView, closing_table, plan_table
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe

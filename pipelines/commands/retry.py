@@ -10,7 +10,7 @@ from rich.console import Console
 
 from infra.dataset import Dataset, find
 from infra.store import Store
-from pipelines.conduct import Wish, run_recipe
+from pipelines.commands.conduct import Wish, run_recipe
 from pipelines.run import Run, plan_run
 from stages.runner.contract import StageError
 from stages.runner.graph import Planned, plan

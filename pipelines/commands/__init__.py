@@ -1,0 +1,1 @@
+"""What the commands do. Nothing here imports Prefect before a run needs it."""
