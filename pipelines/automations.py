@@ -12,8 +12,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.events import DeploymentEventTrigger
 
 from infra.prefect_server import HEARTBEAT_SECONDS
-from pipelines.deployed import RETRYING
-from pipelines.events import COMMITTED, labels
+from pipelines.flows.deployed import RETRYING
+from pipelines.flows.events import COMMITTED, labels
 from stages.runner.recipe import Recipe
 
 FLOWS = ("recipe", "node")

@@ -21,15 +21,15 @@ from pydantic import ValidationError
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.store import Store
 from pipelines import automations
-from pipelines.parameters import Choice, node_form, recipe_form
-from pipelines.run import snapshot
-from pipelines.selection import select_nodes
-from pipelines.slots import LIMIT
+from pipelines.flows.parameters import Choice, node_form, recipe_form
+from pipelines.flows.run import snapshot
+from pipelines.flows.selection import select_nodes
+from pipelines.flows.slots import LIMIT
 from stages.runner.deployment import Pool, Schedule
 from stages.runner.recipe import Recipe, RecipeError, explain
 
 # Flow and name of the function that is the flow, as an import path: the package is installed wherever a worker runs.
-ENTRYPOINTS = {"recipe": "pipelines.flow.recipe_run", "node": "pipelines.flow.node_run"}
+ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.flows.flow.node_run"}
 
 
 @dataclass

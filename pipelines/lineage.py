@@ -8,7 +8,7 @@ from typing import Any
 
 from infra.dataset import Dataset, InputRef, all_datasets, find
 from infra.store import Store
-from pipelines.run import Run
+from pipelines.flows.run import Run
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from importlib.metadata import version
 
 from infra.dataset import Dataset, find
 from infra.store import Store
+from pipelines.flows.run import Run
 from pipelines.lineage import artifact_key
-from pipelines.run import Run
 from stages.catalog import stage_class
 
 NAMESPACE = "unidiffuser"

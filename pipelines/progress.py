@@ -14,8 +14,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from pipelines.artifacts import harmless, picture_uri
+from pipelines.flows.run import Run
 from pipelines.lineage import artifact_key
-from pipelines.run import Run
 
 # How often the bar moves and the losses are drawn, in seconds.
 PROGRESS_EVERY = 2.0

@@ -19,11 +19,11 @@ from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.commands.terminal import TerminalView, closing_table, plan_table
-from pipelines.jobs import stop_orphans
+from pipelines.flows.jobs import stop_orphans
+from pipelines.flows.parameters import Choice
+from pipelines.flows.run import Run, plan_run
+from pipelines.flows.selection import check_inputs, select_nodes
 from pipelines.machine import find_api, find_machine
-from pipelines.parameters import Choice
-from pipelines.run import Run, plan_run
-from pipelines.selection import check_inputs, select_nodes
 from pipelines.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
@@ -177,7 +177,7 @@ def conduct(run: Run, wish: Wish) -> State[Any]:
     if run.needs_ray:
         run.servers.begin_ray(lambda ray: _stop_orphans(ray, run))
     os.environ.update(QUIET_PREFECT)
-    from pipelines.flow import run_flow
+    from pipelines.flows.flow import run_flow
 
     run.servers.wait_for_prefect()
     return run_flow(run, wish.choice(), list(wish.overrides))

@@ -11,7 +11,7 @@ from infra.dataset import Dataset
 from infra.external import state_folder
 from infra.store import Store
 from pipelines.commands.conduct import Wish, run_recipe
-from pipelines.run import Run
+from pipelines.flows.run import Run
 from stages.runner.recipe import load_recipe
 
 RECIPE = Path(__file__).parent.parent.parent / "configs" / "demo.yaml"

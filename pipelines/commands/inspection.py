@@ -18,8 +18,8 @@ from rich.tree import Tree
 from infra.dataset import Dataset, FileEntry, find
 from infra.store import Store
 from pipelines.commands.terminal import PLAN_STYLES, ReportTable
+from pipelines.flows.run import plan_run
 from pipelines.lineage import Branch
-from pipelines.run import plan_run
 from stages.catalog import FOLDER_STAGES, SUBSET_STAGES, stage_class
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe

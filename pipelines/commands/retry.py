@@ -11,7 +11,7 @@ from rich.console import Console
 from infra.dataset import Dataset, find
 from infra.store import Store
 from pipelines.commands.conduct import Wish, run_recipe
-from pipelines.run import Run, plan_run
+from pipelines.flows.run import Run, plan_run
 from stages.runner.contract import StageError
 from stages.runner.graph import Planned, plan
 from stages.runner.recipe import Recipe, RecipeError, load_recipe

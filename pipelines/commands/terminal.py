@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from pipelines.run import Outcome, Run
+from pipelines.flows.run import Outcome, Run
 from stages.runner.graph import Planned
 
 STYLES = {"reused": "cyan", "made": "green", "failed": "bold red", "stopped": "yellow", "not run": "dim"}

@@ -238,7 +238,7 @@ def dead_run(machine: Machine) -> str:
 HOLDER = """
 import sys, threading, time
 from types import SimpleNamespace
-from pipelines.slots import gpu_slots
+from pipelines.flows.slots import gpu_slots
 node = SimpleNamespace(stage="train", config=SimpleNamespace(workers=int(sys.argv[1])))
 with gpu_slots(node, threading.Event(), lambda slots: print("waiting for", slots, flush=True)):
     print("holding", flush=True)

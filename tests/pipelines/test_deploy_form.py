@@ -10,9 +10,9 @@ import pytest
 
 from infra.store import Store
 from pipelines.commands.conduct import describe_schedule
-from pipelines.parameters import changed, choice, node_form, recipe_form, values_of
+from pipelines.flows.parameters import changed, choice, node_form, recipe_form, values_of
+from pipelines.flows.run import snapshot
 from pipelines.progress import describe_progress, read_progress
-from pipelines.run import snapshot
 from stages.runner.deployment import Schedule
 from stages.runner.graph import plan
 from stages.runner.recipe import Recipe, RecipeError, load_recipe, parse_recipe

@@ -18,7 +18,7 @@ import pytest
 from infra.processes import marked
 from infra.ray_jobs import RayJobs
 from infra.store import Store
-from pipelines.jobs import ATTACHED, _follow
+from pipelines.flows.jobs import ATTACHED, _follow
 from pipelines.machine import _is_flow
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from infra.store import Store
+from pipelines.flows.run import Run, plan_run
 from pipelines.openlineage import send
-from pipelines.run import Run, plan_run
 from stages.catalog import stage_class
 from stages.runner.recipe import load_recipe
 from stages.runner.run import run_stage

@@ -20,7 +20,7 @@ from infra.store import Store
 from pipelines import artifacts, progress
 from pipelines.artifacts import dataset_page, publish_page
 from pipelines.commands.terminal import TerminalView
-from pipelines.run import Outcome, Result, Run, plan_run
+from pipelines.flows.run import Outcome, Result, Run, plan_run
 from pipelines.servers import Servers
 from stages.catalog import stage_class
 from stages.runner.contract import result_fields

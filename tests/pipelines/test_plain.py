@@ -22,9 +22,9 @@ from pipelines import command
 from pipelines.artifacts import PICTURE_BYTES, data_uri, thumbnails
 from pipelines.commands.inspection import funnel_table, status_rows, status_table
 from pipelines.commands.terminal import plan_table
-from pipelines.jobs import parse_line
+from pipelines.flows.jobs import parse_line
+from pipelines.flows.selection import select_nodes
 from pipelines.lineage import ancestors, descendants
-from pipelines.selection import select_nodes
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.shards.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe

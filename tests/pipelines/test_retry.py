@@ -16,7 +16,7 @@ from pipelines import command
 from pipelines.artifacts import dataset_page
 from pipelines.commands import conduct, retry
 from pipelines.commands.terminal import TerminalView
-from pipelines.run import Outcome, Run, plan_run, snapshot
+from pipelines.flows.run import Outcome, Run, plan_run, snapshot
 from pipelines.servers import Servers
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe, load_recipe

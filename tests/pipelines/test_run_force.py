@@ -8,7 +8,7 @@ import pytest
 
 from infra.dataset import all_datasets
 from infra.store import Store
-from pipelines.run import plan_run
+from pipelines.flows.run import plan_run
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Kept, start
 

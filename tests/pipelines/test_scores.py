@@ -14,7 +14,7 @@ from PIL import Image
 from infra.dataset import Manifest, Stats, commit
 from infra.store import Store
 from pipelines.commands.inspection import funnel_table, status_rows
-from pipelines.run import plan_run
+from pipelines.flows.run import plan_run
 from pipelines.scores import scores_section
 from stages.filter.histogram import count, histogram_of
 from stages.runner.recipe import load_recipe

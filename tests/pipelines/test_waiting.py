@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from infra.store import Store
-from pipelines import flow, slots
-from pipelines.deployed import Unwatched
-from pipelines.jobs import NodeStopped
-from pipelines.run import Outcome, Run, plan_run
+from pipelines.flows import flow, slots
+from pipelines.flows.deployed import Unwatched
+from pipelines.flows.jobs import NodeStopped
+from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.servers import Servers
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import write_recipe

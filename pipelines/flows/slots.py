@@ -11,7 +11,7 @@ from prefect.client.schemas.responses import GlobalConcurrencyLimitResponse
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
-from pipelines.jobs import NodeStopped
+from pipelines.flows.jobs import NodeStopped
 from stages.runner.graph import Planned
 
 LIMIT = "gpu"

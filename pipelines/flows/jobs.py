@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.processes import ServerError
 from infra.ray_jobs import TERMINAL, RayJobs
-from pipelines.run import Run, pinned, snapshot
+from pipelines.flows.run import Run, pinned, snapshot
 from stages.runner.graph import Planned
 
 Say = Callable[[int, str], None]

@@ -31,14 +31,14 @@ from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.processes import ServerError
 from infra.store import StoreError
 from pipelines.artifacts import publish_page, publish_run_page
-from pipelines.deployed import open_run, stop_left_jobs
-from pipelines.events import announce
-from pipelines.jobs import ATTACHED, SUBMITTED, NodeFailed, NodeStopped, make_as_job, own_turn
-from pipelines.parameters import Choice, values_of
+from pipelines.flows.deployed import open_run, stop_left_jobs
+from pipelines.flows.events import announce
+from pipelines.flows.jobs import ATTACHED, SUBMITTED, NodeFailed, NodeStopped, make_as_job, own_turn
+from pipelines.flows.parameters import Choice, values_of
+from pipelines.flows.run import Outcome, Run, snapshot
+from pipelines.flows.slots import gpu_slots
+from pipelines.flows.stopping import end_runs_of_killed_commands, stop_on_cancel, stop_on_signals
 from pipelines.progress import ProgressArtifact, TrainingArtifact
-from pipelines.run import Outcome, Run, snapshot
-from pipelines.slots import gpu_slots
-from pipelines.stopping import end_runs_of_killed_commands, stop_on_cancel, stop_on_signals
 from stages.runner.contract import StageError
 from stages.runner.recipe import RecipeError
 

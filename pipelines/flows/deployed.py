@@ -19,10 +19,10 @@ from prefect.states import State
 from infra.external import state_folder
 from infra.processes import ServerError
 from infra.store import Store
-from pipelines.jobs import stop_jobs_of, stop_orphans
-from pipelines.parameters import changed, choice
-from pipelines.run import Outcome, Run, plan_run, snapshot
-from pipelines.selection import check_inputs, select_nodes
+from pipelines.flows.jobs import stop_jobs_of, stop_orphans
+from pipelines.flows.parameters import changed, choice
+from pipelines.flows.run import Outcome, Run, plan_run, snapshot
+from pipelines.flows.selection import check_inputs, select_nodes
 from pipelines.servers import Servers, use_servers
 from stages.runner.recipe import Recipe, load_recipe
 

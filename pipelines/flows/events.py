@@ -6,8 +6,8 @@ from prefect.events import emit_event
 
 from infra.dataset import Dataset
 from pipelines import openlineage
+from pipelines.flows.run import Run
 from pipelines.lineage import announcement
-from pipelines.run import Run
 
 COMMITTED = "unidiffuser.dataset.committed"
 

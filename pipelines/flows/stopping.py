@@ -19,7 +19,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.states import Crashed
 
-from pipelines.run import Run
+from pipelines.flows.run import Run
 
 # How often the UI is asked whether somebody cancelled the run, in seconds.
 CANCEL_POLL = 3.0
