@@ -129,7 +129,7 @@ def lineage(dataset: DatasetArgument, as_json: JsonOption = False, store: StoreO
     from infra.dataset import by_prefix
     from infra.store import Store
     from pipelines.commands.inspection import lineage_tree
-    from pipelines.lineage import ancestors, descendants
+    from pipelines.pages.lineage import ancestors, descendants
 
     place = Store(store)
     found = by_prefix(place, dataset)

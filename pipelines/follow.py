@@ -33,7 +33,7 @@ from pipelines.flows.flow import JOB_LOGGER, read_logs
 from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
 from pipelines.flows.stopping import stop_on_signals
-from pipelines.progress import read_progress
+from pipelines.pages.progress import read_progress
 
 TICK = 1.0
 # How long the server may take to start a crashed run again, in seconds.

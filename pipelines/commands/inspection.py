@@ -19,7 +19,7 @@ from infra.dataset import Dataset, FileEntry, find
 from infra.store import Store
 from pipelines.commands.terminal import PLAN_STYLES, ReportTable
 from pipelines.flows.run import plan_run
-from pipelines.lineage import Branch
+from pipelines.pages.lineage import Branch
 from stages.catalog import FOLDER_STAGES, SUBSET_STAGES, stage_class
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe

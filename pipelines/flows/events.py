@@ -5,9 +5,9 @@ from __future__ import annotations
 from prefect.events import emit_event
 
 from infra.dataset import Dataset
-from pipelines import openlineage
 from pipelines.flows.run import Run
-from pipelines.lineage import announcement
+from pipelines.pages import openlineage
+from pipelines.pages.lineage import announcement
 
 COMMITTED = "unidiffuser.dataset.committed"
 

@@ -30,7 +30,6 @@ from infra.dataset import find, point
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.processes import ServerError
 from infra.store import StoreError
-from pipelines.artifacts import publish_page, publish_run_page
 from pipelines.flows.deployed import open_run, stop_left_jobs
 from pipelines.flows.events import announce
 from pipelines.flows.jobs import ATTACHED, SUBMITTED, NodeFailed, NodeStopped, make_as_job, own_turn
@@ -38,7 +37,8 @@ from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Run, snapshot
 from pipelines.flows.slots import gpu_slots
 from pipelines.flows.stopping import end_runs_of_killed_commands, stop_on_cancel, stop_on_signals
-from pipelines.progress import ProgressArtifact, TrainingArtifact
+from pipelines.pages.artifacts import publish_page, publish_run_page
+from pipelines.pages.progress import ProgressArtifact, TrainingArtifact
 from stages.runner.contract import StageError
 from stages.runner.recipe import RecipeError
 

@@ -12,7 +12,7 @@ from infra.store import Store
 from pipelines.commands.conduct import describe_schedule
 from pipelines.flows.parameters import changed, choice, node_form, recipe_form, values_of
 from pipelines.flows.run import snapshot
-from pipelines.progress import describe_progress, read_progress
+from pipelines.pages.progress import describe_progress, read_progress
 from stages.runner.deployment import Schedule
 from stages.runner.graph import plan
 from stages.runner.recipe import Recipe, RecipeError, load_recipe, parse_recipe

@@ -14,7 +14,7 @@ import pytest
 
 from infra.store import Store
 from pipelines.flows.run import Run, plan_run
-from pipelines.openlineage import send
+from pipelines.pages.openlineage import send
 from stages.catalog import stage_class
 from stages.runner.recipe import load_recipe
 from stages.runner.run import run_stage

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from infra.dataset import Dataset, Manifest, Stats, commit, point
 from infra.store import Store
-from pipelines import artifacts, progress
-from pipelines.artifacts import dataset_page, publish_page
 from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Result, Run, plan_run
+from pipelines.pages import artifacts, progress
+from pipelines.pages.artifacts import dataset_page, publish_page
 from pipelines.servers import Servers
 from stages.catalog import stage_class
 from stages.runner.contract import result_fields

@@ -19,12 +19,12 @@ from rich.console import Console
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, folder_of
 from infra.store import Store, sha256_of
 from pipelines import command
-from pipelines.artifacts import PICTURE_BYTES, data_uri, thumbnails
 from pipelines.commands.inspection import funnel_table, status_rows, status_table
 from pipelines.commands.terminal import plan_table
 from pipelines.flows.jobs import parse_line
 from pipelines.flows.selection import select_nodes
-from pipelines.lineage import ancestors, descendants
+from pipelines.pages.artifacts import PICTURE_BYTES, data_uri, thumbnails
+from pipelines.pages.lineage import ancestors, descendants
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.shards.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe

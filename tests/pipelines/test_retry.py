@@ -13,10 +13,10 @@ import pytest
 from infra.dataset import Dataset, Stats, commit, find
 from infra.store import Store
 from pipelines import command
-from pipelines.artifacts import dataset_page
 from pipelines.commands import conduct, retry
 from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Run, plan_run, snapshot
+from pipelines.pages.artifacts import dataset_page
 from pipelines.servers import Servers
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe, load_recipe

@@ -15,7 +15,7 @@ from infra.dataset import Manifest, Stats, commit
 from infra.store import Store
 from pipelines.commands.inspection import funnel_table, status_rows
 from pipelines.flows.run import plan_run
-from pipelines.scores import scores_section
+from pipelines.pages.scores import scores_section
 from stages.filter.histogram import count, histogram_of
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import write_recipe

@@ -11,7 +11,7 @@ import yaml
 
 from infra.dataset import find, verify
 from infra.store import Store
-from pipelines.lineage import ancestors, descendants
+from pipelines.pages.lineage import ancestors, descendants
 from stages.__main__ import run_node
 from stages.runner.contract import StageError
 from stages.runner.graph import plan

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from infra.dataset import Dataset, find
 from infra.store import Store
 from pipelines.flows.run import Run
-from pipelines.lineage import artifact_key
+from pipelines.pages.lineage import artifact_key
 from stages.catalog import stage_class
 
 NAMESPACE = "unidiffuser"

@@ -13,9 +13,9 @@ from prefect.artifacts import create_markdown_artifact, create_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from pipelines.artifacts import harmless, picture_uri
 from pipelines.flows.run import Run
-from pipelines.lineage import artifact_key
+from pipelines.pages.artifacts import harmless, picture_uri
+from pipelines.pages.lineage import artifact_key
 
 # How often the bar moves and the losses are drawn, in seconds.
 PROGRESS_EVERY = 2.0

@@ -24,8 +24,8 @@ from prefect.logging import get_run_logger
 
 from infra.dataset import Dataset, FileEntry, Manifest, find
 from pipelines.flows.run import Outcome, Run
-from pipelines.lineage import artifact_key, artifact_link, maker, mermaid
-from pipelines.scores import scores_section
+from pipelines.pages.lineage import artifact_key, artifact_link, maker, mermaid
+from pipelines.pages.scores import scores_section
 from stages.catalog import stage_class
 from stages.runner.graph import Planned, changes
 from stages.shards.tar import Sample, read_samples
