@@ -296,7 +296,7 @@ def up(
     """Start a Prefect server, a worker and Ray on this machine, and leave them running."""
     from infra.external import state_folder
     from infra.store import Store
-    from pipelines.machine import bring_up
+    from pipelines.servers.machine import bring_up
 
     bring_up(state_folder(Store(store)), pool, console)
 
@@ -321,7 +321,7 @@ def down(store: StoreOption = "runs") -> None:
     """Stop what `up` has started, and nothing else; runs on the worker are interrupted first."""
     from infra.external import state_folder
     from infra.store import Store
-    from pipelines.machine import bring_down
+    from pipelines.servers.machine import bring_down
 
     bring_down(state_folder(Store(store)), lambda text: console.print(text, soft_wrap=True))
 

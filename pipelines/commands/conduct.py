@@ -23,8 +23,8 @@ from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
 from pipelines.flows.run import Run, plan_run
 from pipelines.flows.selection import check_inputs, select_nodes
-from pipelines.machine import find_api, find_machine
-from pipelines.servers import Servers, use_servers
+from pipelines.servers.machine import find_api, find_machine
+from pipelines.servers.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe
@@ -103,7 +103,7 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
     """
     address = find_api(state)
     os.environ.update(QUIET_PREFECT)
-    from pipelines.deployments import deploy
+    from pipelines.servers.deployments import deploy
 
     with _server_errors(address):
         done = deploy(recipe, store)
@@ -137,7 +137,7 @@ def run_deployed(
     planned = plan_run(recipe, store)
     check_inputs(planned, nodes)
     os.environ.update(QUIET_PREFECT)
-    from pipelines.follow import follow, start_run
+    from pipelines.servers.follow import follow, start_run
 
     with _server_errors(address), TerminalView(console) as view:
         run = Run(recipe, store, planned, nodes, Servers(state_folder(store)), view, wish.jobs)

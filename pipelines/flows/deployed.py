@@ -23,10 +23,10 @@ from pipelines.flows.jobs import stop_jobs_of, stop_orphans
 from pipelines.flows.parameters import changed, choice
 from pipelines.flows.run import Outcome, Run, plan_run, snapshot
 from pipelines.flows.selection import check_inputs, select_nodes
-from pipelines.servers import Servers, use_servers
+from pipelines.servers.servers import Servers, use_servers
 from stages.runner.recipe import Recipe, load_recipe
 
-# The name of the state in which the automation puts a run whose process died; see `pipelines.automations`.
+# The name of the state in which the automation puts a run whose process died; see `pipelines.servers.automations`.
 RETRYING = "RetryingAfterCrash"
 # Within this time the server has put a crashed run in that state, if it ever does.
 RETRY_WITHIN = timedelta(minutes=2)

@@ -273,7 +273,7 @@ def run_flow(run: Run, nodes: Choice, overrides: list[str]) -> State[Any]:
 
 def _watch_for_deaths() -> None:
     """On a server of the user's own no later command knows which runs are of killed commands: let the server find out."""
-    from pipelines import automations
+    from pipelines.servers import automations
 
     # A key that may not make automations may still run.
     with suppress(HTTPError), get_client(sync_client=True) as client:

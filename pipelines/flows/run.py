@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from infra.dataset import Dataset
 from infra.store import Store
-from pipelines.servers import Servers
+from pipelines.servers.servers import Servers
 from stages.runner.contract import digest_of, digest_of_text
 from stages.runner.graph import Planned, outside_of, plan
 from stages.runner.recipe import Recipe

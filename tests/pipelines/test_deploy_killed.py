@@ -19,7 +19,7 @@ from infra.processes import marked
 from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.flows.jobs import ATTACHED, _follow
-from pipelines.machine import _is_flow
+from pipelines.servers.machine import _is_flow
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Command, survivors, write_recipe

@@ -17,13 +17,13 @@ from prefect.states import Cancelled, Crashed, Running, State
 
 from infra.processes import ServerError
 from infra.store import Store
-from pipelines import follow
 from pipelines.flows import deployed, flow
 from pipelines.flows.jobs import ATTACHED, FLOW_RUN, SUBMITTED, make_as_job, stop_jobs_of, stop_orphans
 from pipelines.flows.parameters import values_of
 from pipelines.flows.run import Run, plan_run, snapshot
-from pipelines.machine import find_machine
-from pipelines.servers import KEPT, Servers
+from pipelines.servers import follow
+from pipelines.servers.machine import find_machine
+from pipelines.servers.servers import KEPT, Servers
 from stages.runner.recipe import Recipe, load_recipe
 from tests.infra.test_servers import standing
 from tests.pipelines.conftest import write_metadata

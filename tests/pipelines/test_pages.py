@@ -21,7 +21,7 @@ from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Result, Run, plan_run
 from pipelines.pages import artifacts, progress
 from pipelines.pages.artifacts import dataset_page, publish_page
-from pipelines.servers import Servers
+from pipelines.servers.servers import Servers
 from stages.catalog import stage_class
 from stages.runner.contract import result_fields
 from stages.runner.recipe import Recipe, load_recipe

@@ -27,8 +27,8 @@ from prefect.utilities.templating import apply_values
 from prefect.workers.base import BaseJobConfiguration
 
 from infra.store import Store
-from pipelines import deployments
-from pipelines.deployments import ENTRYPOINTS, _job_variables, _schedule, deploy, ensure_pool
+from pipelines.servers import deployments
+from pipelines.servers.deployments import ENTRYPOINTS, _job_variables, _schedule, deploy, ensure_pool
 from stages.runner.deployment import Pool, Schedule
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from tests.pipelines.conftest import Kept, write_metadata

@@ -17,7 +17,7 @@ from pipelines.commands import conduct, retry
 from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Run, plan_run, snapshot
 from pipelines.pages.artifacts import dataset_page
-from pipelines.servers import Servers
+from pipelines.servers.servers import Servers
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe, load_recipe
 from tests.pipelines.test_plain import a_dataset

@@ -17,7 +17,7 @@ from pipelines.flows import flow, slots
 from pipelines.flows.deployed import Unwatched
 from pipelines.flows.jobs import NodeStopped
 from pipelines.flows.run import Outcome, Run, plan_run
-from pipelines.servers import Servers
+from pipelines.servers.servers import Servers
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import write_recipe
 

@@ -17,7 +17,7 @@ from infra.prefect_server import WORKER, answers, check_api, configured_api, pre
 from infra.processes import SERVERS, Server, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
 from infra.ray_cluster import configured_ray
 from pipelines.commands.terminal import ReportTable
-from pipelines.servers import GRACE, KEPT, use_servers
+from pipelines.servers.servers import GRACE, KEPT, use_servers
 from stages.runner.deployment import Pool
 
 # How long the runs that `down` interrupts may take to stop their jobs, and a worker to come up, in seconds.
@@ -45,7 +45,7 @@ def bring_up(state: Path, pool: str, console: Console) -> None:
 def _bring_up_worker(state: Path, address: str, pool: Pool) -> None:
     from prefect.client.orchestration import get_client
 
-    from pipelines.deployments import ensure_pool
+    from pipelines.servers.deployments import ensure_pool
 
     with get_client(sync_client=True) as client:
         ensure_pool(client, pool)

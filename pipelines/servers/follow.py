@@ -27,13 +27,13 @@ from prefect.states import Cancelling, State
 
 from infra.dataset import find
 from infra.prefect_server import answers
-from pipelines.deployments import deploy
 from pipelines.flows.deployed import RETRYING
 from pipelines.flows.flow import JOB_LOGGER, read_logs
 from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
 from pipelines.flows.stopping import stop_on_signals
 from pipelines.pages.progress import read_progress
+from pipelines.servers.deployments import deploy
 
 TICK = 1.0
 # How long the server may take to start a crashed run again, in seconds.

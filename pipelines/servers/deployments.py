@@ -20,11 +20,11 @@ from pydantic import ValidationError
 
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.store import Store
-from pipelines import automations
 from pipelines.flows.parameters import Choice, node_form, recipe_form
 from pipelines.flows.run import snapshot
 from pipelines.flows.selection import select_nodes
 from pipelines.flows.slots import LIMIT
+from pipelines.servers import automations
 from stages.runner.deployment import Pool, Schedule
 from stages.runner.recipe import Recipe, RecipeError, explain
 

@@ -1,0 +1,1 @@
+"""What stays up: servers, this machine's worker, deployments and their automations."""
