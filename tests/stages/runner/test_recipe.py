@@ -163,7 +163,7 @@ def test_force_begins_a_generation_that_stays(recipe: Path) -> None:
 
 
 def test_the_recipes_that_we_ship_are_good() -> None:
-    for path in (Path(__file__).parent.parent.parent / "configs").glob("*.yaml"):
+    for path in (Path(__file__).parent.parent.parent.parent / "configs").glob("*.yaml"):
         assert load_recipe(path).nodes
-    demo = load_recipe(Path(__file__).parent.parent.parent / "configs" / "demo.yaml")
+    demo = load_recipe(Path(__file__).parent.parent.parent.parent / "configs" / "demo.yaml")
     assert demo.nodes["export"].config.layouts == ["diffusers"]

@@ -25,7 +25,7 @@ from tests.stages.hostile_files import FILES, encoded
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.pages import samples_of, table_of
 
-CONFIGS = Path(__file__).parent.parent.parent / "configs"
+CONFIGS = Path(__file__).parent.parent.parent.parent / "configs"
 # The examples name public models; these ship with the project.
 EMBEDDED = [f"encoders.{name}=embedded" for name in ("vae", "clip", "text", "gpt2")]
 

@@ -22,7 +22,7 @@ from stages.runner.contract import StageError, result_fields
 from stages.select.stage import Select
 from stages.shards.tar import Sample
 from tests.stages.hostile_web import HOST, hostile_web
-from tests.stages.shards import ColourClip, blots, cut_between_samples, download, encoded, kept_of, sample
+from tests.stages.packed import ColourClip, blots, cut_between_samples, download, encoded, kept_of, sample
 
 
 @pytest.fixture(autouse=True)

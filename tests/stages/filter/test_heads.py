@@ -18,7 +18,7 @@ from stages.filter.stage import Filter, FilterConfig
 from stages.runner.contract import StageError
 from stages.runner.graph import plan
 from stages.runner.recipe import RecipeError, parse_recipe
-from tests.stages.shards import ColourClip, blots, download, encoded, kept_of, sample
+from tests.stages.packed import ColourClip, blots, download, encoded, kept_of, sample
 
 
 class SixColours(ColourClip):

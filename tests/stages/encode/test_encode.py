@@ -18,7 +18,7 @@ from infra.store import Store
 from stages.encode.stage import Encode
 from stages.filter.stage import Filter
 from stages.runner.contract import StageError
-from tests.stages.shards import blots, cut_between_samples, download, encoded, kept_of, sample
+from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
 from training.config import Condition
 from training.latents import LatentReader, Selection
 from unidiffuser.encoders import ClipEncoder

@@ -15,7 +15,7 @@ from stages.runner.contract import StageError, result_fields, scratch_output
 from stages.runner.run import aside_key, make_job, phase_states, run_stage
 from tests.stages.toy import Count, Squares, planned
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 

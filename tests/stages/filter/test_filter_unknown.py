@@ -16,7 +16,7 @@ from stages.filter.stage import Filter, FilterConfig
 from stages.runner.contract import StageError
 from stages.runner.graph import Planned
 from stages.runner.run import phase_states
-from tests.stages.shards import ColourClip, blots, download, encoded, kept_of, sample
+from tests.stages.packed import ColourClip, blots, download, encoded, kept_of, sample
 
 
 class DarkClip(ColourClip):

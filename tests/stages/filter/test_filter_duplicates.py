@@ -15,7 +15,7 @@ from stages.filter import duplicates
 from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, colours, earlier_alike, key, perceptual_hash
 from stages.filter.stage import Filter
 from stages.runner.contract import StageError
-from tests.stages.shards import blots, download, encoded, sample
+from tests.stages.packed import blots, download, encoded, sample
 
 LOOKS = tuple[np.ndarray, np.ndarray]
 
