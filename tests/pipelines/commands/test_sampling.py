@@ -13,7 +13,7 @@ from PIL import Image
 
 from infra.store import Store
 from pipelines.commands import sampling
-from tests.pipelines.test_plain import run_main
+from tests.pipelines.commands.test_plain import run_main
 from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
 from unidiffuser.layouts import set_layout

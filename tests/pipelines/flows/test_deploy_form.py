@@ -19,7 +19,7 @@ from stages.runner.recipe import Recipe, RecipeError, load_recipe, parse_recipe
 from stages.runner.run import time_left
 from tests.pipelines.conftest import write_metadata
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from stages.runner.deployment import Pool, Schedule
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from tests.pipelines.conftest import Kept, write_metadata
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent.parent.parent
 POOLS = [
     Pool(name="here", type="process", variables={"working_dir": "/data"}),
     Pool(name="box", type="docker", variables={"image": "unidiffuser", "volumes": ["/data:/data"], "env": {"A": "1"}}),

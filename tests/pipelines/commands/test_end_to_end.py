@@ -82,7 +82,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     build(folder / "web", rows=ROWS, seed=0)
-    recipe = Path(shutil.copy(Path(__file__).parent / "recipe.yaml", folder))
+    recipe = Path(shutil.copy(Path(__file__).parent.parent / "recipe.yaml", folder))
     with LittleWeb(folder / "web") as web:
         hosts = f"subsets.little.download.hosts={{little-web.example: '{web.address}'}}"
         world = World(recipe, Store(str(folder / "store")), hosts, "")
@@ -199,7 +199,9 @@ def test_a_hit_imports_neither_torch_nor_ray(world: World) -> None:
         f"assert main([{str(world.recipe)!r}, 'evaluate', '--store', {world.store.root!r}, '--set', {world.hosts!r}]) == 0; "
         "sys.exit(bool({'torch', 'ray', 'prefect', 'transformers'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent.parent.parent
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 

@@ -20,7 +20,7 @@ from pipelines.pages.artifacts import dataset_page
 from pipelines.servers.servers import Servers
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe, load_recipe
-from tests.pipelines.test_plain import a_dataset
+from tests.pipelines.commands.test_plain import a_dataset
 
 
 @pytest.fixture

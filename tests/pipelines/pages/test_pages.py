@@ -26,8 +26,8 @@ from stages.catalog import stage_class
 from stages.runner.contract import result_fields
 from stages.runner.recipe import Recipe, load_recipe
 from stages.shards.tar import Sample, ShardWriter
+from tests.pipelines.commands.test_plain import a_dataset
 from tests.pipelines.conftest import Kept, write_metadata
-from tests.pipelines.test_plain import a_dataset
 
 PAST = "2026-01-01T00:00:00+00:00"
 SELECT = stage_class("select").version
