@@ -1,1 +1,1 @@
-"""What each step does: one file a stage, and the one runner. Ray runs here; Prefect does not."""
+"""What each step does: a folder a stage, and the one runner. Ray runs here; Prefect does not."""

@@ -25,8 +25,8 @@ from infra.dataset import FileEntry
 from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
-from stages.select.laion import SCORES
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
+from stages.shards.scores import METADATA_SCORES
 from stages.shards.tar import Sample, ShardWriter, read_samples
 
 if TYPE_CHECKING:
@@ -232,7 +232,9 @@ class Download(Stage):
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
         sample = {"key": "string", "caption": "string", "url": "string", "language": "string", "hash": "int64"}
         return (
-            sample | dict.fromkeys(SCORES, "float") | {field.name: str(field.type) for field in RESULT if field.name != "status"}
+            sample
+            | dict.fromkeys(METADATA_SCORES, "float")
+            | {field.name: str(field.type) for field in RESULT if field.name != "status"}
         )
 
     @classmethod

@@ -25,13 +25,13 @@ from pydantic import Field
 
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
+from stages.shards.scores import SCORES
 from stages.shards.tar import Sample, open_table, read_shard
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
 ROW_GROUP = 256
 T = TypeVar("T")
-SCORES = ("similarity", "clip_similarity", "aesthetic", "punsafe", "pwatermark")
 
 
 class EncodeConfig(StageConfig):
@@ -180,7 +180,7 @@ class Encode(Stage):
     """Latents in Parquet, one shard for one filtered shard, on a pool of actors."""
 
     name = "encode"
-    version = 3
+    version = 4
     Config = EncodeConfig
     whole = frozenset({"codec"})
     phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources),)

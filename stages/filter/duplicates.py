@@ -24,7 +24,8 @@ from infra.dataset import FileEntry
 from stages.filter.histogram import count
 from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
-from stages.shards.conditions import SCORES, Verdict, columns_of, conditions
+from stages.shards.conditions import Verdict, columns_of, conditions
+from stages.shards.scores import SCORES
 from stages.shards.tar import open_table
 
 # Rows of a group of shards, and rows that a unit compares.

@@ -42,13 +42,13 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import encoder
-from stages.shards.conditions import SCORES, conditions
+from stages.shards.conditions import conditions
+from stages.shards.scores import METADATA_SCORES, SCORES
 from stages.shards.tar import Sample, ShardWriter, open_table, read_shard
 from unidiffuser.references import weights_digest
 
 log = logging.getLogger("stages")
 
-TRAVELLING = tuple(score for score in SCORES if score != "clip_similarity")
 # DataComp's basic filter (arXiv 2304.14108, appendix): more than 2 words and 5 characters of English, 200 pixels, ratio 3.
 BASIC: dict[str, Any] = {"min_side": 200, "max_aspect_ratio": 3.0, "min_caption_chars": 6, "min_caption_words": 3}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -135,7 +135,7 @@ class Score:
             "colours": pa.array([image and colours(image) for image in images], pa.binary(COLOUR_BYTES)),
         }
         columns["language"] = pa.array([sample.meta.get("language") for sample in batch], pa.string())
-        for score in TRAVELLING:
+        for score in METADATA_SCORES:
             columns[score] = pa.array([sample.meta.get(score) for sample in batch], pa.float32())
         decoded = [row for row, image in enumerate(images) if image is not None]
         computed: dict[str, Any] = {}

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.runner.contract import StageError
+from stages.shards.scores import METADATA_SCORES
 
 # Columns that a file of the set must have, by what they mean.
 _PAIRS = {"url": "URL", "caption": "TEXT", "width": "WIDTH", "height": "HEIGHT", "similarity": "similarity"}
@@ -46,7 +47,6 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sha256": ("sha256", "SHA256"),
     "md5": ("md5", "MD5"),
 }
-SCORES = ("similarity", "punsafe", "pwatermark", "aesthetic")
 CANONICAL = pa.schema(
     [
         ("key", pa.string()),
@@ -54,7 +54,7 @@ CANONICAL = pa.schema(
         ("caption", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        *((name, pa.float32()) for name in SCORES),
+        *((name, pa.float32()) for name in METADATA_SCORES),
         ("language", pa.string()),
         ("hash", pa.int64()),
         ("sha256", pa.string()),

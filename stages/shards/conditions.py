@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SCORES = ("clip_similarity", "similarity", "punsafe", "pwatermark", "aesthetic")
+from stages.shards.scores import SCORES
 
 
 @dataclass(frozen=True)
