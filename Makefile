@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup demo test test-runs test-parts test-slow chaos lint encoders text-decoder shapes lock clean
+.PHONY: setup demo test test-runs test-parts test-slow chaos lint encoders text-decoder shapes findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -59,6 +59,10 @@ text-decoder: setup
 # One small network, five distributions, against a known truth (docs/results/shapes.md): an hour on 2 cores, resumable.
 shapes: setup
 	$(PY) -m examples.shapes
+
+# What outside tools really do (findings/README.md), each in an environment of its own: some minutes, and a package registry.
+findings:
+	@for script in findings/*.sh; do echo "$$script"; bash $$script || exit 1; done
 
 # Pins every dependency with hashes; run it after changing pyproject.toml.
 lock: | $(UV)
