@@ -1,10 +1,13 @@
 """The rooms' rules: which may import which, and that a stage's code does not change without a new version."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from stages.catalog import STAGES
 from stages.runner import versions
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +19,7 @@ BELOW = {
     "infra": set(),
     "examples": {"unidiffuser", "infra"},
 }
+STAGE_FOLDERS = {"select", "download", "folder", "filter", "encode", "train", "evaluate"}
 FORBIDDEN = {
     "stages": {"prefect"},
     "training": {"prefect"},
@@ -24,15 +28,29 @@ FORBIDDEN = {
 }
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, functions included."""
+# Inside the stages' room: which folders a folder may import besides itself. The catalog is names, not stages.
+PARTS = {
+    "runner": {"catalog"},
+    "shards": {"runner"},
+    "drawing": {"shards", "runner"},
+    **dict.fromkeys(STAGE_FOLDERS, {"shards", "drawing", "runner"}),
+}
+
+
+def modules_imported(path: Path) -> set[str]:
+    """Dotted names of what a file imports anywhere, functions included; of ``from a import b`` both ``a`` and ``a.b``."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.split(".")[0])
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level packages that a file imports anywhere, functions included."""
+    return {name.split(".")[0] for name in modules_imported(path)}
 
 
 @pytest.mark.parametrize("room", BELOW)
@@ -42,6 +60,28 @@ def test_imports_point_downwards(room):
     for path in files:
         wrong = imported(path) & ((BELOW.keys() - BELOW[room] - {room}) | FORBIDDEN.get(room, set()))
         assert not wrong, f"{path.relative_to(ROOT)} imports {', '.join(sorted(wrong))}"
+
+
+def test_every_folder_of_the_stages_has_its_arrows():
+    folders = {path.parent.name for path in (ROOT / "stages").glob("*/*.py")}
+    assert folders == PARTS.keys()
+    assert {reference.split(".")[1] for reference in STAGES.values()} == STAGE_FOLDERS
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_stage_imports_no_other_stage(part):
+    others = {path.stem for path in (ROOT / "stages").iterdir()} - {"__init__", part} - PARTS[part]
+    for path in (ROOT / "stages" / part).rglob("*.py"):
+        wrong = {name.split(".")[1] for name in modules_imported(path) if name.startswith("stages.")} & others
+        assert not wrong, f"{path.relative_to(ROOT)} imports stages.{', stages.'.join(sorted(wrong))}"
+
+
+def test_commands_import_no_prefect():
+    """Not even through what they import: a hit, `status` or `sample` must not pay a second for it."""
+    names = [f"pipelines.commands.{path.stem}" for path in (ROOT / "pipelines" / "commands").glob("[!_]*.py")]
+    assert names
+    code = f"import sys, {', '.join(names)}; sys.exit('prefect' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_ray_only_launches_in_the_training_room():

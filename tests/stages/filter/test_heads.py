@@ -35,8 +35,8 @@ class SixColours(ColourClip):
 def clips(monkeypatch):
     known = {"embedded": ColourClip, "six": SixColours}
     monkeypatch.setattr("stages.filter.heads.Scorer.load_clip", lambda self, ref: known[ref](ref))
-    for place in ("filter", "heads"):
-        monkeypatch.setattr(f"stages.{place}.weights_digest", lambda ref, kind: f"digest of {ref}")
+    for place in ("stage", "heads"):
+        monkeypatch.setattr(f"stages.filter.{place}.weights_digest", lambda ref, kind: f"digest of {ref}")
 
 
 @pytest.fixture
