@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from infra.loopback import open_url
 from infra.processes import ServerError
 
 # A log that has to be read as a whole again and again is asked for the less often the longer it is.
@@ -160,7 +161,7 @@ class RayJobs:
         headers = {**self.headers, "Content-Type": "application/json"}
         request = urllib.request.Request(self.address + path, data=data, headers=headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
+            with open_url(request, timeout=60) as reply:
                 return json.loads(reply.read() or b"null")
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
