@@ -20,11 +20,11 @@ from infra.dataset import find
 from infra.processes import ServerError, recorded
 from infra.ray_jobs import RayJobs
 from infra.store import Store
-from pipelines.deployed import Unwatched
-from pipelines.jobs import ATTACHED, SUBMITTED, make_as_job
-from pipelines.run import Run, plan_run
-from pipelines.servers import Servers
-from stages.recipe import load_recipe
+from pipelines.flows.deployed import Unwatched
+from pipelines.flows.jobs import ATTACHED, SUBMITTED, make_as_job
+from pipelines.flows.run import Run, plan_run
+from pipelines.servers.servers import Servers
+from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Kept, write_recipe
 
 NODE = "good-select"
