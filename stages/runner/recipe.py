@@ -25,11 +25,13 @@ class RecipeError(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """A stage in a recipe. `inputs` maps the stage's input names to nodes; several of a kind are `data.SUBSET`."""
+    """A stage in a recipe, written at `place` there. `inputs` maps the stage's input names to nodes; several of a kind are
+    `data.SUBSET`."""
 
     name: str
     stage: str
     config: BaseModel
+    place: str
     inputs: dict[str, str] = field(default_factory=dict)
 
 
@@ -242,7 +244,7 @@ class _Builder:
             raise RecipeError(explain(error, place)) from None
         if name in self.nodes:
             raise RecipeError(f"{place}: there is a node {name} already")
-        self.nodes[name] = Node(name, stage, config, inputs)
+        self.nodes[name] = Node(name, stage, config, place, inputs)
         return name
 
     def with_paths(self, model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

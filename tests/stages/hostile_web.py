@@ -196,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
                 hops = int(name[5:])
                 self.reply(302, b"", [("Location", f"/hops-{hops - 1}" if hops > 1 else "/jpeg")])
             elif name.startswith("status-"):
-                self.reply(int(name[7:]), b"" if name in ("status-204", "status-304") else b"sorry")
+                self.reply(int(name[7:10]), b"" if name in ("status-204", "status-304") else b"sorry")
             elif name.startswith("asks-to-wait-"):
                 first = self.asked[name] == 1
                 self.reply(429 if first else 200, b"" if first else JPEG, [("Retry-After", name[13:])] if first else [])
