@@ -17,6 +17,7 @@ from stages.catalog import FOLDER_STAGES, STAGES, SUBSET_STAGES, stage_class
 from stages.runner.deployment import Deploy
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+CREDENTIALS = re.compile(r"://\S*@")
 
 
 class RecipeError(Exception):
@@ -312,4 +313,5 @@ def explain(error: ValidationError, place: str) -> str:
     elif first["type"] != "missing":
         message += f" (got {first['input']!r})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{path}: {message}{more}"
+    # A URL may hold a password.
+    return CREDENTIALS.sub("://...@", f"{path}: {message}{more}")
