@@ -11,7 +11,7 @@ from typing import Any
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from infra.listing import Listing
+from infra.listing import Listing, readable
 from infra.store import Store, sha256_of
 
 # What file systems call a tag that changes with the content, then what they call the moment of the last change; the first that is
@@ -41,16 +41,17 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: a pattern matches nothing; the message names it.
-        OutsideError: a pattern is a folder, or cannot be looked at.
+        OutsideError: a pattern is a folder, or cannot be looked at, or a file of it cannot be read.
     """
     found: dict[str, str] = {}
     listing = Listing()
     for pattern in patterns:
         fs, paths = listing.files(pattern)
-        if isinstance(fs, LocalFileSystem):
-            found |= _local_digests(paths, state_folder(store) / "digests.json")
-        else:
-            found |= {_address(fs, path, pattern): _remote_digest(fs, path) for path in paths}
+        with readable(pattern):
+            if isinstance(fs, LocalFileSystem):
+                found |= _local_digests(paths, state_folder(store) / "digests.json")
+            else:
+                found |= {_address(fs, path, pattern): _remote_digest(fs, path) for path in paths}
     listing.say_left_out()
     return dict(sorted(found.items()))
 

@@ -10,10 +10,12 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+from aiohttp import ClientError
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
@@ -70,12 +72,8 @@ class Listing:
             # A listing that an earlier look has left in memory would hide what has changed since.
             fs.invalidate_cache()
             self.fresh.add(id(fs))
-        try:
+        with readable(pattern):
             paths = [path] if _exists(fs, path, pattern) else self._matches(fs, path, pattern)
-        except OutsideError:
-            raise
-        except OSError as error:
-            raise _refused(pattern, error) from None
         if not paths:
             raise NothingFound(pattern)
         self.found.update(map(fs.unstrip_protocol, paths))
@@ -169,17 +167,33 @@ def _exists(fs: Any, path: str, pattern: str) -> bool:
     return True
 
 
+@contextmanager
+def readable(pattern: str) -> Iterator[None]:
+    """Puts what goes wrong with the files of a pattern into a line.
+
+    Raises:
+        OutsideError: what it was.
+    """
+    try:
+        yield
+    except OutsideError:
+        raise
+    except (OSError, ClientError) as error:
+        raise _refused(pattern, error) from None
+
+
 def _refused(pattern: str, error: Exception) -> OutsideError:
     """Why a path could not be looked at. fsspec calls all that a web server answers, and silence too, a missing file."""
     cause = error.__cause__ or error
     status = getattr(cause, "status", None)
-    if status in GONE or isinstance(cause, FileNotFoundError | NotADirectoryError):
+    file = getattr(cause, "filename", None)
+    which = f"{file}: " if file and file != pattern else ""
+    if status in GONE or (isinstance(cause, FileNotFoundError | NotADirectoryError) and not which):
         return NothingFound(pattern)
-    if isinstance(cause, PermissionError):
-        return OutsideError(pattern, "may not be read; change its permissions or the credentials")
     if status is not None:
         return OutsideError(pattern, f"the server answers {status}; expected 200")
-    return OutsideError(pattern, f"cannot be read: {' '.join(str(cause).split()) or type(cause).__name__}")
+    why = getattr(cause, "strerror", None) or " ".join(str(cause).split()) or type(cause).__name__
+    return OutsideError(pattern, f"{which}cannot be read: {why}")
 
 
 def _literal_part(fs: Any, path: str) -> tuple[str, str]:

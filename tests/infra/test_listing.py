@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -132,3 +133,21 @@ def test_an_object_store_is_listed_alike(store: Store, caplog: pytest.LogCapture
         "memory://pictures/**/*.jpg: leaves out other images that lie there: 1 .png; to take them too, add "
         "memory://pictures/**/*.png",
     ]
+
+
+def test_a_file_that_may_not_be_read_is_named_and_never_left_out(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    write(folder, "a.jpg", "b.jpg")
+
+    def read(path: str) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("infra.external.sha256_of", read)
+    with pytest.raises(OutsideError) as refused:
+        resolve([f"{folder}/*.jpg"], store)
+    assert str(refused.value) == f"{folder}/*.jpg: {folder}/a.jpg: cannot be read: Permission denied"
+
+
+def test_a_link_that_leads_nowhere_is_no_file(store: Store, folder: Path):
+    (folder / "list.txt").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match="list.txt: no such file; expected a path, glob or URL that exists$"):
+        resolve([f"{folder}/list.txt"], store)
