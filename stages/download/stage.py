@@ -7,6 +7,7 @@ such rows are the parent's own.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from infra.dataset import FileEntry
 from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
+from stages.download.proxy import ENVIRONMENT, Proxies
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.scores import METADATA_SCORES
@@ -31,6 +33,8 @@ from stages.shards.tar import Sample, ShardWriter, read_samples
 
 if TYPE_CHECKING:
     from stages.download.engine import ShardSink
+
+log = logging.getLogger("stages")
 
 # What a row is called when the engine gave it back neither as an image nor as a failure.
 LOST = "engine_error"
@@ -59,11 +63,22 @@ class DownloadConfig(ImageConfig):
         "drop", description="what to do with bytes that differ from the metadata's sha256 or md5, where it has one"
     )
     allow_private: bool = Field(False, description="allow private, loopback and link-local addresses")
-    hosts: dict[str, str] = operational({}, "host name -> host:port to connect to in its place (a proxy, a mirror)")
+    hosts: dict[str, str] = operational({}, "host name -> host:port to connect to in its place (a mirror)")
+    proxy: str = operational(
+        ENVIRONMENT,
+        "http://host:port of the HTTP proxy that downloads go through; environment: as http_proxy, https_proxy, all_proxy and "
+        "no_proxy say; none: no proxy",
+    )
     threads: int = operational(64, "connections of one worker", ge=1, le=1024)
     host_connections: int = operational(8, "connections of one worker to one host; a host sees this times the workers", ge=1)
     cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
     workers: int | None = operational(None, "workers at most", ge=1)
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_a_proxy(cls, value: str) -> str:
+        Proxies(value)
+        return value
 
 
 class Fetcher:
@@ -82,7 +97,7 @@ class Fetcher:
         self.limits = Limits(
             config.timeout, config.deadline, config.retries, config.max_bytes, config.respect_noai, config.user_agent_token
         )  # fmt: skip
-        self.guard = Guard(config.hosts, config.allow_private)
+        self.guard = Guard(config.hosts, config.allow_private, proxies=Proxies(config.proxy))
         self.opener = WebOpener
         self.hosts = Hosts(config.host_connections, config.host_failures, end=0.0)
         self.install = urllib.request.install_opener
@@ -197,6 +212,8 @@ def meta_of(values: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
 
 
 def _units(job: Job, earlier: Records) -> Iterable[Unit]:
+    for note in Proxies(job.config.proxy).notes():
+        log.warning("%s: %s", job.node, note)
     shards = job.inputs["rows"].files
     parent = job.inputs.get("parent")
     before = [list(files) for _, files in groupby(parent.files, key=lambda entry: entry.unit)] if parent else []

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from infra.external import member
 from stages.runner.contract import (
     Job,
     Output,
@@ -116,17 +117,26 @@ def _read(address: str) -> bytes:
 
 
 def pairs_of(config: FolderConfig, sources: Any) -> list[Pair]:
-    """The images with their captions, by name; `sources` is address -> digest of all files."""
+    """The images with their captions, by name; `sources` is address -> digest of all files. Endings may be in capitals."""
     ending = f".{config.caption_extension}"
+    texts = [address for address in sources if member(address).lower().endswith(ending.lower())]
+    # Of two captions, the one that is spelled as the recipe says comes last and counts.
+    captions = {_stem(address): address for address in sorted(texts, key=lambda text: member(text).endswith(ending))}
     found = []
     for address, digest in sources.items():
-        if address.endswith(ending):
+        if member(address).lower().endswith(ending.lower()):
             continue
-        caption = posixpath.splitext(address)[0] + ending
-        name = posixpath.basename(address)
+        caption = captions.get(_stem(address), "")
+        name = posixpath.basename(member(address))
         key = hashlib.sha256("\n".join((name, digest, sources.get(caption, ""))).encode()).hexdigest()[:20]
-        found.append(Pair(name, key, address, digest, caption if caption in sources else ""))
+        found.append(Pair(name, key, address, digest, caption))
     return sorted(found)
+
+
+def _stem(address: str) -> str:
+    """The address without its file's ending."""
+    own, colons, archive = address.partition("::")
+    return posixpath.splitext(own)[0] + colons + archive
 
 
 def shards(pairs: list[Pair], rows: int) -> Iterator[list[Pair]]:
@@ -156,7 +166,8 @@ class Folder(Stage):
 
     @classmethod
     def sources(cls, config: FolderConfig) -> list[str]:
-        captions = (f"{posixpath.splitext(pattern)[0]}.{config.caption_extension}" for pattern in config.images)
+        parts = (pattern.partition("::") for pattern in config.images)
+        captions = (f"{_stem(own)}.{config.caption_extension}{colons}{archive}" for own, colons, archive in parts)
         return list(dict.fromkeys([*config.images, *captions]))
 
     @classmethod

@@ -98,7 +98,7 @@ def test_a_mistake_is_one_line_with_the_path_of_the_field(recipe: Path, override
 def test_missing_files_are_named(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nowhere.yaml: no such recipe file"):
         load_recipe(tmp_path / "nowhere.yaml")
-    with pytest.raises(RecipeError, match="a-select: .*nothing-here.parquet: no such file"):
+    with pytest.raises(RecipeError, match="subsets.a.select.metadata: .*nothing-here.parquet: no such file"):
         fingerprints(recipe, "subsets.a.select.metadata=[nothing-here.parquet]")
     bad = tmp_path / "bad.yaml"
     bad.write_text("name: [")
