@@ -19,7 +19,7 @@ from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.jobs import stop_orphans
-from pipelines.machine import find_api, find_machine
+from pipelines.machine import find_api, find_machine, say_sign_in
 from pipelines.parameters import Choice
 from pipelines.run import Run, plan_run
 from pipelines.selection import check_inputs, select_nodes
@@ -113,6 +113,7 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
         console.print(f"{name}: removed, as the recipe has no such node any more", soft_wrap=True)
     for number, schedule in enumerate(recipe.deploy.schedules):
         console.print(f"schedule {number}: {describe_schedule(schedule)}", soft_wrap=True)
+    say_sign_in(state, address, console)
 
 
 def describe_schedule(schedule: Schedule) -> str:
@@ -144,6 +145,7 @@ def run_deployed(
         flow_run = start_run(run, wish.choice(), list(wish.overrides))
         page = f"{address}/v2/runs/flow-run/{flow_run}"
         console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
+        say_sign_in(run.servers.state, address, console)
         state = follow(run, flow_run)
     console.print(closing_table(run))
     _say_sum(state, console)
@@ -197,7 +199,9 @@ def _say_where(run: Run, address: str, wish: Wish, console: Console) -> None:
     if not run.servers.embedded_prefect:
         console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
     elif wish.keep and not run.stopping.is_set():
-        console.print(f"This run in the Prefect UI: {page}\nCtrl-C stops the servers.", soft_wrap=True)
+        console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
+        say_sign_in(run.servers.state, address, console)
+        console.print("Ctrl-C stops the servers.")
         _wait_for_signal()
     else:
         console.print(

@@ -21,7 +21,7 @@ from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
 from prefect.workers.base import BaseJobConfiguration
@@ -106,7 +106,7 @@ def test_a_pool_takes_the_job_variables_and_hands_on_the_workers_token_without_s
 
 
 def test_a_real_server_takes_the_pools_and_deployments_on_them(kept: Kept) -> None:
-    with temporary_settings({PREFECT_API_URL: f"{kept.address}/api"}), get_client(sync_client=True) as client:
+    with temporary_settings(kept.settings()), get_client(sync_client=True) as client:
         flow = client.create_flow_from_name("node")
         for pool in POOLS:
             ensure_pool(client, pool)
