@@ -82,7 +82,8 @@ def install(client: SyncPrefectClient) -> None:
         if not found:
             client.create_automation(automation)
         elif _content(found[0]) != _content(automation):
-            client.update_automation(UUID(str(found[0].id)), automation)
+            # One that somebody has switched off stays so.
+            client.update_automation(UUID(str(found[0].id)), automation.model_copy(update={"enabled": found[0].enabled}))
 
 
 def _content(automation: AutomationCore) -> dict[str, Any]:
@@ -90,8 +91,13 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
 
 
 def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID) -> None:
-    """Start the recipe's deployment when a node that it names under `deploy.after` has committed a new dataset."""
-    client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
+    """Start the recipe's deployment when a node that it names under `deploy.after` has committed a new dataset.
+
+    A trigger that somebody has switched off stays so.
+    """
+    resource = f"prefect.deployment.{deployment}"
+    off = {one.name for one in client.read_resource_related_automations(resource) if not one.enabled}
+    client.delete_resource_owned_automations(resource)
     for other in recipe.deploy.after:
         trigger = DeploymentEventTrigger(
             name=f"{recipe.name} after {other.recipe} {other.node}",
@@ -99,4 +105,5 @@ def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID
             match=labels(other.recipe, other.node),
         )
         trigger.set_deployment_id(deployment)
-        client.create_automation(trigger.as_automation())
+        automation = trigger.as_automation()
+        client.create_automation(automation.model_copy(update={"enabled": automation.name not in off}))

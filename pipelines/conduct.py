@@ -111,8 +111,9 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
         console.print(f"{name}: {address}/v2/deployments/deployment/{deployment}", soft_wrap=True)
     for name in done.removed:
         console.print(f"{name}: removed, as the recipe has no such node any more", soft_wrap=True)
-    for number, schedule in enumerate(recipe.deploy.schedules):
-        console.print(f"schedule {number}: {describe_schedule(schedule)}", soft_wrap=True)
+    for number, (schedule, there) in enumerate(zip(recipe.deploy.schedules, done.schedules, strict=True)):
+        words = describe_schedule(schedule.model_copy(update={"active": there.active}))
+        console.print(f"schedule {number}: {words}", soft_wrap=True)
     say_sign_in(state, address, console)
 
 
