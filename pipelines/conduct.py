@@ -104,6 +104,7 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
     address = find_api(state)
     os.environ.update(QUIET_PREFECT)
     from pipelines.deployments import deploy
+    from pipelines.schedules import next_dates
 
     with _server_errors(address):
         done = deploy(recipe, store)
@@ -113,7 +114,8 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
         console.print(f"{name}: removed, as the recipe has no such node any more", soft_wrap=True)
     for number, (schedule, there) in enumerate(zip(recipe.deploy.schedules, done.schedules, strict=True)):
         words = describe_schedule(schedule.model_copy(update={"active": there.active}))
-        console.print(f"schedule {number}: {words}", soft_wrap=True)
+        dates = ", ".join(f"{date:%Y-%m-%d %H:%M}" for date in next_dates(there))
+        console.print(f"schedule {number}: {words}; next {dates}", soft_wrap=True)
     say_sign_in(state, address, console)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.server.schemas import schedules as server
 from pydantic import ValidationError
 
 from pipelines.parameters import Choice
@@ -17,6 +20,17 @@ from stages.deployment import Schedule
 from stages.recipe import Recipe, RecipeError, explain
 
 SLUG = "schedule-"
+# A rule whose dates take longer to find would hold up the server as well, which looks for them again and again; in seconds.
+PATIENCE = 20.0
+# Why a schedule that is well written may never come, by its kind.
+_NEVER = {
+    "cron": "no month of those has such a day",
+    "interval": "it is too long",
+    "rrule": (
+        "UNTIL is read on the schedule's own clock and has no Z, COUNT counts from DTSTART (2020 where none is given), and for "
+        "minutes or seconds there is `interval`"
+    ),
+}
 
 
 def prefect_schedules(recipe: Recipe) -> list[DeploymentScheduleCreate]:
@@ -44,9 +58,38 @@ def _schedule(recipe: Recipe, number: int, schedule: Schedule) -> DeploymentSche
     chosen = Choice(only=list(schedule.only), start=schedule.start, until=schedule.until).model_dump(
         by_alias=True, exclude_defaults=True
     )
-    return DeploymentScheduleCreate(
+    made = DeploymentScheduleCreate(
         schedule=when, active=schedule.active, slug=f"{SLUG}{number}", parameters={"nodes": chosen} if chosen else {}
     )
+    if not next_dates(made):
+        kind = next(kind for kind in _NEVER if getattr(schedule, kind) is not None)
+        words = " ".join(str(getattr(schedule, kind)).split())
+        raise RecipeError(f"{place}.{kind}: {words} has no next date that could be found; {_NEVER[kind]}")
+    return made
+
+
+def next_dates(schedule: DeploymentScheduleCreate, count: int = 3) -> list[datetime]:
+    """The next dates of a schedule, on its own clock, as Prefect's server finds them; none where it finds none in time."""
+    kinds: dict[type, Any] = {
+        CronSchedule: server.CronSchedule,
+        IntervalSchedule: server.IntervalSchedule,
+        RRuleSchedule: server.RRuleSchedule,
+    }
+    found: list[datetime] = []
+
+    def find() -> None:
+        when = kinds[type(schedule.schedule)].model_validate(schedule.schedule.model_dump())
+        try:
+            found.extend(asyncio.run(when.get_dates(count)))
+        except (ValueError, ArithmeticError, LookupError):
+            # What croniter and dateutil raise when they come to the end of the calendar, or of a rule.
+            pass
+
+    # As a daemon: one that does not find an end does not keep the command.
+    thread = threading.Thread(target=find, daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return list(found)
 
 
 def renewed(

@@ -61,6 +61,9 @@ class Schedule(_Section):
                 rrulestr(rrule)
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"no rule of RFC 5545 ({error}); expected one such as FREQ=WEEKLY;BYDAY=SA;BYHOUR=6") from None
+            # Prefect counts from a start without a Z, and such a rule raises each time its server looks for dates.
+            if "DTSTART" not in rrule.upper() and re.search(r"UNTIL=\w+Z\b", rrule.upper()):
+                raise ValueError("UNTIL ends with Z, and Prefect reads it on the clock of `timezone`: leave out the Z")
         return rrule
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from prefect.settings import temporary_settings
 
 from infra.store import Store
-from pipelines import automations
+from pipelines import automations, schedules
 from pipelines.deployments import deploy
-from stages.recipe import Recipe, parse_recipe
+from pipelines.schedules import next_dates, prefect_schedules
+from stages.recipe import Recipe, RecipeError, parse_recipe
 from tests.pipelines.conftest import Kept, ask
 
 WEEKLY, NIGHTLY = {"interval": 7 * 86400}, {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}
@@ -102,3 +104,41 @@ def test_deploying_again_leaves_what_was_changed_on_the_server(
     assert now["schedule-2"]["schedule"]["cron"] == "0 3 * * *" and api("GET", "v2/concurrency_limits/gpu")["limit"] == 2
     deploy(recipe(tmp_path), store)
     assert set(by_slug()) == {None}, "a schedule that the recipe has no more is still there"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (
+            {"cron": "0 0 30 2 *"},
+            r"^deploy\.schedules\.0\.cron: 0 0 30 2 \* has no next date .* has such a day$",
+        ),
+        ({"rrule": "FREQ=DAILY;COUNT=5"}, r"^deploy\.schedules\.0\.rrule: .* has no next date .* COUNT counts from DTSTART"),
+        ({"rrule": "FREQ=DAILY;UNTIL=20210101T000000"}, r"^deploy\.schedules\.0\.rrule: .* has no next date"),
+        ({"rrule": "DTSTART:20210101T000000\nRRULE:FREQ=DAILY;COUNT=2"}, r"^deploy\.schedules\.0\.rrule: .* has no next date"),
+        ({"interval": 1e12}, r"^deploy\.schedules\.0\.interval: .*it is too long"),
+    ],
+)
+def test_a_schedule_that_never_comes_is_refused(schedule: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message) as refused:
+        prefect_schedules(recipe(tmp_path, schedule))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_rrule_that_ends_in_utc_is_refused_when_the_recipe_is_read(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^deploy\.schedules\.0\.rrule: UNTIL ends with Z.* leave out the Z"):
+        recipe(tmp_path, {"rrule": "FREQ=DAILY;UNTIL=20990101T000000Z"})
+
+
+def test_a_rule_whose_dates_take_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedules, "PATIENCE", 0.0)
+    with pytest.raises(RecipeError, match="no next date that could be found"):
+        prefect_schedules(recipe(tmp_path, {"rrule": "FREQ=HOURLY"}))
+
+
+def test_the_next_dates_are_those_of_the_calendar(tmp_path: Path) -> None:
+    yearly, soon = prefect_schedules(recipe(tmp_path, {"cron": "30 6 1 1 *"}, {"interval": 60}))
+    year = datetime.now(UTC).year
+    assert next_dates(yearly) == [datetime(year + n, 1, 1, 6, 30, tzinfo=UTC) for n in (1, 2, 3)]
+    first, second, _ = next_dates(soon)
+    assert timedelta(0) < first - datetime.now(UTC) < timedelta(minutes=1) and second - first == timedelta(minutes=1)
