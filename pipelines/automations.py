@@ -82,8 +82,8 @@ def install(client: SyncPrefectClient) -> None:
         if not found:
             client.create_automation(automation)
         elif _content(found[0]) != _content(automation):
-            # One that somebody has switched off stays so.
-            client.update_automation(UUID(str(found[0].id)), automation.model_copy(update={"enabled": found[0].enabled}))
+            # One that somebody has switched off stays so: what is not set here is not sent.
+            client.update_automation(UUID(str(found[0].id)), automation)
 
 
 def _content(automation: AutomationCore) -> dict[str, Any]:
