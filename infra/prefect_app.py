@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from infra.prefect_server import SIGN_IN
 
@@ -52,7 +53,8 @@ class Door:
         origin = headers.get("origin")
         answer: ASGIApp = self.app
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            answer = PlainTextResponse("a page of another origin may not ask this server", status_code=403)
+            refusal = PlainTextResponse("a page of another origin may not ask this server", status_code=403)
+            answer = WebSocketClose() if scope["type"] == "websocket" else refusal
         elif scope["path"] == SIGN_IN:
             answer = HTMLResponse(_PAGE, headers={"Cache-Control": "no-store"})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import secrets
@@ -15,7 +14,7 @@ import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
-from infra.processes import Server, ServerError, free_port, recorded, running, spawn, stop, wait_until_ready
+from infra.processes import Server, ServerError, free_port, locked, recorded, running, spawn, stop, wait_until_ready
 
 START_SECONDS = 300.0
 # How often a flow says that it is alive; the least that Prefect takes.
@@ -80,14 +79,13 @@ def credential(state: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     path = folder / "credential"
-    if not path.exists():
-        # Written aside and then linked: whoever comes at the same time finds a whole one, and it is the same for both.
-        descriptor, part = tempfile.mkstemp(dir=folder)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"unidiffuser:{secrets.token_urlsafe(32)}")
-        with contextlib.suppress(FileExistsError):
-            os.link(part, path)
-        os.unlink(part)
+    with locked(folder / "credential.lock"):
+        if not path.exists():
+            # A new file of mode 0600, which gets its name when it is whole.
+            descriptor, part = tempfile.mkstemp(dir=folder)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"unidiffuser:{secrets.token_urlsafe(32)}")
+            os.replace(part, path)
     return path.read_text()
 
 
@@ -135,7 +133,8 @@ def start_prefect(state: Path) -> Server:
         # Blocks are a feature that nothing here uses; registering them costs a second of every start.
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
     }
-    command = [sys.executable, "-m", "infra.prefect_app", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    # -P: a folder `infra` where the command was given is not ours.
+    command = [sys.executable, "-P", "-m", "infra.prefect_app", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     return spawn("prefect", command, environment, state, address=address, token=token)
 
 
