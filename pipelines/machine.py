@@ -152,10 +152,8 @@ def find_machine(state: Path) -> str | None:
         os.environ.update(prefect_environment(state, address))
     if address is None or worker is None:
         dead = "Prefect server" if address is None else "worker"
-        raise ServerError(
-            f"the {dead} that `unidiffuser up` started is dead, or of an older release; run `unidiffuser up` again, or "
-            "`unidiffuser down`"
-        )
+        how = "dead" if address is not None or server is None or server.token else "of an older release"
+        raise ServerError(f"the {dead} that `unidiffuser up` started is {how}; run `unidiffuser up` again, or `unidiffuser down`")
     return address
 
 

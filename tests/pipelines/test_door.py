@@ -187,9 +187,10 @@ def test_a_server_of_an_older_release_is_replaced(tmp_path: Path, monkeypatch: p
     wait_until_ready(older, lambda: prefect_server.answers(older.address), tmp_path, 20)
     record(older.model_copy(update={"name": "worker"}), tmp_path)
     (tmp_path / KEPT).write_text("{}")
-    for ask_for_it in (machine.find_machine, lambda state: machine.open_ui(state, Console())):
-        with pytest.raises(ServerError, match="`unidiffuser up`"):
-            ask_for_it(tmp_path)
+    with pytest.raises(ServerError, match="the Prefect server that .* is of an older release; run `unidiffuser up` again"):
+        machine.find_machine(tmp_path)
+    with pytest.raises(ServerError, match="no Prefect server is up .*`unidiffuser up`"):
+        machine.open_ui(tmp_path, Console())
     begun: list[str] = []
     monkeypatch.setattr(prefect_server, "spawn", lambda name, *_, **details: begun.append(f"{name} {details['token']}"))
     start_prefect(tmp_path)
