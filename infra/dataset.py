@@ -175,12 +175,16 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
 def all_datasets(store: Store) -> Iterator[Dataset]:
     """Every committed dataset of a store, by stage and fingerprint."""
     for stage in store.list(""):
-        if stage.startswith(".") or stage == "nodes":
-            continue
-        for fingerprint in store.list(stage):
-            found = find(store, stage, fingerprint) if fingerprint != "units" else None
-            if found is not None:
-                yield found
+        if not stage.startswith(".") and stage != "nodes":
+            yield from datasets_of(store, stage)
+
+
+def datasets_of(store: Store, stage: str) -> Iterator[Dataset]:
+    """Every committed dataset of a stage, by fingerprint."""
+    for fingerprint in store.list(stage):
+        found = find(store, stage, fingerprint) if fingerprint != "units" else None
+        if found is not None:
+            yield found
 
 
 def by_prefix(store: Store, text: str) -> Dataset:
