@@ -184,7 +184,7 @@ def _files_table(files: list[FileEntry]) -> Table:
 def _rows_table(dataset: Dataset, entry: FileEntry) -> Table:
     """The first rows of a Parquet file, a column a line, since LAION's rows are wider than terminals."""
     with dataset.open(entry) as file:
-        batch = next(pq.ParquetFile(file).iter_batches(batch_size=ROWS), None)
+        batch = next(pq.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=ROWS), None)
     rows = batch.to_pylist() if batch is not None else []
     table = ReportTable("column", *(f"row {n}" for n in range(len(rows))), title=entry.name, title_justify="left")
     for name in rows[0] if rows else ():

@@ -132,5 +132,6 @@ def _captions(job: Job, count: int) -> list[str]:
 
     shard = next(entry for entry in _data(job).files if entry.name.endswith(".parquet"))
     with job.store.open(shard.path) as file:
-        found = next(pq.ParquetFile(file).iter_batches(count, columns=["caption"])).column(0).to_pylist()
+        rows = pq.ParquetFile(file, page_checksum_verification=True).iter_batches(count, columns=["caption"])
+        found = next(rows).column(0).to_pylist()
     return [found[number % len(found)] for number in range(count)]

@@ -23,6 +23,7 @@ from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
+from stages.shards.tables import VERIFY
 from stages.train.preview import PreviewConfig, Previews
 from training.config import TrainConfig
 
@@ -87,9 +88,15 @@ class Fetched:
     store: Store
     files: list[FileEntry]
     folder: str
+    fix: str
 
     def __call__(self) -> str:
-        return str(fetch_files(self.store, self.files, Path(self.folder)))
+        return str(fetch_files(self.store, self.files, Path(self.folder), self.fix))
+
+
+def _resume(chain: Chain, record: UnitRecord, folder: str) -> Fetched:
+    unit = chain.job.store.url(chain.job.unit_folder(record.key))
+    return Fetched(chain.job.store, record.files, f"{folder}/resume", f"delete {unit} to go on from the one before")
 
 
 def train_chain(chain: Chain) -> None:
@@ -126,8 +133,8 @@ def train_chain(chain: Chain) -> None:
             shards=tuple(shards),
             work_folder=folder,
             publish=Publisher(chain, time.time()),
-            resume=Fetched(job.store, done[start].files, f"{folder}/resume") if start else None,
-            init_from=Fetched(job.store, job.inputs["init"].files, f"{folder}/init") if "init" in job.inputs else None,
+            resume=_resume(chain, done[start], folder) if start else None,
+            init_from=Fetched(job.store, job.inputs["init"].files, f"{folder}/init", VERIFY) if "init" in job.inputs else None,
             init_optimizer=job.config.init_optimizer,
         )
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 from infra.dataset import Dataset, Stats, commit, verify
-from infra.store import Store
+from infra.store import Store, StoreError
 from stages.runner.chain import Chain
 from stages.runner.contract import StageError
 from stages.runner.graph import Planned
 from stages.runner.run import chain_of, make_job, phase_states, run_stage
 from stages.train.stage import Train, TrainStageConfig
-from tests.stages.committed import dataset_of
+from tests.stages.committed import dataset_of, flip
 from tests.training.synthetic import write_shards
 from training.loop import run
 
@@ -124,3 +125,16 @@ def test_what_a_stop_left_gives_way_where_all_others_stay(training: Trainings) -
     training.stop_at = None
     training(steps=11)
     assert list(training.chain(steps=11).done()) == [5, 10, 11]
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_training_goes_on_from_the_one_before(training: Trainings) -> None:
+    training(steps=5)
+    training(steps=10)
+    chain = training.chain(steps=12)
+    unit = training.store.url(chain.job.unit_folder(chain.key_of(10)))
+    flip(f"{unit}/exp_avg.safetensors", 2000)
+    with pytest.raises(StoreError, match=f"^{unit}/exp_avg.safetensors: damaged .*; delete {unit} to go on from the one before$"):
+        training(steps=12)
+    shutil.rmtree(unit)
+    training(steps=12)
+    assert training.began == [0, 5, 5]
