@@ -17,6 +17,7 @@ from infra.store import Store, StoreError, sha256_of
 
 # Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
 FILES_INLINE = 2000
+VERIFY = "`unidiffuser verify` names what is damaged"
 
 
 # Slots: there are as many of these as files and units, and a model of pydantic takes ten times the memory.
@@ -120,9 +121,7 @@ class Dataset:
         raise StoreError(f"{self.store.url(self.folder)}: the manifest lists no file {name}")
 
 
-def fetch_files(
-    store: Store, files: list[FileEntry], folder: Path, fix: str = "`unidiffuser verify` names what is damaged"
-) -> Path:
+def fetch_files(store: Store, files: list[FileEntry], folder: Path, fix: str = VERIFY) -> Path:
     """Make files available below a local folder, under their names; from a local store they are linked, not copied.
 
     Args:

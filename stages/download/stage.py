@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from infra.dataset import FileEntry
+from infra.dataset import VERIFY, FileEntry
 from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
 from stages.select.laion import SCORES
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
-from stages.shards.tables import VERIFY, read_table, write_table
+from stages.shards.tables import read_table, write_table
 from stages.shards.tar import Sample, ShardWriter, read_samples, whole
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
-from stages.shards.tables import open_table, read_table
+from stages.shards.tables import open_table, read_table, with_dictionary
 from stages.shards.tar import Sample, read_shard
 from unidiffuser.references import weights_digest
 
@@ -76,7 +76,10 @@ class Encoder:
             for group in _batches(self.images(unit, out), ROW_GROUP):
                 table = self.encode(group, passed)
                 if writer is None:
-                    writer = pq.ParquetWriter(path, table.schema, compression="none", write_page_checksum=True)
+                    writer = pq.ParquetWriter(
+                        path, table.schema, compression="none", write_page_checksum=True,
+                        use_dictionary=with_dictionary(table.schema),
+                    )  # fmt: skip
                 writer.write_table(table, row_group_size=ROW_GROUP)
                 out.stats.rows_out += len(table)
         finally:
@@ -180,7 +183,7 @@ class Encode(Stage):
     """Latents in Parquet, one shard for one filtered shard, on a pool of actors."""
 
     name = "encode"
-    version = 3
+    version = 4
     Config = EncodeConfig
     whole = frozenset({"codec"})
     phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources),)

@@ -15,14 +15,24 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.dataset import VERIFY
 from stages.runner.contract import Job, StageError
-
-VERIFY = "`unidiffuser verify` names what is damaged"
 
 
 def write_table(table: pa.Table, path: Path, row_group_size: int | None = None) -> None:
     """Write a table of the store."""
-    pq.write_table(table, path, compression="zstd", row_group_size=row_group_size, write_page_checksum=True)
+    pq.write_table(
+        table, path, compression="zstd", row_group_size=row_group_size, write_page_checksum=True,
+        use_dictionary=with_dictionary(table.schema),
+    )  # fmt: skip
+
+
+def with_dictionary(schema: pa.Schema) -> list[str]:
+    """The columns that a dictionary may make smaller, as Arrow's writers take them: all but latents, embeddings and pictures.
+
+    Arrow looks at the size of a dictionary once in 1,024 values: of large binaries it has become megabytes by then.
+    """
+    return [field.name for field in schema if not (pa.types.is_binary(field.type) or pa.types.is_fixed_size_binary(field.type))]
 
 
 def read_table(job: Job, path: str, columns: Sequence[str] | None = None, filters: Any = None) -> pa.Table:

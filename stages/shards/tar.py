@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
+from infra.dataset import VERIFY
 from infra.store import Store
 from stages.runner.contract import StageError
-from stages.shards.tables import VERIFY
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 

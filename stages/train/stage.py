@@ -17,13 +17,12 @@ from typing import Any
 
 from pydantic import Field
 
-from infra.dataset import FileEntry, fetch_files
+from infra.dataset import VERIFY, FileEntry, fetch_files
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
-from stages.shards.tables import VERIFY
 from stages.train.preview import PreviewConfig, Previews
 from training.config import TrainConfig
 
