@@ -19,17 +19,17 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from infra.dataset import FileEntry
+from infra.dataset import VERIFY, FileEntry
 from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
 from stages.download.proxy import ENVIRONMENT, Proxies
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.scores import METADATA_SCORES
-from stages.shards.tar import Sample, ShardWriter, read_samples
+from stages.shards.tables import read_table, write_table
+from stages.shards.tar import Sample, ShardWriter, read_samples, whole
 
 if TYPE_CHECKING:
     from stages.download.engine import ShardSink
@@ -104,8 +104,8 @@ class Fetcher:
         self.download = download_rows
 
     def run(self, unit: Unit, out: Output) -> None:
-        rows = self._read(unit.payload["path"])
-        kept = final_outcomes(self._read(unit.payload["table"])) if "table" in unit.payload else {}
+        rows = read_table(self.job, unit.payload["path"])
+        kept = final_outcomes(read_table(self.job, unit.payload["table"])) if "table" in unit.payload else {}
         tried = [row for row in range(rows.num_rows) if row not in kept]
         with TemporaryDirectory(dir=out.folder) as scratch:
             sink = self._fetch(rows, tried, Path(scratch))
@@ -125,13 +125,6 @@ class Fetcher:
         out.notes["hash_mismatch"] = sum(outcome.hash_matches is False for outcome in outcomes)
         if "table" in unit.payload:
             out.notes |= {"retried": len(tried), "healed": sum(not fetched[row].reason for row in tried)}
-
-    def _read(self, path: str) -> pa.Table:
-        try:
-            with self.job.store.open(path) as file:
-                return pq.read_table(file)
-        except pa.ArrowInvalid as error:
-            raise StageError(f"{self.job.store.url(path)}: {error}; `unidiffuser verify` names what is damaged") from None
 
     def _fetch(self, rows: pa.Table, tried: list[int], scratch: Path) -> ShardSink:
         urls = rows["url"].take(pa.array(tried, pa.int64())).to_pylist()
@@ -164,7 +157,7 @@ class Fetcher:
         results |= {name: [getattr(outcome, name) for outcome in outcomes] for name in (*MEASURED, "hash_matches")}
         for field in (*RESULT, pa.field("hash_matches", pa.bool_())):
             table = table.append_column(field, pa.array(results[field.name], field.type))
-        pq.write_table(table, path, compression="zstd")
+        write_table(table, path)
 
     def _write_tar(
         self, unit: Unit, out: Output, rows: pa.Table, outcomes: list[Outcome], kept: dict[int, Outcome], sink: ShardSink
@@ -180,7 +173,7 @@ class Fetcher:
                     sample = next(samples, None)
                     if sample is None or sample.key != values["key"]:
                         where = self.job.store.url(unit.payload["tar"])
-                        raise StageError(f"{where}: lacks {values['key']}; `unidiffuser verify` names what is damaged")
+                        raise StageError(f"{where}: lacks {values['key']}; {VERIFY}")
                     tar.add(sample)
                 else:
                     image, meta = sink.image(outcomes[row]), meta_of(values, outcomes[row])
@@ -192,8 +185,8 @@ class Fetcher:
         if "tar" not in unit.payload:
             yield iter(())
             return
-        with self.job.store.open(unit.payload["tar"]) as file:
-            yield read_samples(file)
+        with whole(self.job.store, unit.payload["tar"], unit.payload["sha256"]) as file:
+            yield read_samples(file, self.job.store.url(unit.payload["tar"]))
 
 
 def final_outcomes(table: pa.Table) -> dict[int, Outcome]:
@@ -228,13 +221,13 @@ def _retry(job: Job, unit: Unit, table: FileEntry, tar: FileEntry) -> Unit:
     record = job.unit_done(table.unit)
     if record is not None and not any(can_heal(reason) for reason in record.stats.dropped):
         return replace(unit, shared=table.unit)
-    payload = {**unit.payload, "table": table.path, "tar": tar.path}
+    payload = {**unit.payload, "table": table.path, "tar": tar.path, "sha256": tar.sha256}
     return replace(unit, digests=(*unit.digests, table.sha256, tar.sha256), payload=payload)
 
 
 class Download(Stage):
     name = "download"
-    version = 3
+    version = 4
     can_heal = True
     Config = DownloadConfig
     phases = (Phase("download", _units, Fetcher, resources=lambda config: Resources(config.cpus, 0, config.workers)),)

@@ -26,7 +26,8 @@ from pydantic import Field
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
 from stages.shards.scores import SCORES
-from stages.shards.tar import Sample, open_table, read_shard
+from stages.shards.tables import open_table, read_table, with_dictionary
+from stages.shards.tar import Sample, read_shard
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
@@ -75,7 +76,10 @@ class Encoder:
             for group in _batches(self.images(unit, out), ROW_GROUP):
                 table = self.encode(group, passed)
                 if writer is None:
-                    writer = pq.ParquetWriter(path, table.schema, compression="none", write_page_checksum=True)
+                    writer = pq.ParquetWriter(
+                        path, table.schema, compression="none", write_page_checksum=True,
+                        use_dictionary=with_dictionary(table.schema),
+                    )  # fmt: skip
                 writer.write_table(table, row_group_size=ROW_GROUP)
                 out.stats.rows_out += len(table)
         finally:
@@ -90,8 +94,7 @@ class Encoder:
         """Key -> the filter's embedding, (D,) fp16; empty where encode computes them."""
         if "embeddings" not in unit.payload:
             return {}
-        with open_table(self.job, unit.payload["embeddings"]) as file:
-            table = pq.read_table(file, columns=["key", "clip"])
+        table = read_table(self.job, unit.payload["embeddings"], ["key", "clip"])
         return dict(zip(table["key"].to_pylist(), table["clip"].to_pylist(), strict=True))
 
     def images(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Any]]:
@@ -100,7 +103,7 @@ class Encoder:
         from PIL import Image, ImageOps
 
         size = self.job.config.size
-        for sample in read_shard(self.job.store, unit.payload["path"], unit.rows):
+        for sample in read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0]):
             out.stats.rows_in += 1
             image = Image.open(io.BytesIO(sample.image)).convert("RGB")
             if min(image.size) < size:

@@ -36,6 +36,7 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import encoder, external_file
+from stages.shards.tables import read_table, write_table
 
 PROMPTS_A_UNIT = 25
 SHEET = 6
@@ -132,14 +133,14 @@ class Draw(Model):
                 out.stats.rows_in = out.stats.rows_out = len(captions)
             results = self.generate("t2i", stop - start, start, prompts=captions)
             table = pa.table({"image": [_png(result.image) for result in results]})
-        pq.write_table(table, out.path("drawn.parquet", len(table)))
+        write_table(table, out.path("drawn.parquet", len(table)))
 
 
 class Report(Model):
     """Scores what was drawn and draws the pictures."""
 
     def run(self, unit: Unit, out: Output) -> None:
-        drawn = {kind: [self._read(path) for path in paths] for kind, paths in unit.payload["drawn"].items()}
+        drawn = {kind: [read_table(self.job, path) for path in paths] for kind, paths in unit.payload["drawn"].items()}
         captions = self.prompts["caption"].to_pylist()
         scores = {
             "text_to_image": self.preference(captions, _images(drawn["model"])),
@@ -161,10 +162,6 @@ class Report(Model):
         sample_sheet(out.path("sample-sheet.png"), self.sheet(captions, drawn))
         out.stats.rows_in = out.stats.rows_out = len(captions)
         out.notes |= facts
-
-    def _read(self, path: str) -> pa.Table:
-        with self.job.store.open(path) as file:
-            return pq.read_table(file)
 
     def preference(self, captions: list[str], images: list[Any]) -> float:
         """Share of pairs in which CLIP finds the caption closer to its own image than to that of the next prompt.

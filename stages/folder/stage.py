@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.external import member
@@ -34,6 +33,7 @@ from stages.runner.contract import (
 )
 from stages.runner.recipe import external_file
 from stages.shards.images import RESULT, ImageConfig, Outcome
+from stages.shards.tables import write_table
 from stages.shards.tar import Sample, ShardWriter
 
 SHA256_DIGITS = 64
@@ -86,7 +86,7 @@ class Packer:
                 out.rows[tar_name] += 1
         out.stats.rows_in, out.stats.rows_out = len(rows), out.rows[tar_name]
         schema = pa.schema([("key", pa.string()), ("file", pa.string()), ("caption", pa.string()), *RESULT])
-        pq.write_table(pa.Table.from_pylist(rows, schema), out.path(f"{unit.name}.parquet", len(rows)), compression="zstd")
+        write_table(pa.Table.from_pylist(rows, schema), out.path(f"{unit.name}.parquet", len(rows)))
 
     def pack(self, pair: Pair) -> tuple[str | None, bytes, Outcome]:
         """(caption, bytes to store, outcome) of one image."""
@@ -160,7 +160,7 @@ def _units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 class Folder(Stage):
     name = "folder"
-    version = 1
+    version = 2
     Config = FolderConfig
     phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
 

@@ -31,7 +31,7 @@ from pipelines.command import app
 from pipelines.commands.checkpoints import Named, opened
 from stages.runner.graph import Planned, plan
 from stages.runner.recipe import Recipe, load_recipe
-from stages.runner.run import aside_key, make_job
+from stages.runner.run import chain_of, make_job
 from stages.train.stage import Train
 from tests.pipelines.conftest import CHROMIUM, ask, picture, sign_in, start, survivors
 
@@ -339,8 +339,10 @@ def check_that_a_cancelled_training_goes_on_from_its_step(world: World) -> None:
     wait(lambda: state(run)["type"] == "CANCELLED")
     planned = world.planned(*(f"train.256.{name}={value}" for name, value in far.items()))["train-256"]
     job = make_job(planned, world.store)
-    left = job.unit_done(aside_key(Train, Train.phases[0], job, planned))
-    assert left is not None and left.notes["step"] >= 9 and "model.safetensors" in {file.name for file in left.files}
+    (phase,) = Train.phases
+    assert phase.gang is not None
+    *_, left = chain_of(Train, phase, phase.gang, job, planned).done().values()
+    assert left.notes["step"] >= 9 and "model.safetensors" in {file.name for file in left.files}
     again = begin(steps=left.notes["step"] + 3, checkpoint_every=50_000)
     wait(lambda: state(again)["type"] in ("COMPLETED", "FAILED"))
     assert state(again)["type"] == "COMPLETED", state(again)

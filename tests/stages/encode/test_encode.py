@@ -15,7 +15,7 @@ from torch import nn
 
 from infra.dataset import FileEntry, Manifest, Stats, commit
 from infra.store import Store
-from stages.encode.stage import Encode
+from stages.encode.stage import SCORES, Encode
 from stages.filter.stage import Filter
 from stages.runner.contract import StageError
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
@@ -75,8 +75,16 @@ def test_embeddings_are_passed_on_where_weights_and_arithmetic_are_the_same(stor
         assert seen @ expected / np.linalg.norm(seen) / np.linalg.norm(expected) > 0.98
 
 
-def test_a_heads_score_is_a_threshold_at_training(store, make, inputs):
+def columns_with_dictionary(address):
+    group = pq.read_metadata(address).row_group(0)
+    return {group.column(n).path_in_schema for n in range(group.num_columns) if group.column(n).has_dictionary_page}
+
+
+def test_a_heads_score_is_a_threshold_at_training_and_binaries_have_no_dictionary(store, make, inputs):
     latents = make(Encode, store, inputs, size=SIZE)
+    columns = {"key", "caption", "width", "height", *SCORES}
+    assert columns_with_dictionary(latents.url(latents.files[0])) == columns
+    assert columns_with_dictionary(file_of(inputs["rows"], ".parquet")).isdisjoint({"clip", "phash", "colours"})
     scores = {one.key: one.meta["aesthetic"] for one in kept_of(inputs["rows"])}
     assert {row["key"]: row["aesthetic"] for row in table_of(latents, "key", "aesthetic")} == pytest.approx(scores)
     bound = sorted(scores.values())[4] - 1e-6
