@@ -5,7 +5,8 @@ codec, and every score that the row gathered on its way, so that a training stag
 
 A filter that embedded the images with the same CLIP passes its embeddings on (see `passed_on`). It saw the whole image, where
 encode sees the square that it cuts out and resizes; CLIP's own centre crop takes the same square. On the little web's images the
-two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more at 512 px.
+two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more at 512 px. A CLIP that is shown all of an image
+(``resize_mode`` squash or longest) saw something else in the filter: its embeddings are computed anew.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ class Encoder:
         writer: pq.ParquetWriter | None = None
         try:
             for group in _batches(self.images(unit, out), ROW_GROUP):
-                table = self.encode(group, passed)
+                table = self.encode(group, passed, out)
+                if table is None:
+                    continue
                 if writer is None:
                     writer = pq.ParquetWriter(
                         path, table.schema, compression="none", write_page_checksum=True,
@@ -112,14 +115,14 @@ class Encoder:
             square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
             yield sample, np.asarray(square).transpose(2, 0, 1)
 
-    def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes]) -> pa.Table:
-        """One row group: the encoders run over it in batches."""
+    def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes], out: Output) -> pa.Table | None:
+        """One row group: the encoders run over it in batches. A row with a number that is not finite is counted as dropped."""
         import numpy as np
         import torch
 
         moments, clips, texts = [], [], []
         for batch in _batches(group, self.job.config.batch):
-            pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(self.device)
+            pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
             with torch.inference_mode():
                 moments.append(self.vae.moments(pixels).half().cpu().numpy())
                 if self.clip is not None:
@@ -129,9 +132,15 @@ class Encoder:
                 hidden = self.text.tokens([sample.caption for sample, _ in batch])
                 texts.append(self.codec.encode(hidden.float()).half().cpu().numpy())
         parts = {"moments": np.concatenate(moments), "clip": np.concatenate(clips), "text": np.concatenate(texts)}
+        finite = np.logical_and.reduce([np.isfinite(values).reshape(len(group), -1).all(1) for values in parts.values()])
+        for _ in range(len(group) - int(finite.sum())):
+            out.stats.drop("not_finite")
+        if not finite.any():
+            return None
+        parts = {name: values[finite] for name, values in parts.items()}
         shapes = {name: list(values.shape[1:]) for name, values in parts.items()}
         facts = {"size": self.job.config.size, "scaling_factor": self.vae.scaling_factor, **shapes}
-        samples = [sample for sample, _ in group]
+        samples = [sample for (sample, _), keep in zip(group, finite, strict=True) if keep]
         columns = {"key": pa.array([s.key for s in samples]), "caption": pa.array([s.caption for s in samples])}
         columns |= {name: _binary(values) for name, values in parts.items()}
         columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
@@ -153,10 +162,15 @@ def _binary(values: Any) -> pa.Array:
 
 
 def passed_on(job: Job) -> bool:
-    """Whether the input holds the embeddings that encode would compute: by the same weights, in the same arithmetic."""
+    """Whether the input holds the embeddings that encode would compute: by the same weights, in the same arithmetic, of a CLIP
+    to which an image and its middle square look the same."""
     rows = job.inputs["rows"].manifest
     embedded = rows.stage == "filter" and rows.config["clip_scores"] and rows.config["precision"] == job.config.precision
-    return bool(embedded and rows.sources["clip"] == job.weights["clip"])
+    if not embedded or rows.sources["clip"] != job.weights["clip"]:
+        return False
+    from unidiffuser.clip_settings import clip_preprocess
+
+    return clip_preprocess(job.config.clip).takes_middle_square
 
 
 def plan_shards(job: Job, _: Records) -> Iterator[Unit]:

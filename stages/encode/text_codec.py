@@ -198,7 +198,7 @@ class TextCodecStage(Stage):
     """One dataset: codec.json, codec.safetensors and the GPT-2 folder that `TextCodec.load` reads."""
 
     name = "text-codec"
-    version = 3
+    version = 4
     Config = TextCodecConfig
     phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources),)
 

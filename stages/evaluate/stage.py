@@ -14,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,11 +46,11 @@ class EvaluateConfig(StageConfig):
     prompts: str = external_file(..., "Parquet file with a column `caption`, and `image` (bytes) where there are real images")
     count: int = Field(200, ge=2, description="prompts to use, the first of the file")
     untrained: int = Field(50, ge=2, description="prompts that the untrained network gets, for the floor")
-    steps: int = Field(20, ge=1, description="network calls a sample")
-    guidance: float = Field(3.0, ge=0, description="scale s of c + s * (c - u)")
-    sampler: str = Field("dpm++2m", description="sampler's name")
+    steps: int = Field(20, ge=1, le=999, description="network calls a sample")
+    guidance: float = Field(3.0, ge=0, le=100, description="scale s of c + s * (c - u)")
+    sampler: Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde"] = Field("dpm++2m", description="sampler's name")
     beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
-    seed: int = Field(0, description="seed of the first sample; the n-th has seed + n")
+    seed: int = Field(0, ge=0, lt=2**62, description="seed of the first sample; the n-th has seed + n")
     weights: str = Field("ema", pattern="^(ema|model)$", description="which weights: the moving average or the last")
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
     clip: str = encoder("embedded", "open_clip model that judges, and embeds images")
@@ -91,12 +91,21 @@ class Model:
         self.prompts = read_prompts(job)
 
     def generate(self, task: str, count: int, first: int = 0, **inputs: Any) -> list[Any]:
-        """`count` results with the seeds from `first` on: one for every input, or that many where the task takes none."""
+        """`count` results with the seeds from `first` on: one for every input, or that many where the task takes none.
+
+        Raises:
+            StageError: a network computes what is not finite.
+        """
+        from unidiffuser.tensors import NotFinite
+
         config = self.config
-        return self.unidiffuser.generate(
-            task, count=1 if inputs else count, seeds=[config.seed + first + n for n in range(count)], steps=config.steps,
-            guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch, **inputs,
-        )  # fmt: skip
+        try:
+            return self.unidiffuser.generate(
+                task, count=1 if inputs else count, seeds=[config.seed + first + n for n in range(count)], steps=config.steps,
+                guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch, **inputs,
+            )  # fmt: skip
+        except NotFinite as error:
+            raise StageError(f"{self.job.node}: {error}; or the checkpoint has diverged") from None
 
     def untrained(self) -> Any:
         """A network of the same size that has learned nothing."""
@@ -247,7 +256,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png and loss-curve.png; its rows are prompts."""
 
     name = "evaluate"
-    version = 3
+    version = 4
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (

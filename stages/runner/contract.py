@@ -33,9 +33,9 @@ def operational(default: Any, description: str, **bounds: Any) -> Any:
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's configuration: unknown fields are errors."""
+    """Base of every stage's configuration: unknown fields are errors, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _is_operational(model: type[BaseModel], name: str) -> bool:

@@ -31,7 +31,7 @@ SEED = 0
 class PreviewConfig(StageConfig):
     count: int = Field(0, ge=0, le=8, description="samples of each task on a sheet; 0 draws none")
     steps: int = Field(20, ge=1, le=999, description="network calls a sample")
-    guidance: float = Field(5.0, ge=0, description="scale s of c + s * (c - u)")
+    guidance: float = Field(5.0, ge=0, le=100, description="scale s of c + s * (c - u)")
     gpus: float = Field(0, ge=0, le=1, description="share of a GPU that drawing takes; with 0 it draws on a CPU")
 
 

@@ -19,9 +19,10 @@ from stages.encode.stage import SCORES, Encode
 from stages.filter.stage import Filter
 from stages.runner.contract import StageError
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
+from tests.unidiffuser.test_clip_preprocess import clip_with
 from training.config import Condition
 from training.latents import LatentReader, Selection
-from unidiffuser.encoders import ClipEncoder
+from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.text_decoder import TextCodec
 
 SIZE = 64
@@ -73,6 +74,39 @@ def test_embeddings_are_passed_on_where_weights_and_arithmetic_are_the_same(stor
         seen = embedded[given["key"]]
         assert np.frombuffer(given["clip"], np.float16).tolist() == seen.tolist() != expected.astype(np.float16).tolist()
         assert seen @ expected / np.linalg.norm(seen) / np.linalg.norm(expected) > 0.98
+
+
+@pytest.mark.parametrize(("mode", "same"), [("shortest", True), ("squash", False), ("longest", False)])
+def test_embeddings_of_a_clip_that_saw_more_than_the_square_are_not_passed_on(mode, same, store, make, inputs, tmp_path):
+    clip = str(clip_with(tmp_path / "clip", resize_mode=mode))
+    shards = [list(kept_of(inputs["rows"]))[:3]]
+    rows = make(Filter, store, {"rows": download(store, shards)}, clip=clip, min_side=None)
+    latents = make(Encode, store, inputs | {"rows": rows}, size=SIZE, clip=clip)
+    seen = {row["key"]: row["clip"] for row in table_of(rows, "key", "clip")}
+    assert all((row["clip"] == seen[row["key"]]) == same for row in table_of(latents, "key", "clip"))
+
+
+def test_rows_that_are_not_finite_are_counted_and_left_out(store, make, inputs, monkeypatch):
+    def overflowing(self: ImageLatents, images: torch.Tensor) -> torch.Tensor:
+        moments = honest(self, images)
+        moments[images.float().mean((1, 2, 3)) > middle] = float("nan")
+        return moments
+
+    honest = ImageLatents.moments
+    squares = {
+        one.key: ImageOps.fit(Image.open(io.BytesIO(one.image)).convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS)
+        for one in kept_of(inputs["rows"])
+    }
+    brightness = {key: float(np.asarray(square, np.float32).mean()) for key, square in squares.items()}
+    middle = sorted(brightness.values())[5] + 1e-3
+    monkeypatch.setattr(ImageLatents, "moments", overflowing)
+    latents = make(Encode, store, inputs, size=SIZE)
+    stats = latents.manifest.stats
+    assert (stats.rows_in, stats.rows_out, stats.dropped) == (10, 6, {"not_finite": 4})
+    assert {row["key"] for row in table_of(latents, "key")} == {key for key, bright in brightness.items() if bright <= middle}
+    monkeypatch.setattr(ImageLatents, "moments", lambda self, images: honest(self, images) * float("inf"))
+    with pytest.raises(StageError, match="no row is left of 10: .*not_finite"):
+        make(Encode, store, inputs, size=SIZE, precision="fp32")
 
 
 def columns_with_dictionary(address):
