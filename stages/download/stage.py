@@ -217,7 +217,7 @@ def _retry(job: Job, unit: Unit, table: FileEntry, tar: FileEntry) -> Unit:
 
 class Download(Stage):
     name = "download"
-    version = 3
+    version = 4
     can_heal = True
     Config = DownloadConfig
     phases = (Phase("download", _units, Fetcher, resources=lambda config: Resources(config.cpus, 0, config.workers)),)

@@ -62,7 +62,7 @@ class Packer:
     """Worker: one shard of files in, one tar and one table of outcomes out."""
 
     def __init__(self, job: Job):
-        from stages.download.engine import ImageResizer
+        from stages.shards.picture import ImageResizer
 
         self.config: FolderConfig = job.config
         self.resize = ImageResizer(job.config)
@@ -150,7 +150,7 @@ def _units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 class Folder(Stage):
     name = "folder"
-    version = 1
+    version = 2
     Config = FolderConfig
     phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
 
