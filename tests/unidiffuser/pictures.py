@@ -112,11 +112,13 @@ def pictures() -> dict[str, Picture]:
     several = {"save_all": True, "append_images": [other]}
     wide = GREY.astype(np.uint16) * 257
     deep = np.dstack([RGB[..., ::-1], ALPHA]).astype(np.uint16) * 257
+    inks = Image.fromarray(np.dstack([255 - RGB, np.full_like(GREY, 100)]), "CMYK")
     found = {
         "jpeg": Picture(encoded(image, "JPEG", quality=95, subsampling=0), RGB, 6),
         "jpeg of Adobe's RGB": Picture(encoded(image, "JPEG", quality=95, keep_rgb=True), RGB, 6),
         "grey jpeg": Picture(encoded(GREY, "JPEG", quality=95), grey(GREY), 4),
         "cmyk jpeg": Picture(encoded(image.convert("CMYK"), "JPEG", quality=95), RGB, 8),
+        "cmyk jpeg with black": Picture(encoded(inks, "JPEG", quality=95), np.rint(RGB * (155 / 255)), 8),
         "two pictures in a jpeg": Picture(encoded(image, "MPO", quality=95, subsampling=0, **several), RGB, 6),
         "png": Picture(rgb_png(), RGB),
         "grey png": Picture(encoded(GREY, "PNG"), grey(GREY)),
