@@ -37,6 +37,7 @@ SIGNATURES = (
 MAX_PIXELS = 178_956_970
 
 ORIENTATION, SHORT, LONG = 0x0112, 3, 4
+SAMPLE_FORMAT, UNSIGNED = 339, 1
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
@@ -227,7 +228,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _from_levels(image: Image.Image) -> Image.Image:
     """Greys of 16 or 32 bits or of floats, which PIL would only clip, as greys of 8 bits."""
-    levels = np.asarray(image).astype(np.float32)
+    levels, tags = np.asarray(image), getattr(image, "tag_v2", None)
+    if image.mode == "I" and tags is not None and tags.get(SAMPLE_FORMAT, (UNSIGNED,)) == (UNSIGNED,):
+        levels = levels.view(np.uint32)  # PIL has no such mode
+    levels = levels.astype(np.float32)
     np.nan_to_num(levels, copy=False, nan=0, posinf=np.inf, neginf=0)
     if image.mode.startswith("I;16"):
         top = 65535.0

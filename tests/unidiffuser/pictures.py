@@ -94,6 +94,11 @@ def opencv(pixels: np.ndarray, ending: str) -> bytes:
     return cv2.imencode(ending, pixels)[1].tobytes()
 
 
+def unsigned(levels: np.ndarray) -> bytes:
+    """A TIFF of uint32: one of int32 whose tag says otherwise."""
+    return encoded(levels.view(np.int32), "TIFF").replace(struct.pack("<HHIH", 339, 3, 1, 2), struct.pack("<HHIH", 339, 3, 1, 1))
+
+
 def palette(transparency: int | bytes) -> Picture:
     """A palette of greys, one for every column; alpha by number of the entry."""
     image = Image.fromarray(np.broadcast_to(np.arange(WIDTH, dtype=np.uint8), (HEIGHT, WIDTH)).copy(), "P")
@@ -160,6 +165,7 @@ def pictures() -> dict[str, Picture]:
         "tiff of 16 bits": Picture(encoded(wide, "TIFF"), grey(GREY)),
         "tiff of 32 bits": Picture(encoded(wide.astype(np.int32), "TIFF"), grey(GREY)),
         "tiff of all 32 bits": Picture(encoded((GREY / 255 * (2**31 - 1)).astype(np.int32), "TIFF"), grey(GREY), 4),
+        "tiff of all 32 bits, unsigned": Picture(unsigned(GREY.astype(np.uint32) * 16_843_009), grey(GREY)),
         "tiff of floats to 1": Picture(encoded((GREY / 252).astype(np.float32), "TIFF"), grey(np.rint(GREY * (255 / 252))), 1),
         "tiff of floats to 255": Picture(encoded(GREY.astype(np.float32), "TIFF"), grey(GREY)),
     }  # fmt: skip
