@@ -47,11 +47,11 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
     listing = Listing()
     for pattern in patterns:
         fs, paths = listing.files(pattern)
+        if isinstance(fs, LocalFileSystem):
+            found |= _local_digests(pattern, paths, state_folder(store) / "digests.json")
+            continue
         with readable(pattern):
-            if isinstance(fs, LocalFileSystem):
-                found |= _local_digests(paths, state_folder(store) / "digests.json")
-            else:
-                found |= {_address(fs, path, pattern): _remote_digest(fs, path) for path in paths}
+            found |= {_address(fs, path, pattern): _remote_digest(fs, path) for path in paths}
     listing.say_left_out()
     return dict(sorted(found.items()))
 
@@ -94,17 +94,19 @@ def _tag(fs: Any, info: dict[str, Any]) -> str | None:
     return moment if moment.replace(".", "").isdecimal() else None
 
 
-def _local_digests(paths: list[str], cache: Path) -> dict[str, str]:
+def _local_digests(pattern: str, paths: list[str], cache: Path) -> dict[str, str]:
     """sha256 of local files, each read once as long as its size and times stay. (The second of the two cannot be set back.)"""
     known = json.loads(cache.read_text()) if cache.exists() else {}
     digests, fresh = {}, False
-    for path in paths:
-        status = os.stat(path)
-        stamp = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-        if known.get(path, {}).get("stamp") != stamp:
-            known[path] = {"stamp": stamp, "sha256": sha256_of(path)}
-            fresh = True
-        digests[path] = known[path]["sha256"]
+    # What goes wrong with the memory of digests is not the files' fault.
+    with readable(pattern):
+        for path in paths:
+            status = os.stat(path)
+            stamp = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+            if known.get(path, {}).get("stamp") != stamp:
+                known[path] = {"stamp": stamp, "sha256": sha256_of(path)}
+                fresh = True
+            digests[path] = known[path]["sha256"]
     if fresh:
         Store(str(cache.parent)).write_json(cache.name, known)
     return digests

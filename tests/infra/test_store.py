@@ -7,6 +7,7 @@ import socket
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from infra.external import resolve
 from infra.store import Store, StoreError
@@ -22,6 +23,8 @@ def bucket():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**keys, "AWS_ENDPOINT_URL": endpoint}.items():
             patch.setenv(name, value)
+        # fsspec keeps a file system for a process, and with it the endpoint that it began with.
+        S3FileSystem.clear_instance_cache()
         boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="data")
         yield "s3://data/store"
     server.stop()
