@@ -216,8 +216,13 @@ class _Builder:
         place = f"train.{name}"
         _check_name(str(name), place)
         data, before = values.pop("data", None), values.pop("from", None)
+        if isinstance(data, dict):
+            values["data"] = {key: value for key, value in data.items() if key != "subsets"}
+            data = data.get("subsets")
         if not isinstance(data, list) or not data:
-            raise RecipeError(f"{place}.data: expected a list of subsets, got {data!r}")
+            raise RecipeError(f"{place}.data: expected a list of subsets, or {{subsets: [...], where: [...]}}; got {data!r}")
+        if twice := [subset for subset in data if data.count(subset) > 1]:
+            raise RecipeError(f"{place}.data: the subset {twice[0]} is there twice; its rows count once, so name it once")
         inputs = {}
         for subset in data:
             if f"{subset}-encode" not in self.nodes:

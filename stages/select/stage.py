@@ -326,7 +326,7 @@ _READ = frozenset({"laion_schema", "columns"})
 
 class Select(Stage):
     name = "select"
-    version = 3
+    version = 4
     Config = SelectConfig
     phases = (
         Phase("pick", _pick_units, Pick, fields=_PICK, resources=_resources),

@@ -71,6 +71,7 @@ def test_sets_can_be_mixed_and_a_named_one_is_required(store, make, in_process, 
         ("seen >= 2", "1 2 3", {"where_seen": 1}),
         ("seen < 3", "0 1 3", {"where_seen": 1}),
         ("seen in [1, 3.0]", "0 2 3", {"where_seen": 1}),
+        ('LICENSE not in ["cc-by", "all, rights"]', "0 2 3", {"where_LICENSE": 1}),
     ],
 )
 def test_conditions_on_any_column(store, make, in_process, metadata, where, rows, dropped):
@@ -84,10 +85,9 @@ def test_conditions_on_any_column(store, make, in_process, metadata, where, rows
     assert strict.manifest.stats.dropped.get("null_where_seen", 0) == int("seen" in where)
 
 
-@pytest.mark.parametrize("where", ["NSFW", "NSFW in UNLIKELY", "NSFW > UNLIKELY", "seen in [1, a]", "in [a]"])
-def test_a_condition_in_another_form_is_refused_with_the_form(where):
-    with pytest.raises(ValidationError, match="write COLUMN OP VALUE|compares numbers|numbers or text"):
-        SelectConfig(metadata=["a"], where=[where])
+def test_a_condition_in_another_form_is_refused():
+    with pytest.raises(ValidationError, match="quotes come in pairs"):
+        SelectConfig(metadata=["a"], where=['LICENSE == "a'])
 
 
 @pytest.mark.parametrize(
