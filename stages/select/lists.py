@@ -17,7 +17,8 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from typing import IO
 
 import fsspec
 import numpy as np
@@ -26,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from infra.dataset import FileEntry
+from infra.text import TextError, lines
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
 from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
 from stages.select.laion import BATCH, NAMES, heal, readable
@@ -133,9 +135,8 @@ class ReadList:
 
     def _text(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
         entries: dict[str, list[str]] = {kind: [] for kind in KINDS}
-        # Windows begins a text with a mark, which is no part of its first line.
-        with fsspec.open(address, "rt", encoding="utf-8-sig", errors="replace", compression="infer") as file:
-            for number, line in enumerate(file, start=1):
+        with text_file(address) as file:
+            for number, line in enumerate(lines(file), start=1):
                 if not (entry := line.strip()) or entry.startswith("#"):
                     continue
                 kind = _kind(entry)
@@ -145,6 +146,16 @@ class ReadList:
                 if number % LINES == 0:
                     yield from _drained(entries)
         yield from _drained(entries)
+
+
+@contextmanager
+def text_file(address: str) -> Iterator[IO[bytes]]:
+    """A file of text, unpacked as its name says, to be read in the block; raises StageError that names a line that is no text."""
+    try:
+        with fsspec.open(address, "rb", compression="infer") as file:
+            yield file
+    except TextError as error:
+        raise StageError(f"{address}: {error}") from None
 
 
 def _kind(entry: str) -> str | None:
