@@ -24,13 +24,14 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from infra.dataset import FileEntry
 from infra.text import TextError, lines
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
 from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
-from stages.select.laion import BATCH, NAMES, heal, readable
+from stages.select.laion import BATCH
+from stages.shards.tables import cast, check_column, first, open_parquet, readable
+from training.names import NAMES
 
 KINDS = ("url", "hash", "domain")
 ROLES = ("allow", "deny")
@@ -109,20 +110,25 @@ class ReadList:
             out.rows[f"{kind}.parquet"] = writer.count
 
     def _parquet(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
-        with readable(address), fsspec.open(address, "rb") as file:
-            parquet = pq.ParquetFile(file)
+        with open_parquet(address) as parquet:
             kind, column = self._column(address, parquet.schema_arrow.names, by)
+            wanted = pa.int64() if kind == "hash" else pa.string()
+            check_column(address, parquet.schema_arrow, column, wanted)
             row = 0
-            for batch in parquet.iter_batches(BATCH, columns=[column]):
-                wanted = pa.int64() if kind == "hash" else pa.string()
-                try:
-                    values = heal(batch.column(0), wanted)
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                    raise StageError(f"{address}: column {column} is {batch.column(0).type}: {error}") from None
-                if kind == "domain":
-                    _check_domains(address, row, values)
-                row += len(values)
-                yield kind, _entry_keys(kind, values.drop_null())
+            with readable(address):
+                for batch in parquet.iter_batches(BATCH, columns=[column]):
+                    values = self._entries(address, row, kind, *cast(batch.column(0), wanted))
+                    row += batch.num_rows
+                    yield kind, _entry_keys(kind, values)
+
+    @staticmethod
+    def _entries(address: str, start: int, kind: str, values: pa.Array, unread: pa.Array) -> pa.Array:
+        """What a part of a file lists; null and empty cells list nothing. `start` is the row of the first."""
+        if (bad := first(unread)) is not None:
+            raise StageError(f"{address}, row {start + bad}: not a value that can be read as a {kind}")
+        if kind == "domain":
+            _check_domains(address, start, values)
+        return values.drop_null()
 
     def _column(self, address: str, found: list[str], by: str) -> tuple[str, str]:
         """The kind of the entries, and the column that holds them: the first of url, hash and domain unless told."""

@@ -10,10 +10,10 @@ names. A picked row that is itself a duplicate counts too: the rule is then one 
 appended (its name sorts last) changes nothing for those before it: of what was done before, only `duplicates` is done again.
 
 Refused before any work starts, with the file's name: Parquet that cannot be read or ends early, a missing column of the schema or
-of a condition, a column of a type that it cannot have. Refused with the row's number: a value that is no number where one is
-needed. Counted: rows without a URL or caption (`no_url`, `no_caption`, text that is not UTF-8 among them) or with a URL that
-names no web address (`bad_url`); then the first condition that a row fails, `not_sampled`, `not_allowed`, `denied`,
-`duplicate_url` and `duplicate_hash`, in this order.
+of a condition, a column of a type that it cannot have, or one that is there twice. Counted: rows without a URL or caption
+(`no_url`, `no_caption`, text that is not UTF-8 among them) or with a URL that names no web address (`bad_url`); then the first
+condition that a row fails, or whose column has a value there that cannot be read (`bad_COLUMN`), `not_sampled`, `not_allowed`,
+`denied`, `duplicate_url` and `duplicate_hash`, in this order. A value that cannot be read and that no condition asks for is null.
 
 The work is linear in the rows, and nothing is gathered in one place. A worker needs about 300 MB: a batch of rows and the keys
 of a run (pick), the keys of one range (duplicates), or a batch, a shard and a byte a row of its own metadata file (write).
@@ -22,6 +22,7 @@ of a run (pick), the keys of one range (duplicates), or a batch, a shard and a b
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import PurePosixPath
@@ -48,7 +49,7 @@ from stages.runner.contract import (
 )
 from stages.runner.recipe import external_file
 from stages.select.keys import SPACE, Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, repeated, text_keys
-from stages.select.laion import CANONICAL, NAMES, Reading, check_metadata, open_metadata
+from stages.select.laion import CANONICAL, Reading, check_metadata, open_metadata
 from stages.select.lists import (
     Admit,
     Match,
@@ -64,6 +65,7 @@ from stages.select.lists import (
 from stages.select.presets import PRESETS
 from stages.select.where import Where
 from stages.shards.conditions import Condition, Verdict, columns_of, conditions
+from training.names import NAMES
 
 GROUP = 1_000_000
 
@@ -255,6 +257,7 @@ class Write:
             for count, shard in enumerate(self._shards(unit.payload["file"], tables)):
                 path = out.path(f"{unit.name}-{count:05d}.parquet", shard.num_rows)
                 pq.write_table(shard, path, compression="zstd", row_group_size=GROUP)
+            out.notes["unread"] = dict(metadata.unread)
 
     def _rows(self, path: str, file: int | None = None) -> Iterator[np.ndarray]:
         """Row numbers of a file of keys, or those that stand under a metadata file's number."""
@@ -356,10 +359,12 @@ class Select(Stage):
 
     @classmethod
     def summary(cls, job: Job, records: Records) -> dict[str, Any]:
-        """Files by the schema that they were found to have, and entries of the lists by their kind."""
+        """Files by the schema that they were found to have, entries of the lists by their kind, and cells that became null."""
         schemas = [record.notes["schema"] for record in records["pick"]]
         lists = {
             record.name: {entry.name.removesuffix(".parquet"): entry.rows for entry in record.files if entry.rows}
             for record in records["lists"]
         }
-        return {"schemas": {name: schemas.count(name) for name in sorted(set(schemas))}} | ({"lists": lists} if lists else {})
+        unread: Counter[str] = sum((Counter(record.notes["unread"]) for record in records["write"]), Counter())
+        facts = {"schemas": {name: schemas.count(name) for name in sorted(set(schemas))}}
+        return facts | ({"lists": lists} if lists else {}) | ({"unread": dict(sorted(unread.items()))} if unread else {})
