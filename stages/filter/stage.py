@@ -45,6 +45,7 @@ from stages.runner.recipe import encoder
 from stages.shards.conditions import conditions
 from stages.shards.scores import METADATA_SCORES, SCORES
 from stages.shards.tar import Sample, ShardWriter, open_table, read_shard
+from stages.shards.words import WORDS
 from unidiffuser.references import weights_digest
 
 log = logging.getLogger("stages")
@@ -75,8 +76,8 @@ class FilterConfig(StageConfig):
     max_aspect_ratio: float | None = Field(BASIC["max_aspect_ratio"], ge=1, description="longer side / shorter side")
     min_caption_chars: int | None = Field(BASIC["min_caption_chars"], ge=1)
     max_caption_chars: int | None = Field(None, ge=1)
-    min_caption_words: int | None = Field(BASIC["min_caption_words"], ge=1)
-    max_caption_words: int | None = Field(None, ge=1)
+    min_caption_words: int | None = Field(BASIC["min_caption_words"], ge=1, description=WORDS)
+    max_caption_words: int | None = Field(None, ge=1, description="counted likewise")
     languages: list[str] | None = Field(None, min_length=1, description="language codes to keep, where the metadata has them")
     min_clip_similarity: float | None = Field(None, description="cosine of image and caption embeddings, computed here")
     min_similarity: float | None = Field(None, description="CLIP similarity that came with the metadata")
@@ -272,7 +273,7 @@ CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
 
 class Filter(Stage):
     name = "filter"
-    version = 3
+    version = 4
     Config = FilterConfig
     phases = (
         Phase("score", _score_units, Score, fields=frozenset({"clip_scores", "heads", "precision"}), resources=_score_resources),

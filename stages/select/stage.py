@@ -65,6 +65,7 @@ from stages.select.lists import (
 from stages.select.presets import PRESETS
 from stages.select.where import Where
 from stages.shards.conditions import Condition, Verdict, columns_of, conditions
+from stages.shards.words import WORDS
 from training.names import NAMES
 
 GROUP = 1_000_000
@@ -100,8 +101,8 @@ class SelectConfig(StageConfig):
     languages: list[str] | None = Field(None, min_length=1, description="language codes to keep")
     min_caption_chars: int | None = Field(None, ge=1)
     max_caption_chars: int | None = Field(None, ge=1)
-    min_caption_words: int | None = Field(None, ge=1)
-    max_caption_words: int | None = Field(None, ge=1)
+    min_caption_words: int | None = Field(None, ge=1, description=WORDS)
+    max_caption_words: int | None = Field(None, ge=1, description="counted likewise")
     where: tuple[str, ...] = Field(
         (), description='conditions on any column by its own name, such as "NSFW in [UNLIKELY, UNSURE]" or "LICENSE != ?"'
     )

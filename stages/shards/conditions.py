@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.shards.scores import SCORES
+from stages.shards.words import count_words
 
 
 def unreadable(column: str) -> str:
@@ -112,7 +113,7 @@ def _chars(table: pa.Table) -> Any:
 
 
 def _words(table: pa.Table) -> Any:
-    return pc.count_substring_regex(table["caption"], r"\S+")
+    return count_words(table["caption"])
 
 
 # Quantity -> (columns that may be null, what `min_` is compared with, what `max_` is compared with), in the order of trial.
