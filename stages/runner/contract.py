@@ -262,6 +262,17 @@ class Stage:
         return {}
 
     @classmethod
+    def check(cls, config: Any, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        """Open what lies outside as far as it takes to say that it can be used; called before anything runs.
+
+        Args:
+            sources, lists: as of `Job`.
+
+        Raises:
+            StageError: a file cannot be used.
+        """
+
+    @classmethod
     def weights(cls, config: Any) -> dict[str, str]:
         """Encoder weights that the result depends on, as config field -> digest."""
         return {}

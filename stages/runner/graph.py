@@ -12,7 +12,7 @@ from infra.dataset import Dataset, InputRef, find, pointed
 from infra.external import resolve
 from infra.store import Store
 from stages.catalog import stage_class
-from stages.runner.contract import digest_of, result_fields
+from stages.runner.contract import StageError, digest_of, result_fields
 from stages.runner.recipe import Recipe, RecipeError
 
 State = Literal["hit", "stale", "miss"]
@@ -67,7 +67,7 @@ def plan(
             are none of a run's business that began before.
 
     Raises:
-        RecipeError: a file or a folder of weights that the recipe names does not exist.
+        RecipeError: a file or a folder of weights that the recipe names does not exist, or a file cannot be used.
     """
     planned: dict[str, Planned] = {}
     for node in recipe.nodes.values():
@@ -108,6 +108,11 @@ def plan(
             lists=lists,
         )
         planned[node.name] = _with_state(draft, recipe, store, stage.version)
+        if outside is None and planned[node.name].state != "hit":
+            try:
+                stage.check(node.config, sources, lists)
+            except StageError as error:
+                raise RecipeError(f"{node.name}: {error}") from None
     return planned
 
 

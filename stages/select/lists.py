@@ -16,24 +16,23 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import IO
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from infra.dataset import FileEntry
-from infra.text import TextError, lines
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
 from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
 from stages.select.laion import BATCH
-from stages.shards.tables import cast, check_column, first, open_parquet, readable
+from stages.shards.tables import cast, check_column, first, is_parquet, open_parquet, readable, text_lines
 from training.names import NAMES
 
-KINDS = ("url", "hash", "domain")
+KIND_TYPES = {"url": pa.string(), "hash": pa.int64(), "domain": pa.string()}
+KINDS = tuple(KIND_TYPES)
 ROLES = ("allow", "deny")
 INTEGER = re.compile(r"[+-]?\d+")
 # In the regular expressions that Python and Arrow share. Of ASCII letters, digits, hyphens and underscores; no broken UTF-8.
@@ -101,7 +100,7 @@ class ReadList:
     def run(self, unit: Unit, out: Output) -> None:
         address, role = unit.payload["address"], unit.payload["role"]
         by = getattr(self.config, f"{role}_by")
-        read = self._parquet if address.split("?")[0].endswith(".parquet") else self._text
+        read = self._parquet if is_parquet(address) else self._text
         with ExitStack() as stack:
             writers = {kind: stack.enter_context(KeyWriter(out.path(f"{kind}.parquet"))) for kind in KINDS}
             for kind, keys in read(address, by):
@@ -111,13 +110,11 @@ class ReadList:
 
     def _parquet(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
         with open_parquet(address) as parquet:
-            kind, column = self._column(address, parquet.schema_arrow.names, by)
-            wanted = pa.int64() if kind == "hash" else pa.string()
-            check_column(address, parquet.schema_arrow, column, wanted)
+            kind, column = _column(self.config, address, parquet.schema_arrow, by)
             row = 0
             with readable(address):
                 for batch in parquet.iter_batches(BATCH, columns=[column]):
-                    values = self._entries(address, row, kind, *cast(batch.column(0), wanted))
+                    values = self._entries(address, row, kind, *cast(batch.column(0), KIND_TYPES[kind]))
                     row += batch.num_rows
                     yield kind, _entry_keys(kind, values)
 
@@ -130,38 +127,37 @@ class ReadList:
             _check_domains(address, start, values)
         return values.drop_null()
 
-    def _column(self, address: str, found: list[str], by: str) -> tuple[str, str]:
-        """The kind of the entries, and the column that holds them: the first of url, hash and domain unless told."""
-        for kind in KINDS if by == "auto" else (by,):
-            own = self.config.columns.get(kind)
-            for name in (own,) if own else NAMES.get(kind, ("domain", "DOMAIN")):
-                if name in found:
-                    return kind, name
-        raise StageError(f"{address}: columns found: {', '.join(found)}; a list needs {EXPECTED.get(by, by)}")
-
     def _text(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
         entries: dict[str, list[str]] = {kind: [] for kind in KINDS}
-        with text_file(address) as file:
-            for number, line in enumerate(lines(file), start=1):
-                if not (entry := line.strip()) or entry.startswith("#"):
-                    continue
-                kind = _kind(entry)
-                if kind is None or by not in ("auto", kind):
-                    raise StageError(f"{address}, line {number}: {entry[:80]!r} is no {EXPECTED.get(by, by)}")
-                entries[kind].append(entry)
-                if number % LINES == 0:
-                    yield from _drained(entries)
+        for number, line in enumerate(text_lines(address), start=1):
+            if not (entry := line.strip()) or entry.startswith("#"):
+                continue
+            kind = _kind(entry)
+            if kind is None or by not in ("auto", kind):
+                raise StageError(f"{address}, line {number}: {entry[:80]!r} is no {EXPECTED.get(by, by)}")
+            entries[kind].append(entry)
+            if number % LINES == 0:
+                yield from _drained(entries)
         yield from _drained(entries)
 
 
-@contextmanager
-def text_file(address: str) -> Iterator[IO[bytes]]:
-    """A file of text, unpacked as its name says, to be read in the block; raises StageError that names a line that is no text."""
-    try:
-        with fsspec.open(address, "rb", compression="infer") as file:
-            yield file
-    except TextError as error:
-        raise StageError(f"{address}: {error}") from None
+def _column(config: Any, address: str, schema: pa.Schema, by: str) -> tuple[str, str]:
+    """The kind of the entries, and the column that holds them: the first of url, hash and domain unless told."""
+    for kind in KINDS if by == "auto" else (by,):
+        own = config.columns.get(kind)
+        for name in (own,) if own else NAMES.get(kind, ("domain", "DOMAIN")):
+            if name in schema.names:
+                check_column(address, schema, name, KIND_TYPES[kind])
+                return kind, name
+    raise StageError(f"{address}: columns found: {', '.join(schema.names)}; a list needs {EXPECTED.get(by, by)}")
+
+
+def check_lists(config: Any, lists: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises StageError: a list in Parquet cannot be read, or has no column of what it should list."""
+    for role, files in lists.items():
+        for address in filter(is_parquet, files):
+            with open_parquet(address) as parquet:
+                _column(config, address, parquet.schema_arrow, getattr(config, f"{role}_by"))
 
 
 def _kind(entry: str) -> str | None:

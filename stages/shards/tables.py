@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.text import TextError, lines
 from stages.runner.contract import StageError
 
+MAGIC = b"PAR1"
 NUMBER = r"^(?i)([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan)$"
 INTEGER = r"^[+-]?\d{1,20}(\.0*)?$"
 
@@ -49,6 +51,23 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
             parquet = pq.ParquetFile(stack.enter_context(fsspec.open(address, "rb")))
         # Outside of `readable`: what goes wrong in the caller's block is not the file's fault.
         yield parquet
+
+
+def is_parquet(address: str) -> bool:
+    """Whether a file calls itself Parquet, by its name or by its first bytes; else it is text."""
+    if address.split("?")[0].endswith(".parquet"):
+        return True
+    with fsspec.open(address, "rb", compression="infer") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def text_lines(address: str) -> Iterator[str]:
+    """The lines of a file of text, which is unpacked as its name says; raises StageError that names one that is no text."""
+    try:
+        with fsspec.open(address, "rb", compression="infer") as file:
+            yield from lines(file)
+    except TextError as error:
+        raise StageError(f"{address}: {error}") from None
 
 
 def check_column(address: str, schema: pa.Schema, name: str, wanted: pa.DataType) -> None:
