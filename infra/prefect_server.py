@@ -12,6 +12,7 @@ import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
+from infra.loopback import open_url
 from infra.processes import Server, ServerError, free_port, recorded, running, spawn, stop, wait_until_ready
 
 START_SECONDS = 300.0
@@ -38,7 +39,7 @@ def check_api(api: str) -> None:
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
     request = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with open_url(request, timeout=30) as reply:
             theirs = str(json.loads(reply.read()))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -135,8 +136,8 @@ def wait_for_prefect(server: Server, state: Path) -> None:
 def answers(address: str) -> bool:
     """Whether a Prefect server at `address` (without /api) is healthy."""
     try:
-        with urllib.request.urlopen(f"{address}/api/health", timeout=2) as reply:
-            return reply.status == 200
+        with open_url(urllib.request.Request(f"{address}/api/health"), timeout=2) as reply:
+            return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
 

@@ -16,6 +16,8 @@ from typing import IO
 import psutil
 from pydantic import BaseModel, ValidationError
 
+from infra.loopback import without_proxy
+
 # Every process below a server inherits this variable, whatever becomes of its parent: that is how survivors are recognised.
 MARK = "UNIDIFFUSER_SERVERS"
 SERVERS = ("prefect", "ray", "worker")
@@ -79,7 +81,7 @@ def spawn(name: str, command: list[str], environment: dict[str, str], state: Pat
     """
     log = log_of(name, state)
     log.parent.mkdir(parents=True, exist_ok=True)
-    marked = {**environment, MARK: str(state.resolve())}
+    marked = {**environment, **without_proxy(environment), MARK: str(state.resolve())}
     with open(log, "wb") as out:
         process = subprocess.Popen(
             command, env=marked, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True

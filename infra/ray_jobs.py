@@ -10,18 +10,22 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from infra.loopback import open_url
 from infra.processes import ServerError
+from infra.ray_log import FollowedLog
 
-# A log that has to be read as a whole again and again is asked for the less often the longer it is.
-LOG_BYTES_PER_SECOND = 500_000
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 # How long a question is asked again while a busy head, or a proxy before it, gives no answer, and how often, in seconds.
 PATIENCE = 60.0
 PAUSE = 1.0
+# How long an answer may take, in seconds, and one without which a job is followed all the same.
+TIMEOUT = 60.0
+SHORT_TIMEOUT = 10.0
 
 
 class NoAnswer(ServerError):
@@ -83,6 +87,9 @@ class RayJobs:
     def status(self, job: str) -> str:
         return str(self._ask("GET", f"/api/jobs/{job}")["status"])
 
+    def ended(self, job: str) -> bool:
+        return self.status(job) in TERMINAL
+
     def explanation(self, job: str) -> str:
         """What Ray itself has to say about how a job ended."""
         return str(self._ask("GET", f"/api/jobs/{job}").get("message") or "")
@@ -103,46 +110,27 @@ class RayJobs:
     def stop(self, job: str) -> None:
         self._ask("POST", f"/api/jobs/{job}/stop")
 
-    def follow(self, job: str, tick: float = 0.5) -> Iterator[str | None]:
+    def follow(self, job: str, tick: float = 0.5) -> Iterator[str | ServerError | None]:
         """The job's log line by line from its start, each line once, until the job has ended.
 
-        Yields None at least every `tick` seconds while nothing is said, so that the caller can look around.
-        """
-        from websockets.exceptions import WebSocketException
-        from websockets.sync.client import connect
+        Yields None at least every `tick` seconds while nothing is said, so that the caller can look around, and a ServerError
+        when the log cannot be read: once, until it goes on again. Meanwhile the status is all that is followed.
 
-        url = self.address.replace("http", "ws", 1) + f"/api/jobs/{job}/logs/tail"
-        seen, rest = 0, ""
-        while True:
-            try:
-                with connect(url, additional_headers=self.headers, max_size=None, proxy=None) as socket:
-                    position = 0
-                    while True:
-                        try:
-                            chunk = str(socket.recv(timeout=tick))
-                        except TimeoutError:
-                            yield None
-                            continue
-                        # A connection replays the log from its start.
-                        new = chunk[max(0, seen - position) :]
-                        position += len(chunk)
-                        seen = max(seen, position)
-                        *lines, rest = (rest + new).split("\n")
-                        yield from lines
-            except (WebSocketException, OSError):
-                pass
-            # The stream ends when the job does, and sometimes long before: then the log is asked for as a whole.
-            ended = self.status(job) in TERMINAL
-            whole = str(self._ask("GET", f"/api/jobs/{job}/logs").get("logs") or "")
-            *lines, rest = (rest + whole[seen:]).split("\n")
-            seen = max(seen, len(whole))
-            yield from lines
-            if ended:
-                if rest:
-                    yield rest
-                return
-            yield None
-            time.sleep(max(tick, len(whole) / LOG_BYTES_PER_SECOND))
+        Raises:
+            ServerError: the job's status has no answer either.
+        """
+        return FollowedLog(self, job, tick).follow()
+
+    def log(self, job: str, patient: bool) -> str:
+        """All that a job has said so far."""
+        path = f"/api/jobs/{job}/logs"
+        reply = self._ask("GET", path) if patient else self._call("GET", path, timeout=SHORT_TIMEOUT)
+        return str(reply.get("logs") or "")
+
+    def log_size(self, job: str) -> int:
+        """How many bytes the answer with all that a job has said so far would have; 0 where that is not said."""
+        with self._open("HEAD", f"/api/jobs/{job}/logs", timeout=SHORT_TIMEOUT) as reply:
+            return int(reply.headers["Content-Length"] or 0)
 
     def _ask(self, method: str, path: str) -> Any:
         """As `_call`, for what may be asked twice: a hiccup must not fail a run of days."""
@@ -155,17 +143,24 @@ class RayJobs:
                     raise
             time.sleep(PAUSE)
 
-    def _call(self, method: str, path: str, body: Any = None) -> Any:
+    def _call(self, method: str, path: str, body: Any = None, timeout: float = TIMEOUT) -> Any:
+        with self._open(method, path, body, timeout) as reply:
+            return json.loads(reply.read() or b"null")
+
+    @contextmanager
+    def _open(self, method: str, path: str, body: Any = None, timeout: float = TIMEOUT) -> Iterator[Any]:
+        """The reply, still to be read; what goes wrong meanwhile is one line."""
         data = json.dumps(body).encode() if body is not None else None
         headers = {**self.headers, "Content-Type": "application/json"}
         request = urllib.request.Request(self.address + path, data=data, headers=headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                return json.loads(reply.read() or b"null")
+            with open_url(request, timeout=timeout) as reply:
+                yield reply
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
                 raise ServerError(f"Ray at {self.address} refuses the token; set RAY_AUTH_TOKEN to the cluster's") from None
-            text = error.read().decode(errors="replace").strip().splitlines()
+            # Ray ends a traceback that it passes on with a line of its own, which holds a full stop.
+            text = error.read().decode(errors="replace").rstrip("\n .").splitlines()
             kind = NoAnswer if error.code >= 500 else ServerError
             raise kind(f"Ray at {self.address}: {method} {path}: {text[-1] if text else error.reason}") from None
         except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:

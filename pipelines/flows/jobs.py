@@ -93,22 +93,34 @@ def own_turn(run: Run) -> Iterator[None]:
 
 
 def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say, attached: Callable[[str], None]) -> str:
-    """The id of the node's job: one that is running already, else a new attempt."""
+    """The id of the node's job: one that is running already, else a new attempt.
+
+    Of two commands that submit the same attempt at once, the slower one attaches to the other's job.
+    """
     prefix = f"{planned.name}-{planned.fingerprint}-"
     attempts = {int(job.removeprefix(prefix)): status for job, status in ray.statuses().items() if job.startswith(prefix)}
     last = max(attempts, default=0)
     if last and attempts[last] not in TERMINAL:
-        job = f"{prefix}{last}"
-        say(logging.INFO, ATTACHED.format(job))
-        attached(job)
-        return job
+        return _attach(f"{prefix}{last}", say, attached)
     job = f"{prefix}{last + 1}"
     # A cluster has a Python of its own, this machine's Ray takes the one that runs here.
     python = sys.executable if run.servers.embedded_ray else "python"
     command = [python, "-m", "stages", snapshot(run.recipe, run.store), planned.name, "--store", run.store.root]
     command += ["--outside", pinned(run), "--expect", planned.fingerprint]
-    ray.submit(job, shlex.join(command), job_environment(), {FLOW_RUN: run.flow_run} if run.flow_run else None)
+    try:
+        ray.submit(job, shlex.join(command), job_environment(), {FLOW_RUN: run.flow_run} if run.flow_run else None)
+    except ServerError:
+        # It is there all the same when another command was quicker, or when only the answer was lost.
+        if job not in ray.statuses():
+            raise
+        return _attach(job, say, attached)
     say(logging.INFO, SUBMITTED.format(job))
+    return job
+
+
+def _attach(job: str, say: Say, attached: Callable[[str], None]) -> str:
+    say(logging.INFO, ATTACHED.format(job))
+    attached(job)
     return job
 
 
@@ -149,6 +161,9 @@ def _follow(ray: RayJobs, job: str, stopping: threading.Event, say: Say, report:
     for line in ray.follow(job):
         if stopping.is_set():
             break
+        if isinstance(line, ServerError):
+            say(logging.WARNING, str(line))
+            continue
         if line is None or not (line := _COLOUR.sub("", line).rstrip()):
             continue
         if (line := _WORKER.sub("", line)).startswith("@progress "):

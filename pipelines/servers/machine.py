@@ -13,6 +13,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from infra.loopback import ask_loopback_directly
 from infra.prefect_server import WORKER, answers, check_api, configured_api, prefect_environment, start_worker
 from infra.processes import SERVERS, Server, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
 from infra.ray_cluster import configured_ray
@@ -130,6 +131,7 @@ def find_machine(state: Path) -> str | None:
     Raises:
         ServerError: it is up, but its worker or its server is dead, or the configured server cannot be used.
     """
+    ask_loopback_directly()
     if not (state / KEPT).exists():
         return None
     worker, server = running("worker", state), running("prefect", state)

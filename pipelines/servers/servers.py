@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from infra.loopback import ask_loopback_directly
 from infra.prefect_server import check_api, configured_api, prefect_environment, start_prefect, wait_for_prefect
 from infra.processes import SERVERS, Server, kill, locked, nobody_else, recorded, share, stop, strays
 from infra.ray_cluster import configured_ray, start_ray
@@ -124,6 +125,7 @@ def use_servers(state: Path, cpus: int | None = None) -> Iterator[Servers]:
     A command that was killed could not: its servers are found by their records and used again, and what it left without a
     record is killed here.
     """
+    ask_loopback_directly()
     entry, usage = state / "servers.entry", state / "servers.users"
     with ExitStack() as held:
         with locked(entry):

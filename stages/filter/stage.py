@@ -273,7 +273,7 @@ CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
 
 class Filter(Stage):
     name = "filter"
-    version = 4
+    version = 5
     Config = FilterConfig
     phases = (
         Phase("score", _score_units, Score, fields=frozenset({"clip_scores", "heads", "precision"}), resources=_score_resources),

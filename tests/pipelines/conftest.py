@@ -80,7 +80,8 @@ class Command:
         return self.process.returncode, "".join(self.lines)
 
 
-def start(*arguments: str | Path) -> Command:
+def start(*arguments: str | Path, **more: str) -> Command:
+    """`unidiffuser` in an environment without Prefect's and Ray's variables, and with `more`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
     command = [sys.executable, "-m", "pipelines.command", *map(str, arguments)]
     return Command(
@@ -89,7 +90,7 @@ def start(*arguments: str | Path) -> Command:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env={**environment, **more},
             cwd="/",
             start_new_session=True,
         )  # fmt: skip
@@ -125,7 +126,9 @@ class Kept:
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     folder = tmp_path_factory.mktemp("tiny")
     recipe, store = write_recipe(folder), folder / "store"
-    command = start("run", recipe, "--store", store, "--keep")
+    # Nothing listens there: its own servers are asked without a proxy.
+    proxies = dict.fromkeys(["http_proxy", "https_proxy", "ALL_PROXY"], "http://127.0.0.1:9")
+    command = start("run", recipe, "--store", store, "--keep", **proxies)
     try:
         line = command.read_until("This run in the Prefect UI: ")
         yield Kept(store, recipe, command, line.split(": ", 1)[1].split("/v2/")[0])

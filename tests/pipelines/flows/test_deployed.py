@@ -141,6 +141,13 @@ def attached_again(run: Run, client: Client, second: float) -> list[str]:
     return sent
 
 
+def test_a_log_that_cannot_be_read_is_a_warning_and_its_node_is_made(recipe: Recipe, store: Store) -> None:
+    lost: Any = ServerError("the log of the job x cannot be read")
+    run, said = a_run(recipe, store, Ray([lost, "INFO goes on"])), []
+    make_as_job(run, run.planned[NODE], lambda level, text: said.append((level, text)), lambda fields: None, lambda job: None)
+    assert said[1:] == [(logging.WARNING, str(lost)), (logging.INFO, "goes on")]
+
+
 def test_a_run_that_attaches_to_its_job_again_sends_each_line_once(recipe: Recipe, store: Store, client: Client) -> None:
     said = ["INFO one", "INFO again", "INFO again", "WARNING three", "INFO again", "last"]
     ray = Ray(said[:3])

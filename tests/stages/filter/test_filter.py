@@ -225,5 +225,5 @@ def test_three_stages_on_ray_and_again_in_this_process(tmp_path, make, ray_clust
                 request.getfixturevalue("in_process")
     assert [digests(dataset) for dataset in found[0]] == [digests(dataset) for dataset in found[1]]
     assert found[0][1].manifest.stats.dropped == {"disallowed": 1, "http_404": 1, "truncated": 1}
-    # All four show the same bare gradient; WebP's noise is most of what a hash sees of its copy.
-    assert found[0][2].manifest.stats.dropped == {"near_duplicate": 2}
+    # All four show the same bare gradient.
+    assert found[0][2].manifest.stats.dropped == {"near_duplicate": 3}

@@ -1,0 +1,181 @@
+"""Jobs on a real Ray: quiet ones, ones whose log cannot be read, and one that two commands submit at once."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from infra import ray_jobs, ray_log
+from infra.dataset import find
+from infra.processes import ServerError, recorded
+from infra.ray_jobs import RayJobs
+from infra.store import Store
+from pipelines.flows.deployed import Unwatched
+from pipelines.flows.jobs import ATTACHED, SUBMITTED, make_as_job
+from pipelines.flows.run import Run, plan_run
+from pipelines.servers.servers import Servers
+from stages.runner.recipe import load_recipe
+from tests.pipelines.conftest import Kept, write_recipe
+
+NODE = "good-select"
+# Above what a request of its own costs, so that the bytes tell whether the log was read twice.
+LINES = [f"line {number}: é and 🙂" for number in range(20_000)]
+
+
+class Relay:
+    """Passes on what clients of Ray say; counts the connections and the bytes that come back by what was asked for."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.connections: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.cut_after: float | None = None
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self.listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with client, socket.create_connection(("127.0.0.1", self.port)) as server:
+            with suppress(OSError):
+                request = client.recv(65536)
+                kind = request.split(b" ")[1].decode().rsplit("/", 1)[-1]
+                self.connections[kind] += 1
+                server.sendall(request)
+                threading.Thread(target=self._pass_on, args=(client, server), daemon=True).start()
+                if kind == "tail" and self.cut_after is not None:
+                    server.settimeout(self.cut_after)
+                while data := server.recv(65536):
+                    self.bytes[kind] += len(data)
+                    client.sendall(data)
+            # Closing alone does not end what another thread is reading from.
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+
+    @staticmethod
+    def _pass_on(client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(65536):
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+
+
+@pytest.fixture(scope="module")
+def jobs(kept: Kept) -> RayJobs:
+    ray = recorded("ray", kept.store / ".state")
+    assert ray is not None
+    return RayJobs(ray.address, ray.token)
+
+
+@pytest.fixture
+def relayed(jobs: RayJobs) -> Iterator[tuple[RayJobs, Relay]]:
+    relay = Relay(int(jobs.address.rsplit(":", 1)[1]))
+    through = RayJobs(relay.address)
+    through.headers = jobs.headers
+    yield through, relay
+    relay.listener.close()
+
+
+def python(text: str) -> str:
+    return shlex.join([sys.executable, "-c", text])
+
+
+def test_a_quiet_job_takes_one_connection_and_its_log_is_read_once(
+    relayed: tuple[RayJobs, Relay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, relay = relayed
+    monkeypatch.setattr(ray_log, "SILENCE", 1.0)
+    say = "print(*[f'line {{n}}: é and 🙂' for n in range({}, {})], sep=chr(10), flush=True)"
+    jobs.submit("quiet-1", python(f"import time; {say.format(0, 10_000)}; time.sleep(5); {say.format(10_000, 20_000)}"))
+    lines = [line for line in jobs.follow("quiet-1") if line is not None]
+    assert lines[-len(LINES) :] == LINES and jobs.status("quiet-1") == "SUCCEEDED"
+    size = len("\n".join(map(str, lines)).encode())
+    print(f"{dict(relay.connections)}, bytes {dict(relay.bytes)}, log {size}, ratio {relay.bytes.total() / size:.3f}")
+    assert relay.connections["tail"] == 1
+    assert relay.bytes.total() <= 1.1 * size
+
+
+def test_a_log_that_ray_cannot_read_does_not_fail_its_job(jobs: RayJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_jobs, "PATIENCE", 0.0)
+    jobs.submit("binary-1", python("import sys; sys.stdout.buffer.write(bytes([255, 10]))"))
+    said = [line for line in jobs.follow("binary-1") if line is not None]
+    assert [str(line) for line in said if isinstance(line, ServerError)] == [str(said[-1])]
+    assert "the log of the job binary-1 cannot be read: Ray at" in str(said[-1]) and "UnicodeDecodeError" in str(said[-1])
+    assert jobs.status("binary-1") == "SUCCEEDED"
+
+
+def test_of_two_commands_at_one_ray_the_slower_one_attaches(jobs: RayJobs, tmp_path: Path) -> None:
+    # Other rows than the Ray of `kept` has selected before.
+    recipe = load_recipe(write_recipe(tmp_path), ["subsets.good.select.min_width=300"])
+    store = Store(str(tmp_path / "store"))
+    planned, both, said = plan_run(recipe, store), threading.Barrier(2), Counter[str]()
+
+    class AtOnce(RayJobs):
+        """Submits when the other one does too."""
+
+        def submit(self, *arguments: object) -> None:
+            both.wait(30)
+            super().submit(*arguments)  # type: ignore[arg-type]
+
+    ray = AtOnce(jobs.address)
+    ray.headers = jobs.headers
+
+    def run(number: int) -> list[str]:
+        servers, attached = Servers(tmp_path / str(number)), list[str]()
+        servers.ray = lambda: ray  # type: ignore[method-assign]
+        run = Run(recipe, store, planned, [NODE], servers, Unwatched())
+        make_as_job(run, planned[NODE], lambda level, text: said.update([text]), lambda fields: None, attached.append)
+        return attached
+
+    with ThreadPoolExecutor(2) as commands:
+        attached = sorted(commands.map(run, range(2)))
+    job = f"{NODE}-{planned[NODE].fingerprint}-1"
+    assert attached == [[], [job]] and said[SUBMITTED.format(job)] == said[ATTACHED.format(job)] == 1
+    assert [name for name in jobs.statuses() if planned[NODE].fingerprint in name] == [job]
+    assert find(store, "select", planned[NODE].fingerprint) is not None
+
+
+def test_a_refusal_of_a_submission_says_why(jobs: RayJobs) -> None:
+    with pytest.raises(ServerError, match=r"POST /api/jobs/: ValueError: Job with submission_id again-1 already exists"):
+        for _ in range(2):
+            jobs.submit("again-1", "true")
+
+
+@pytest.mark.slow
+def test_a_real_log_whose_connections_always_break_is_read_120_times(
+    relayed: tuple[RayJobs, Relay], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, relay = relayed
+    monkeypatch.setattr(ray_log, "LONGEST_PAUSE", 0.05)
+    enough, start = tmp_path / "enough", time.monotonic()
+    talk = f"import os, time\nn = 0\nwhile not os.path.exists({str(enough)!r}):\n"
+    talk += " print('line', n, flush=True)\n n += 1\n time.sleep(0.05)\n"
+    relay.cut_after = 0.05
+    jobs.submit("broken-1", python(talk + "time.sleep(3)\nprint('end', n)"))
+    lines: list[str] = []
+    for said in jobs.follow("broken-1", tick=0.05):
+        assert not isinstance(said, ServerError), said
+        lines += [said] if said else []
+        if relay.connections["logs"] >= 240 and not enough.exists():
+            # Each time its size was asked for first.
+            enough.touch()
+            print(f"120 times in {time.monotonic() - start:.1f} s")
+    print(dict(relay.connections), dict(relay.bytes))
+    first = lines.index("line 0")
+    assert lines[first:] == [*(f"line {n}" for n in range(len(lines) - first - 1)), f"end {len(lines) - first - 1}"]
+    assert jobs.status("broken-1") == "SUCCEEDED" and relay.connections["tail"] == ray_log.CONNECTIONS
