@@ -174,7 +174,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="Moving average of the weights.")
-    data: DataConfig = Field(default_factory=DataConfig, description="Rows and order.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Rows and order; a recipe writes the subsets here too.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
 
     workers: int = Field(1, ge=1, description="Processes, one a GPU or a group of CPU cores.", json_schema_extra=OPERATIONAL)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -292,6 +292,8 @@ def _files(job: Job) -> list[tuple[str, str]]:
 
 def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
     files = _files(job)
+    check_metadata([address for address, _ in files], conditions_of(job.config)[1])
+    check_lists(job.config, job.lists)
     kinds = ("url", "hash", "domain") if any(job.lists.values()) else ("url", "hash")
     for address, digest in files:
         yield Unit(PurePosixPath(address).stem, (digest, *kinds), {"address": address, "kinds": kinds})
@@ -348,11 +350,6 @@ class Select(Stage):
     @classmethod
     def lists(cls, config: SelectConfig) -> dict[str, list[str]]:
         return {part: files for part in ("allow", "deny") if (files := getattr(config, part))}
-
-    @classmethod
-    def check(cls, config: SelectConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
-        check_metadata(list(sources), conditions_of(config)[1])
-        check_lists(config, lists)
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

@@ -69,7 +69,7 @@ def test_prompts_that_cannot_be_used_are_named(tmp_path: Path, columns: dict, me
     assert "\n" not in str(error.value)
 
 
-def test_files_from_outside_are_opened_in_the_plan(tmp_path: Path, store: Store) -> None:
+def test_prompts_are_opened_in_the_plan(tmp_path: Path, store: Store) -> None:
     for name, text in (("a.jpg", "no picture yet"), ("a.txt", "a"), ("prompts.1", "one\n"), ("recipe.yaml", RECIPE)):
         (tmp_path / name).write_text(text)
     with pytest.raises(RecipeError, match=r"evaluate: .*prompts.1: has 1 rows; at least 2 prompts") as error:
@@ -80,7 +80,3 @@ def test_files_from_outside_are_opened_in_the_plan(tmp_path: Path, store: Store)
         plan(load_recipe(tmp_path / "recipe.yaml"), store)
     (tmp_path / "prompts.1").unlink()
     assert plan(load_recipe(tmp_path / "recipe.yaml"), store)["evaluate"].state == "miss"
-    pq.write_table(pa.table({"URL": ["http://x.example"], "LINK": ["a"]}), tmp_path / "wrong.parquet")
-    (tmp_path / "select.yaml").write_text("name: s\nsubsets: {a: {select: {metadata: [wrong.parquet]}}}\n")
-    with pytest.raises(RecipeError, match="a-select: .*wrong.parquet: columns found: URL, LINK; columns needed: caption"):
-        plan(load_recipe(tmp_path / "select.yaml"), store)
