@@ -27,7 +27,7 @@ from stages.download.politeness import Hosts, spread
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.scores import METADATA_SCORES
-from stages.shards.tar import VERIFY, Sample, ShardWriter, open_table, read_samples
+from stages.shards.tar import Sample, ShardWriter, read_samples
 
 if TYPE_CHECKING:
     from stages.download.engine import ShardSink
@@ -112,8 +112,11 @@ class Fetcher:
             out.notes |= {"retried": len(tried), "healed": sum(not fetched[row].reason for row in tried)}
 
     def _read(self, path: str) -> pa.Table:
-        with open_table(self.job, path) as file:
-            return pq.read_table(file)
+        try:
+            with self.job.store.open(path) as file:
+                return pq.read_table(file)
+        except pa.ArrowInvalid as error:
+            raise StageError(f"{self.job.store.url(path)}: {error}; `unidiffuser verify` names what is damaged") from None
 
     def _fetch(self, rows: pa.Table, tried: list[int], scratch: Path) -> ShardSink:
         urls = rows["url"].take(pa.array(tried, pa.int64())).to_pylist()
@@ -162,7 +165,7 @@ class Fetcher:
                     sample = next(samples, None)
                     if sample is None or sample.key != values["key"]:
                         where = self.job.store.url(unit.payload["tar"])
-                        raise StageError(f"{where}: lacks {values['key']}; {VERIFY}")
+                        raise StageError(f"{where}: lacks {values['key']}; `unidiffuser verify` names what is damaged")
                     tar.add(sample)
                 else:
                     image, meta = sink.image(outcomes[row]), meta_of(values, outcomes[row])

@@ -13,10 +13,11 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,11 +26,12 @@ from pydantic import Field
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
 from stages.shards.scores import SCORES
-from stages.shards.tar import Sample, in_batches, open_table, read_shard
+from stages.shards.tar import Sample, open_table, read_shard
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
 ROW_GROUP = 256
+T = TypeVar("T")
 
 
 class EncodeConfig(StageConfig):
@@ -70,7 +72,7 @@ class Encoder:
         passed = self.passed(unit)
         writer: pq.ParquetWriter | None = None
         try:
-            for group in in_batches(self.images(unit, out), ROW_GROUP):
+            for group in _batches(self.images(unit, out), ROW_GROUP):
                 table = self.encode(group, passed)
                 if writer is None:
                     writer = pq.ParquetWriter(path, table.schema, compression="none", write_page_checksum=True)
@@ -113,7 +115,7 @@ class Encoder:
         import torch
 
         moments, clips, texts = [], [], []
-        for batch in in_batches(group, self.job.config.batch):
+        for batch in _batches(group, self.job.config.batch):
             pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(self.device)
             with torch.inference_mode():
                 moments.append(self.vae.moments(pixels).half().cpu().numpy())
@@ -132,6 +134,13 @@ class Encoder:
         columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
         columns |= {name: pa.array([s.meta[name] for s in samples], pa.int32()) for name in ("width", "height")}
         return pa.table(columns).replace_schema_metadata({"unidiffuser": json.dumps(facts, sort_keys=True)})
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items (itertools.batched came with Python 3.12)."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def _binary(values: Any) -> pa.Array:

@@ -18,7 +18,6 @@ from infra.dataset import FileEntry
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
-from stages.shards.tar import open_table
 from unidiffuser.references import weights_digest
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ class Trainer:
         for entry in tables(self.job):
             if left <= 0:
                 return
-            with open_table(self.job, entry.path) as file:
+            with self.job.store.open(entry.path) as file:
                 column = pq.read_table(file, columns=["caption"])["caption"].drop_null().to_pylist()[:left]
             left -= len(column)
             yield from column

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.runner.contract import StageError
-from stages.shards.tables import cast, check_column, first, is_parquet, open_parquet, plain, readable, text_lines
+from stages.shards.outside import cast, check_column, first, is_parquet, open_parquet, plain, readable, text_lines
 from training.names import column_of
 
 

@@ -36,7 +36,6 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import encoder, external_file
-from stages.shards.tar import open_table
 
 PROMPTS_A_UNIT = 25
 SHEET = 6
@@ -149,7 +148,7 @@ class Report(Model):
         out.notes |= facts
 
     def _read(self, path: str) -> pa.Table:
-        with open_table(self.job, path) as file:
+        with self.job.store.open(path) as file:
             return pq.read_table(file)
 
     def preference(self, captions: list[str], images: list[Any]) -> float:

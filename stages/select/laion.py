@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 
 from stages.runner.contract import StageError
 from stages.shards.conditions import unreadable
+from stages.shards.outside import Cells, cast, castable, check_column, open_parquet, plain, readable
 from stages.shards.scores import METADATA_SCORES
-from stages.shards.tables import Cells, cast, castable, check_column, open_parquet, plain, readable
 from training.names import NAMES
 
 # Columns that a file of the set must have, by what they mean.

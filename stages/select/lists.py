@@ -24,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.dataset import FileEntry
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
 from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
 from stages.select.laion import BATCH
-from stages.shards.tables import cast, check_column, first, is_parquet, open_parquet, readable, text_lines
-from stages.shards.tar import open_table
+from stages.shards.outside import cast, check_column, first, is_parquet, open_parquet, readable, text_lines
 from training.names import NAMES
 
 KIND_TYPES = {"url": pa.string(), "hash": pa.int64(), "domain": pa.string()}
@@ -204,7 +204,7 @@ class Match:
             entries = self._entries(lists, low, high)
             with RowSets(out.path(f"{role}.parquet"), len(unit.payload["keys"])) as hits:
                 for number, path in enumerate(unit.payload["keys"]):
-                    with open_table(self.job, path) as file:
+                    with self.job.store.open(path) as file:
                         for keys, rows in read_keys(file, low, high):
                             hits.add(number, rows[_member(keys, entries)])
             out.rows[f"{role}.parquet"] = hits.writer.count
@@ -214,7 +214,7 @@ class Match:
         """Sorted, each once."""
         found = np.zeros(0, dtype=np.uint64)
         for path in paths:
-            with open_table(self.job, path) as file:
+            with self.job.store.open(path) as file:
                 for keys, _ in read_keys(file, low, high):
                     found = np.union1d(found, keys)
         return found
@@ -237,13 +237,13 @@ class Admit:
         listed = {role: np.zeros(total, dtype=bool) for role in unit.payload["hits"]}
         for role, paths in unit.payload["hits"].items():
             for path in paths:
-                with open_table(self.job, path) as file:
+                with self.job.store.open(path) as file:
                     for _, rows in read_keys(file, number, number + 1):
                         listed[role][rows] = True
         allowed = listed.get("allow", np.ones(total, dtype=bool))
         denied = listed.get("deny", np.zeros(total, dtype=bool))
         for kind in ("url", "hash"):
-            with open_table(self.job, unit.payload[kind]) as file, KeyWriter(out.path(f"{kind}.parquet")) as writer:
+            with self.job.store.open(unit.payload[kind]) as file, KeyWriter(out.path(f"{kind}.parquet")) as writer:
                 for keys, rows in read_keys(file):
                     if kind == "url":
                         out.stats.drop("not_allowed", int((~allowed[rows]).sum()))
@@ -264,8 +264,8 @@ def match_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the lists' entries and the picked rows' keys of its kind."""
     roles = [role for role in ROLES if job.lists.get(role)]
     for kind in KINDS if roles else ():
-        keys = [record.file(f"{kind}.parquet") for record in earlier["pick"]]
-        lists = {role: [r.file(f"{kind}.parquet") for r in earlier["lists"] if r.name.startswith(f"{role}-")] for role in roles}
+        keys = [file_of(record, kind) for record in earlier["pick"]]
+        lists = {role: [file_of(r, kind) for r in earlier["lists"] if r.name.startswith(f"{role}-")] for role in roles}
         entries = sum(entry.rows for found in lists.values() for entry in found)
         if not entries:
             continue
@@ -285,9 +285,9 @@ def admit_units(job: Job, earlier: Records) -> Iterable[Unit]:
         return
     picked = earlier["pick"]
     digests = {role: add_notes((record.notes[role] for record in earlier["match"]), len(picked)) for role in roles}
-    hits = {role: tuple(record.file(f"{role}.parquet").path for record in earlier["match"]) for role in roles}
+    hits = {role: tuple(file_of(record, role).path for record in earlier["match"]) for role in roles}
     for number, record in enumerate(picked):
-        own = {kind: record.file(f"{kind}.parquet") for kind in ("url", "hash")}
+        own = {kind: file_of(record, kind) for kind in ("url", "hash")}
         decided = [own["url"].sha256, own["hash"].sha256, *(f"{role}{digests[role][number]}" for role in roles)]
         payload = {kind: entry.path for kind, entry in own.items()} | {
             "number": number,
@@ -300,6 +300,12 @@ def admit_units(job: Job, earlier: Records) -> Iterable[Unit]:
 def admitted(earlier: Records) -> list[UnitRecord]:
     """Per metadata file the record with the keys of the rows that are left before duplicates are looked for."""
     return earlier["admit"] or earlier["pick"]
+
+
+def file_of(record: UnitRecord, name: str) -> FileEntry:
+    """The unit's file ``NAME.parquet``."""
+    (entry,) = [entry for entry in record.files if entry.name == f"{name}.parquet"]
+    return entry
 
 
 def digest_files(*digests: str) -> str:

@@ -58,6 +58,7 @@ from stages.select.lists import (
     admitted,
     check_lists,
     domain_keys,
+    file_of,
     hash_keys,
     list_units,
     match_units,
@@ -65,7 +66,6 @@ from stages.select.lists import (
 from stages.select.presets import PRESETS
 from stages.select.where import Where
 from stages.shards.conditions import Condition, Verdict, columns_of, conditions
-from stages.shards.tar import open_table
 from stages.shards.words import WORDS
 from training.names import NAMES
 
@@ -215,7 +215,7 @@ class Duplicates:
         files, first_keys, first_rows = [], [], []
         with RowSets(out.path("again.parquet"), len(paths)) as sets:
             for number, path in enumerate(paths):
-                with open_table(self.job, path) as file:
+                with self.job.store.open(path) as file:
                     for keys, rows in read_keys(file, low, high):
                         again = repeated(keys)
                         sets.add(number, rows[again])
@@ -263,7 +263,7 @@ class Write:
 
     def _rows(self, path: str, file: int | None = None) -> Iterator[np.ndarray]:
         """Row numbers of a file of keys, or those that stand under a metadata file's number."""
-        with open_table(self.job, path) as opened:
+        with self.job.store.open(path) as opened:
             for _, rows in read_keys(opened) if file is None else read_keys(opened, file, file + 1):
                 yield rows
 
@@ -302,7 +302,7 @@ def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
 def _duplicate_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the keys of all files."""
     for kind in ("url", "hash"):
-        keys = [record.file(f"{kind}.parquet") for record in admitted(earlier)]
+        keys = [file_of(record, kind) for record in admitted(earlier)]
         paths, digest = tuple(entry.path for entry in keys), digest_of([entry.sha256 for entry in keys])
         for low, high in ranges(sum(entry.rows for entry in keys)):
             yield Unit(f"{kind}-{low:016x}", (digest, f"{low}-{high}"), {"keys": paths, "range": (low, high)})
@@ -312,10 +312,10 @@ def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the metadata file, its picked rows, and which of them are duplicates."""
     files, left = _files(job), admitted(earlier)
     found = {kind: [r for r in earlier["duplicates"] if r.name.startswith(f"{kind}-")] for kind in ("url", "hash")}
-    again = {kind: tuple(record.file("again.parquet").path for record in records) for kind, records in found.items()}
+    again = {kind: tuple(file_of(record, "again").path for record in records) for kind, records in found.items()}
     digests = {kind: add_notes((r.notes["again"] for r in records), len(files)) for kind, records in found.items()}
     for number, ((address, digest), record) in enumerate(zip(files, left, strict=True)):
-        picked = record.file("url.parquet")
+        picked = file_of(record, "url")
         decided = (digest, picked.sha256, digests["url"][number], digests["hash"][number])
         payload = {"address": address, "number": number, "file": digest_of(digest)[:10], "url": picked.path, "again": again}
         yield Unit(PurePosixPath(address).stem, decided, payload, rows=picked.rows)

@@ -6,18 +6,16 @@ commit is then one line that names it, and never fewer rows.
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
@@ -25,7 +23,6 @@ from infra.store import Store
 from stages.runner.contract import Job, StageError
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-T = TypeVar("T")
 VERIFY = "`unidiffuser verify` names what is damaged"
 
 
@@ -112,20 +109,10 @@ def open_table(job: Job, path: str) -> Iterator[BinaryIO]:
         with job.store.open(path) as file:
             yield file
     except (pa.ArrowInvalid, OSError) as error:
-        # What the block writes may find the disk full.
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
         # What the stage made on its way is in no manifest that `verify` reads, but can be made again.
         own = path.startswith(f"{job.stage}/units/")
         fix = f"delete {job.store.url(posixpath.dirname(path))} and run again" if own else VERIFY
         raise StageError(f"{job.store.url(path)}: {' '.join(str(error).split())}; {fix}") from None
-
-
-def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to `size` items (itertools.batched came with Python 3.12)."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def read_samples(file: BinaryIO, name: str | None = None) -> Iterator[Sample]:

@@ -18,7 +18,6 @@ from stages.drawing.assembly import put_together
 from stages.drawing.pictures import sample_sheet
 from stages.runner.contract import Job, StageConfig
 from stages.runner.run import emit_progress
-from stages.shards.tar import open_table
 
 log = logging.getLogger("stages")
 
@@ -135,6 +134,6 @@ def _captions(job: Job, count: int) -> list[str]:
     import pyarrow.parquet as pq
 
     shard = next(entry for entry in _data(job).files if entry.name.endswith(".parquet"))
-    with open_table(job, shard.path) as file:
+    with job.store.open(shard.path) as file:
         found = next(pq.ParquetFile(file).iter_batches(count, columns=["caption"])).column(0).to_pylist()
     return [found[number % len(found)] for number in range(count)]

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages.runner.contract import StageError
-from stages.shards.tables import cast, castable, check_column, open_parquet, readable
+from stages.shards.outside import cast, castable, check_column, open_parquet, readable
 
 WRITTEN = ["512", " 0.31 ", "", None, "wide", "1e3", "+5", "nan", "-inf", "1,024", ".5", "7."]
 NUMBERS = [512, 0.31, None, None, None, 1000, 5, None, None, None, 0.5, 7]
