@@ -23,7 +23,9 @@ $(VENV)/.ready: requirements.lock pyproject.toml | $(UV)
 demo: setup
 	$(VENV)/bin/unidiffuser demo
 
-# Two at a time: the runs of whole recipes wait for their servers for half of their time.
+# Two at a time: the runs of whole recipes wait for their servers for half of their time. One thread each: where two processes have
+# more threads than there are cores, OpenMP's threads wait for each other most of the time.
+test: export OMP_NUM_THREADS := 1
 test: setup
 	$(MAKE) --no-print-directory --jobs 2 lint test-runs test-parts
 

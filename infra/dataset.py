@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from infra.store import Store, StoreError
+from infra.store import Store, StoreError, sha256_of
 
 # Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
 FILES_INLINE = 2000
+VERIFY = "`unidiffuser verify` names what is damaged"
 
 
 # Slots: there are as many of these as files and units, and a model of pydantic takes ten times the memory.
@@ -120,15 +121,29 @@ class Dataset:
         raise StoreError(f"{self.store.url(self.folder)}: the manifest lists no file {name}")
 
 
-def fetch_files(store: Store, files: list[FileEntry], folder: Path) -> Path:
-    """Make files available below a local folder, under their names; from a local store they are linked, not copied."""
+def fetch_files(store: Store, files: list[FileEntry], folder: Path, fix: str = VERIFY) -> Path:
+    """Make files available below a local folder, under their names; from a local store they are linked, not copied.
+
+    Args:
+        fix: what a person is to do about a damaged file.
+
+    Raises:
+        StoreError: a file is missing, or not the one that its record tells of.
+    """
     for entry in files:
         target = folder / entry.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if store.local:
-            target.symlink_to(store.url(entry.path))
-        else:
-            store.fetch(entry.path, target)
+        try:
+            if store.local:
+                target.symlink_to(store.url(entry.path))
+            else:
+                store.fetch(entry.path, target)
+            found = sha256_of(target)
+        except FileNotFoundError:
+            raise StoreError(f"{store.url(entry.path)}: no such file; {fix}") from None
+        if found != entry.sha256:
+            told = f"sha256 {found[:12]}, its record says {entry.sha256[:12]}"
+            raise StoreError(f"{store.url(entry.path)}: damaged ({told}); {fix}")
     return folder
 
 
@@ -152,7 +167,7 @@ def commit(store: Store, manifest: Manifest) -> Dataset:
     if many:
         columns = {column.name: [getattr(entry, column.name) for entry in manifest.files] for column in fields(FileEntry)}
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer)
+        pq.write_table(pa.table(columns), buffer, write_page_checksum=True)
         store.write(f"{folder}/files.parquet", buffer.getvalue())
         document["files"] = None
     store.write_json(f"{folder}/manifest.json", document)
@@ -166,7 +181,11 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
     if document is None:
         return None
     if document["files"] is None:
-        table = pq.read_table(io.BytesIO(store.read(f"{folder}/files.parquet")))
+        path = f"{folder}/files.parquet"
+        try:
+            table = pq.read_table(io.BytesIO(store.read(path)), page_checksum_verification=True)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StoreError(f"{store.url(path)}: damaged ({error}); delete {store.url(folder)} and run again") from None
         columns = (table[column.name].to_pylist() for column in fields(FileEntry))
         document["files"] = [FileEntry(*values) for values in zip(*columns, strict=True)]
     return Dataset(store, Manifest.model_validate(document))
@@ -175,12 +194,16 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
 def all_datasets(store: Store) -> Iterator[Dataset]:
     """Every committed dataset of a store, by stage and fingerprint."""
     for stage in store.list(""):
-        if stage.startswith(".") or stage == "nodes":
-            continue
-        for fingerprint in store.list(stage):
-            found = find(store, stage, fingerprint) if fingerprint != "units" else None
-            if found is not None:
-                yield found
+        if not stage.startswith(".") and stage != "nodes":
+            yield from datasets_of(store, stage)
+
+
+def datasets_of(store: Store, stage: str) -> Iterator[Dataset]:
+    """Every committed dataset of a stage, by fingerprint."""
+    for fingerprint in store.list(stage):
+        found = find(store, stage, fingerprint) if fingerprint != "units" else None
+        if found is not None:
+            yield found
 
 
 def by_prefix(store: Store, text: str) -> Dataset:

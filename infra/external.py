@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-import fsspec
+from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from infra.listing import Listing, readable
 from infra.store import Store, sha256_of
+
+# What file systems call a tag that changes with the content, then what they call the moment of the last change; the first that is
+# there counts. (Amazon and HTTP; Azure and Google; Hugging Face; GitHub; git; Dropbox; Google Drive; others.)
+TAGS = (
+    "ETag", "etag", "md5Hash", "LastModified", "Content-MD5", "Digest", "blob_id", "xet_hash", "sha", "hex", "content_hash",
+    "md5Checksum", "md5", "checksum", "generation", "version_id", "VersionId",
+    "Last-Modified", "last_modified", "mtime", "modificationTime", "updated", "modifiedTime",
+)  # fmt: skip
 
 
 def state_folder(store: Store) -> Path:
@@ -22,40 +33,74 @@ def state_folder(store: Store) -> Path:
 def resolve(patterns: list[str], store: Store) -> dict[str, str]:
     """Expand paths, globs and fsspec URLs into address -> digest, sorted by address.
 
-    A local file counts by its sha256 (remembered by size and modification time), a remote one by size and etag.
+    What exists under just this name is no glob. Below a glob, the ending matches in capitals too; folders, hidden files, markers
+    and what cannot be read as a file are passed over, counted and logged, and so are images of other endings.
+
+    A local file counts by its sha256 (remembered by size and the times of its last change). A remote one counts by its size and
+    what its file system tells of its content or its last change; where that is nothing, it is read, and counts by its sha256.
 
     Raises:
         FileNotFoundError: a pattern matches nothing; the message names it.
+        OutsideError: a pattern is a folder, or cannot be looked at, or a file of it cannot be read.
     """
     found: dict[str, str] = {}
+    listing = Listing()
     for pattern in patterns:
-        fs, path = fsspec.core.url_to_fs(pattern)
-        matches = sorted(fs.glob(path)) if _is_glob(pattern) else [path] * fs.exists(path)
-        if not matches:
-            raise FileNotFoundError(pattern)
-        if isinstance(fs, LocalFileSystem):
-            found |= _local_digests(matches, state_folder(store) / "digests.json")
-        else:
-            for match in matches:
-                info = fs.info(match)
-                tag = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("LastModified")
-                found[fs.unstrip_protocol(match)] = f"{info['size']}:{str(tag).strip(chr(34))}"
+        fs, paths = listing.files(pattern)
+        with readable(pattern):
+            if isinstance(fs, LocalFileSystem):
+                found |= _local_digests(paths, state_folder(store) / "digests.json")
+            else:
+                found |= {_address(fs, path, pattern): _remote_digest(fs, path) for path in paths}
+    listing.say_left_out()
     return dict(sorted(found.items()))
 
 
-def _is_glob(pattern: str) -> bool:
-    """In a web address ``?`` begins the query, where any character may stand for itself."""
-    path = pattern.split("?")[0] if pattern.startswith(("http://", "https://")) else pattern
-    return any(character in path for character in "*?[")
+def member(address: str) -> str:
+    """An address without the archive that it lies in: ``zip://a.jpg`` of ``zip://a.jpg::https://host/pictures.zip``."""
+    return address.partition("::")[0]
+
+
+def _address(fs: Any, path: str, pattern: str) -> str:
+    """What `fsspec.open` takes; a member of an archive needs the archive's address behind its own."""
+    if not isinstance(fs, AbstractArchiveFileSystem):
+        return str(fs.unstrip_protocol(path))
+    protocol = pattern.partition("://")[0]
+    return f"{protocol}://{path}::{pattern.partition('::')[2]}"
+
+
+def _remote_digest(fs: Any, path: str) -> str:
+    info = fs.info(path)
+    tag = _tag(fs, info)
+    if tag is not None:
+        return f"{info['size']}:{tag}"
+    with fs.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tag(fs: Any, info: dict[str, Any]) -> str | None:
+    """What tells this content from another, or None.
+
+    A weak ETag promises no more than a like meaning. Archives may hold made-up times: only a ZIP's checksum says something. The
+    time that FTP's LIST gives loses its minutes with the years.
+    """
+    if isinstance(fs, AbstractArchiveFileSystem):
+        return f"{info['CRC']:08x}" if "CRC" in info else None
+    for name in TAGS:
+        value = str(info[name]).strip('"') if info.get(name) else ""
+        if value and not value.startswith("W/"):
+            return value
+    moment = str(info.get("modify", ""))
+    return moment if moment.replace(".", "").isdecimal() else None
 
 
 def _local_digests(paths: list[str], cache: Path) -> dict[str, str]:
-    """sha256 of local files, each read once as long as its size and modification time stay."""
+    """sha256 of local files, each read once as long as its size and times stay. (The second of the two cannot be set back.)"""
     known = json.loads(cache.read_text()) if cache.exists() else {}
     digests, fresh = {}, False
     for path in paths:
         status = os.stat(path)
-        stamp = f"{status.st_size}:{status.st_mtime_ns}"
+        stamp = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
         if known.get(path, {}).get("stamp") != stamp:
             known[path] = {"stamp": stamp, "sha256": sha256_of(path)}
             fresh = True

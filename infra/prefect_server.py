@@ -5,19 +5,23 @@ from __future__ import annotations
 import base64
 import json
 import os
+import secrets
 import socket
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
 
 from infra.loopback import open_url
-from infra.processes import Server, ServerError, free_port, recorded, running, spawn, stop, wait_until_ready
+from infra.processes import Server, ServerError, free_port, locked, recorded, running, spawn, stop, wait_until_ready
 
 START_SECONDS = 300.0
 # How often a flow says that it is alive; the least that Prefect takes.
 HEARTBEAT_SECONDS = 30
+# Where the embedded server signs a browser in, with the credential as the fragment: browsers send that part to no server.
+SIGN_IN = "/sign-in"
 WORKER = f"unidiffuser on {socket.gethostname()}"
 
 
@@ -67,6 +71,25 @@ def _minor(text: str) -> list[int]:
     return [int(part) for part in text.split(".")[:2]]
 
 
+def credential(state: Path) -> str:
+    """What the embedded server of a state folder asks for, as `user:password`; the same for as long as the folder is there.
+
+    Workers, running flows and browsers keep it over a restart of the server. Only its owner can read it.
+    """
+    folder = state / "prefect"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    path = folder / "credential"
+    with locked(folder / "credential.lock"):
+        if not path.exists():
+            # A new file of mode 0600, which gets its name when it is whole.
+            descriptor, part = tempfile.mkstemp(dir=folder)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(f"unidiffuser:{secrets.token_urlsafe(32)}")
+            os.replace(part, path)
+    return path.read_text()
+
+
 def prefect_environment(state: Path, address: str) -> dict[str, str]:
     """Settings for a client or server of the embedded kind; they leave the user's own ~/.prefect alone."""
     home = state / "prefect"
@@ -74,6 +97,7 @@ def prefect_environment(state: Path, address: str) -> dict[str, str]:
         "PREFECT_HOME": str(home),
         "PREFECT_PROFILES_PATH": str(home / "profiles.toml"),
         "PREFECT_API_URL": f"{address}/api",
+        "PREFECT_API_AUTH_STRING": credential(state),
         "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -86,39 +110,38 @@ def prefect_environment(state: Path, address: str) -> dict[str, str]:
     }
 
 
-# A transaction of SQLite that reads first and then writes fails at once when another one has written in between, and the server
-# answers 503. Prefect's own client asks again; its UI says "Unknown error". One that asks to write from the start waits instead.
-_PREFECT = """
-import runpy
-from prefect.server.database.configurations import AioSqliteConfiguration as SQLite
-begin = SQLite.begin_transaction
-SQLite.begin_transaction = lambda self, session, with_for_update=False: begin(self, session, with_for_update=True)
-runpy.run_module("prefect", run_name="__main__")
-"""
-
-
 def start_prefect(state: Path) -> Server:
     """The embedded server: the one that survived an earlier command if it answers, else a new one on a free port.
 
     A new one is still on its way up: `wait_for_prefect` before use.
     """
-    found = recorded("prefect", state)
+    found, token = recorded("prefect", state), credential(state)
     if found is not None:
-        if answers(found.address):
+        # One of an older release lets everybody in.
+        if found.token == token and answers(found.address):
             return found
         stop(found, state)
     port = _port(state)
     address = f"http://127.0.0.1:{port}"
-    # Blocks are a feature that nothing here uses; registering them costs a second of every start.
-    environment = {**os.environ, **prefect_environment(state, address), "PREFECT_API_BLOCKS_REGISTER_ON_START": "false"}
-    command = [sys.executable, "-c", _PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    return spawn("prefect", command, environment, state, address=address)
+    environment = {
+        **os.environ,
+        **prefect_environment(state, address),
+        "PREFECT_SERVER_API_AUTH_STRING": token,
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": address,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+        # Whichever of its names the browser knows the server by, the UI asks that one.
+        "PREFECT_SERVER_UI_API_URL": "/api",
+        # Blocks are a feature that nothing here uses; registering them costs a second of every start.
+        "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+    }
+    # -P: a folder `infra` where the command was given is not ours.
+    command = [sys.executable, "-P", "-m", "infra.prefect_app", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    return spawn("prefect", command, environment, state, address=address, token=token)
 
 
 def _port(state: Path) -> int:
     """The port that the server had last, so that bookmarks, workers and running flows find it again; another when it is taken."""
     memory = state / "prefect" / "port"
-    memory.parent.mkdir(parents=True, exist_ok=True)
     port = free_port(wanted=int(memory.read_text()) if memory.exists() else 0)
     memory.write_text(str(port))
     return port
@@ -145,12 +168,14 @@ def answers(address: str) -> bool:
 def start_worker(state: Path, address: str, pool: str) -> tuple[Server, bool]:
     """A worker that runs the flows of a process pool as child processes, and whether it is a new one.
 
-    The one that an earlier command left is kept if it serves the same pool of the same API. Flows that a dead one has left go on.
+    The one that an earlier command left is kept if it serves the same pool of the same API with the same credential. Flows that a
+    dead one has left go on.
     """
     serves = f"{address}/v2/work-pools/work-pool/{pool}"
     found = running("worker", state)
+    token = os.environ.get("PREFECT_API_AUTH_STRING")
     if found is not None:
-        if found.address == serves:
+        if found.address == serves and found.token == token:
             return found, False
         stop(found, state)
     environment = {
@@ -166,4 +191,4 @@ def start_worker(state: Path, address: str, pool: str) -> tuple[Server, bool]:
     command = [
         sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", WORKER,
     ]  # fmt: skip
-    return spawn("worker", command, environment, state, address=serves), True
+    return spawn("worker", command, environment, state, address=serves, token=token), True

@@ -44,7 +44,9 @@ def start_ray(state: Path, cpus: int | None = None) -> Server:
     port, head, agent = free_ports("127.0.0.1", NODE_ADDRESS, NODE_ADDRESS)
     # Ray's sockets lie in its folder and their paths must stay below 107 bytes, which a store's path may exceed.
     folder = tempfile.mkdtemp(prefix="unidiffuser-ray-", dir="/tmp")
-    environment = {**os.environ, **_environment(token)}
+    # Jobs look at data from outside and never talk to Prefect: they need not know what lets one in there.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    environment = {**ours, **_environment(token)}
     address = f"http://127.0.0.1:{port}"
     server = spawn(
         "ray", _command(port, head, agent, folder, cpus), environment, state, address=address, folder=folder, token=token

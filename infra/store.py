@@ -123,6 +123,8 @@ class Store:
 
     def list(self, path: str) -> list[str]:
         """Names directly below a folder, sorted; empty when there is none."""
+        # Object stores' file systems remember listings, and other processes write too.
+        self.fs.invalidate_cache(self._full(path))
         try:
             found = self.fs.ls(self._full(path), detail=False)
         except FileNotFoundError:

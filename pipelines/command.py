@@ -329,6 +329,16 @@ def down(store: StoreOption = "runs") -> None:
     bring_down(state_folder(Store(store)), lambda text: console.print(text, soft_wrap=True))
 
 
+@app.command(epilog="Example: unidiffuser ui --store runs")
+def ui(store: StoreOption = "runs") -> None:
+    """Open the Prefect UI of the servers that are up, signed in; the link is printed as well."""
+    from infra.external import state_folder
+    from infra.store import Store
+    from pipelines.servers.machine import open_ui
+
+    open_ui(state_folder(Store(store)), console)
+
+
 def main() -> None:
     """Entry point: errors that a person can mend are one line; 2 means misuse, 1 failure, 130 an interruption."""
     arguments = sys.argv[1:]

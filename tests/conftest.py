@@ -20,3 +20,22 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A gloo group of one, so that the training loop can run in the tests' own process."""
+    import torch
+    import torch.distributed as dist
+
+    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "DS_ACCELERATOR")}
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DS_ACCELERATOR="cpu")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rendezvous = tmp_path_factory.mktemp("group") / "rendezvous"
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    torch.set_num_threads(threads)
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})

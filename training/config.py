@@ -19,7 +19,7 @@ LARGEST_DEFAULT_LANES = 16
 class Section(BaseModel):
     """Base of the sections below: an unknown field is an error, and a config that was checked does not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):

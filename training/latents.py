@@ -24,10 +24,15 @@ from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
 OPEN_FILES = 32
+VERIFY = "`unidiffuser verify DATASET` names what is damaged"
 
 
 class ShardError(ValueError):
     """A shard that cannot be trained on; the message names the file and what is wrong."""
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
@@ -134,9 +139,11 @@ class LatentReader:
     def _open(self, file: int) -> pq.ParquetFile:
         if file not in self._files:
             try:
-                self._files[file] = pq.ParquetFile(fsspec.open(self.shards[file], "rb").open(), pre_buffer=True)
+                self._files[file] = pq.ParquetFile(
+                    fsspec.open(self.shards[file], "rb").open(), pre_buffer=True, page_checksum_verification=True
+                )
             except (OSError, pa.ArrowInvalid) as error:
-                raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {error}") from error
+                raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)[1].close(force=True)
         self._files.move_to_end(file)
@@ -179,7 +186,7 @@ class LatentReader:
         try:
             return self._open(file).read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise ShardError(f"{self.shards[file]}: row group {group} cannot be read: {error}") from error
+            raise ShardError(f"{self.shards[file]}: row group {group} cannot be read: {_line(error)}; {VERIFY}") from error
 
     def rows(self, file: int, group: int) -> tuple[Rows, Rows]:
         """Training rows and held-out rows of a row group."""

@@ -139,6 +139,6 @@ def _reason(error: BaseException) -> str:
     failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())]
     for failure in failures:
         cause = getattr(failure, "_base_exc", failure)
-        if type(cause).__module__.startswith("training.") or isinstance(cause, (OSError, ValueError)):
+        if type(cause).__module__.startswith(("training.", "infra.")) or isinstance(cause, (OSError, ValueError)):
             return str(cause)
     return str(failures[0] if failures else error)

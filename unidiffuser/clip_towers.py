@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from unidiffuser.clip_preprocess import INTERPOLATIONS
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.tensors import WeightsError, load_checked
 
@@ -75,6 +77,9 @@ def text_tower(clip: ClipEncoder, tokenizer: Any) -> nn.Module:
     text = clip.model.text
     if text.attn_mask is None:
         raise WeightsError(f"{clip.ref}: text tower without a causal mask, which transformers' CLIP always has")
+    told = {name: clip.settings["text_cfg"].get(name) for name in ("tokenizer_kwargs", "tokenizer_mode")}
+    if extra := [f"{name} {value}" for name, value in told.items() if value]:
+        raise WeightsError(f"{clip.ref}: text tower with {', '.join(extra)}, which a tokenizer of transformers does not have")
     target = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=text.token_embedding.num_embeddings,
@@ -102,9 +107,13 @@ def image_tower(clip: ClipEncoder) -> nn.Module:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     visual = clip.model.visual
+    if clip.settings["vision_cfg"].get("timm_model_name"):
+        raise WeightsError(f"{clip.ref}: image tower of timm, which transformers' CLIP is not")
+    if visual.pool_type != "tok" or visual.final_ln_after_pool:
+        raise WeightsError(f"{clip.ref}: image tower with pool_type {visual.pool_type}, transformers' CLIP takes the class token")
     target = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            image_size=image_size(clip),
+            image_size=image_side(clip),
             patch_size=visual.conv1.kernel_size[0],
             projection_dim=clip.embed_dim,
             **_tower_settings(visual.transformer.resblocks),
@@ -117,10 +126,39 @@ def image_tower(clip: ClipEncoder) -> nn.Module:
     return target.eval()
 
 
-def image_size(clip: ClipEncoder) -> int:
-    """Pixels a side of the pictures that the image tower takes."""
-    size = clip.model.visual.image_size
-    return int(size[0] if isinstance(size, tuple | list) else size)
+def image_side(clip: ClipEncoder) -> int:
+    """Pixels a side of the square pictures that the image tower takes.
+
+    Raises:
+        WeightsError: they are no squares.
+    """
+    height, width = clip.preprocess.size
+    if height != width:
+        raise WeightsError(f"{clip.ref}: pictures of {width} x {height} pixels, transformers' CLIP takes squares")
+    return height
+
+
+def image_processor(clip: ClipEncoder) -> Any:
+    """The preprocessing of pictures as a transformers CLIPImageProcessor.
+
+    Raises:
+        WeightsError: it does something that this processor does not do.
+    """
+    from transformers import CLIPImageProcessor
+
+    told, side = clip.preprocess, image_side(clip)
+    if told.resize_mode == "longest":
+        raise WeightsError(f"{clip.ref}: resize_mode longest, which transformers' CLIPImageProcessor does not have")
+    square = {"height": side, "width": side}
+    middle = told.resize_mode == "shortest"
+    return CLIPImageProcessor(
+        size={"shortest_edge": side} if middle else square,
+        crop_size=square,
+        do_center_crop=middle,
+        resample=INTERPOLATIONS[told.interpolation],
+        image_mean=list(told.mean),
+        image_std=list(told.std),
+    )
 
 
 def _tower_settings(blocks: Any) -> dict[str, Any]:
@@ -190,10 +228,10 @@ def write_image_tower(folder: Path, model: Any, processor: Any, source: str) -> 
     """Write a transformers CLIPVisionModelWithProjection as a folder for ``ClipEncoder``, with this tower alone.
 
     Args:
-        processor: its CLIPImageProcessor, which knows mean and deviation of the pixels.
+        processor: its CLIPImageProcessor, which knows how pictures are prepared.
 
     Raises:
-        WeightsError: it has something that open_clip's tower does not have.
+        WeightsError: it has something that open_clip's tower, or its preprocessing, does not have.
     """
     config = model.config
     vision = {
@@ -204,11 +242,35 @@ def write_image_tower(folder: Path, model: Any, processor: Any, source: str) -> 
         **_layers(config, source),
     }
     settings = {"embed_dim": config.projection_dim, "vision_cfg": vision, "text_cfg": _NO_TEXT_TOWER}
-    preprocess = {"mean": list(processor.image_mean), "std": list(processor.image_std), "interpolation": "bicubic"}
+    preprocess = _preprocess_cfg(processor.to_dict(), config.image_size, source)
     state = {name.removeprefix("vision_model."): tensor for name, tensor in model.state_dict().items()}
     state["proj"] = state.pop("visual_projection.weight").T.contiguous()
     settings |= _activation(config, source)
     _write(folder, settings, preprocess, "visual", _from_transformers(state, _IMAGE_ENDS), source)
+
+
+def _preprocess_cfg(told: Mapping[str, Any], side: int, source: str) -> dict[str, Any]:
+    """open_clip's settings of what a CLIPImageProcessor does before a tower that takes ``side`` x ``side`` pixels."""
+    square = {"height": side, "width": side}
+    wanted = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+    wrong = [f"{name} {told.get(name)!r}" for name, value in wanted.items() if told.get(name) != value]
+    if abs(told["rescale_factor"] * 255 - 1) > 1e-6:
+        wrong.append(f"rescale_factor {told['rescale_factor']}")
+    size, crop = told["size"], told["crop_size"] if told["do_center_crop"] else None
+    if size == {"shortest_edge": side} and crop == square:
+        mode = "shortest"
+    elif size == square and crop in (None, square):
+        mode = "squash"
+    else:
+        wrong.append(f"size {size} and crop_size {crop}, for an image_size of {side}")
+        mode = ""
+    names = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+    if told["resample"] not in names:
+        wrong.append(f"resample {told['resample']!r}")
+    if wrong:
+        raise WeightsError(f"{source}: its image processor has {', '.join(wrong)}, which open_clip's preprocessing does not have")
+    mean_and_std = {"mean": list(told["image_mean"]), "std": list(told["image_std"])}
+    return mean_and_std | {"interpolation": names[told["resample"]], "resize_mode": mode}
 
 
 def _layers(config: Any, source: str) -> dict[str, Any]:

@@ -178,8 +178,10 @@ def from_diffusers(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     Raises:
         WeightsError: it has another architecture than the published one, or tensors are missing, extra or wrongly shaped.
     """
-    published = {"block_type": "unidiffuser", "pre_layer_norm": False, "activation_fn": "gelu",
-                 "use_timestep_embedding": False, "use_patch_pos_embed": False}  # fmt: skip
+    published = {"block_type": "unidiffuser", "pre_layer_norm": False, "activation_fn": "gelu", "norm_type": "layer_norm",
+                 "norm_elementwise_affine": True, "use_timestep_embedding": False, "use_patch_pos_embed": False,
+                 "attention_bias": False, "cross_attention_dim": None, "only_cross_attention": False,
+                 "num_vector_embeds": None, "num_embeds_ada_norm": None}  # fmt: skip
     for field, value in published.items():
         if settings.get(field, value) != value:
             raise WeightsError(f"config.json: {field} is {settings[field]!r}, the published U-ViT has {value!r}")

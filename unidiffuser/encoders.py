@@ -6,18 +6,22 @@ small embedded weights, a local folder or a public name (see `unidiffuser.refere
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from unidiffuser.clip_preprocess import Preprocess
+from unidiffuser.clip_settings import clip_settings
+from unidiffuser.images import to_pil
 from unidiffuser.references import local_folder
-from unidiffuser.tensors import WeightsError, load_checked, pretrained, read_settings, reading
+from unidiffuser.tensors import NotFinite, WeightsError, load_checked, pretrained, reading
 
 
 def sample_latent(moments: Tensor, scaling_factor: float, generator: torch.Generator | None = None) -> Tensor:
@@ -42,7 +46,8 @@ class ImageLatents:
         >>> vae.decode(vae.sample_latent(moments)).shape        # (B, 3, 256, 256)
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, ref: str = "autoencoder") -> None:
+        _refuse_shifted(model.config, ref)
         self.model = model.eval().requires_grad_(False)
         self.scaling_factor = float(model.config.scaling_factor)
         self.channels = int(model.config.latent_channels)
@@ -51,16 +56,20 @@ class ImageLatents:
 
     @classmethod
     def load(cls, ref: str = "embedded", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ImageLatents:
-        """Load weights by reference.
+        """Load weights by reference. One that says ``force_upcast`` (SDXL's) overflows in fp16, and computes in fp32 then.
 
         Raises:
-            FileNotFoundError: a folder without the model. OSError: an unknown public name. WeightsError: tensors do not fit.
+            FileNotFoundError: a folder without the model. OSError: an unknown public name. WeightsError: tensors do not fit,
+            or latents that are not only scaled.
         """
         from diffusers import AutoencoderKL
 
         folder = local_folder(ref, "vae")
-        model = pretrained(AutoencoderKL, folder or ref, torch_dtype=dtype, low_cpu_mem_usage=False)
-        latents = cls(model.to(device))
+        half = dtype == torch.float16
+        model = pretrained(AutoencoderKL, folder or ref, torch_dtype=torch.float32 if half else dtype, low_cpu_mem_usage=False)
+        if half and not model.config.force_upcast:
+            model = model.half()
+        latents = cls(model.to(device), f"vae {ref!r}")
         if latents.model.device.type != "cpu":
             latents._lay_out()
         return latents
@@ -97,11 +106,18 @@ class ImageLatents:
 
     @torch.inference_mode()
     def decode(self, z: Tensor) -> Tensor:
-        """Decode (B, C, h, w) scaled latents into (B, 3, H, W) uint8 pictures."""
+        """Decode (B, C, h, w) scaled latents into (B, 3, H, W) uint8 pictures.
+
+        Raises:
+            NotFinite: the decoder overflows.
+        """
         if not self.laid_out:
             self._lay_out()
         z = (z.to(self.model.device) / self.scaling_factor).to(self.model.dtype)
         y = self.model.decode(z.contiguous(memory_format=torch.channels_last)).sample.float()
+        if not y.isfinite().all():
+            kind = str(self.model.dtype).removeprefix("torch.")
+            raise NotFinite(f"the autoencoder decodes to values that are not finite, in {kind}: take another dtype")
         return y.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).contiguous()
 
     def save(self, folder: str) -> None:
@@ -109,30 +125,16 @@ class ImageLatents:
         self.model.save_pretrained(folder, safe_serialization=True)
 
 
-def clip_settings(ref: str) -> dict[str, Any]:
-    """open_clip's configuration of a model by reference, without its weights.
+def _refuse_shifted(config: Any, ref: str) -> None:
+    """What this package knows of an autoencoder's latents is one scaling factor.
 
     Raises:
-        FileNotFoundError: a folder without the model. WeightsError: its configuration is damaged.
-        ValueError: a public name without weights. OSError: an unknown one.
+        WeightsError: its configuration moves or weighs them in another way too.
     """
-    import open_clip
-
-    folder = local_folder(ref, "clip")
-    if folder is not None:
-        file = folder / "open_clip_config.json"
-        settings = read_settings(file).get("model_cfg")
-        fields = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
-        if not isinstance(settings, dict) or not all(isinstance(settings.get(name), kind) for name, kind in fields.items()):
-            raise WeightsError(f"{file}: expected a model_cfg with {', '.join(fields)}, as open_clip writes it")
-        return settings
-    name, _, weights = ref.partition("/")
-    if not weights:
-        raise ValueError(f"clip {ref!r}: expected MODEL/WEIGHTS like 'ViT-B-32/openai', 'embedded' or a folder")
-    settings = open_clip.get_model_config(name)
-    if settings is None:
-        raise OSError(f"clip {ref!r}: open_clip knows no model {name}")
-    return settings | ({"quick_gelu": True} if weights == "openai" else {})
+    told = {name: getattr(config, name, None) for name in ("shift_factor", "latents_mean", "latents_std")}
+    moved = [f"{name} {value}" for name, value in told.items() if value not in (None, 0)]
+    if moved:
+        raise WeightsError(f"{ref}: has {', '.join(moved)}, where only a scaling_factor is supported: name another autoencoder")
 
 
 def _model_of_folder(folder: Path) -> Any:
@@ -169,7 +171,7 @@ class ClipEncoder:
     A tower of width 1 is none: a pipeline of diffusers holds the image tower of one CLIP and the text tower of another.
 
     Attributes:
-        settings: open_clip's configuration of the model.
+        settings: open_clip's configuration of the model; preprocess: how it sees pictures.
         context_length: L, tokens of a caption; text_width: W of a hidden state; embed_dim: D of an embedding.
     """
 
@@ -179,6 +181,7 @@ class ClipEncoder:
         self.tokenizer = tokenizer
         self.ref = ref
         self.settings = dict(settings)
+        self.preprocess = Preprocess.read(model.visual.preprocess_cfg, f"clip {ref!r}")
         self.context_length = int(model.context_length)
         self.text_width = int(model.text.token_embedding.embedding_dim)
         self.embed_dim = int(model.text.output_dim)
@@ -191,7 +194,7 @@ class ClipEncoder:
 
         Raises:
             FileNotFoundError: a folder without the model. ValueError: a public name without weights. OSError: an unknown
-            one, or it cannot be fetched. WeightsError: tensors do not fit.
+            one, or it cannot be fetched. WeightsError: tensors do not fit, or a setting of the model is not supported.
         """
         import open_clip
 
@@ -204,20 +207,22 @@ class ClipEncoder:
         name, _, weights = ref.partition("/")
         try:
             model = open_clip.create_model(
-                name, pretrained=weights, force_custom_text=True, force_quick_gelu=weights == "openai", require_pretrained=True
-            )
+                name, pretrained=weights, force_custom_text=True, force_quick_gelu=bool(settings.get("quick_gelu")),
+                require_pretrained=True,
+            )  # fmt: skip
         except RuntimeError as error:
             raise OSError(f"clip {ref!r}: {' '.join(str(error).split())}") from error
         return cls(model.to(device=device, dtype=dtype), open_clip.get_tokenizer(name), ref, settings)
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` takes: config, safetensors in the type of the weights, tokenizer."""
-        from open_clip.push_to_hf_hub import save_config_for_hf
         from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_config_for_hf(self.model, folder / "open_clip_config.json", model_config={**self.settings, "custom_text": True})
+        preprocess = {name: value for name, value in asdict(self.preprocess).items() if name != "size"}  # the model's own
+        config = {"model_cfg": {**self.settings, "custom_text": True}, "preprocess_cfg": preprocess}
+        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         state = {name: value.contiguous() for name, value in self.model.state_dict().items()}
         save_file(state, folder / "open_clip_model.safetensors")
         # open_clip's own tokenizer is part of the package; one of transformers is a file.
@@ -228,32 +233,24 @@ class ClipEncoder:
     def image(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Embed pictures, PIL of any sizes or (B, 3, H, W) uint8, as (B, D) fp32, not normalised (as in the paper)."""
         self._require("vision_cfg", "image")
-        if isinstance(images, Tensor):
-            x = self._preprocess(images)
-        else:
-            arrays = (torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1) for picture in images)
-            x = torch.cat([self._preprocess(array[None]) for array in arrays])
-        return self.model.encode_image(x).float()
+        return self.model.encode_image(self._preprocess(images)).float()
 
-    def _preprocess(self, images: Tensor) -> Tensor:
-        """Shorter side to the model's size (bicubic, antialiased), centre crop, and the model's own mean and deviation."""
-        from torchvision.transforms import functional
-
-        settings = self.model.visual.preprocess_cfg
-        size = settings["size"][0] if isinstance(settings["size"], tuple | list) else settings["size"]
-        x = images.to(self._device).float().div(255)
-        x = functional.resize(x, [size], functional.InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-        x = functional.center_crop(x, [size, size])
-        return functional.normalize(x, list(settings["mean"]), list(settings["std"])).to(self._dtype)
+    def _preprocess(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        """What the image tower sees of pictures, (B, 3, h, w)."""
+        pictures = to_pil(images) if isinstance(images, Tensor) else [picture.convert("RGB") for picture in images]
+        return self.preprocess.normalised(self.preprocess.pixels(pictures).to(self._device)).to(self._dtype)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """Token ids (B, L), cut at L tokens.
 
         Behind a caption open_clip's own tokenizer puts zeros; the published model has seen the end-of-text token there, as
-        transformers' CLIPTokenizer puts it. It matters: the hidden states of all L tokens are modelled.
+        transformers' CLIPTokenizer puts it. It matters: the hidden states of all L tokens are modelled. A tower that looks at
+        what is behind (without a causal mask, as MobileCLIP's, or pooling there) gets the zeros that it was trained with.
         """
         ids = self.tokenizer(list(captions))
-        if (end := getattr(self.tokenizer, "eot_token_id", None)) is None:
+        text = self.model.text
+        looks_behind = text.attn_mask is None or text.cls_emb is not None or text.pool_type == "last"
+        if (end := getattr(self.tokenizer, "eot_token_id", None)) is None or looks_behind:
             return ids
         behind = (ids == end).flip(1).cumsum(1).flip(1) == 0
         return ids.masked_fill(behind, end)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from unidiffuser.codecs import CaptionCodec, Codec, PictureCodec, check_codecs
 from unidiffuser.compiling import find_compiler
 from unidiffuser.encoders import ClipEncoder, ImageLatents
-from unidiffuser.guidance import check_interval
+from unidiffuser.guidance import MOST_GUIDANCE, check_interval
 from unidiffuser.modalities import all_parts, resized
 from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, sample
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.tasks import TASK_NAMES
+from unidiffuser.tensors import NotFinite
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.uvit import UViT
 from unidiffuser.weights import load_native
@@ -31,6 +33,8 @@ TAKES_CONDITION_T = ("t2i", "i2t")
 # Beams of captions that a CPU follows side by side: more are a quarter faster in the decoder, and take 350 MiB more, which
 # would be the peak of all. Pictures it decodes one by one; other devices decode the whole batch.
 BEAMS_AT_ONCE = 5
+# Seeds are below this, as everywhere in this project.
+SEEDS = 2**63
 
 
 def check_request(
@@ -40,12 +44,15 @@ def check_request(
     sampler: str = "dpm++2m",
     condition_t: int = 0,
     guidance_interval: tuple[int, int] | None = None,
+    guidance: float = 0.0,
+    steps: int = 1,
+    seeds: Sequence[int] = (),
 ) -> None:
     """Say what is wrong with a request before anything is loaded; see ``UniDiffuser.generate`` for the arguments.
 
     Raises:
         ValueError: the task or the sampler is unknown, the two do not go together, an input is missing or not taken, or a
-            timestep is out of range.
+            timestep, the guidance, the number of steps or a seed is out of range.
     """
     last = NoiseSchedule().steps
     if task not in TASK_NAMES:
@@ -69,6 +76,12 @@ def check_request(
     if condition_t and task not in TAKES_CONDITION_T:
         raise ValueError(f"condition_t goes with {' and '.join(TAKES_CONDITION_T)}, not with {task}")
     check_interval(guidance_interval, last)
+    if not 0 <= guidance <= MOST_GUIDANCE:  # also what is no number
+        raise ValueError(f"guidance must be in 0 .. {MOST_GUIDANCE:g}, not {guidance}")
+    if not 1 <= steps < last:
+        raise ValueError(f"steps must be in 1 .. {last - 1}, not {steps}")
+    if wrong := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+        raise ValueError(f"a seed must be in 0 .. {SEEDS - 1}, not {wrong[0]}")
 
 
 @dataclass(frozen=True)
@@ -150,6 +163,10 @@ class UniDiffuser:
         self.uvit.compile(options={"freezing": self.device.type == "cpu"})
 
     @property
+    def _arithmetic(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def size(self) -> int:
         """Pixels a side of the pictures that the model was last trained for."""
         return self.latent.shape[1] * self.vae.reduction
@@ -188,8 +205,11 @@ class UniDiffuser:
 
         Raises:
             ValueError: see ``check_request``; or the number of seeds is wrong, or the model cannot draw this size.
+            NotFinite: an encoder, the network or the autoencoder overflows.
         """
-        check_request(task, prompts, images, sampler, condition_t, guidance_interval)
+        check_request(
+            task, prompts, images, sampler, condition_t, guidance_interval, guidance, steps, seeds if seeds is not None else ()
+        )
         if min(count, batch, beams, rounds) < 1:
             raise ValueError(f"count, batch, beams and rounds must be 1 or more, not {count}, {batch}, {beams} and {rounds}")
         inputs = prompts or images or None
@@ -206,6 +226,7 @@ class UniDiffuser:
             data_type = 1
         codecs = self.codecs(size, beams)
         condition = codecs["image" if images else "text"].encode(inputs) if inputs else {}
+        _check_finite(condition, f"encoding in {self._arithmetic}", "take another dtype")
         if task != "interpolate":
             condition = {name: part[torch.tensor(sources)] for name, part in condition.items()}
         modalities = resized(self.uvit.config.modalities, {"latent": self.vae.latent_shape(size)})
@@ -214,6 +235,7 @@ class UniDiffuser:
                 self.uvit, task, modalities, batch, steps, guidance, seeds, sampler, condition, condition_t,
                 guidance_interval, data_type, rounds,
             )  # fmt: skip
+        _check_finite(drawn, f"sampling in {self._arithmetic} with guidance {guidance:g}", "take another dtype or less guidance")
         at_once = min(batch, max(1, BEAMS_AT_ONCE // beams)) if self.device.type == "cpu" else batch
         values: dict[str, list[Any]] = {name: [None] * len(seeds) for name in codecs}
         for modality in modalities:
@@ -223,6 +245,12 @@ class UniDiffuser:
                 decode = codecs[modality.codec].decode
                 values[modality.codec] = [value for some in rows for value in decode({n: p[some] for n, p in parts.items()})]
         return [Generated(*row) for row in zip(seeds, sources, values["image"], values["text"], strict=True)]
+
+
+def _check_finite(parts: Mapping[str, Tensor], what: str, fix: str) -> None:
+    """Raise NotFinite unless all numbers of all parts are."""
+    if wrong := [name for name, part in parts.items() if not part.isfinite().all()]:
+        raise NotFinite(f"{what} gave values of {', '.join(wrong)} that are not finite: {fix}")
 
 
 def _repeat(inputs: int, count: int) -> list[int]:

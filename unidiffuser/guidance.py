@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from unidiffuser.modalities import Modality
 from unidiffuser.tasks import Task
 
+# Beyond this a sample is a poster of a few colours, and half precision overflows soon.
+MOST_GUIDANCE = 100.0
+
 
 def check_interval(interval: tuple[int, int] | None, last: int) -> None:
     """Raise ValueError unless ``interval`` is None or two timesteps in 0 .. ``last``, the lower one first."""

@@ -15,6 +15,7 @@ native only, and has its default after a way back.
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -158,10 +159,24 @@ def convert(
             with export_folder(source, encoders, heads) as folder:
                 write_set(folder, made, to)
                 config = read_config(folder / "uvit")
-        if target.is_dir():
-            target.rmdir()
-        made.rename(target)
+        _rename_to_new(made, target)
     return config.heads if to == "official" and config.heads * 64 != config.width else None
+
+
+def _rename_to_new(made: Path, target: Path) -> None:
+    """Give what was made its name, but for a file or a folder that came to be there meanwhile.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    try:
+        if made.is_file():
+            target.touch(exist_ok=False)  # an own file, which the renaming may replace
+        made.rename(target)  # a folder replaces an empty one, and no other
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            raise
+        raise FileExistsError(f"{target} exists: choose another name, or remove it") from None
 
 
 def _refuse_half_a_set(source: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unidiffuser.clip_towers import clip_tokenizer, image_size, image_tower, text_tower
+from unidiffuser.clip_towers import clip_tokenizer, image_processor, image_tower, text_tower
 from unidiffuser.convert import to_diffusers
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.generation import UniDiffuser
@@ -43,27 +43,19 @@ def save_pipeline(folder: Path | str, model: UniDiffuser) -> None:
     """
     from diffusers import UniDiffuserPipeline
     from diffusers.pipelines.deprecated.unidiffuser.modeling_uvit import UniDiffuserModel
-    from transformers import CLIPImageProcessor
 
     folder = Path(folder)
     unet_settings, unet_tensors = to_diffusers(model.uvit.state_dict(), model.uvit.config)
     with torch.device("meta"):
         unet = UniDiffuserModel.from_config(unet_settings)
     unet.load_state_dict(unet_tensors, assign=True)  # every tensor in its own type, which from_pretrained would change
-    preprocess = model.clip_image.model.visual.preprocess_cfg
-    side = image_size(model.clip_image)
     scheduler_class, settings = SAMPLERS["dpm++2m"]
     tokenizer = _tokenizer(model.clip_text)
     pipeline: Any = UniDiffuserPipeline(
         vae=model.vae.model,
         text_encoder=text_tower(model.clip_text, tokenizer),
         image_encoder=image_tower(model.clip_image),
-        clip_image_processor=CLIPImageProcessor(
-            size={"shortest_edge": side},
-            crop_size={"height": side, "width": side},
-            image_mean=list(preprocess["mean"]),
-            image_std=list(preprocess["std"]),
-        ),
+        clip_image_processor=image_processor(model.clip_image),
         clip_tokenizer=tokenizer,
         text_decoder=_text_decoder(model.text_codec, model.clip_text.context_length),
         text_tokenizer=model.text_codec.tokenizer,
@@ -98,6 +90,8 @@ def _text_decoder(codec: TextCodec, length: int) -> nn.Module:
     from diffusers.pipelines.deprecated.unidiffuser.modeling_text_decoder import UniDiffuserTextDecoder
 
     gpt = codec.gpt2.config
+    if not gpt.tie_word_embeddings:
+        raise WeightsError("text codec: its GPT-2 has a head of its own (tie_word_embeddings false), that of diffusers has none")
     decoder = UniDiffuserTextDecoder(
         prefix_length=length,
         prefix_inner_dim=codec.text_width,

@@ -17,6 +17,8 @@ from unidiffuser.convert import from_diffusers
 from unidiffuser.convert_parts import codec_renamed
 from unidiffuser.encoders import ImageLatents
 from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS, forget_paths
+from unidiffuser.schedule import NoiseSchedule
+from unidiffuser.solver import scheduler_settings
 from unidiffuser.tensors import WeightsError, named, pretrained, read_settings, read_tensors, reading, without_masks
 from unidiffuser.text_decoder import EOS, TextCodec
 from unidiffuser.uvit import UViT
@@ -37,6 +39,7 @@ def import_pipeline(source: Path, folder: Path) -> None:
     index = read_settings(source / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise WeightsError(f"{source}: a {index.get('_class_name')}, expected a {PIPELINE}")
+    _check_scheduler(source / "scheduler" / "scheduler_config.json")
     save_native(folder / "uvit", load_unet(source / "unet"))
     read_settings(source / "vae" / "config.json")
     ImageLatents.load(str(source / "vae")).save(str(folder / "vae"))
@@ -52,6 +55,17 @@ def import_pipeline(source: Path, folder: Path) -> None:
     text_encoder = pretrained(CLIPTextModel, texts, dtype=torch.float32)
     write_text_tower(folder / "clip_text", text_encoder, tokenizer, str(texts))
     _codec(source).save(folder / "text_codec")
+
+
+def _check_scheduler(file: Path) -> None:
+    """The network was trained with the schedule that the pipeline names, or is another model than is sampled here."""
+    if not file.is_file():
+        return
+    told, names = read_settings(file), ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+    settings = scheduler_settings(NoiseSchedule())
+    own = {**{name: settings[name] for name in names}, "trained_betas": None}
+    if wrong := [f"{name} {told[name]!r}, not {value!r}" for name, value in own.items() if told.get(name, value) != value]:
+        raise WeightsError(f"{file}: {'; '.join(wrong)}: another noise schedule than UniDiffuser's, which is not supported")
 
 
 def load_unet(folder: Path) -> UViT:

@@ -22,6 +22,10 @@ class WeightsError(ValueError):
     """Weights that do not fit; the message names the file, the tensors and their shapes."""
 
 
+class NotFinite(ArithmeticError):
+    """A network computed infinities or what is no number; the message says which, and in which arithmetic."""
+
+
 @contextmanager
 def reading(source: Path | None) -> Iterator[None]:
     """What a library raises that cannot read a file or a folder, as a ``WeightsError`` that names it.

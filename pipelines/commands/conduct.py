@@ -23,7 +23,7 @@ from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
 from pipelines.flows.run import Run, plan_run
 from pipelines.flows.selection import check_inputs, select_nodes
-from pipelines.servers.machine import find_api, find_machine
+from pipelines.servers.machine import find_api, find_machine, say_sign_in
 from pipelines.servers.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
@@ -104,6 +104,7 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
     address = find_api(state)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.deployments import deploy
+    from pipelines.servers.schedules import next_dates
 
     with _server_errors(address):
         done = deploy(recipe, store)
@@ -111,8 +112,11 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
         console.print(f"{name}: {address}/v2/deployments/deployment/{deployment}", soft_wrap=True)
     for name in done.removed:
         console.print(f"{name}: removed, as the recipe has no such node any more", soft_wrap=True)
-    for number, schedule in enumerate(recipe.deploy.schedules):
-        console.print(f"schedule {number}: {describe_schedule(schedule)}", soft_wrap=True)
+    for number, (schedule, there) in enumerate(zip(recipe.deploy.schedules, done.schedules, strict=True)):
+        words = describe_schedule(schedule.model_copy(update={"active": there.active}))
+        dates = ", ".join(f"{date:%Y-%m-%d %H:%M}" for date in next_dates(there))
+        console.print(f"schedule {number}: {words}; next {dates}", soft_wrap=True)
+    say_sign_in(state, address, console)
 
 
 def describe_schedule(schedule: Schedule) -> str:
@@ -144,6 +148,7 @@ def run_deployed(
         flow_run = start_run(run, wish.choice(), list(wish.overrides))
         page = f"{address}/v2/runs/flow-run/{flow_run}"
         console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
+        say_sign_in(run.servers.state, address, console)
         state = follow(run, flow_run)
     console.print(closing_table(run))
     _say_sum(state, console)
@@ -197,7 +202,9 @@ def _say_where(run: Run, address: str, wish: Wish, console: Console) -> None:
     if not run.servers.embedded_prefect:
         console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
     elif wish.keep and not run.stopping.is_set():
-        console.print(f"This run in the Prefect UI: {page}\nCtrl-C stops the servers.", soft_wrap=True)
+        console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
+        say_sign_in(run.servers.state, address, console)
+        console.print("Ctrl-C stops the servers.")
         _wait_for_signal()
     else:
         console.print(

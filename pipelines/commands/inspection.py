@@ -59,11 +59,12 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
 
 
 def _done(planned: Planned, store: Store) -> dict[str, Any] | None:
-    """The phase that a node without dataset is in, and how many of its units are done; None when there is nothing yet."""
+    """The phase that a node without dataset is in, and how much of it is done; None when there is nothing yet."""
     states = list(phase_states(planned, store, stage_class(planned.stage)))
     if not any(state.done for state in states):
         return None
-    return {"phase": states[-1].name, "units": states[-1].done, "of": states[-1].total}
+    last = states[-1]
+    return {"phase": last.name, last.counted: last.done, "of": last.total}
 
 
 def status_table(rows: list[dict[str, Any]]) -> Table:
@@ -88,7 +89,10 @@ def status_table(rows: list[dict[str, Any]]) -> Table:
 
 def _so_far(row: dict[str, Any]) -> list[str]:
     done = row["done"]
-    return [f"{done['phase']}: {done['units']:,} of {done['of']:,} units done"] if done else []
+    if not done:
+        return []
+    counted = "steps" if "steps" in done else "units"
+    return [f"{done['phase']}: {done[counted]:,} of {done['of']:,} {counted} done"]
 
 
 def watch_status(recipe: Recipe, store: Store, console: Console) -> None:
@@ -180,7 +184,7 @@ def _files_table(files: list[FileEntry]) -> Table:
 def _rows_table(dataset: Dataset, entry: FileEntry) -> Table:
     """The first rows of a Parquet file, a column a line, since LAION's rows are wider than terminals."""
     with dataset.open(entry) as file:
-        batch = next(pq.ParquetFile(file).iter_batches(batch_size=ROWS), None)
+        batch = next(pq.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=ROWS), None)
     rows = batch.to_pylist() if batch is not None else []
     table = ReportTable("column", *(f"row {n}" for n in range(len(rows))), title=entry.name, title_justify="left")
     for name in rows[0] if rows else ():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import ceil
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from rich.table import Table
 from infra.store import Store
 from pipelines.commands.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
 from pipelines.commands.terminal import ReportTable
+from stages.runner.contract import StageError
 
 RESULTS = "results.jsonl"
 # Without a terminal, a line of progress in this many seconds.
@@ -77,17 +81,23 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
 
     Raises:
         Misuse: the request means nothing: an unknown task, a prompt or a picture that is missing, no checkpoint, ...
-        StageError: the checkpoint is damaged, or a public encoder cannot be fetched.
+        StageError: the checkpoint is damaged, a public encoder cannot be fetched, or a network overflows.
     """
     from unidiffuser.generation import DRAWS_IMAGES, UniDiffuser, check_request
+    from unidiffuser.tensors import NotFinite
 
     quiet_libraries()
     images = [read_image(path) for path in request.images]
     settings = request.settings
     try:
-        check_request(request.task, request.prompts, images, settings.sampler, settings.condition_t, settings.guidance_interval)
+        check_request(
+            request.task, request.prompts, images, settings.sampler, settings.condition_t, settings.guidance_interval,
+            settings.guidance, settings.steps, seeds=(request.seed, request.seed + len(request.sources) - 1),
+        )  # fmt: skip
     except ValueError as error:
         raise Misuse(str(error)) from None
+    if out is not None and out.exists() and not out.is_dir():
+        raise Misuse(f"--out {out}: there is a file of that name; name a folder")
     if out is None and request.task in DRAWS_IMAGES:
         raise Misuse(f"{request.task} draws pictures: say where they go with --out DIR")
     device, dtype = _hardware(request)
@@ -108,6 +118,8 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
                 )  # fmt: skip
             except ValueError as error:
                 raise Misuse(str(error)) from None
+            except NotFinite as error:
+                raise StageError(str(error)) from None
             for row, result in zip(rows, drawn, strict=True):
                 writer.add(row, result)
             bar.chunk_done()
@@ -159,21 +171,20 @@ def _inputs(request: Request, images: Sequence[Any], rows: range) -> dict[str, A
 class Writer:
     """Pictures as PNG with what they were made from in their text fields, and a line a result in results.jsonl.
 
-    Files are numbered on from those that are there, so that nothing is overwritten.
+    Files are numbered on from those that are there or were, and a number that another command takes meanwhile is left to it:
+    nothing is written over.
     """
 
     def __init__(self, request: Request, out: Path | None):
         self.request, self.out, self.rows = request, out, list[dict[str, Any]]()
         self.sources = request.sources
-        self.first = 0
-        if out is not None and (out / RESULTS).exists():
-            self.first = len((out / RESULTS).read_text(encoding="utf-8").splitlines())
+        self.number = 0 if out is None else _first_free(out)
 
     def add(self, row: int, result: Any) -> None:
         request, source = self.request, self.sources[row]
         kind = "prompt" if request.prompts else "source"
         facts = {
-            "file": None if result.image is None or self.out is None else f"{self.first + row:05d}.png",
+            "file": None,
             "task": request.task,
             **({kind: source} if source else {}),
             "caption": result.caption,
@@ -186,10 +197,41 @@ class Writer:
         if self.out is None:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        if facts["file"]:
-            result.image.save(self.out / facts["file"], pnginfo=_text_fields(facts))
-        with (self.out / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(facts, ensure_ascii=False) + "\n")
+        if result.image is not None:
+            facts["file"] = self._write_new(self.out, result.image, facts)
+        _append_line(self.out / RESULTS, json.dumps(facts, ensure_ascii=False))
+
+    def _write_new(self, out: Path, image: Any, facts: dict[str, Any]) -> str:
+        """Write a picture as the next file that is not there; returns its name."""
+        picture = io.BytesIO()
+        image.save(picture, format="PNG", pnginfo=_text_fields(facts))
+        while True:
+            name = f"{self.number:05d}.png"
+            self.number += 1
+            try:
+                with (out / name).open("xb") as file:
+                    file.write(picture.getvalue())
+                return name
+            except FileExistsError:
+                continue
+
+
+def _first_free(out: Path) -> int:
+    """The number behind those of all pictures that lie in a folder, or that its results name."""
+    names = [path.name for path in out.glob("*.png")]
+    if (out / RESULTS).is_file():
+        names += re.findall(r'"file": "(\d+\.png)"', (out / RESULTS).read_text(encoding="utf-8", errors="replace"))
+    return max((int(match[1]) + 1 for name in names if (match := re.fullmatch(r"([0-9]+)\.png", name))), default=0)
+
+
+def _append_line(file: Path, line: str) -> None:
+    """Append a line in one write, so that lines of two commands do not mix; a line that was cut off before it stays alone."""
+    with file.open("ab+", buffering=0) as lines:
+        start = ""
+        if lines.tell():
+            lines.seek(-1, SEEK_END)
+            start = "" if lines.read(1) == b"\n" else "\n"
+        lines.write(f"{start}{line}\n".encode())
 
 
 def _text_fields(facts: dict[str, Any]) -> Any:

@@ -82,6 +82,7 @@ def install(client: SyncPrefectClient) -> None:
         if not found:
             client.create_automation(automation)
         elif _content(found[0]) != _content(automation):
+            # One that somebody has switched off stays so: what is not set here is not sent.
             client.update_automation(UUID(str(found[0].id)), automation)
 
 
@@ -90,8 +91,13 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
 
 
 def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID) -> None:
-    """Start the recipe's deployment when a node that it names under `deploy.after` has committed a new dataset."""
-    client.delete_resource_owned_automations(f"prefect.deployment.{deployment}")
+    """Start the recipe's deployment when a node that it names under `deploy.after` has committed a new dataset.
+
+    A trigger that somebody has switched off stays so.
+    """
+    resource = f"prefect.deployment.{deployment}"
+    off = {one.name for one in client.read_resource_related_automations(resource) if not one.enabled}
+    client.delete_resource_owned_automations(resource)
     for other in recipe.deploy.after:
         trigger = DeploymentEventTrigger(
             name=f"{recipe.name} after {other.recipe} {other.node}",
@@ -99,4 +105,5 @@ def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID
             match=labels(other.recipe, other.node),
         )
         trigger.set_deployment_id(deployment)
-        client.create_automation(trigger.as_automation())
+        automation = trigger.as_automation()
+        client.create_automation(automation.model_copy(update={"enabled": automation.name not in off}))

@@ -6,7 +6,6 @@ import os
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
@@ -14,19 +13,18 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
-from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
-from pydantic import ValidationError
 
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.store import Store
-from pipelines.flows.parameters import Choice, node_form, recipe_form
+from pipelines.flows.parameters import node_form, recipe_form
 from pipelines.flows.run import snapshot
-from pipelines.flows.selection import select_nodes
 from pipelines.flows.slots import LIMIT
 from pipelines.servers import automations
-from stages.runner.deployment import Pool, Schedule
-from stages.runner.recipe import Recipe, RecipeError, explain
+from pipelines.servers.schedules import prefect_schedules, renewed
+from stages.runner.deployment import Pool
+from stages.runner.recipe import Recipe, RecipeError, load_recipe
 
 # Flow and name of the function that is the flow, as an import path: the package is installed wherever a worker runs.
 ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.flows.flow.node_run"}
@@ -34,15 +32,20 @@ ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.f
 
 @dataclass
 class Deployed:
-    """What `deploy` did: ids of the deployments by name, the end-to-end one first, and names of those that it removed."""
+    """What `deploy` did: ids of the deployments by name, the end-to-end one first, and names of those that it removed; and the
+    recipe's schedules as they are on the server now."""
 
     recipe: str
     deployments: dict[str, UUID] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
+    schedules: list[DeploymentScheduleCreate] = field(default_factory=list)
 
 
 def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
     """Register a recipe, or renew what is registered; deployments of nodes that it no longer has are removed.
+
+    What the recipe does not say, or says as it did before, stays as somebody has set it on the server: what is paused or switched
+    off, limits, queues, schedules and tags that were added.
 
     Args:
         asleep: register it without its schedules and triggers.
@@ -51,43 +54,74 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
         RecipeError: a schedule, the work pool or the store is not as it must be; names the field.
     """
     _check_store(recipe.deploy.pool, store)
-    schedules = [_schedule(recipe, number, schedule) for number, schedule in enumerate(recipe.deploy.schedules)]
+    schedules = [] if asleep else prefect_schedules(recipe)
     done = Deployed(recipe.name)
     with get_client(sync_client=True) as client:
         ensure_pool(client, recipe.deploy.pool)
+        found = _found(client, f"recipe/{recipe.name}")
+        before = _before(found)
         if recipe.deploy.gpus:
-            client.upsert_global_concurrency_limit_by_name(LIMIT, recipe.deploy.gpus)
-        common = _common(recipe, store)
+            _set_gpus(client, recipe.deploy.gpus, before.deploy.gpus if before else None)
+        if found is not None:
+            schedules = renewed(schedules, found.schedules, before.deploy.schedules if before else ())
+        copy = snapshot(recipe, store)
         whole = client.create_deployment(
             client.create_flow_from_name("recipe"),
             recipe.name,
             description=_description(recipe),
             entrypoint=ENTRYPOINTS["recipe"],
-            parameters={**common["parameters"], "jobs": recipe.deploy.jobs},
+            parameters={"recipe": copy, "store": store.root, "jobs": recipe.deploy.jobs},
             parameter_openapi_schema=recipe_form(recipe),
-            schedules=[] if asleep else schedules,
-            **{name: value for name, value in common.items() if name != "parameters"},
+            schedules=schedules,
+            **_common(recipe, copy, found, before),
         )
         done.deployments[recipe.name] = whole
+        done.schedules = schedules[: len(recipe.deploy.schedules)]
         flow = client.create_flow_from_name("node")
         for node in recipe.nodes.values():
-            done.deployments[f"{recipe.name}-{node.name}"] = client.create_deployment(
+            name = f"{recipe.name}-{node.name}"
+            found = _found(client, f"node/{name}")
+            done.deployments[name] = client.create_deployment(
                 flow,
-                f"{recipe.name}-{node.name}",
+                name,
                 description=f"The node {node.name} of the recipe {recipe.name}, from what the nodes before it have committed.",
                 entrypoint=ENTRYPOINTS["node"],
-                parameters={**common["parameters"], "node": node.name},
+                parameters={"recipe": copy, "store": store.root, "node": node.name},
                 parameter_openapi_schema=node_form(node),
-                **{
-                    **{name: value for name, value in common.items() if name != "parameters"},
-                    "tags": [*common["tags"], node.stage],
-                },
+                schedules=renewed([], found.schedules, ()) if found else [],
+                **_common(recipe, copy, found, before, node.stage),
             )
         done.removed = _remove_others(client, recipe, set(done.deployments.values()))
         automations.install(client)
         if not asleep:
             automations.install_triggers(client, recipe, whole)
     return done
+
+
+def _found(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    """The deployment of this name, if the server has it already."""
+    try:
+        return client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None
+
+
+def _before(found: DeploymentResponse | None) -> Recipe | None:
+    """The recipe as it was deployed last; None where that cannot be read any more."""
+    try:
+        return load_recipe(found.parameters["recipe"]) if found else None
+    except (RecipeError, KeyError, OSError):
+        return None
+
+
+def _set_gpus(client: SyncPrefectClient, gpus: int, before: int | None) -> None:
+    """Make the limit, or change it as the recipe has changed; another number on the server is somebody's decision."""
+    try:
+        client.read_global_concurrency_limit_by_name(LIMIT)
+    except ObjectNotFound:
+        before = None
+    if gpus != before:
+        client.upsert_global_concurrency_limit_by_name(LIMIT, gpus)
 
 
 def ensure_pool(client: SyncPrefectClient, pool: Pool) -> None:
@@ -146,21 +180,36 @@ def recipe_tag(recipe: str) -> str:
     return f"recipe:{recipe}"
 
 
-def _common(recipe: Recipe, store: Store) -> dict[str, Any]:
-    """What all deployments of a recipe have in common."""
+def _common(recipe: Recipe, copy: str, found: DeploymentResponse | None, before: Recipe | None, *stage: str) -> dict[str, Any]:
+    """What all deployments of a recipe have in common, with what somebody has changed of the one that was found."""
     pool = recipe.deploy.pool
-    copy = snapshot(recipe, store)
+    tags, variables = [*_tags(recipe), *stage], _job_variables(pool)
+    # One at a time: two runs of a recipe would wait for each other's units anyway, or do the work of one twice.
+    limit: int | None = 1
+    options = ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE)
+    queue = None
+    if found is not None:
+        limit = found.global_concurrency_limit.limit if found.global_concurrency_limit else None
+        options = found.concurrency_options or options
+        queue = found.work_queue_name if found.work_pool_name == pool.name else None
+    if found is not None and before is not None:
+        tags += [tag for tag in found.tags if tag not in (*tags, *_tags(before))]
+        said = _job_variables(before.deploy.pool)
+        variables = {**{name: value for name, value in found.job_variables.items() if name not in said}, **variables}
     return {
-        "parameters": {"recipe": copy, "store": store.root},
         "enforce_parameter_schema": True,
         "version": copy.rsplit("-", 1)[-1].removesuffix(".json"),
         "work_pool_name": pool.name,
-        "job_variables": _job_variables(pool),
-        "tags": [recipe_tag(recipe.name), *recipe.deploy.tags, *([automations.RETRY_TAG] if recipe.deploy.crash_retries else [])],
-        # One at a time: two runs of a recipe would wait for each other's units anyway, or do the work of one twice.
-        "concurrency_limit": 1,
-        "concurrency_options": ConcurrencyOptions(collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
+        "work_queue_name": queue,
+        "job_variables": variables,
+        "tags": tags,
+        "concurrency_limit": limit,
+        "concurrency_options": options,
     }
+
+
+def _tags(recipe: Recipe) -> list[str]:
+    return [recipe_tag(recipe.name), *recipe.deploy.tags, *([automations.RETRY_TAG] if recipe.deploy.crash_retries else [])]
 
 
 def _job_variables(pool: Pool) -> dict[str, Any]:
@@ -187,32 +236,12 @@ def _description(recipe: Recipe) -> str:
     return f"{recipe.description}\n\nNodes:\n\n{lines}".strip()
 
 
-def _schedule(recipe: Recipe, number: int, schedule: Schedule) -> DeploymentScheduleCreate:
-    place = f"deploy.schedules.{number}"
-    select_nodes(recipe, schedule.only, schedule.start, schedule.until)
-    try:
-        when: Any
-        if schedule.cron is not None:
-            when = CronSchedule(cron=schedule.cron, timezone=schedule.timezone)
-        elif schedule.interval is not None:
-            when = IntervalSchedule(interval=timedelta(seconds=schedule.interval), timezone=schedule.timezone)
-        else:
-            when = RRuleSchedule(rrule=schedule.rrule, timezone=schedule.timezone)
-    except (ValidationError, ValueError) as error:
-        raise RecipeError(explain(error, place) if isinstance(error, ValidationError) else f"{place}: {error}") from None
-    chosen = Choice(only=list(schedule.only), start=schedule.start, until=schedule.until).model_dump(
-        by_alias=True, exclude_defaults=True
-    )
-    return DeploymentScheduleCreate(
-        schedule=when, active=schedule.active, slug=f"schedule-{number}", parameters={"nodes": chosen} if chosen else {}
-    )
-
-
 def _remove_others(client: SyncPrefectClient, recipe: Recipe, wanted: set[UUID]) -> list[str]:
+    """Remove the deployments of nodes that the recipe has no more; a copy that somebody has made under another name stays."""
     tagged = DeploymentFilter(tags=DeploymentFilterTags(all_=[recipe_tag(recipe.name)]))
     removed = []
     for found in client.read_deployments(deployment_filter=tagged):
-        if found.id not in wanted:
+        if found.id not in wanted and found.name == f"{recipe.name}-{found.parameters.get('node')}":
             client.delete_deployment(found.id)
             removed.append(found.name)
     return removed

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
+import webbrowser
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.loopback import ask_loopback_directly
-from infra.prefect_server import WORKER, answers, check_api, configured_api, prefect_environment, start_worker
+from infra.prefect_server import (
+    SIGN_IN,
+    WORKER,
+    answers,
+    check_api,
+    configured_api,
+    prefect_environment,
+    start_worker,
+)
 from infra.processes import SERVERS, Server, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
 from infra.ray_cluster import configured_ray
 from pipelines.commands.terminal import ReportTable
@@ -41,6 +51,7 @@ def bring_up(state: Path, pool: str, console: Console) -> None:
         servers.ray()
         (state / KEPT).write_text(json.dumps({"pool": pool}))
     console.print(_table(state, before, address))
+    say_sign_in(state, address, console)
 
 
 def _bring_up_worker(state: Path, address: str, pool: Pool) -> None:
@@ -138,12 +149,13 @@ def find_machine(state: Path) -> str | None:
     if (address := configured_api()) is not None:
         check_api(address)
         address = address.rstrip("/").removesuffix("/api")
-    elif server is not None and answers(server.address):
+    elif server is not None and server.token and answers(server.address):
         address = server.address
         os.environ.update(prefect_environment(state, address))
     if address is None or worker is None:
         dead = "Prefect server" if address is None else "worker"
-        raise ServerError(f"the {dead} that `unidiffuser up` started is dead; run `unidiffuser up` again, or `unidiffuser down`")
+        how = "dead" if address is not None or server is None or server.token else "of an older release"
+        raise ServerError(f"the {dead} that `unidiffuser up` started is {how}; run `unidiffuser up` again, or `unidiffuser down`")
     return address
 
 
@@ -159,3 +171,44 @@ def find_api(state: Path) -> str:
         check_api(configured)
         return configured.rstrip("/").removesuffix("/api")
     raise ServerError("no Prefect server to deploy to; `unidiffuser up` starts one for this store, or set PREFECT_API_URL")
+
+
+def say_sign_in(state: Path, address: str, console: Console) -> None:
+    """Say under an address of the UI how the browser gets in, if the server is the embedded one."""
+    if (server := running("prefect", state)) is not None and server.address == address:
+        console.print(f"To sign the browser in: unidiffuser ui --store {state.parent}", soft_wrap=True)
+
+
+def open_ui(state: Path, console: Console) -> None:
+    """Print the link that signs a browser in to the embedded server's UI, and open it where there is a display.
+
+    With a configured server it is that one's own address.
+
+    Raises:
+        ServerError: no server is up.
+    """
+    server = running("prefect", state)
+    if (address := configured_api()) is not None:
+        link = opened = address.rstrip("/").removesuffix("/api")
+    elif server is None or not server.token or not answers(server.address):
+        raise ServerError(
+            "no Prefect server is up for this store; `unidiffuser up`, or `unidiffuser run RECIPE --keep`, starts one"
+        )
+    else:
+        link = f"{server.address}{SIGN_IN}#{server.token}"
+        opened = _private_page(state, link)
+    print(link)
+    if sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        webbrowser.open(opened)
+    elif link != opened:
+        console.print("Open it in a browser on this machine. It lets in whoever has it: do not pass it on.", soft_wrap=True)
+
+
+def _private_page(state: Path, link: str) -> str:
+    """A page that leads to the link: what a browser is started with, everybody on the machine can see."""
+    page = state / "prefect" / "sign-in.html"
+    page.unlink(missing_ok=True)
+    descriptor = os.open(page, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f'<!doctype html><meta http-equiv="refresh" content="0; url={link}">\n')
+    return page.resolve().as_uri()

@@ -27,8 +27,11 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from stages.download.network import ForbiddenAddress, Guard, Wait
 from stages.download.politeness import FetchError, Hosts
+from stages.download.proxy import ProxyFailed
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+WHOLE = (200, 203)
+ALL_BYTES = re.compile(r"bytes 0-(\d+)/(\d+)", re.IGNORECASE)
 REDIRECTS = (301, 302, 303, 307, 308)
 MAX_REDIRECTS = 10
 FIRST_PAUSE = 0.5
@@ -43,7 +46,7 @@ ROBOT = re.compile(r"[\w.*/-]+")
 
 # Reasons that a later try may not meet again. Everything else is final: a page that is gone stays gone.
 HEALABLE = frozenset(
-    {"timeout", "deadline", "shard_deadline", "host_down", "connection", "dns", "truncated", "bad_response",
+    {"timeout", "deadline", "shard_deadline", "host_down", "connection", "dns", "proxy", "truncated", "bad_response",
      "http_408", "http_425", "http_429"}
 )  # fmt: skip
 # Of these, the ones that mean that enough has been tried for now.
@@ -141,6 +144,8 @@ class WebOpener(urllib.request.OpenerDirector):
             raise
         except ForbiddenAddress:
             raise FetchError("forbidden_address") from None
+        except ProxyFailed:
+            raise FetchError("proxy") from None
         except (socket.gaierror, UnicodeError):
             raise FetchError("dns") from None
         except TimeoutError:
@@ -167,11 +172,16 @@ class WebOpener(urllib.request.OpenerDirector):
         connection = http.client.HTTPConnection(host, port)
         connection.default_port = DEFAULT_PORTS[scheme]
         connection.sock = self.guard.connect(scheme, host, port, wait)
+        proxy = self.guard.proxy_for(scheme, host, port) if scheme == "http" else None
+        if proxy:
+            target, headers = f"http://{_netloc(host, port)}{target}", headers | proxy.headers
         try:
             connection.request("GET", target, headers=headers | {"Accept-Encoding": "identity", "Connection": "close"})
             response = connection.getresponse()
             location = response.headers.get("Location") if response.status in REDIRECTS else None
-            if response.status != 200 and not location:
+            if proxy and response.status == 407:
+                raise FetchError("proxy")
+            if not location and response.status not in WHOLE and not _all_bytes(response):
                 asked = response.headers.get("Retry-After") if response.status in (429, 503) else None
                 raise FetchError(f"http_{response.status}", _retry_after(asked))
             # Also of a redirect: who owns the address may forbid what another serves for it.
@@ -186,7 +196,7 @@ class WebOpener(urllib.request.OpenerDirector):
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
         """The body, read in pieces so that one that is too large is noticed at the limit and not when memory is gone."""
-        expected = response.length
+        expected = _all_bytes(response) or response.length
         if expected is not None and expected > self.limits.max_bytes:
             raise FetchError("too_large")
         body = io.BytesIO()
@@ -198,6 +208,12 @@ class WebOpener(urllib.request.OpenerDirector):
             raise FetchError("truncated")
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         return unpacked(body.getvalue(), encoding, self.limits.max_bytes)
+
+
+def _all_bytes(response: http.client.HTTPResponse) -> int | None:
+    """Bytes of a body that is called a part (206) and holds all of them, which nobody asked for; else None."""
+    found = ALL_BYTES.fullmatch(response.headers.get("Content-Range", "").strip()) if response.status == 206 else None
+    return int(found[2]) if found and int(found[1]) + 1 == int(found[2]) else None
 
 
 def unpacked(data: bytes, encoding: str, limit: int) -> bytes:
@@ -225,6 +241,11 @@ def unpacked(data: bytes, encoding: str, limit: int) -> bytes:
                 raise FetchError("too_large")
             end += len(piece) - len(unpack.unused_data)
     return found.getvalue()
+
+
+def _netloc(host: str, port: int) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return name if port == DEFAULT_PORTS["http"] else f"{name}:{port}"
 
 
 def _retry_after(value: str | None) -> float | None:

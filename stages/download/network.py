@@ -1,7 +1,8 @@
 """Connections to the public web: names looked up in bounded time, addresses judged before they are dialled, waits that end.
 
 The address that is judged is the one that is dialled, and every redirect comes through here again: a name that leads to
-another place the second time it is asked (DNS rebinding) gains nothing.
+another place the second time it is asked (DNS rebinding) gains nothing. A proxy looks names up itself: there, numbers, names
+that only a private network has, and what this machine's own look-up tells are all that can be judged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from stages.download.proxy import NONE, Proxies, Proxy, ProxyFailed
 from stages.runner.contract import StageError
 
 # What Python's `is_global` lets pass: protocol assignments (Oracle's metadata service among them), dead 6to4 relays, and the
@@ -24,6 +26,11 @@ GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 LOOKUPS = 64
+# Last parts of names that no public network has.
+PRIVATE_NAMES = frozenset({"localhost", "local", "internal", "lan", "intranet", "corp", "home", "private", "arpa"})
+# Behind a proxy this machine may have no look-up of its own: seconds that one may take, and failures in a row that are enough.
+LOOKUP_SECONDS = 1.0
+LOOKUP_FAILURES = 8
 
 
 class ForbiddenAddress(Exception):
@@ -121,6 +128,7 @@ class Guard:
         hosts: host name -> ``host[:port]`` to connect to in its place; such a host may be anywhere, since a person named it.
         allow_private: whether addresses that are not public (private, loopback, link-local, cloud metadata) may be dialled.
         resolve, dial: how names are looked up and addresses are connected to.
+        proxies: which proxy a host is reached through; hosts of `hosts` never are.
     """
 
     def __init__(
@@ -129,43 +137,95 @@ class Guard:
         allow_private: bool = False,
         resolve: Resolve | None = None,
         dial: Dial = dial,
+        proxies: Proxies | None = None,
     ):
         self.hosts = {name.lower(): _host_and_port(place) for name, place in (hosts or {}).items()}
         self.allow_private = allow_private
         self.resolve = resolve or Names()
         self.dial = dial
+        self.proxies = proxies or Proxies(NONE)
+        self.lookup_failures = 0
         self.tls = ssl.create_default_context()
         # Set through the attribute that exists for it, so that reads over TLS end at the deadline too.
         self.tls.sslsocket_class = TlsSocket
 
+    def proxy_for(self, scheme: str, host: str, port: int) -> Proxy | None:
+        return None if host.lower() in self.hosts else self.proxies(scheme, host, port)
+
     def connect(self, scheme: str, host: str, port: int, wait: Wait) -> socket.socket:
         """A connected socket, over TLS for https; every address is judged just before it is dialled.
 
+        Where the host has a proxy, an http socket is connected to that.
+
         Raises:
             ForbiddenAddress: the host is not on the public web.
+            ProxyFailed: nobody answers where the proxy should be, or it refuses.
             OSError: nobody answers there in time (socket.gaierror: no such name; ssl.SSLError: no trustworthy TLS).
         """
-        place, place_port = self.hosts.get(host.lower(), (host, None))
-        anywhere = self.allow_private or host.lower() in self.hosts
-        error: OSError = ConnectionError()
-        for family, _, _, _, address in self.resolve(place, place_port or port, wait):
-            if not anywhere and not is_public(str(address[0])):
-                raise ForbiddenAddress(address[0])
-            try:
-                plain = self.dial(family, address, wait)
-            except OSError as problem:
-                error = problem
-                continue
-            return self._over_tls(plain, host, wait) if scheme == "https" else plain
-        raise error
-
-    def _over_tls(self, plain: PlainSocket, host: str, wait: Wait) -> socket.socket:
+        if proxy := self.proxy_for(scheme, host, port):
+            self._judge(host, port, wait)
+            plain = self._to_proxy(proxy, wait)
+        else:
+            place, place_port = self.hosts.get(host.lower(), (host, None))
+            plain = self._dial_first(place, place_port or port, wait, self.allow_private or host.lower() in self.hosts)
+        if scheme == "http":
+            return plain
         try:
             plain.settimeout(wait.seconds())
-            secure: Any = self.tls.wrap_socket(plain, server_hostname=host)
+            if proxy:
+                proxy.tunnel(plain, host, port)
+            return self._over_tls(plain, host, wait)
         except BaseException:
             plain.close()
             raise
+
+    def _dial_first(self, place: str, port: int, wait: Wait, anywhere: bool) -> PlainSocket:
+        """A socket to the first of a host's addresses at which somebody answers."""
+        error: OSError = ConnectionError()
+        for family, _, _, _, address in self.resolve(place, port, wait):
+            if not anywhere and not is_public(str(address[0])):
+                raise ForbiddenAddress(address[0])
+            try:
+                return self.dial(family, address, wait)
+            except OSError as problem:
+                error = problem
+        raise error
+
+    def _to_proxy(self, proxy: Proxy, wait: Wait) -> PlainSocket:
+        try:
+            return self._dial_first(proxy.host, proxy.port, wait, anywhere=True)
+        except OSError:
+            if wait.over:
+                raise TimeoutError from None
+            raise ProxyFailed from None
+
+    def _judge(self, host: str, port: int, wait: Wait) -> None:
+        """Refuse what can be told to be private before a proxy looks it up.
+
+        Raises:
+            ForbiddenAddress: the host is not on the public web.
+        """
+        if self.allow_private:
+            return
+        labels = host.rstrip(".").lower().split(".")
+        # As browsers tell them: a name's last part begins with no digit. Numbers need no look-up.
+        if ":" not in host and not labels[-1][:1].isdecimal():
+            if len(labels) == 1 or labels[-1] in PRIVATE_NAMES:
+                raise ForbiddenAddress(host)
+            if self.lookup_failures >= LOOKUP_FAILURES:
+                return
+        try:
+            found = self.resolve(host, port, Wait(min(LOOKUP_SECONDS, wait.patience), wait.end))
+        except socket.gaierror as error:
+            self.lookup_failures = self.lookup_failures + 1 if error.errno == socket.EAI_AGAIN else 0
+            return
+        self.lookup_failures = 0
+        for *_, address in found:
+            if not is_public(str(address[0])):
+                raise ForbiddenAddress(address[0])
+
+    def _over_tls(self, plain: PlainSocket, host: str, wait: Wait) -> socket.socket:
+        secure: Any = self.tls.wrap_socket(plain, server_hostname=host)
         secure.wait = wait
         return secure
 

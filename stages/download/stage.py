@@ -7,6 +7,7 @@ such rows are the parent's own.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,19 +19,22 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from infra.dataset import FileEntry
+from infra.dataset import VERIFY, FileEntry
 from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
+from stages.download.proxy import ENVIRONMENT, Proxies
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.scores import METADATA_SCORES
-from stages.shards.tar import Sample, ShardWriter, read_samples
+from stages.shards.tables import read_table, write_table
+from stages.shards.tar import Sample, ShardWriter, read_samples, whole
 
 if TYPE_CHECKING:
     from stages.download.engine import ShardSink
+
+log = logging.getLogger("stages")
 
 # What a row is called when the engine gave it back neither as an image nor as a failure.
 LOST = "engine_error"
@@ -59,11 +63,22 @@ class DownloadConfig(ImageConfig):
         "drop", description="what to do with bytes that differ from the metadata's sha256 or md5, where it has one"
     )
     allow_private: bool = Field(False, description="allow private, loopback and link-local addresses")
-    hosts: dict[str, str] = operational({}, "host name -> host:port to connect to in its place (a proxy, a mirror)")
+    hosts: dict[str, str] = operational({}, "host name -> host:port to connect to in its place (a mirror)")
+    proxy: str = operational(
+        ENVIRONMENT,
+        "http://host:port of the HTTP proxy that downloads go through; environment: as http_proxy, https_proxy, all_proxy and "
+        "no_proxy say; none: no proxy",
+    )
     threads: int = operational(64, "connections of one worker", ge=1, le=1024)
     host_connections: int = operational(8, "connections of one worker to one host; a host sees this times the workers", ge=1)
     cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
     workers: int | None = operational(None, "workers at most", ge=1)
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_a_proxy(cls, value: str) -> str:
+        Proxies(value)
+        return value
 
 
 class Fetcher:
@@ -82,15 +97,15 @@ class Fetcher:
         self.limits = Limits(
             config.timeout, config.deadline, config.retries, config.max_bytes, config.respect_noai, config.user_agent_token
         )  # fmt: skip
-        self.guard = Guard(config.hosts, config.allow_private)
+        self.guard = Guard(config.hosts, config.allow_private, proxies=Proxies(config.proxy))
         self.opener = WebOpener
         self.hosts = Hosts(config.host_connections, config.host_failures, end=0.0)
         self.install = urllib.request.install_opener
         self.download = download_rows
 
     def run(self, unit: Unit, out: Output) -> None:
-        rows = self._read(unit.payload["path"])
-        kept = final_outcomes(self._read(unit.payload["table"])) if "table" in unit.payload else {}
+        rows = read_table(self.job, unit.payload["path"])
+        kept = final_outcomes(read_table(self.job, unit.payload["table"])) if "table" in unit.payload else {}
         tried = [row for row in range(rows.num_rows) if row not in kept]
         with TemporaryDirectory(dir=out.folder) as scratch:
             sink = self._fetch(rows, tried, Path(scratch))
@@ -110,13 +125,6 @@ class Fetcher:
         out.notes["hash_mismatch"] = sum(outcome.hash_matches is False for outcome in outcomes)
         if "table" in unit.payload:
             out.notes |= {"retried": len(tried), "healed": sum(not fetched[row].reason for row in tried)}
-
-    def _read(self, path: str) -> pa.Table:
-        try:
-            with self.job.store.open(path) as file:
-                return pq.read_table(file)
-        except pa.ArrowInvalid as error:
-            raise StageError(f"{self.job.store.url(path)}: {error}; `unidiffuser verify` names what is damaged") from None
 
     def _fetch(self, rows: pa.Table, tried: list[int], scratch: Path) -> ShardSink:
         urls = rows["url"].take(pa.array(tried, pa.int64())).to_pylist()
@@ -149,7 +157,7 @@ class Fetcher:
         results |= {name: [getattr(outcome, name) for outcome in outcomes] for name in (*MEASURED, "hash_matches")}
         for field in (*RESULT, pa.field("hash_matches", pa.bool_())):
             table = table.append_column(field, pa.array(results[field.name], field.type))
-        pq.write_table(table, path, compression="zstd")
+        write_table(table, path)
 
     def _write_tar(
         self, unit: Unit, out: Output, rows: pa.Table, outcomes: list[Outcome], kept: dict[int, Outcome], sink: ShardSink
@@ -165,7 +173,7 @@ class Fetcher:
                     sample = next(samples, None)
                     if sample is None or sample.key != values["key"]:
                         where = self.job.store.url(unit.payload["tar"])
-                        raise StageError(f"{where}: lacks {values['key']}; `unidiffuser verify` names what is damaged")
+                        raise StageError(f"{where}: lacks {values['key']}; {VERIFY}")
                     tar.add(sample)
                 else:
                     image, meta = sink.image(outcomes[row]), meta_of(values, outcomes[row])
@@ -177,8 +185,8 @@ class Fetcher:
         if "tar" not in unit.payload:
             yield iter(())
             return
-        with self.job.store.open(unit.payload["tar"]) as file:
-            yield read_samples(file)
+        with whole(self.job.store, unit.payload["tar"], unit.payload["sha256"]) as file:
+            yield read_samples(file, self.job.store.url(unit.payload["tar"]))
 
 
 def final_outcomes(table: pa.Table) -> dict[int, Outcome]:
@@ -197,6 +205,8 @@ def meta_of(values: dict[str, Any], outcome: Outcome) -> dict[str, Any]:
 
 
 def _units(job: Job, earlier: Records) -> Iterable[Unit]:
+    for note in Proxies(job.config.proxy).notes():
+        log.warning("%s: %s", job.node, note)
     shards = job.inputs["rows"].files
     parent = job.inputs.get("parent")
     before = [list(files) for _, files in groupby(parent.files, key=lambda entry: entry.unit)] if parent else []
@@ -211,13 +221,13 @@ def _retry(job: Job, unit: Unit, table: FileEntry, tar: FileEntry) -> Unit:
     record = job.unit_done(table.unit)
     if record is not None and not any(can_heal(reason) for reason in record.stats.dropped):
         return replace(unit, shared=table.unit)
-    payload = {**unit.payload, "table": table.path, "tar": tar.path}
+    payload = {**unit.payload, "table": table.path, "tar": tar.path, "sha256": tar.sha256}
     return replace(unit, digests=(*unit.digests, table.sha256, tar.sha256), payload=payload)
 
 
 class Download(Stage):
     name = "download"
-    version = 3
+    version = 4
     can_heal = True
     Config = DownloadConfig
     phases = (Phase("download", _units, Fetcher, resources=lambda config: Resources(config.cpus, 0, config.workers)),)

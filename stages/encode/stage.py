@@ -5,7 +5,8 @@ codec, and every score that the row gathered on its way, so that a training stag
 
 A filter that embedded the images with the same CLIP passes its embeddings on (see `passed_on`). It saw the whole image, where
 encode sees the square that it cuts out and resizes; CLIP's own centre crop takes the same square. On the little web's images the
-two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more at 512 px.
+two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more at 512 px. A CLIP that is shown all of an image
+(``resize_mode`` squash or longest) saw something else in the filter: its embeddings are computed anew.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from pydantic import Field
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
 from stages.shards.scores import SCORES
-from stages.shards.tar import Sample, open_table, read_shard
+from stages.shards.tables import open_table, read_table, with_dictionary
+from stages.shards.tar import Sample, read_shard
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
@@ -73,9 +75,14 @@ class Encoder:
         writer: pq.ParquetWriter | None = None
         try:
             for group in _batches(self.images(unit, out), ROW_GROUP):
-                table = self.encode(group, passed)
+                table = self.encode(group, passed, out)
+                if table is None:
+                    continue
                 if writer is None:
-                    writer = pq.ParquetWriter(path, table.schema, compression="none", write_page_checksum=True)
+                    writer = pq.ParquetWriter(
+                        path, table.schema, compression="none", write_page_checksum=True,
+                        use_dictionary=with_dictionary(table.schema),
+                    )  # fmt: skip
                 writer.write_table(table, row_group_size=ROW_GROUP)
                 out.stats.rows_out += len(table)
         finally:
@@ -90,8 +97,7 @@ class Encoder:
         """Key -> the filter's embedding, (D,) fp16; empty where encode computes them."""
         if "embeddings" not in unit.payload:
             return {}
-        with open_table(self.job, unit.payload["embeddings"]) as file:
-            table = pq.read_table(file, columns=["key", "clip"])
+        table = read_table(self.job, unit.payload["embeddings"], ["key", "clip"])
         return dict(zip(table["key"].to_pylist(), table["clip"].to_pylist(), strict=True))
 
     def images(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Any]]:
@@ -100,7 +106,7 @@ class Encoder:
         from PIL import Image, ImageOps
 
         size = self.job.config.size
-        for sample in read_shard(self.job.store, unit.payload["path"], unit.rows):
+        for sample in read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0]):
             out.stats.rows_in += 1
             image = Image.open(io.BytesIO(sample.image)).convert("RGB")
             if min(image.size) < size:
@@ -109,14 +115,14 @@ class Encoder:
             square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
             yield sample, np.asarray(square).transpose(2, 0, 1)
 
-    def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes]) -> pa.Table:
-        """One row group: the encoders run over it in batches."""
+    def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes], out: Output) -> pa.Table | None:
+        """One row group: the encoders run over it in batches. A row with a number that is not finite is counted as dropped."""
         import numpy as np
         import torch
 
         moments, clips, texts = [], [], []
         for batch in _batches(group, self.job.config.batch):
-            pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(self.device)
+            pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
             with torch.inference_mode():
                 moments.append(self.vae.moments(pixels).half().cpu().numpy())
                 if self.clip is not None:
@@ -126,9 +132,15 @@ class Encoder:
                 hidden = self.text.tokens([sample.caption for sample, _ in batch])
                 texts.append(self.codec.encode(hidden.float()).half().cpu().numpy())
         parts = {"moments": np.concatenate(moments), "clip": np.concatenate(clips), "text": np.concatenate(texts)}
+        finite = np.logical_and.reduce([np.isfinite(values).reshape(len(group), -1).all(1) for values in parts.values()])
+        for _ in range(len(group) - int(finite.sum())):
+            out.stats.drop("not_finite")
+        if not finite.any():
+            return None
+        parts = {name: values[finite] for name, values in parts.items()}
         shapes = {name: list(values.shape[1:]) for name, values in parts.items()}
         facts = {"size": self.job.config.size, "scaling_factor": self.vae.scaling_factor, **shapes}
-        samples = [sample for sample, _ in group]
+        samples = [sample for (sample, _), keep in zip(group, finite, strict=True) if keep]
         columns = {"key": pa.array([s.key for s in samples]), "caption": pa.array([s.caption for s in samples])}
         columns |= {name: _binary(values) for name, values in parts.items()}
         columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
@@ -150,10 +162,15 @@ def _binary(values: Any) -> pa.Array:
 
 
 def passed_on(job: Job) -> bool:
-    """Whether the input holds the embeddings that encode would compute: by the same weights, in the same arithmetic."""
+    """Whether the input holds the embeddings that encode would compute: by the same weights, in the same arithmetic, of a CLIP
+    to which an image and its middle square look the same."""
     rows = job.inputs["rows"].manifest
     embedded = rows.stage == "filter" and rows.config["clip_scores"] and rows.config["precision"] == job.config.precision
-    return bool(embedded and rows.sources["clip"] == job.weights["clip"])
+    if not embedded or rows.sources["clip"] != job.weights["clip"]:
+        return False
+    from unidiffuser.clip_settings import clip_preprocess
+
+    return clip_preprocess(job.config.clip).takes_middle_square
 
 
 def plan_shards(job: Job, _: Records) -> Iterator[Unit]:

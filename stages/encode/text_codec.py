@@ -11,13 +11,13 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from infra.dataset import FileEntry
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
+from stages.shards.tables import read_table
 from unidiffuser.references import weights_digest
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ class Trainer:
         for entry in tables(self.job):
             if left <= 0:
                 return
-            with self.job.store.open(entry.path) as file:
-                column = pq.read_table(file, columns=["caption"])["caption"].drop_null().to_pylist()[:left]
+            column = read_table(self.job, entry.path, ["caption"])["caption"].drop_null().to_pylist()[:left]
             left -= len(column)
             yield from column
 
@@ -199,7 +198,7 @@ class TextCodecStage(Stage):
     """One dataset: codec.json, codec.safetensors and the GPT-2 folder that `TextCodec.load` reads."""
 
     name = "text-codec"
-    version = 3
+    version = 4
     Config = TextCodecConfig
     phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources),)
 

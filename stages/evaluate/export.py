@@ -56,7 +56,7 @@ class Export(Stage):
     """Folders uvit, vae, clip_image, clip_text, text_codec and export.json, and a folder a layout; its rows are files."""
 
     name = "export"
-    version = 1
+    version = 2
     Config = ExportConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (Phase("export", plan_export, worker=Exporter),)

@@ -14,10 +14,9 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.drawing.assembly import assemble, encoder_digests
@@ -31,11 +30,13 @@ from stages.runner.contract import (
     Resources,
     Stage,
     StageConfig,
+    StageError,
     Unit,
     UnitRecord,
     operational,
 )
 from stages.runner.recipe import encoder, external_file
+from stages.shards.tables import read_table, write_table
 
 PROMPTS_A_UNIT = 25
 SHEET = 6
@@ -47,11 +48,11 @@ class EvaluateConfig(StageConfig):
     )
     count: int = Field(200, ge=2, description="prompts to use, the first of the file")
     untrained: int = Field(50, ge=2, description="prompts that the untrained network gets, for the floor")
-    steps: int = Field(20, ge=1, description="network calls a sample")
-    guidance: float = Field(3.0, ge=0, description="scale s of c + s * (c - u)")
-    sampler: str = Field("dpm++2m", description="sampler's name")
+    steps: int = Field(20, ge=1, le=999, description="network calls a sample")
+    guidance: float = Field(3.0, ge=0, le=100, description="scale s of c + s * (c - u)")
+    sampler: Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde"] = Field("dpm++2m", description="sampler's name")
     beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
-    seed: int = Field(0, description="seed of the first sample; the n-th has seed + n")
+    seed: int = Field(0, ge=0, lt=2**62, description="seed of the first sample; the n-th has seed + n")
     weights: str = Field("ema", pattern="^(ema|model)$", description="which weights: the moving average or the last")
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
     clip: str = encoder("embedded", "open_clip model that judges, and embeds images")
@@ -75,12 +76,21 @@ class Model:
         self.prompts = read_prompts(job.sources, job.config.count)
 
     def generate(self, task: str, count: int, first: int = 0, **inputs: Any) -> list[Any]:
-        """`count` results with the seeds from `first` on: one for every input, or that many where the task takes none."""
+        """`count` results with the seeds from `first` on: one for every input, or that many where the task takes none.
+
+        Raises:
+            StageError: a network computes what is not finite.
+        """
+        from unidiffuser.tensors import NotFinite
+
         config = self.config
-        return self.unidiffuser.generate(
-            task, count=1 if inputs else count, seeds=[config.seed + first + n for n in range(count)], steps=config.steps,
-            guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch, **inputs,
-        )  # fmt: skip
+        try:
+            return self.unidiffuser.generate(
+                task, count=1 if inputs else count, seeds=[config.seed + first + n for n in range(count)], steps=config.steps,
+                guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch, **inputs,
+            )  # fmt: skip
+        except NotFinite as error:
+            raise StageError(f"{self.job.node}: {error}; or the checkpoint has diverged") from None
 
     def untrained(self) -> Any:
         """A network of the same size that has learned nothing."""
@@ -117,14 +127,14 @@ class Draw(Model):
                 out.stats.rows_in = out.stats.rows_out = len(captions)
             results = self.generate("t2i", stop - start, start, prompts=captions)
             table = pa.table({"image": [_png(result.image) for result in results]})
-        pq.write_table(table, out.path("drawn.parquet", len(table)))
+        write_table(table, out.path("drawn.parquet", len(table)))
 
 
 class Report(Model):
     """Scores what was drawn and draws the pictures."""
 
     def run(self, unit: Unit, out: Output) -> None:
-        drawn = {kind: [self._read(path) for path in paths] for kind, paths in unit.payload["drawn"].items()}
+        drawn = {kind: [read_table(self.job, path) for path in paths] for kind, paths in unit.payload["drawn"].items()}
         captions = self.prompts["caption"].to_pylist()
         scores = {
             "text_to_image": self.preference(captions, _images(drawn["model"])),
@@ -146,10 +156,6 @@ class Report(Model):
         sample_sheet(out.path("sample-sheet.png"), self.sheet(captions, drawn))
         out.stats.rows_in = out.stats.rows_out = len(captions)
         out.notes |= facts
-
-    def _read(self, path: str) -> pa.Table:
-        with self.job.store.open(path) as file:
-            return pq.read_table(file)
 
     def preference(self, captions: list[str], images: list[Any]) -> float:
         """Share of pairs in which CLIP finds the caption closer to its own image than to that of the next prompt.
@@ -235,7 +241,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png and loss-curve.png; its rows are prompts."""
 
     name = "evaluate"
-    version = 4
+    version = 5
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (

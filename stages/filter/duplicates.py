@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from infra.dataset import FileEntry
 from stages.filter.histogram import count
@@ -26,7 +25,7 @@ from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alik
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
 from stages.shards.conditions import Verdict, columns_of, conditions
 from stages.shards.scores import SCORES
-from stages.shards.tar import open_table
+from stages.shards.tables import read_table, write_table
 
 # Rows of a group of shards, and rows that a unit compares.
 ROWS = 4_000_000
@@ -92,8 +91,7 @@ class Survey:
         known: Counter[str] = Counter()
         parts = []
         for number, path in enumerate(unit.payload["scores"]):
-            with open_table(self.job, path) as file:
-                scores = pq.read_table(file, columns=self.columns)
+            scores = read_table(self.job, path, self.columns)
             known.update({column: scores.num_rows - scores[column].null_count for column in self.columns})
             for score in SCORES:
                 histograms[score] = histograms.get(score, 0) + np.array(count(score, scores[score]))
@@ -120,7 +118,7 @@ class Survey:
             columns = [pa.array(keys[along]), pa.array(shards[chosen], pa.int32()), pa.array(rows[chosen], pa.int32())]
             columns += [fixed(values[chosen]) for values in (hashes, shades)]
             path = out.path(band_file(band), len(chosen))
-            pq.write_table(pa.table(columns, schema=LOOKS), path, compression="zstd", row_group_size=ROW_GROUP)
+            write_table(pa.table(columns, schema=LOOKS), path, ROW_GROUP)
         sample = first[np.linspace(0, len(first) - 1, min(SAMPLE, len(first))).astype(int)]
         out.notes["looks"] = len(first)
         out.notes["sample"] = [row.tobytes().hex() for row in hashes[sample]]
@@ -190,9 +188,8 @@ class Compare:
         """Places of the near duplicates, (3, rows): group, shard and row."""
         parts = []
         for group, path in enumerate(paths):
-            with open_table(self.job, path) as file:
-                # Keys are sorted, so Parquet's statistics leave the rest of the file unread.
-                table = pq.read_table(file, filters=[("key", ">=", low), ("key", "<=", high)])
+            # Keys are sorted, so Parquet's statistics leave the rest of the file unread.
+            table = read_table(self.job, path, filters=[("key", ">=", low), ("key", "<=", high)])
             places = np.stack([np.full(len(table), group), table["shard"].to_numpy(), table["row"].to_numpy()])
             parts.append((places, table["key"].to_numpy(), bytes_of(table["phash"]), bytes_of(table["colours"])))
         places = np.concatenate([part[0] for part in parts], axis=1)
@@ -229,8 +226,7 @@ class Gather:
         out.notes["drops"] = [digest_of(rows[shards == number].tolist()) for number in range(unit.payload["shards"])]
 
     def read(self, path: str, group: int) -> pa.Table:
-        with open_table(self.job, path) as file:
-            return pq.read_table(file, filters=[("group", "==", group)])
+        return read_table(self.job, path, filters=[("group", "==", group)])
 
 
 def drops_by_shard(earlier: Records) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -247,13 +243,12 @@ def dropped_rows(job: Job, payload: dict[str, Any]) -> np.ndarray:
     """Rows of a shard that are near duplicates, ascending."""
     if payload["drops"] is None:
         return np.array([], dtype=np.int32)
-    with open_table(job, payload["drops"]) as file:
-        return pq.read_table(file, filters=[("shard", "==", payload["number"])])["row"].to_numpy()
+    return read_table(job, payload["drops"], filters=[("shard", "==", payload["number"])])["row"].to_numpy()
 
 
 def write_places(out: Output, name: str, groups: np.ndarray, shards: np.ndarray, rows: np.ndarray) -> None:
     columns = [pa.array(values, field.type, safe=False) for values, field in zip((groups, shards, rows), PLACES, strict=True)]
-    pq.write_table(pa.table(columns, schema=PLACES), out.path(name, len(rows)), compression="zstd", row_group_size=ROW_GROUP)
+    write_table(pa.table(columns, schema=PLACES), out.path(name, len(rows)), ROW_GROUP)
 
 
 def file_of(record: UnitRecord, name: str) -> FileEntry:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from stages.filter import duplicates
@@ -44,7 +43,8 @@ from stages.runner.contract import (
 from stages.runner.recipe import encoder
 from stages.shards.conditions import conditions
 from stages.shards.scores import METADATA_SCORES, SCORES
-from stages.shards.tar import Sample, ShardWriter, open_table, read_shard
+from stages.shards.tables import read_table, write_table
+from stages.shards.tar import Sample, ShardWriter, read_shard
 from stages.shards.words import WORDS
 from unidiffuser.references import weights_digest
 
@@ -119,9 +119,9 @@ class Score:
         return Scorer(config.clip, config.clip_scores, config.heads, config.precision)
 
     def run(self, unit: Unit, out: Output) -> None:
-        samples = read_shard(self.job.store, unit.payload["path"], unit.rows)
+        samples = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
         table = pa.concat_tables([self.measure(batch) for batch in batches(samples, self.config.batch)])
-        pq.write_table(table, out.path("scores.parquet", table.num_rows), compression="zstd")
+        write_table(table, out.path("scores.parquet", table.num_rows))
         out.stats.rows_in = table.num_rows
 
     def measure(self, batch: list[Sample]) -> pa.Table:
@@ -192,14 +192,13 @@ class Write:
     def run(self, unit: Unit, out: Output) -> None:
         if unit.payload["refusal"]:
             raise StageError(unit.payload["refusal"])
-        with open_table(self.job, unit.payload["scores"]) as file:
-            scores = pq.read_table(file)
+        scores = read_table(self.job, unit.payload["scores"])
         verdict = duplicates.judge(scores, self.config)
         twins = np.zeros(scores.num_rows, dtype=bool)
         twins[duplicates.dropped_rows(self.job, unit.payload)] = True
         verdict.drop("near_duplicate", twins)
         kept = scores.filter(pa.array(verdict.passing))
-        pq.write_table(kept, out.path(f"{unit.name}.parquet", kept.num_rows), compression="zstd")
+        write_table(kept, out.path(f"{unit.name}.parquet", kept.num_rows))
         out.path(f"{unit.name}.tar", kept.num_rows)
         self.copy(unit, out, {row["key"]: row for row in kept.drop_columns(["phash", "colours", "clip", "caption"]).to_pylist()})
         out.stats.rows_in, out.stats.rows_out = scores.num_rows, kept.num_rows
@@ -209,7 +208,7 @@ class Write:
     def copy(self, unit: Unit, out: Output, kept: dict[str, dict[str, Any]]) -> None:
         """The kept samples, image bytes untouched, with what was measured in their JSON."""
         with ShardWriter(out.folder / f"{unit.name}.tar") as tar:
-            for sample in read_shard(self.job.store, unit.payload["path"], unit.rows):
+            for sample in read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0]):
                 if sample.key in kept:
                     measured = {name: value for name, value in kept[sample.key].items() if name != "key"}
                     tar.add(Sample(sample.key, sample.image, sample.extension, sample.caption, sample.meta | measured))

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
+from infra.external import member
 from infra.text import TextError, text_of
 from stages.runner.contract import (
     Job,
@@ -34,6 +34,7 @@ from stages.runner.contract import (
 )
 from stages.runner.recipe import external_file
 from stages.shards.images import RESULT, ImageConfig, Outcome
+from stages.shards.tables import write_table
 from stages.shards.tar import Sample, ShardWriter
 
 SHA256_DIGITS = 64
@@ -86,7 +87,7 @@ class Packer:
                 out.rows[tar_name] += 1
         out.stats.rows_in, out.stats.rows_out = len(rows), out.rows[tar_name]
         schema = pa.schema([("key", pa.string()), ("file", pa.string()), ("caption", pa.string()), *RESULT])
-        pq.write_table(pa.Table.from_pylist(rows, schema), out.path(f"{unit.name}.parquet", len(rows)), compression="zstd")
+        write_table(pa.Table.from_pylist(rows, schema), out.path(f"{unit.name}.parquet", len(rows)))
 
     def pack(self, pair: Pair) -> tuple[str | None, bytes, Outcome]:
         """(caption, bytes to store, outcome) of one image."""
@@ -117,17 +118,26 @@ def _read(address: str) -> bytes:
 
 
 def pairs_of(config: FolderConfig, sources: Any) -> list[Pair]:
-    """The images with their captions, by name; `sources` is address -> digest of all files."""
+    """The images with their captions, by name; `sources` is address -> digest of all files. Endings may be in capitals."""
     ending = f".{config.caption_extension}"
+    texts = [address for address in sources if member(address).lower().endswith(ending.lower())]
+    # Of two captions, the one that is spelled as the recipe says comes last and counts.
+    captions = {_stem(address): address for address in sorted(texts, key=lambda text: member(text).endswith(ending))}
     found = []
     for address, digest in sources.items():
-        if address.endswith(ending):
+        if member(address).lower().endswith(ending.lower()):
             continue
-        caption = posixpath.splitext(address)[0] + ending
-        name = posixpath.basename(address)
+        caption = captions.get(_stem(address), "")
+        name = posixpath.basename(member(address))
         key = hashlib.sha256("\n".join((name, digest, sources.get(caption, ""))).encode()).hexdigest()[:20]
-        found.append(Pair(name, key, address, digest, caption if caption in sources else ""))
+        found.append(Pair(name, key, address, digest, caption))
     return sorted(found)
+
+
+def _stem(address: str) -> str:
+    """The address without its file's ending."""
+    own, colons, archive = address.partition("::")
+    return posixpath.splitext(own)[0] + colons + archive
 
 
 def shards(pairs: list[Pair], rows: int) -> Iterator[list[Pair]]:
@@ -151,13 +161,14 @@ def _units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 class Folder(Stage):
     name = "folder"
-    version = 2
+    version = 3
     Config = FolderConfig
     phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
 
     @classmethod
     def sources(cls, config: FolderConfig) -> list[str]:
-        captions = (f"{posixpath.splitext(pattern)[0]}.{config.caption_extension}" for pattern in config.images)
+        parts = (pattern.partition("::") for pattern in config.images)
+        captions = (f"{_stem(own)}.{config.caption_extension}{colons}{archive}" for own, colons, archive in parts)
         return list(dict.fromkeys([*config.images, *captions]))
 
     @classmethod

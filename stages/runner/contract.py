@@ -11,13 +11,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from infra.dataset import Dataset, FileEntry, Stats
 from infra.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from stages.runner.chain import Gang
 
 
 class StageError(Exception):
@@ -30,9 +33,9 @@ def operational(default: Any, description: str, **bounds: Any) -> Any:
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's configuration: unknown fields are errors."""
+    """Base of every stage's configuration: unknown fields are errors, and so are numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _is_operational(model: type[BaseModel], name: str) -> bool:
@@ -213,18 +216,16 @@ class Phase:
 
     Attributes:
         plan: (job, records of the earlier phases by phase name) -> units, in the order of the dataset's files.
-        worker: job -> Worker, called once in each worker process. A chain has none.
-        gang: for a chain (each unit builds on the one before): (job, all units, keys, key aside) -> None. It publishes a
-            record a unit, and may stop early only by raising; what it has reached between two units it can then leave under
-            the key aside, which is the same for every number of units. The dataset is the chain's last unit.
+        worker: job -> Worker, called once in each worker process.
+        gang: for a chain (each unit builds on the one before), in place of both.
         fields: the config fields that this phase's result depends on; None means all. Others may change without redoing it.
         resources: config -> what a worker takes.
     """
 
     name: str
-    plan: Callable[[Job, Records], Iterable[Unit]]
+    plan: Callable[[Job, Records], Iterable[Unit]] = lambda job, earlier: ()
     worker: Callable[[Job], Worker] | None = None
-    gang: Callable[[Job, list[Unit], list[str], str], None] | None = None
+    gang: Gang | None = None
     fields: frozenset[str] | None = None
     resources: Callable[[Any], Resources] = lambda config: Resources()
 

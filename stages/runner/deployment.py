@@ -17,7 +17,7 @@ _CRON_NAMES = {
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
 
 class Schedule(_Section):
@@ -27,7 +27,7 @@ class Schedule(_Section):
     interval: float | None = Field(None, gt=0, description="seconds from one start to the next")
     rrule: str | None = Field(None, description="RFC 5545, such as `FREQ=WEEKLY;BYDAY=SA;BYHOUR=6`")
     timezone: str = Field("UTC", description="the clock that cron and rrule go by, such as Europe/Berlin")
-    active: bool = Field(True, description="false: registered, but asleep until it is switched on in the UI")
+    active: bool = Field(True, description="as it is registered; afterwards the switch in the UI decides, until this changes")
     only: tuple[str, ...] = Field((), description="only these nodes")
     start: str | None = Field(None, alias="from", description="this node and what follows from it")
     until: str | None = Field(None, description="this node and what it needs")
@@ -61,6 +61,9 @@ class Schedule(_Section):
                 rrulestr(rrule)
             except (ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"no rule of RFC 5545 ({error}); expected one such as FREQ=WEEKLY;BYDAY=SA;BYHOUR=6") from None
+            # Prefect counts from a start without a Z, and such a rule raises each time its server looks for dates.
+            if "DTSTART" not in rrule.upper() and re.search(r"UNTIL=\w+Z\b", rrule.upper()):
+                raise ValueError("UNTIL ends with Z, and Prefect reads it on the clock of `timezone`: leave out the Z")
         return rrule
 
     @model_validator(mode="after")

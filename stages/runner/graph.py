@@ -9,11 +9,12 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from infra.dataset import Dataset, InputRef, find, pointed
-from infra.external import resolve
+from infra.external import member, resolve
+from infra.listing import OutsideError
 from infra.store import Store
 from stages.catalog import stage_class
 from stages.runner.contract import StageError, digest_of, result_fields
-from stages.runner.recipe import Recipe, RecipeError
+from stages.runner.recipe import Node, Recipe, RecipeError
 
 State = Literal["hit", "stale", "miss"]
 
@@ -67,7 +68,7 @@ def plan(
             are none of a run's business that began before.
 
     Raises:
-        RecipeError: a file or a folder of weights that the recipe names does not exist, or a file cannot be used.
+        RecipeError: a file or a folder of weights that the recipe names does not exist or cannot be used.
     """
     planned: dict[str, Planned] = {}
     for node in recipe.nodes.values():
@@ -78,8 +79,8 @@ def plan(
             else:
                 sources = resolve(stage.sources(node.config), store)
                 lists = {part: resolve(patterns, store) for part, patterns in stage.lists(node.config).items()}
-        except FileNotFoundError as error:
-            raise RecipeError(f"{node.name}: {error}: no such file; expected a path, glob or URL that exists") from None
+        except OutsideError as error:
+            raise RecipeError(f"{_field(node, error.pattern)}: {error}") from None
         try:
             weights = stage.weights(node.config)
         except FileNotFoundError as error:
@@ -121,9 +122,17 @@ def outside_of(planned: Mapping[str, Planned]) -> dict[str, Any]:
     return {name: [node.sources, node.lists] for name, node in planned.items()}
 
 
+def _field(node: Node, pattern: str) -> str:
+    """Where in the recipe a path, glob or URL is written, as well as can be told."""
+    for name, value in node.config:
+        if value == pattern or (isinstance(value, list) and pattern in value):
+            return f"{node.place}.{name}"
+    return node.place
+
+
 def _by_content(sources: dict[str, str]) -> list[tuple[str, str]]:
     """Name without folder, and digest: a recipe gives the same datasets wherever its files lie."""
-    return sorted((address.rsplit("/", 1)[-1], digest) for address, digest in sources.items())
+    return sorted((member(address).rsplit("/", 1)[-1], digest) for address, digest in sources.items())
 
 
 def _fingerprint(base: str, generation: int) -> str:
@@ -164,7 +173,7 @@ def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
         old, new = manifest.inputs.get(name), planned.inputs.get(name)
         if old != new:
             lines.append(f"input {name} ({planned.input_nodes.get(name, 'gone')}) is another dataset")
-    old_files = {name.rsplit("/", 1)[-1]: digest for name, digest in manifest.sources.items()}
+    old_files = {member(name).rsplit("/", 1)[-1]: digest for name, digest in manifest.sources.items()}
     new_files = dict(_by_content(planned.all_sources)) | planned.weights
     for name in sorted({*old_files, *new_files}):
         if name not in old_files:

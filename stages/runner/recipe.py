@@ -18,6 +18,7 @@ from stages.runner.deployment import Deploy
 from stages.runner.document import DocumentError, parse
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+CREDENTIALS = re.compile(r"://\S*@")
 
 
 class RecipeError(Exception):
@@ -26,11 +27,13 @@ class RecipeError(Exception):
 
 @dataclass(frozen=True)
 class Node:
-    """A stage in a recipe. `inputs` maps the stage's input names to nodes; several of a kind are `data.SUBSET`."""
+    """A stage in a recipe, written at `place` there. `inputs` maps the stage's input names to nodes; several of a kind are
+    `data.SUBSET`."""
 
     name: str
     stage: str
     config: BaseModel
+    place: str
     inputs: dict[str, str] = field(default_factory=dict)
 
 
@@ -242,7 +245,7 @@ class _Builder:
             raise RecipeError(explain(error, place)) from None
         if name in self.nodes:
             raise RecipeError(f"{place}: there is a node {name} already")
-        self.nodes[name] = Node(name, stage, config, inputs)
+        self.nodes[name] = Node(name, stage, config, place, inputs)
         return name
 
     def with_paths(self, model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
@@ -310,4 +313,5 @@ def explain(error: ValidationError, place: str) -> str:
     elif first["type"] != "missing":
         message += f" (got {first['input']!r})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{path}: {message}{more}"
+    # A URL may hold a password.
+    return CREDENTIALS.sub("://...@", f"{path}: {message}{more}")

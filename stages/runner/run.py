@@ -23,6 +23,7 @@ from typing import Any
 
 from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
 from infra.store import Store
+from stages.runner.chain import Chain, Gang
 from stages.runner.contract import (
     Job,
     Phase,
@@ -136,19 +137,21 @@ def keyed_units(stage: type[Stage], phase: Phase, job: Job, planned: Planned, ea
     return units, [unit.shared or key_of(unit) for unit in units]
 
 
-def aside_key(stage: type[Stage], phase: Phase, job: Job, planned: Planned) -> str:
-    """Key of what a chain leaves that is stopped between two units."""
-    return unit_keys(stage, phase, job, planned.generation)(Unit("aside", ()))
+def chain_of(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned) -> Chain:
+    """The chain that a phase grows."""
+    return Chain(job, unit_keys(stage, phase, job, planned.generation)(Unit("chain", ())), gang.end(job.config))
 
 
 @dataclass(frozen=True)
 class PhaseState:
-    """How far a phase of a node is: how many units it has, how many are done, and the keys of those that are there."""
+    """How far a phase of a node is: how many units or steps it has, how many are done, and the keys of the units that a run of
+    the node would reuse."""
 
     name: str
     total: int
     done: int
     keys: frozenset[str]
+    counted: str = "units"
 
 
 def phase_states(planned: Planned, store: Store, stage: type[Stage]) -> Iterator[PhaseState]:
@@ -159,35 +162,62 @@ def phase_states(planned: Planned, store: Store, stage: type[Stage]) -> Iterator
         return
     records: dict[str, list[UnitRecord]] = {}
     for phase in stage.phases:
-        _, keys = keyed_units(stage, phase, job, planned, records)
-        found = job.units_done(keys)
-        # Of a chain the last unit that is there counts: the ones before may have given way to it.
-        done = max((n for n, key in enumerate(keys, 1) if key in found), default=0) if phase.gang else len(found)
-        aside = job.units_done([aside_key(stage, phase, job, planned)]) if phase.gang else {}
-        yield PhaseState(phase.name, len(keys), done, frozenset(found | aside))
-        if done < len(keys):
+        if phase.gang is not None:
+            state, records[phase.name] = _chain_state(phase, phase.gang, chain_of(stage, phase, phase.gang, job, planned))
+        else:
+            _, keys = keyed_units(stage, phase, job, planned, records)
+            found = job.units_done(keys)
+            state = PhaseState(phase.name, len(keys), len(found), frozenset(found))
+            records[phase.name] = [found[key] for key in keys if key in found]
+        yield state
+        if state.done < state.total:
             return
-        records[phase.name] = [found[key] for key in (keys[-1:] if phase.gang else keys)]
+
+
+def _chain_state(phase: Phase, gang: Gang, chain: Chain) -> tuple[PhaseState, list[UnitRecord]]:
+    there = chain.done()
+    start = chain.start(there)
+    # A chain that is asked for fewer steps than it has may be asked for more again.
+    useful = {step for step in there if step in (start, max(there)) or gang.keeps(chain.job.config, step)}
+    keys = frozenset(there[step].key for step in useful)
+    return PhaseState(phase.name, chain.end, start, keys, "steps"), [there[start]] if start else []
 
 
 def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> list[UnitRecord]:
     """Do what is not done of one phase; returns the records in the order of the plan."""
+    if phase.gang is not None:
+        return [_run_chain(phase, phase.gang, chain_of(stage, phase, phase.gang, job, planned))]
     units, keys = keyed_units(stage, phase, job, planned, earlier)
     if not units:
         return []
     found = job.units_done(keys)
     progress = Progress(job.node, phase.name, len(units), len(found))
-    if phase.gang is not None:
-        if keys[-1] not in found:
-            phase.gang(job, units, keys, aside_key(stage, phase, job, planned))
-            found = job.units_done(keys)
-        # A chain is its last unit: the ones before are steps on the way, and may have given way to it.
-        units, keys = units[-1:], keys[-1:]
-    elif len(found) < len(units):
+    if len(found) < len(units):
         _run_pool(phase, job, units, keys, found, progress)
     if missing := [unit.name for unit, key in zip(units, keys, strict=True) if key not in found]:
         raise StageError(f"{job.node}: {phase.name} ended without {missing[0]} ({len(missing)} units missing)")
     return [found[key] for key in keys]
+
+
+def _run_chain(phase: Phase, gang: Gang, chain: Chain) -> UnitRecord:
+    """The chain's unit at its end, which stands for all before it: they may have given way to it."""
+    there, node = chain.done(), chain.job.node
+    start = chain.start(there)
+    if there:
+        reached = f"of a run that reached {max(there)}"
+        if start == chain.end:
+            log.info("%s: step %d %s is there already", node, start, reached)
+        elif start:
+            log.info("%s: goes on at step %d %s", node, start, reached)
+        else:
+            log.info("%s: begins at step 0: no step up to %d is left %s", node, chain.end, reached)
+    emit_progress(node, phase.name, start, chain.end, "steps")
+    if start < chain.end:
+        gang.run(chain)
+    record = chain.record(chain.end)
+    if record is None:
+        raise StageError(f"{node}: {phase.name} ended without step {chain.end}")
+    return record
 
 
 def _run_pool(

@@ -18,6 +18,9 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
+from stages.runner.contract import Job
+from stages.shards.tables import open_table
+
 Keys = NDArray[np.uint64]
 Rows = NDArray[np.int64]
 
@@ -75,7 +78,7 @@ class KeyWriter:
         self.waiting: list[tuple[Keys, Rows]] = []
         self.held = 0
         self.writer = pq.ParquetWriter(
-            path, PAIRS, compression="none", use_dictionary=False,
+            path, PAIRS, compression="none", use_dictionary=False, write_page_checksum=True,
             column_encoding={"key": "PLAIN", "row": "DELTA_BINARY_PACKED"},
         )  # fmt: skip
 
@@ -103,24 +106,28 @@ class KeyWriter:
         self.writer.close()
 
 
-def read_keys(file: Any, low: int = 0, high: int = SPACE) -> Iterator[tuple[Keys, Rows]]:
-    """The pairs with ``low <= key < high`` of an open file of keys, a bounded number at a time.
+def read_keys(job: Job, path: str, low: int = 0, high: int = SPACE) -> Iterator[tuple[Keys, Rows]]:
+    """The pairs with ``low <= key < high`` of a stored file of keys, a bounded number at a time.
 
     Pairs of one key come in the order in which they were added.
+
+    Raises:
+        StageError: the file is damaged.
     """
-    parquet = pq.ParquetFile(file)
-    groups = []
-    for number in range(parquet.num_row_groups):
-        told = parquet.metadata.row_group(number).column(0).statistics
-        if told.max >= low and told.min < high:
-            groups.append(number)
-    for start in range(0, len(groups), CHUNK):
-        table = parquet.read_row_groups(groups[start : start + CHUNK], use_threads=False)
-        keys, rows = table["key"].to_numpy(), table["row"].to_numpy()
-        if low > 0 or high < SPACE:
-            inside = (keys >= np.uint64(low)) & (keys <= np.uint64(high - 1))
-            keys, rows = keys[inside], rows[inside]
-        yield keys, rows
+    with open_table(job, path) as file:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        groups = []
+        for number in range(parquet.num_row_groups):
+            told = parquet.metadata.row_group(number).column(0).statistics
+            if told.max >= low and told.min < high:
+                groups.append(number)
+        for start in range(0, len(groups), CHUNK):
+            table = parquet.read_row_groups(groups[start : start + CHUNK], use_threads=False)
+            keys, rows = table["key"].to_numpy(), table["row"].to_numpy()
+            if low > 0 or high < SPACE:
+                inside = (keys >= np.uint64(low)) & (keys <= np.uint64(high - 1))
+                keys, rows = keys[inside], rows[inside]
+            yield keys, rows
 
 
 def ranges(count: int) -> list[tuple[int, int]]:

@@ -204,9 +204,8 @@ class Match:
             entries = self._entries(lists, low, high)
             with RowSets(out.path(f"{role}.parquet"), len(unit.payload["keys"])) as hits:
                 for number, path in enumerate(unit.payload["keys"]):
-                    with self.job.store.open(path) as file:
-                        for keys, rows in read_keys(file, low, high):
-                            hits.add(number, rows[_member(keys, entries)])
+                    for keys, rows in read_keys(self.job, path, low, high):
+                        hits.add(number, rows[_member(keys, entries)])
             out.rows[f"{role}.parquet"] = hits.writer.count
             out.notes[role] = hits.note()
 
@@ -214,9 +213,8 @@ class Match:
         """Sorted, each once."""
         found = np.zeros(0, dtype=np.uint64)
         for path in paths:
-            with self.job.store.open(path) as file:
-                for keys, _ in read_keys(file, low, high):
-                    found = np.union1d(found, keys)
+            for keys, _ in read_keys(self.job, path, low, high):
+                found = np.union1d(found, keys)
         return found
 
 
@@ -237,14 +235,13 @@ class Admit:
         listed = {role: np.zeros(total, dtype=bool) for role in unit.payload["hits"]}
         for role, paths in unit.payload["hits"].items():
             for path in paths:
-                with self.job.store.open(path) as file:
-                    for _, rows in read_keys(file, number, number + 1):
-                        listed[role][rows] = True
+                for _, rows in read_keys(self.job, path, number, number + 1):
+                    listed[role][rows] = True
         allowed = listed.get("allow", np.ones(total, dtype=bool))
         denied = listed.get("deny", np.zeros(total, dtype=bool))
         for kind in ("url", "hash"):
-            with self.job.store.open(unit.payload[kind]) as file, KeyWriter(out.path(f"{kind}.parquet")) as writer:
-                for keys, rows in read_keys(file):
+            with KeyWriter(out.path(f"{kind}.parquet")) as writer:
+                for keys, rows in read_keys(self.job, unit.payload[kind]):
                     if kind == "url":
                         out.stats.drop("not_allowed", int((~allowed[rows]).sum()))
                         out.stats.drop("denied", int((allowed[rows] & denied[rows]).sum()))

@@ -31,7 +31,6 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
 from stages.runner.contract import (
@@ -66,6 +65,7 @@ from stages.select.lists import (
 from stages.select.presets import PRESETS
 from stages.select.where import Where
 from stages.shards.conditions import Condition, Verdict, columns_of, conditions
+from stages.shards.tables import write_table
 from stages.shards.words import WORDS
 from training.names import NAMES
 
@@ -215,13 +215,12 @@ class Duplicates:
         files, first_keys, first_rows = [], [], []
         with RowSets(out.path("again.parquet"), len(paths)) as sets:
             for number, path in enumerate(paths):
-                with self.job.store.open(path) as file:
-                    for keys, rows in read_keys(file, low, high):
-                        again = repeated(keys)
-                        sets.add(number, rows[again])
-                        files.append(np.full(len(keys) - again.sum(), number, dtype=np.int32))
-                        first_keys.append(keys[~again])
-                        first_rows.append(rows[~again])
+                for keys, rows in read_keys(self.job, path, low, high):
+                    again = repeated(keys)
+                    sets.add(number, rows[again])
+                    files.append(np.full(len(keys) - again.sum(), number, dtype=np.int32))
+                    first_keys.append(keys[~again])
+                    first_rows.append(rows[~again])
             if files:
                 again = repeated(np.concatenate(first_keys))
                 number, rows = np.concatenate(files)[again], np.concatenate(first_rows)[again]
@@ -258,14 +257,13 @@ class Write:
             tables = metadata.kept(CANONICAL.names[1:], keep)
             for count, shard in enumerate(self._shards(unit.payload["file"], tables)):
                 path = out.path(f"{unit.name}-{count:05d}.parquet", shard.num_rows)
-                pq.write_table(shard, path, compression="zstd", row_group_size=GROUP)
+                write_table(shard, path, GROUP)
             out.notes["unread"] = dict(metadata.unread)
 
     def _rows(self, path: str, file: int | None = None) -> Iterator[np.ndarray]:
         """Row numbers of a file of keys, or those that stand under a metadata file's number."""
-        with self.job.store.open(path) as opened:
-            for _, rows in read_keys(opened) if file is None else read_keys(opened, file, file + 1):
-                yield rows
+        for _, rows in read_keys(self.job, path) if file is None else read_keys(self.job, path, file, file + 1):
+            yield rows
 
     def _shards(self, file: str, tables: Iterable[tuple[np.ndarray, pa.Table]]) -> Iterator[pa.Table]:
         """The kept rows with their keys, `shard_rows` at a time."""
@@ -332,7 +330,7 @@ _READ = frozenset({"laion_schema", "columns"})
 
 class Select(Stage):
     name = "select"
-    version = 4
+    version = 5
     Config = SelectConfig
     phases = (
         Phase("pick", _pick_units, Pick, fields=_PICK, resources=_resources),

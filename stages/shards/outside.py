@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from infra.external import member
 from infra.text import TextError, lines
 from stages.runner.contract import StageError
 
@@ -55,7 +56,7 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
 
 def is_parquet(address: str) -> bool:
     """Whether a file calls itself Parquet, by its name or by its first bytes; else it is text."""
-    if address.split("?")[0].endswith(".parquet"):
+    if member(address).split("?")[0].endswith(".parquet"):
         return True
     with fsspec.open(address, "rb", compression="infer") as file:
         return file.read(len(MAGIC)) == MAGIC

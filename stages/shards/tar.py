@@ -1,29 +1,27 @@
 """WebDataset shards: ``KEY.jpg``, ``KEY.json`` and ``KEY.txt`` a sample, sorted by key, byte for byte the same every time.
 
-Beside shards lie tables. Both are read from the store through `read_shard` and `open_table`: a file that was damaged after its
-commit is then one line that names it, and never fewer rows.
+They are read from the store through `read_shard`: a file that was damaged after its commit is then one line that names it, and
+never fewer rows or other pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import posixpath
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-import pyarrow as pa
-
+from infra.dataset import VERIFY
 from infra.store import Store
-from stages.runner.contract import Job, StageError
+from stages.runner.contract import StageError
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-VERIFY = "`unidiffuser verify` names what is damaged"
 
 
 @dataclass(frozen=True)
@@ -79,40 +77,51 @@ class ShardWriter:
         self._tar.addfile(info, io.BytesIO(data))
 
 
-def read_shard(store: Store, path: str, rows: int) -> Iterator[Sample]:
+def read_shard(store: Store, path: str, rows: int, sha256: str) -> Iterator[Sample]:
     """All samples of a stored shard in its order, holding one at a time.
 
     Args:
-        rows: how many samples its manifest promises.
+        rows, sha256: how many samples its manifest promises, and the digest of the file.
 
     Raises:
-        StageError: the file is not a complete shard; when samples are missing, it comes after those that are there.
+        StageError: the file is not a complete shard, or not the one of this digest; this may come after all samples.
     """
     found = 0
-    with store.open(path) as file:
+    with whole(store, path, sha256) as file:
         for sample in read_samples(file, store.url(path)):
             found += 1
             yield sample
-    # A tar that is cut between two samples reads without an error.
-    if found != rows:
-        raise StageError(f"{store.url(path)}: has {found} samples of {rows}; {VERIFY}")
+        # A tar that is cut between two samples reads without an error.
+        if found != rows:
+            raise StageError(f"{store.url(path)}: has {found} samples of {rows}; {VERIFY}")
 
 
 @contextmanager
-def open_table(job: Job, path: str) -> Iterator[BinaryIO]:
-    """A stored Parquet file, to be read in the block.
+def whole(store: Store, path: str, sha256: str) -> Iterator[BinaryIO]:
+    """A stored file, to be read in the block from its start, once; its digest is compared when the block is done.
 
     Raises:
-        StageError: what the block reads is not a complete Parquet file.
+        StageError: the file is not the one that has this digest.
     """
-    try:
-        with job.store.open(path) as file:
-            yield file
-    except (pa.ArrowInvalid, OSError) as error:
-        # What the stage made on its way is in no manifest that `verify` reads, but can be made again.
-        own = path.startswith(f"{job.stage}/units/")
-        fix = f"delete {job.store.url(posixpath.dirname(path))} and run again" if own else VERIFY
-        raise StageError(f"{job.store.url(path)}: {' '.join(str(error).split())}; {fix}") from None
+    with store.open(path) as file:
+        passing = _Digesting(file)
+        yield cast(BinaryIO, passing)
+        while passing.read(2**20):
+            pass
+    if (found := passing.digest.hexdigest()) != sha256:
+        raise StageError(f"{store.url(path)}: damaged (sha256 {found[:12]}, its record says {sha256[:12]}); {VERIFY}")
+
+
+class _Digesting:
+    """Passes on what is read of a file, and adds up its sha256."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        return data
 
 
 def read_samples(file: BinaryIO, name: str | None = None) -> Iterator[Sample]:

@@ -16,6 +16,7 @@ from pydantic import Field
 from infra.dataset import FileEntry, fetch_files, find
 from stages.drawing.assembly import put_together
 from stages.drawing.pictures import sample_sheet
+from stages.runner.chain import Chain
 from stages.runner.contract import Job, StageConfig
 from stages.runner.run import emit_progress
 
@@ -30,31 +31,27 @@ SEED = 0
 class PreviewConfig(StageConfig):
     count: int = Field(0, ge=0, le=8, description="samples of each task on a sheet; 0 draws none")
     steps: int = Field(20, ge=1, le=999, description="network calls a sample")
-    guidance: float = Field(5.0, ge=0, description="scale s of c + s * (c - u)")
+    guidance: float = Field(5.0, ge=0, le=100, description="scale s of c + s * (c - u)")
     gpus: float = Field(0, ge=0, le=1, description="share of a GPU that drawing takes; with 0 it draws on a CPU")
 
 
 class Previews:
-    """The sheets of one training run, drawn one at a time; what goes wrong with one is a warning.
+    """The sheets of one training run, drawn one at a time; what goes wrong with one is a warning."""
 
-    Args:
-        keys: the key of each checkpoint's unit, by its step. The last checkpoint is for `evaluate`.
-    """
-
-    def __init__(self, job: Job, keys: dict[int, str]) -> None:
-        self.job, self.keys = job, {step: key for step, key in keys.items() if step < max(keys)}
-        self.path = f"{FOLDER}/{job.node}-{keys[max(keys)]}.png"
+    def __init__(self, chain: Chain) -> None:
+        self.job, self.chain = chain.job, chain
+        self.path = f"{FOLDER}/{chain.job.node}-{chain.key_of(chain.end)}.png"
         self.last = 0
         self.drawing: Any = None
 
     def seen(self, step: int) -> None:
-        """Training is past `step`: announce a sheet that is ready, and begin one of the checkpoint before this step."""
+        """Training is past `step`: announce a sheet that is ready, and begin one of the last checkpoint before this step."""
         if self.job.config.preview.count == 0:
             return
         if self.drawing is not None:
             self._collect(0.0)
-        due = max((each for each in self.keys if each < step), default=0)
-        if due > self.last and self.drawing is None and (record := self.job.unit_done(self.keys[due])) is not None:
+        due = step - 1 - (step - 1) % self.job.config.checkpoint_every
+        if due > self.last and self.drawing is None and (record := self.chain.record(due)) is not None:
             self._begin(due, record.files)
 
     def close(self) -> None:
@@ -135,5 +132,6 @@ def _captions(job: Job, count: int) -> list[str]:
 
     shard = next(entry for entry in _data(job).files if entry.name.endswith(".parquet"))
     with job.store.open(shard.path) as file:
-        found = next(pq.ParquetFile(file).iter_batches(count, columns=["caption"])).column(0).to_pylist()
+        rows = pq.ParquetFile(file, page_checksum_verification=True).iter_batches(count, columns=["caption"])
+        found = next(rows).column(0).to_pylist()
     return [found[number % len(found)] for number in range(count)]

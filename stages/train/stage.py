@@ -1,8 +1,8 @@
 """train: a stage of the U-ViT's training (arXiv 2303.06555, section 6.1), as a chain of checkpoints on a gang of workers.
 
-A unit is a checkpoint. Its key leaves out the last step, so a longer run goes on from the greatest checkpoint of a shorter one,
-and a run that died goes on from its own. A run that is asked to stop leaves one more, aside from the units, of the step that it
-has reached. The dataset is the checkpoint at `steps`.
+A unit is a checkpoint: a step of a chain whose key says what is trained, not how long nor when it is saved. So a run goes on
+from the greatest checkpoint that is there, whether it died, was stopped, or was asked for fewer steps or for another rhythm. One
+that is asked to stop leaves a checkpoint of the step that it has reached. The dataset is the checkpoint at `steps`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from infra.dataset import fetch_files
-from stages.runner.contract import Job, Phase, Records, Stage, StageError, Unit, UnitRecord, operational, scratch_output
+from infra.dataset import VERIFY, FileEntry, fetch_files
+from infra.store import Store
+from stages.runner.chain import Chain, Gang
+from stages.runner.contract import Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
@@ -31,6 +33,8 @@ log = logging.getLogger("stages")
 
 # Numbers that encode writes beside the latents.
 COLUMNS = (*SCORES, "width", "height")
+# Name of the record of a checkpoint that a stop left between two planned ones.
+STOPPED = "stopped"
 
 
 class TrainStageConfig(TrainConfig):
@@ -50,84 +54,65 @@ class TrainStageConfig(TrainConfig):
         return data
 
 
-def checkpoint_steps(config: TrainStageConfig) -> list[int]:
-    """Steps at which a checkpoint is written: the multiples of `checkpoint_every`, and the last."""
-    return [*range(config.checkpoint_every, config.steps, config.checkpoint_every), config.steps]
-
-
-def plan_checkpoints(job: Job, _: Records) -> list[Unit]:
-    return [Unit(f"step-{step:08d}", (str(step),)) for step in checkpoint_steps(job.config)]
+def keeps(config: TrainStageConfig, step: int) -> bool:
+    """Whether the checkpoint of a step stays when there is a later one."""
+    return config.keep_every is None or step % config.keep_every == 0
 
 
 @dataclass(frozen=True)
 class Publisher:
     """Puts a checkpoint folder into the store as a unit; runs in the worker of rank 0, on whatever machine that is."""
 
-    job: Job
-    keys: dict[int, str]
-    aside: str
+    chain: Chain
     started: float
 
     def __call__(self, folder: str, step: int, metrics: dict[str, Any]) -> None:
-        key = self.keys.get(step, self.aside)
+        # Another run of the chain may have been here first: what is done stays as it is.
+        if self.chain.record(step) is None:
+            self.publish(folder, step, metrics)
+        self.give_way(step)
+
+    def publish(self, folder: str, step: int, metrics: dict[str, Any]) -> None:
+        job = self.chain.job
         state = json.loads(Path(folder, "trainer.json").read_text(encoding="utf-8"))
-        rows = sum(d.manifest.stats.rows_out for name, d in self.job.inputs.items() if name.startswith("data."))
-        with scratch_output(self.job.store) as out:
+        rows = sum(d.manifest.stats.rows_out for name, d in job.inputs.items() if name.startswith("data."))
+        planned = step == self.chain.end or step % job.config.checkpoint_every == 0
+        with scratch_output(job.store) as out:
             for path in sorted(Path(folder).iterdir()):
                 path.rename(out.path(path.name))
             out.stats.rows_in, out.stats.rows_out = rows, state["rows"]
-            out.stats.drop("validation_or_where" if self.job.config.data.where else "validation", rows - state["rows"])
+            out.stats.drop("validation_or_where" if job.config.data.where else "validation", rows - state["rows"])
             out.notes |= {"step": step, "metrics": metrics}
-            if step not in self.keys:
-                self.job.store.remove(self.job.unit_folder(self.aside))
-            out.publish(self.job, key, f"step-{step:08d}", time.time() - self.started)
-        if step in self.keys:
-            self.give_way(step)
+            name = f"step-{step:08d}" if planned else STOPPED
+            out.publish(job, self.chain.key_of(step), name, time.time() - self.started)
 
     def give_way(self, step: int) -> None:
-        """Remove the checkpoint before this one unless `keep_every` keeps it, and what the last stop left: a year of
-        checkpoints would fill any disk."""
-        self.job.store.remove(self.job.unit_folder(self.aside))
-        keep = self.job.config.keep_every
-        earlier = [s for s in self.keys if s < step]
-        if keep is None or not earlier or max(earlier) % keep == 0:
-            return
-        self.job.store.remove(self.job.unit_folder(self.keys[max(earlier)]))
+        """Remove the checkpoints before this one that `keep_every` does not keep, and what stops left: a year of checkpoints
+        would fill any disk."""
+        for earlier, record in self.chain.done().items():
+            if earlier < step and (record.name == STOPPED or not keeps(self.chain.job.config, earlier)):
+                self.chain.remove(earlier)
 
 
 @dataclass(frozen=True)
-class Newest:
-    """Fetches the newest checkpoint of this chain, on each machine that trains."""
+class Fetched:
+    """Fetches a checkpoint to go on from, on each machine that trains."""
 
-    job: Job
-    keys: dict[int, str]
-    aside: str
+    store: Store
+    files: list[FileEntry]
     folder: str
-
-    def __call__(self) -> str | None:
-        done = (self.job.unit_done(self.keys[step]) for step in sorted(self.keys, reverse=True))
-        newest = next((record for record in done if record is not None), None)
-        aside = self.job.unit_done(self.aside)
-        # The recipe may ask for fewer steps now than when it was stopped.
-        if aside is not None and (newest.notes["step"] if newest else -1) < aside.notes["step"] < max(self.keys):
-            newest = aside
-        if newest is None:
-            return None
-        return str(fetch_files(self.job.store, newest.files, Path(self.folder, f"resume-{newest.notes['step']}")))
-
-
-@dataclass(frozen=True)
-class Initial:
-    """Fetches the checkpoint that this training stage starts from."""
-
-    job: Job
-    folder: str
+    fix: str
 
     def __call__(self) -> str:
-        return str(self.job.inputs["init"].fetch(Path(self.folder, "init")))
+        return str(fetch_files(self.store, self.files, Path(self.folder), self.fix))
 
 
-def train_chain(job: Job, units: list[Unit], keys: list[str], aside: str) -> None:
+def _resume(chain: Chain, record: UnitRecord, folder: str) -> Fetched:
+    unit = chain.job.store.url(chain.job.unit_folder(record.key))
+    return Fetched(chain.job.store, record.files, f"{folder}/resume", f"delete {unit} to go on from the one before")
+
+
+def train_chain(chain: Chain) -> None:
     """Train from the newest checkpoint to the last step.
 
     Raises:
@@ -136,8 +121,8 @@ def train_chain(job: Job, units: list[Unit], keys: list[str], aside: str) -> Non
     from training.job import TrainingError, TrainJob
     from training.launch import train
 
-    by_step = dict(zip(checkpoint_steps(job.config), keys, strict=True))
-    previews = Previews(job, by_step)
+    job, done = chain.job, chain.done()
+    start, previews = chain.start(done), Previews(chain)
     # Several inputs are one list of shards, in the order of the recipe.
     shards = [
         job.store.url(entry.path)
@@ -160,9 +145,9 @@ def train_chain(job: Job, units: list[Unit], keys: list[str], aside: str) -> Non
             config=job.config,
             shards=tuple(shards),
             work_folder=folder,
-            publish=Publisher(job, by_step, aside, time.time()),
-            resume=Newest(job, by_step, aside, folder),
-            init_from=Initial(job, folder) if "init" in job.inputs else None,
+            publish=Publisher(chain, time.time()),
+            resume=_resume(chain, done[start], folder) if start else None,
+            init_from=Fetched(job.store, job.inputs["init"].files, f"{folder}/init", VERIFY) if "init" in job.inputs else None,
             init_optimizer=job.config.init_optimizer,
         )
         try:
@@ -181,7 +166,13 @@ class Train(Stage):
     version = 3
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
-    phases = (Phase("train", plan_checkpoints, gang=train_chain, fields=frozenset(TrainStageConfig.model_fields) - {"steps"}),)
+    phases = (
+        Phase(
+            "train",
+            gang=Gang(train_chain, lambda config: config.steps, keeps),
+            fields=frozenset(TrainStageConfig.model_fields) - {"steps"},
+        ),
+    )
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

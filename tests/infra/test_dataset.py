@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from infra import dataset as module
@@ -99,3 +100,29 @@ def test_pointers(tmp_path):
     commit(store, manifest(store))
     point(store, "recipe", "a-select", InputRef(stage="select", fingerprint="f" * 24))
     assert pointed(store, "recipe", "a-select").manifest.node == "a-select"
+
+
+def test_what_is_fetched_is_compared_with_its_record(tmp_path):
+    store = Store(str(tmp_path / "store"))
+    dataset = commit(store, manifest(store))
+    assert (dataset.fetch(tmp_path / "good") / "1.bin").read_bytes() == b"content 1"
+    store.write(dataset.files[1].path, b"kontent 1")
+    where = dataset.url(dataset.files[1])
+    with pytest.raises(StoreError, match=f"^{where}: damaged .sha256 .*; `unidiffuser verify` names what is damaged$"):
+        dataset.fetch(tmp_path / "damaged")
+    store.remove(dataset.files[1].path)
+    with pytest.raises(StoreError, match=f"^{where}: no such file; `unidiffuser verify` names what is damaged$"):
+        dataset.fetch(tmp_path / "gone")
+
+
+def test_a_damaged_list_of_files_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILES_INLINE", 2)
+    store = Store(str(tmp_path))
+    folder = commit(store, manifest(store)).folder
+    path = tmp_path / folder / "files.parquet"
+    column = pq.read_metadata(path).row_group(0).column(0)
+    data = bytearray(path.read_bytes())
+    data[column.dictionary_page_offset + column.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=f"^{path}: damaged .*; delete {path.parent} and run again$"):
+        find(store, "select", "f" * 24)

@@ -5,12 +5,15 @@ Set SCREENSHOTS to a folder to renew the pictures of the documentation there.
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +23,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
 
-from infra.processes import MARK
+from infra.prefect_server import credential
+from infra.processes import MARK, recorded
 
 ROWS = 60
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -83,6 +88,8 @@ class Command:
 def start(*arguments: str | Path, **more: str) -> Command:
     """`unidiffuser` in an environment without Prefect's and Ray's variables, and with `more`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "RAY_"))}
+    # Nothing of a test opens on the desktop of whoever runs it.
+    environment["BROWSER"] = "true"
     command = [sys.executable, "-m", "pipelines.command", *map(str, arguments)]
     return Command(
         subprocess.Popen(
@@ -95,6 +102,35 @@ def start(*arguments: str | Path, **more: str) -> Command:
             start_new_session=True,
         )  # fmt: skip
     )
+
+
+def ask(store: Path | str, method: str, path: str, body: Any = None) -> Any:
+    """What the Prefect API of a store's servers answers to one who is let in."""
+    server = recorded("prefect", Path(store, ".state"))
+    assert server is not None and server.token is not None, "no Prefect server is up"
+    headers = {"Authorization": f"Basic {base64.b64encode(server.token.encode()).decode()}", "Content-Type": "application/json"}
+
+    def send(method: str, path: str, data: bytes | None) -> Any:
+        request = urllib.request.Request(f"{server.address}/api/{path}", data, headers, method=method)
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read() or b"null")
+
+    if method != "GET":
+        headers |= {"Prefect-Csrf-Client": "tests", "Prefect-Csrf-Token": send("GET", "csrf-token?client=tests", None)["token"]}
+    return send(method, path, None if body is None else json.dumps(body).encode())
+
+
+def sign_in(page: Any, store: Path | str) -> None:
+    """Open the link of `unidiffuser ui` in the browser."""
+    code, printed = start("ui", "--store", store).finish()
+    assert code == 0, printed
+    page.goto(printed.splitlines()[0])
+    see_dashboard(page)
+
+
+def see_dashboard(page: Any) -> None:
+    """Wait for what only one who is signed in is shown; the browser needs that moment to keep the sign-in for the next page."""
+    page.locator("main").get_by_text("Dashboard").first.wait_for()
 
 
 def survivors(store: Path) -> list[psutil.Process]:
@@ -118,6 +154,10 @@ class Kept:
     command: Command
     address: str
 
+    def settings(self) -> dict[Any, Any]:
+        """For Prefect's client in this process."""
+        return {PREFECT_API_URL: f"{self.address}/api", PREFECT_API_AUTH_STRING: credential(self.store / ".state")}
+
     def close(self) -> tuple[int, str]:
         return self.command.finish(signal.SIGINT)
 
@@ -131,6 +171,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     command = start("run", recipe, "--store", store, "--keep", **proxies)
     try:
         line = command.read_until("This run in the Prefect UI: ")
+        command.read_until("Ctrl-C stops the servers.")
         yield Kept(store, recipe, command, line.split(": ", 1)[1].split("/v2/")[0])
     finally:
         if command.process.poll() is None:

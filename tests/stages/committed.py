@@ -1,4 +1,4 @@
-"""Datasets made by hand, for what needs one of a stage that it does not run."""
+"""Datasets made by hand, for what needs one of a stage that it does not run; and damage to what lies in a store."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ def dataset_of(
         created="2026-01-01T00:00:00+00:00", files=entries,
     )  # fmt: skip
     return commit(store, manifest)
+
+
+def flip(path: str | Path, where: bytes | int) -> None:
+    """Change one bit of a file: at a place, or in the middle of the first occurrence of some bytes."""
+    data = bytearray(Path(path).read_bytes())
+    place = where if isinstance(where, int) else data.index(where) + len(where) // 2
+    data[place] ^= 1
+    Path(path).write_bytes(data)

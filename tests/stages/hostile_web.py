@@ -114,6 +114,12 @@ ACTS: dict[str, str] = {
     "chunked": "success",
     "second-try": "success",
     "no-length": "success",
+    "transformed-203": "success",
+    "all-of-it-206": "success",
+    "all-of-it-206-cut": "truncated",
+    "first-part-206": "http_206",
+    "last-part-206": "http_206",
+    "part-of-unknown-206": "http_206",
     "slow": "success",
     "caf\u00e9 \u732b": "success",
     "query?a=1&b=\u00fc c": "success",
@@ -196,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
                 hops = int(name[5:])
                 self.reply(302, b"", [("Location", f"/hops-{hops - 1}" if hops > 1 else "/jpeg")])
             elif name.startswith("status-"):
-                self.reply(int(name[7:]), b"" if name in ("status-204", "status-304") else b"sorry")
+                self.reply(int(name[7:10]), b"" if name in ("status-204", "status-304") else b"sorry")
             elif name.startswith("asks-to-wait-"):
                 first = self.asked[name] == 1
                 self.reply(429 if first else 200, b"" if first else JPEG, [("Retry-After", name[13:])] if first else [])
@@ -206,7 +212,14 @@ class Handler(BaseHTTPRequestHandler):
     def act(self, name: str) -> None:
         ok = b"HTTP/1.1 200 OK\r\n"
         size = f"Content-Length: {len(JPEG)}\r\n\r\n".encode()
+        part, total = b"HTTP/1.1 206 Partial Content\r\nContent-Range: bytes ", len(JPEG)
         whole = {
+            "transformed-203": b"HTTP/1.1 203 Non-Authoritative Information\r\n" + size + JPEG,
+            "all-of-it-206": part + f"0-{total - 1}/{total}\r\n".encode() + size + JPEG,
+            "all-of-it-206-cut": part + f"0-{total - 1}/{total}\r\n\r\n".encode() + JPEG[:900],
+            "first-part-206": part + f"0-899/{total}\r\nContent-Length: 900\r\n\r\n".encode() + JPEG[:900],
+            "last-part-206": part + f"1-{total - 1}/{total}\r\n\r\n".encode() + JPEG[1:],
+            "part-of-unknown-206": part + f"0-{total - 1}/*\r\n".encode() + size + JPEG,
             "short": ok + size + JPEG[:900],
             "claims-too-much": ok + b"Content-Length: 1000000000000\r\n\r\n" + JPEG,
             "claims-too-little": ok + b"Content-Length: 900\r\n\r\n" + JPEG,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from stages.runner.chain import Gang
 from stages.runner.contract import Phase, Stage, StageConfig, Unit, operational, scratch_output
 from stages.runner.graph import Planned
 
@@ -73,19 +74,17 @@ class CountConfig(StageConfig):
     die_at: int = operational(0, "step at which the gang dies, once")
 
 
-def _count(job, units, keys, aside):
-    """Each unit holds one more than the one before it; starts from the last that is done."""
-    done = list(job.units_done(keys).values())
-    value = done[-1].notes["value"] if done else 0
-    for unit, key in list(zip(units, keys, strict=True))[len(done) :]:
-        value += 1
+def _count(chain):
+    """Each unit holds one more than the one before it; goes on from the greatest that is there."""
+    job = chain.job
+    for value in range(chain.start(chain.done()) + 1, chain.end + 1):
         if value == job.config.die_at:
             raise RuntimeError("the gang died")
         with scratch_output(job.store) as out:
             out.path("value.txt", rows=1).write_text(f"{value}\n")
             out.stats.rows_in = out.stats.rows_out = 1
             out.notes["value"] = value
-            out.publish(job, key, unit.name, time.process_time())
+            out.publish(job, chain.key_of(value), f"step-{value}", time.process_time())
 
 
 class Count(Stage):
@@ -93,12 +92,7 @@ class Count(Stage):
     version = 1
     Config = CountConfig
     phases = (
-        Phase(
-            "count",
-            lambda job, _: [Unit(f"step-{n}", (str(n),)) for n in range(1, job.config.steps + 1)],
-            gang=_count,
-            fields=frozenset(),
-        ),
+        Phase("count", gang=Gang(_count, lambda config: config.steps, lambda config, step: step % 2 == 0), fields=frozenset()),
     )
 
 

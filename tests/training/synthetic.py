@@ -40,7 +40,7 @@ def write_shards(
         }
         table = pa.table(columns).replace_schema_metadata({b"unidiffuser": json.dumps(told).encode()})
         path = folder / f"{file:05d}.parquet"
-        pq.write_table(table, path, row_group_size=group, compression="none")
+        pq.write_table(table, path, row_group_size=group, compression="none", use_dictionary=False, write_page_checksum=True)
         paths.append(str(path))
     return tuple(paths)
 

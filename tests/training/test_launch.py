@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from infra.store import StoreError
 from tests.training.synthetic import KeepIn, config, write_shards
 from training.history import Row
 from training.job import TrainingError, TrainJob
-from training.launch import train
+from training.launch import _reason, train
 
 
 def test_progress_checkpoints_and_a_request_to_stop(ray_cluster: None, tmp_path: Path) -> None:
@@ -29,6 +30,14 @@ def test_progress_checkpoints_and_a_request_to_stop(ray_cluster: None, tmp_path:
     assert rows[0]["kind"] == "validation" and rows[0]["step"] == 0
     steps = [row["step"] for row in rows if row["kind"] == "train"]
     assert steps == list(range(5, outcome.step + 1, 5))
+
+
+def test_a_damaged_file_is_a_reason() -> None:
+    told = Exception("a traceback of many lines")
+    told._base_exc = StoreError("step.safetensors: damaged; delete it")  # type: ignore[attr-defined]
+    failed = Exception("workers failed")
+    failed.worker_failures = {0: told}  # type: ignore[attr-defined]
+    assert _reason(failed) == "step.safetensors: damaged; delete it"
 
 
 def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(ray_cluster: None, tmp_path: Path) -> None:

@@ -80,6 +80,19 @@ def test_prefetched_batches_are_the_same_and_errors_come_through(tmp_path: Path)
             pass
 
 
+def test_a_flipped_bit_is_an_error_and_never_another_number(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    damaged = _rows(shards)["00010019"]["moments"]
+    data = bytearray(Path(shards[1]).read_bytes())
+    # The highest bit of an exponent: a moment of 0.6 becomes one of 40,000.
+    data[data.index(damaged) + 1] ^= 0x40
+    Path(shards[1]).write_bytes(data)
+    line = f"^{shards[1]}: row group 2 cannot be read: .*CRC.*; `unidiffuser verify DATASET` names what is damaged$"
+    with pytest.raises(ShardError, match=line):
+        for _ in Loader(config(), shards).batches(0, 20):
+            pass
+
+
 def test_where_and_the_hash_decide_which_rows_train(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
     run = config(data={"where": ["AESTHETIC >= 4", "aesthetic != 6"]})

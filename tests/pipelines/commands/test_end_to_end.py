@@ -10,7 +10,6 @@ import shlex
 import shutil
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,9 +31,9 @@ from pipelines.command import app
 from pipelines.commands.checkpoints import Named, opened
 from stages.runner.graph import Planned, plan
 from stages.runner.recipe import Recipe, load_recipe
-from stages.runner.run import aside_key, make_job
+from stages.runner.run import chain_of, make_job
 from stages.train.stage import Train
-from tests.pipelines.conftest import CHROMIUM, picture, start, survivors
+from tests.pipelines.conftest import CHROMIUM, ask, picture, sign_in, start, survivors
 
 NODES = [
     "little-select", "little-download", "little-filter", "text-codec", "little-encode", "large-filter", "large-encode",
@@ -282,12 +281,7 @@ def test_the_example_in_a_commands_help_does_what_it_says(
 
 
 def api(world: World, method: str, path: str, body: Any = None) -> Any:
-    server = recorded("prefect", Path(world.store.root, ".state"))
-    assert server is not None
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{server.address}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        return json.loads(reply.read() or b"null")
+    return ask(world.store.root, method, path, body)
 
 
 def check_page_of_training(world: World) -> None:
@@ -303,6 +297,7 @@ def check_graphs(world: World, page: Any) -> None:
     run, *_ = api(world, "POST", "flow_runs/filter", {"sort": "START_TIME_ASC"})
     server = recorded("prefect", Path(world.store.root, ".state"))
     assert server is not None
+    sign_in(page, world.store.root)
     page.goto(f"{server.address}/v2/runs/flow-run/{run['id']}?tab=TaskRuns")
     page.locator("main canvas").first.wait_for()
     page.get_by_role("link", name="train-512").first.wait_for()
@@ -344,8 +339,10 @@ def check_that_a_cancelled_training_goes_on_from_its_step(world: World) -> None:
     wait(lambda: state(run)["type"] == "CANCELLED")
     planned = world.planned(*(f"train.256.{name}={value}" for name, value in far.items()))["train-256"]
     job = make_job(planned, world.store)
-    left = job.unit_done(aside_key(Train, Train.phases[0], job, planned))
-    assert left is not None and left.notes["step"] >= 9 and "model.safetensors" in {file.name for file in left.files}
+    (phase,) = Train.phases
+    assert phase.gang is not None
+    *_, left = chain_of(Train, phase, phase.gang, job, planned).done().values()
+    assert left.notes["step"] >= 9 and "model.safetensors" in {file.name for file in left.files}
     again = begin(steps=left.notes["step"] + 3, checkpoint_every=50_000)
     wait(lambda: state(again)["type"] in ("COMPLETED", "FAILED"))
     assert state(again)["type"] == "COMPLETED", state(again)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,16 @@ import psutil
 from infra.dataset import all_datasets
 from infra.processes import recorded
 from infra.store import Store
-from tests.pipelines.conftest import Kept, start, survivors, write_recipe
-
-
-def ask(address: str, what: str, **body: Any) -> Any:
-    """POST to the Prefect API of the test's server."""
-    request = urllib.request.Request(
-        f"{address}/api/{what}", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=20) as reply:
-        return json.loads(reply.read())
+from tests.pipelines.conftest import Kept, ask, start, survivors, write_recipe
 
 
 def tasks_by_node(kept: Kept) -> dict[str, Any]:
     """Task runs by node; Prefect leaves a random suffix on the name of one that it never began."""
-    return {re.sub("-[0-9a-f]{3}$", "", task["name"]): task for task in ask(kept.address, "task_runs/filter")}
+    return {re.sub("-[0-9a-f]{3}$", "", task["name"]): task for task in ask(kept.store, "POST", "task_runs/filter", {})}
 
 
 def test_the_graph_has_one_task_a_node_and_the_edges_of_the_data(kept: Kept) -> None:
-    (run,) = ask(kept.address, "flow_runs/filter")
+    (run,) = ask(kept.store, "POST", "flow_runs/filter", {})
     assert run["name"] == "tiny"
     tasks = tasks_by_node(kept)
     assert sorted(tasks) == ["bad-download", "bad-select", "good-select"]
@@ -63,7 +52,7 @@ def test_a_failing_node_says_why_in_the_terminal_and_in_the_ui_and_what_follows_
 
 
 def test_a_made_node_leaves_its_page_with_counts_and_reasons(kept: Kept) -> None:
-    pages = {page["key"]: page["data"] for page in ask(kept.address, "artifacts/filter") if page["key"]}
+    pages = {page["key"]: page["data"] for page in ask(kept.store, "POST", "artifacts/filter", {}) if page["key"]}
     assert sorted(pages) == ["tiny-good-select", "tiny-lineage"]
     (dataset,) = all_datasets(Store(str(kept.store)))
     page = pages["tiny-good-select"]
@@ -76,7 +65,7 @@ def test_a_made_node_leaves_its_page_with_counts_and_reasons(kept: Kept) -> None
 
 def test_the_log_of_the_job_is_in_the_ui_with_its_levels(kept: Kept) -> None:
     task = tasks_by_node(kept)["good-select"]
-    lines = ask(kept.address, "logs/filter", logs={"task_run_id": {"any_": [task["id"]]}}, limit=200)
+    lines = ask(kept.store, "POST", "logs/filter", {"logs": {"task_run_id": {"any_": [task["id"]]}}, "limit": 200})
     said = [(line["level"], line["message"]) for line in lines]
     assert any(level == 20 and "60 rows in, 44 out" in text for level, text in said), said
     assert not any(text.startswith("@progress") for _, text in said)
@@ -130,8 +119,7 @@ def test_ctrl_c_in_a_node_stops_job_and_servers_and_the_next_run_finishes_even_a
 
     third = start(*chosen, "--keep")
     third.read_until("Ctrl-C stops the servers")
-    address = re.findall(r"http://[0-9.:]+", "".join(third.lines))[-1]
-    states = [run["state"]["type"] for run in ask(address, "flow_runs/filter", sort="START_TIME_ASC")][-3:]
+    states = [run["state"]["type"] for run in ask(store, "POST", "flow_runs/filter", {"sort": "START_TIME_ASC"})][-3:]
     assert states == ["CANCELLED", "CRASHED", "COMPLETED"]
     code, printed = third.finish(signal.SIGINT)
     assert code == 0 and re.search(r"good-select (made|reused) 40 rows", printed)

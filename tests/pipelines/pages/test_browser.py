@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from infra.ray_jobs import RayJobs
 from infra.store import Store
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
-from tests.pipelines.conftest import CHROMIUM, PATIENCE, picture, start, survivors
+from tests.pipelines.conftest import CHROMIUM, PATIENCE, ask, picture, sign_in, start, survivors
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
@@ -47,10 +45,7 @@ class World:
     hosts: str
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.address}/api/{path}", data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.loads(reply.read() or b"null")
+        return ask(self.store.root, method, path, body)
 
     def dataset(self, node: str, *overrides: str) -> Dataset | None:
         planned = plan(load_recipe(self.recipe, [self.hosts, *overrides]), self.store)[node]
@@ -111,6 +106,12 @@ def world(web: Web) -> Iterator[World]:
         start("down", "--store", store).finish()
         for process in survivors(store):
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def page(page: Any, world: World) -> Any:
+    sign_in(page, world.store.root)
+    return page
 
 
 def run_of(page: Any) -> str:

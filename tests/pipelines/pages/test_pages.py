@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 from rich.console import Console
 
 from infra.dataset import Dataset, Manifest, Stats, commit, point
@@ -138,7 +138,7 @@ def test_a_server_that_refuses_fails_neither_progress_nor_pages(
 @pytest.fixture
 def server(kept: Kept) -> Iterator[None]:
     """Prefect's client of this process asks the server of `kept`, which is left as it was."""
-    with temporary_settings({PREFECT_API_URL: f"{kept.address}/api"}):
+    with temporary_settings(kept.settings()):
         yield
         with get_client(sync_client=True) as client:
             for page in client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["pages-a-select"]))):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,13 +22,13 @@ import psutil
 import pytest
 
 from infra.dataset import find
-from infra.prefect_server import HEARTBEAT_SECONDS
+from infra.prefect_server import HEARTBEAT_SECONDS, prefect_environment
 from infra.processes import Server, recorded
 from infra.ray_jobs import RayJobs
 from infra.store import Store
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
-from tests.pipelines.conftest import start, survivors, write_metadata
+from tests.pipelines.conftest import ask, start, survivors, write_metadata
 
 TINY = """
 name: tiny
@@ -66,16 +65,9 @@ class Machine:
     printed: str
 
     def api(self, method: str, path: str, body: Any = None) -> Any:
-        request = urllib.request.Request(
-            f"{self.address}/api/{path}",
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-            method=method,
-        )
         for attempt in range(20):
             try:
-                with urllib.request.urlopen(request, timeout=60) as reply:
-                    return json.loads(reply.read() or b"null")
+                return ask(self.store, method, path, body)
             except urllib.error.HTTPError as error:
                 # SQLite: two transactions met. Prefect's own client asks again too.
                 if error.code != 503:
@@ -249,7 +241,7 @@ with gpu_slots(node, threading.Event(), lambda slots: print("waiting for", slots
 @pytest.fixture(scope="module")
 def waiting(machine: Machine) -> Iterator[subprocess.Popen[str]]:
     """A node that wants 2 of the 4 GPU slots, of which another one that is dead holds 3."""
-    environment = {**os.environ, "PREFECT_API_URL": f"{machine.address}/api", "PREFECT_HOME": str(machine.folder / "home")}
+    environment = {**os.environ, **prefect_environment(machine.store / ".state", machine.address)}
 
     def hold(*arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", HOLDER, *arguments]

@@ -87,14 +87,14 @@ def test_the_job_survives_another_recipe_s_run_and_each_of_its_lines_comes_once(
 
 def test_a_killed_command_does_not_stay_running_on_a_server_that_is_not_its_own(machine: Machine, tmp_path: Path) -> None:  # noqa: F811
     recipe, store = write_recipe(tmp_path), tmp_path / "store"
-    arguments = ["run", str(recipe), "--only", "good-select", "--store", str(store)]
+    arguments, token = ["run", str(recipe), "--only", "good-select", "--store", str(store)], machine.server("prefect").token
     command = Command(
         subprocess.Popen(
             [sys.executable, "-m", "pipelines.command", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PREFECT_API_URL": f"{machine.address}/api"},
+            env={**os.environ, "PREFECT_API_URL": f"{machine.address}/api", "PREFECT_API_AUTH_STRING": str(token)},
             start_new_session=True,
         )
     )

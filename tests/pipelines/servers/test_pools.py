@@ -21,15 +21,16 @@ from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.exceptions import ObjectNotFound
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
 from prefect.workers.base import BaseJobConfiguration
 
 from infra.store import Store
 from pipelines.servers import deployments
-from pipelines.servers.deployments import ENTRYPOINTS, _job_variables, _schedule, deploy, ensure_pool
-from stages.runner.deployment import Pool, Schedule
+from pipelines.servers.deployments import ENTRYPOINTS, _job_variables, deploy, ensure_pool
+from pipelines.servers.schedules import prefect_schedules
+from stages.runner.deployment import Pool
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from tests.pipelines.conftest import Kept, write_metadata
 
@@ -106,7 +107,7 @@ def test_a_pool_takes_the_job_variables_and_hands_on_the_workers_token_without_s
 
 
 def test_a_real_server_takes_the_pools_and_deployments_on_them(kept: Kept) -> None:
-    with temporary_settings({PREFECT_API_URL: f"{kept.address}/api"}), get_client(sync_client=True) as client:
+    with temporary_settings(kept.settings()), get_client(sync_client=True) as client:
         flow = client.create_flow_from_name("node")
         for pool in POOLS:
             ensure_pool(client, pool)
@@ -172,8 +173,8 @@ BAD = [
 @pytest.mark.parametrize("cron", GOOD)
 def test_a_cron_that_prefect_takes_is_taken(cron: str, tmp_path: Path) -> None:
     assert croniter.is_valid(cron)
-    made = _schedule(recipe(tmp_path), 0, Schedule.model_validate({"cron": cron, "timezone": "Europe/Berlin"})).schedule
-    assert (made.cron, made.timezone) == (cron, "Europe/Berlin")  # type: ignore[union-attr]
+    (made,) = prefect_schedules(recipe(tmp_path, f"deploy.schedules=[{{cron: '{cron}', timezone: Europe/Berlin}}]"))
+    assert (made.schedule.cron, made.schedule.timezone) == (cron, "Europe/Berlin")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("cron", BAD)
@@ -191,8 +192,9 @@ def test_a_wrong_rrule_is_refused_when_the_recipe_is_read(rrule: str, tmp_path: 
 
 
 def test_an_rrule_comes_when_it_says_on_the_clock_of_its_time_zone(tmp_path: Path) -> None:
-    rule = Schedule.model_validate({"rrule": "FREQ=WEEKLY;BYDAY=SA;BYHOUR=6;BYMINUTE=0", "timezone": "Europe/Berlin"})
-    made: Any = _schedule(recipe(tmp_path), 0, rule).schedule
+    rule = "{rrule: FREQ=WEEKLY;BYDAY=SA;BYHOUR=6;BYMINUTE=0, timezone: Europe/Berlin}"
+    (scheduled,) = prefect_schedules(recipe(tmp_path, f"deploy.schedules=[{rule}]"))
+    made: Any = scheduled.schedule
     berlin = ZoneInfo("Europe/Berlin")
     # Summer ends on 25 October 2026.
     moments = made.to_rrule().xafter(datetime(2026, 10, 20, tzinfo=UTC).astimezone(berlin), count=2)

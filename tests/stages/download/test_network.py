@@ -58,6 +58,13 @@ def test_a_public_name_is_dialled_at_the_address_that_was_judged(place):
     assert web.dialled == [PUBLIC]
 
 
+def test_a_part_that_is_called_all_and_is_not_is_truncated(place):
+    web = Web(place, {"pictures.example": [[PUBLIC]]})
+    assert web.fetch("http://pictures.example/all-of-it-206") == JPEG
+    with pytest.raises(FetchError, match="^truncated$"):
+        web.fetch("http://pictures.example/all-of-it-206-cut")
+
+
 FORBIDDEN = [
     "0.0.0.0", "0.1.2.3", "10.1.2.3", "100.64.0.1", "100.100.100.200", "127.0.0.1", "127.255.255.254", "168.63.129.16",
     "169.254.169.254", "172.16.0.1", "172.31.255.255", "192.0.0.192", "192.0.2.1", "192.88.99.1", "192.168.0.1", "198.18.0.1",

@@ -15,14 +15,15 @@ from torch import nn
 
 from infra.dataset import FileEntry, Manifest, Stats, commit
 from infra.store import Store
-from stages.encode.stage import Encode
+from stages.encode.stage import SCORES, Encode
 from stages.filter.stage import Filter
 from stages.runner.contract import StageError
 from stages.train.stage import COLUMNS
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
+from tests.unidiffuser.test_clip_preprocess import clip_with
 from training.latents import LatentReader, Selection
 from training.where import Comparison
-from unidiffuser.encoders import ClipEncoder
+from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.text_decoder import TextCodec
 
 SIZE = 64
@@ -76,8 +77,49 @@ def test_embeddings_are_passed_on_where_weights_and_arithmetic_are_the_same(stor
         assert seen @ expected / np.linalg.norm(seen) / np.linalg.norm(expected) > 0.98
 
 
-def test_a_heads_score_is_a_threshold_at_training(store, make, inputs):
+@pytest.mark.parametrize(("mode", "same"), [("shortest", True), ("squash", False), ("longest", False)])
+def test_embeddings_of_a_clip_that_saw_more_than_the_square_are_not_passed_on(mode, same, store, make, inputs, tmp_path):
+    clip = str(clip_with(tmp_path / "clip", resize_mode=mode))
+    shards = [list(kept_of(inputs["rows"]))[:3]]
+    rows = make(Filter, store, {"rows": download(store, shards)}, clip=clip, min_side=None)
+    latents = make(Encode, store, inputs | {"rows": rows}, size=SIZE, clip=clip)
+    seen = {row["key"]: row["clip"] for row in table_of(rows, "key", "clip")}
+    assert all((row["clip"] == seen[row["key"]]) == same for row in table_of(latents, "key", "clip"))
+
+
+def test_rows_that_are_not_finite_are_counted_and_left_out(store, make, inputs, monkeypatch):
+    def overflowing(self: ImageLatents, images: torch.Tensor) -> torch.Tensor:
+        moments = honest(self, images)
+        moments[images.float().mean((1, 2, 3)) > middle] = float("nan")
+        return moments
+
+    honest = ImageLatents.moments
+    squares = {
+        one.key: ImageOps.fit(Image.open(io.BytesIO(one.image)).convert("RGB"), (SIZE, SIZE), Image.Resampling.LANCZOS)
+        for one in kept_of(inputs["rows"])
+    }
+    brightness = {key: float(np.asarray(square, np.float32).mean()) for key, square in squares.items()}
+    middle = sorted(brightness.values())[5] + 1e-3
+    monkeypatch.setattr(ImageLatents, "moments", overflowing)
     latents = make(Encode, store, inputs, size=SIZE)
+    stats = latents.manifest.stats
+    assert (stats.rows_in, stats.rows_out, stats.dropped) == (10, 6, {"not_finite": 4})
+    assert {row["key"] for row in table_of(latents, "key")} == {key for key, bright in brightness.items() if bright <= middle}
+    monkeypatch.setattr(ImageLatents, "moments", lambda self, images: honest(self, images) * float("inf"))
+    with pytest.raises(StageError, match="no row is left of 10: .*not_finite"):
+        make(Encode, store, inputs, size=SIZE, precision="fp32")
+
+
+def columns_with_dictionary(address):
+    group = pq.read_metadata(address).row_group(0)
+    return {group.column(n).path_in_schema for n in range(group.num_columns) if group.column(n).has_dictionary_page}
+
+
+def test_a_heads_score_is_a_threshold_at_training_and_binaries_have_no_dictionary(store, make, inputs):
+    latents = make(Encode, store, inputs, size=SIZE)
+    columns = {"key", "caption", "width", "height", *SCORES}
+    assert columns_with_dictionary(latents.url(latents.files[0])) == columns
+    assert columns_with_dictionary(file_of(inputs["rows"], ".parquet")).isdisjoint({"clip", "phash", "colours"})
     scores = {one.key: one.meta["aesthetic"] for one in kept_of(inputs["rows"])}
     assert {row["key"]: row["aesthetic"] for row in table_of(latents, "key", "aesthetic")} == pytest.approx(scores)
     bound = sorted(scores.values())[4] - 1e-6

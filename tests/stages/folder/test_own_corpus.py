@@ -197,3 +197,21 @@ def test_the_urls_example_runs(tmp_path, drawings, run_nodes, monkeypatch):
         _, fetched, kept = run_nodes("urls", overrides, "mine-select", "mine-download", "mine-filter")
     assert fetched.manifest.stats.dropped == {"http_404": 1, "not_an_image": 1}
     check_filtered(kept, drawings)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_names_with_brackets_endings_in_capitals_and_archives_are_read(tmp_path, store, make):
+    """As cameras, Windows and sync programs name them."""
+    names = ("photo [1].jpg", "photo 1.JPG", "photo 2.Jpg")
+    folder = tmp_path / "set [a]"
+    folder.mkdir()
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(different(number))
+        (folder / name).with_suffix(".TXT" if number else ".txt").write_text(f"caption {number}")
+    shutil.make_archive(str(tmp_path / "packed"), "zip", folder)
+    patterns = (f"{folder}/*.jpg", f"zip://*.jpg::file://{tmp_path}/packed.zip")
+    made = [make(Folder, store, images=[pattern]) for pattern in patterns]
+    made.append(make(Folder, store, images=[f"{folder}/photo [1].jpg"]))
+    found = [{sample.meta["file"]: sample.caption for sample in samples_of(dataset)} for dataset in made]
+    assert found[0] == found[1] == {name: f"caption {number}" for number, name in enumerate(names)}
+    assert found[2] == {names[0]: "caption 0"}

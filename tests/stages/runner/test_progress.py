@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from infra.store import Store
+from stages.runner.chain import Chain
 from stages.runner.contract import Job
 from stages.runner.run import Progress, time_left
-from stages.train.stage import TrainStageConfig, checkpoint_steps, plan_checkpoints, train_chain
+from stages.train.stage import TrainStageConfig, train_chain
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,6 @@ def test_training_says_the_time_left_with_its_rate(
     monkeypatch.setattr("training.launch.train", train)
     config = TrainStageConfig.model_validate({"steps": 300, "global_batch": 8})
     job = Job(Store(str(tmp_path)), "train", "train-256", config, {}, {}, {}, {})
-    train_chain(job, plan_checkpoints(job, {}), [f"key-{step}" for step in checkpoint_steps(config)], [])
+    train_chain(Chain(job, "k" * 24, config.steps))
     row, validation = said(capsys)
     assert (row["samples_per_s"], row["left"]) == (16.0, "1:40") and "left" not in validation

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from infra.store import Store
+from stages.evaluate.stage import EvaluateConfig
 from stages.runner.graph import plan
 from stages.runner.recipe import RecipeError, load_recipe
 
@@ -110,7 +111,7 @@ def test_training_data_is_a_list_of_subsets_or_a_section(recipe: Path) -> None:
 def test_missing_files_are_named(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="nowhere.yaml: no such recipe file"):
         load_recipe(tmp_path / "nowhere.yaml")
-    with pytest.raises(RecipeError, match="a-select: .*nothing-here.parquet: no such file"):
+    with pytest.raises(RecipeError, match="subsets.a.select.metadata: .*nothing-here.parquet: no such file"):
         fingerprints(recipe, "subsets.a.select.metadata=[nothing-here.parquet]")
     bad = tmp_path / "bad.yaml"
     bad.write_text("name: [")
@@ -148,6 +149,22 @@ def test_operational_fields_change_no_fingerprint(recipe: Path, override: str) -
 )
 def test_a_field_that_decides_a_result_changes_its_node_and_what_follows(recipe: Path, override: Any, expected: set[str]) -> None:
     assert changed(recipe, override) == expected
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["evaluate.guidance", "train.small.optimizer.lr", "train.small.preview.guidance", "subsets.a.filter.min_clip_similarity"],
+)
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_a_number_that_is_none_is_refused(recipe: Path, field: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=f"{field}: "):
+        load_recipe(recipe, [f"{field}={value}"])
+
+
+def test_evaluate_knows_every_sampler() -> None:
+    from unidiffuser.solver import SAMPLERS
+
+    assert get_args(EvaluateConfig.model_fields["sampler"].annotation) == tuple(SAMPLERS)
 
 
 def test_files_count_by_content_and_not_by_place(recipe: Path, tmp_path: Path) -> None:

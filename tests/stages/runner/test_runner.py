@@ -11,8 +11,8 @@ import pytest
 
 from infra.dataset import find, verify
 from infra.store import Store
-from stages.runner.contract import StageError, result_fields, scratch_output
-from stages.runner.run import aside_key, make_job, phase_states, run_stage
+from stages.runner.contract import StageError, result_fields
+from stages.runner.run import chain_of, make_job, phase_states, run_stage
 from tests.stages.toy import Count, Squares, planned
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -153,14 +153,51 @@ def test_killed_on_ray_it_ends_with_the_same_files(tmp_path, number):
     assert committed(tmp_path / "store") == committed(tmp_path / "whole")
 
 
-def test_what_a_chain_leaves_aside_is_the_same_for_every_length_and_counts_as_what_a_run_would_reuse(tmp_path):
-    store, phase = Store(str(tmp_path)), Count.phases[0]
-    short, long = planned(Count, steps=3), planned(Count, "e" * 24, steps=5)
-    job = make_job(short, store)
-    key = aside_key(Count, phase, job, short)
-    assert key == aside_key(Count, phase, make_job(long, store), long)
-    with scratch_output(store) as out:
-        out.path("value.txt", rows=1).write_text("2.5\n")
-        out.publish(job, key, "aside", 0.0)
-    (state,) = phase_states(long, store, Count)
-    assert (state.done, state.total, state.keys) == (0, 5, {key})
+def steps_of(planned_, store):
+    (phase,) = Count.phases
+    return chain_of(Count, phase, phase.gang, make_job(planned_, store), planned_).done()
+
+
+def test_a_chain_is_found_by_what_is_there_whatever_length_is_asked_for(store, caplog):
+    caplog.set_level("INFO", "stages")
+    run_stage(planned(Count, steps=5), store, Count)
+    assert list(steps_of(planned(Count, steps=2), store)) == [1, 2, 3, 4, 5]
+    for gone in (2, 4):
+        store.remove(make_job(planned(Count), store).unit_folder(steps_of(planned(Count), store)[gone].key))
+    assert contents(run_stage(planned(Count, "e" * 24, steps=3), store, Count)) == ["3\n"]
+    assert contents(run_stage(planned(Count, "d" * 24, steps=4, die_at=3), store, Count)) == ["4\n"]
+    assert contents(run_stage(planned(Count, "c" * 24, steps=6, die_at=5), store, Count)) == ["6\n"]
+    assert caplog.messages == [
+        "toy-count: step 3 of a run that reached 5 is there already",
+        "toy-count: goes on at step 3 of a run that reached 5",
+        "toy-count: goes on at step 5 of a run that reached 5",
+    ]
+
+
+def test_a_chain_that_has_only_later_steps_says_that_it_begins_anew(store, caplog):
+    caplog.set_level("INFO", "stages")
+    run_stage(planned(Count, steps=3), store, Count)
+    for step in (1, 2):
+        store.remove(make_job(planned(Count), store).unit_folder(steps_of(planned(Count), store)[step].key))
+    run_stage(planned(Count, "e" * 24, steps=2), store, Count)
+    assert caplog.messages == ["toy-count: begins at step 0: no step up to 2 is left of a run that reached 3"]
+
+
+def test_of_a_chain_stay_what_its_stage_keeps_the_newest_and_what_a_run_would_go_on_from(store):
+    run_stage(planned(Count, steps=7), store, Count)
+    (state,) = phase_states(planned(Count, steps=7), store, Count)
+    assert (state.done, state.total, state.counted) == (7, 7, "steps")
+    (state,) = phase_states(planned(Count, steps=5), store, Count)
+    kept = {step for step, record in steps_of(planned(Count), store).items() if record.key in state.keys}
+    assert (state.done, state.total, kept) == (5, 5, {2, 4, 5, 6, 7})
+    (state,) = phase_states(planned(Count, steps=9), store, Count)
+    assert (state.done, state.total) == (7, 9)
+
+
+def test_a_step_that_is_a_dataset_is_never_removed(store):
+    dataset = run_stage(planned(Count, steps=3), store, Count)
+    (phase,) = Count.phases
+    chain = chain_of(Count, phase, phase.gang, make_job(planned(Count), store), planned(Count))
+    for step in (2, 3):
+        chain.remove(step)
+    assert list(chain.done()) == [1, 3] and verify(dataset) == []

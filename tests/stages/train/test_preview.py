@@ -10,11 +10,10 @@ import pytest
 import ray
 
 from infra.store import Store
+from stages.runner.chain import Chain
 from stages.runner.contract import RECORD, Job, Stats, UnitRecord
 from stages.train.preview import Previews
 from stages.train.stage import TrainStageConfig
-
-KEYS = {100: "a" * 24, 200: "b" * 24, 300: "c" * 24}
 
 
 @pytest.fixture
@@ -33,12 +32,14 @@ def drawing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def previews(tmp_path: Path, begun: list[int], count: int = 2) -> Previews:
     """Of a training whose checkpoints are all there; what is begun is noted in place of being drawn."""
-    config = TrainStageConfig.model_validate({"steps": 300, "global_batch": 8, "preview": {"count": count}})
-    job = Job(Store(str(tmp_path)), "train", "train-256", config, {}, {}, {})
-    for step, key in KEYS.items():
-        record = UnitRecord(key=key, name=f"step-{step}", files=[], stats=Stats())
-        job.store.write(f"{job.unit_folder(key)}/unit.json", RECORD.dump_json(record))
-    found = Previews(job, KEYS)
+    config = TrainStageConfig.model_validate(
+        {"steps": 300, "checkpoint_every": 100, "global_batch": 8, "preview": {"count": count}}
+    )
+    chain = Chain(Job(Store(str(tmp_path)), "train", "train-256", config, {}, {}, {}), "k" * 24, config.steps)
+    for step in (100, 200, 300):
+        record = UnitRecord(key=chain.key_of(step), name=f"step-{step}", files=[], stats=Stats())
+        chain.job.store.write(f"{chain.job.unit_folder(record.key)}/unit.json", RECORD.dump_json(record))
+    found = Previews(chain)
 
     def begin(step: int, files: list) -> None:
         begun.append(step)

@@ -1,0 +1,189 @@
+"""Digests of files from outside: another content is another digest, whatever the place tells of it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from infra.external import _remote_digest, resolve
+from infra.listing import OutsideError
+from infra.store import Store
+
+ONE, TWO = b"one.example\n", b"two.example\n"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "store"))
+
+
+class Answers(BaseHTTPRequestHandler):
+    """One file with the headers that the test wants."""
+
+    content = b""
+    headers_given: dict[str, str] = {}
+    status = 200
+    asked: list[str] = []
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.command)
+        self.send_response(self.status)
+        for name, value in {"Content-Length": str(len(self.content)), **self.headers_given}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write(self.content)
+
+
+@pytest.fixture(scope="module")
+def web():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+EARLY, LATE = "Tue, 14 Nov 2023 22:13:20 GMT", "Tue, 14 Nov 2023 22:30:00 GMT"
+HEADERS = {
+    "nothing": ({}, {}),
+    "weak-etag": ({"ETag": 'W/"same"'}, {"ETag": 'W/"same"'}),
+    "weak-etag-and-time": ({"ETag": 'W/"same"', "Last-Modified": EARLY}, {"ETag": 'W/"same"', "Last-Modified": LATE}),
+    "etag": ({"ETag": '"a"', "Last-Modified": EARLY}, {"ETag": '"b"', "Last-Modified": EARLY}),
+    "time": ({"Last-Modified": EARLY}, {"Last-Modified": LATE}),
+    "md5": ({"Content-MD5": "a"}, {"Content-MD5": "b"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_web_file_of_the_same_size_counts_as_changed(web: str, store: Store, monkeypatch: pytest.MonkeyPatch, name: str):
+    digests = []
+    for content, headers in zip((ONE, TWO), HEADERS[name], strict=True):
+        monkeypatch.setattr(Answers, "content", content)
+        monkeypatch.setattr(Answers, "headers_given", headers)
+        (digest,) = resolve([f"{web}/list.txt"], store).values()
+        assert resolve([f"{web}/list.txt"], store) == {f"{web}/list.txt": digest}
+        digests.append(digest)
+    assert digests[0] != digests[1]
+    if name in ("nothing", "weak-etag"):
+        assert digests == [hashlib.sha256(content).hexdigest() for content in (ONE, TWO)]
+    if name == "time":
+        assert digests == [f"12:{EARLY}", f"12:{LATE}"], "nothing is read"
+    if name == "etag":
+        assert digests == ["12:a", "12:b"], "as older datasets hold it"
+
+
+class Told:
+    """A file system that tells what the real one of that name tells (`info` of its implementation), and does not read."""
+
+    def __init__(self, info: dict[str, Any]):
+        self.told = {"name": "x", "size": 12, "type": "file", **info}
+
+    def info(self, path: str) -> dict[str, Any]:
+        return self.told
+
+    def open(self, path: str, mode: str) -> Any:
+        return io.BytesIO(self.told["content"])
+
+
+TELLS = {
+    "s3": {"ETag": '"9b2c"', "LastModified": "2026-01-01", "VersionId": "null"},
+    "gcs": {"etag": "CJ", "md5Hash": "aa==", "generation": "17"},
+    "abfs": {"etag": "0x8D", "last_modified": "2026"},
+    "hf": {"blob_id": "9b2c", "lfs": None, "xet_hash": None, "last_commit": None},
+    "hf-bucket": {"xet_hash": "9b2c", "mtime": "2026"},
+    "github": {"sha": "9b2c", "mode": "100644"},
+    "git": {"hex": "9b2c", "mode": "100644"},
+    "hdfs": {"mtime": "2026-01-01 10:00:00"},
+    "webhdfs": {"modificationTime": 1_700_000_000_000, "length": 12},
+    "sftp": {"mtime": "2026-01-01 10:00:00", "time": "accessed"},
+    "smb": {"mtime": 1_700_000_000.5},
+    "dropbox": {"content_hash": "9b2c"},
+    "ftp": {"modify": "20260101100000"},
+    "s3-without-tags": {"ETag": "", "LastModified": "2026-01-01"},
+}
+TAG = {"s3": "9b2c", "gcs": "CJ", "abfs": "0x8D", "s3-without-tags": "2026-01-01", "webhdfs": "1700000000000"}
+
+
+@pytest.mark.parametrize("name", TELLS)
+def test_what_a_file_system_tells_of_the_content_or_its_time_decides(name: str):
+    told = TELLS[name]
+    digest = _remote_digest(Told(told), "x")
+    assert digest == f"12:{TAG.get(name, next(iter(told.values())))}"
+    first = next(key for key, value in told.items() if value)
+    other = told[first] + 1 if isinstance(told[first], int | float) else told[first].replace("2026", "2027") + "0"
+    assert _remote_digest(Told(told | {first: other}), "x") != digest
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"created": 1}, {"mtime": None, "ETag": None}, {"modify": "Jan 01 10:00"}, {"ETag": 'W/"a"'}]
+)
+def test_where_nothing_is_told_the_content_is_read(told: dict[str, Any]):
+    assert _remote_digest(Told(told | {"content": ONE}), "x") == hashlib.sha256(ONE).hexdigest()
+
+
+def test_a_file_in_memory_counts_by_its_content(store: Store):
+    memory = fsspec.filesystem("memory")
+    for content in (ONE, TWO):
+        memory.pipe_file("/lists/opted-out.txt", content)
+        expected = {"memory:///lists/opted-out.txt": hashlib.sha256(content).hexdigest()}
+        assert resolve(["memory://lists/opted-out.txt"], store) == resolve(["memory://lists/*.txt"], store) == expected
+
+
+def test_a_member_of_an_archive_counts_by_its_content_and_can_be_opened(tmp_path: Path, store: Store):
+    """Archives may be packed with fixed times, as this project's are."""
+    found: dict[str, list[dict[str, str]]] = {"zip": [], "tar": []}
+    for content in (ONE, TWO):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+            packed.writestr(zipfile.ZipInfo("in/list.txt"), content)
+        with tarfile.open(tmp_path / "a.tar", "w") as packed:
+            entry = tarfile.TarInfo("in/list.txt")
+            entry.size, entry.mtime = len(content), 1_700_000_000
+            packed.addfile(entry, io.BytesIO(content))
+        for kind, digests in found.items():
+            pattern = f"{kind}://in/*.txt::file://{tmp_path}/a.{kind}"
+            digests.append(resolve([pattern], store))
+            (address,) = digests[-1]
+            assert address == pattern.replace("*", "list")
+            with fsspec.open(address, "rb") as file:
+                assert file.read() == content
+    for before, after in found.values():
+        assert before.keys() == after.keys() and before != after
+
+
+def test_a_local_file_that_is_replaced_with_its_time_kept_counts_as_changed(tmp_path: Path, store: Store):
+    path = tmp_path / "list.txt"
+    for content in (ONE, TWO):
+        (tmp_path / "new").write_bytes(content)
+        os.utime(tmp_path / "new", (1_700_000_000,) * 2)
+        os.replace(tmp_path / "new", path)
+        assert resolve([str(path)], store) == {str(path): hashlib.sha256(content).hexdigest()}
+
+
+def test_what_a_web_server_refuses_is_not_called_missing(web: str, store: Store, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Answers, "status", 403)
+    with pytest.raises(OutsideError, match="list.txt: the server answers 403; expected 200$"):
+        resolve([f"{web}/list.txt"], store)
+    monkeypatch.setattr(Answers, "status", 404)
+    with pytest.raises(FileNotFoundError, match="list.txt: no such file; expected a path, glob or URL that exists$"):
+        resolve([f"{web}/list.txt"], store)
+    with pytest.raises(OutsideError, match="^http://127.0.0.1:9/list.txt: cannot be read: .*") as refused:
+        resolve(["http://127.0.0.1:9/list.txt"], store)
+    assert not isinstance(refused.value, FileNotFoundError) and "\n" not in str(refused.value)

@@ -1,0 +1,140 @@
+"""A training goes on from what is there, whatever its length and its rhythm of checkpoints say today."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from infra.dataset import Dataset, Stats, commit, verify
+from infra.store import Store, StoreError
+from stages.runner.chain import Chain
+from stages.runner.contract import StageError
+from stages.runner.graph import Planned
+from stages.runner.run import chain_of, make_job, phase_states, run_stage
+from stages.train.stage import Train, TrainStageConfig
+from tests.stages.committed import dataset_of, flip
+from tests.training.synthetic import write_shards
+from training.loop import run
+
+TENSORS = ("model", "ema", "exp_avg", "exp_avg_sq")
+
+
+class Trainings:
+    """Real trainings in this process, in place of Ray's gang; `began` are the steps of their first rows."""
+
+    def __init__(self, root: Path) -> None:
+        self.began: list[int] = []
+        self.stop_at: int | None = None
+        self.store = Store(str(root / "store"))
+        write_shards(root / "latents")
+        data = dataset_of(self.store, "encode", root / "latents", {})
+        data.manifest.stats = Stats(rows_in=80, rows_out=80)
+        self.data = commit(self.store, data.manifest)
+
+    def train(self, job: Any, on_row: Callable[[Any], None] = lambda row: None, stop: Any = None) -> Any:
+        rows: list[int] = []
+        steps: list[int] = []
+
+        def stopping() -> bool:
+            steps.append(1)
+            return rows[0] + len(steps) == self.stop_at
+
+        def seen(row: dict[str, Any]) -> None:
+            # The first row of a training is the validation of step 0, or that of the step after the one it goes on from.
+            rows.append(row["step"] if row["kind"] == "validation" and not rows else row["step"] - 1)
+            on_row(row)
+
+        outcome = run(job, torch.device("cpu"), lambda: bool(rows) and stopping(), seen)
+        self.began.append(rows[0])
+        return outcome
+
+    def planned(self, **changes: Any) -> Planned:
+        fields = {
+            "global_batch": 8, "precision": "fp32", "log_every": 1, "checkpoint_every": 5, "schedule": {"warmup_steps": 2},
+            "model": {"width": 16, "depth": 2, "heads": 2}, "validation": {"fraction": 0.2, "every": 100, "samples": 4},
+            **changes,
+        }  # fmt: skip
+        config = TrainStageConfig.model_validate(fields)
+        inputs = {"data.x": self.data.manifest.reference()}
+        return Planned("r", "train-256", "train", config, inputs, {}, {}, {}, 0, f"{config.steps:024d}")
+
+    def __call__(self, **changes: Any) -> Dataset:
+        return run_stage(self.planned(**changes), self.store, Train)
+
+    def chain(self, **changes: Any) -> Chain:
+        planned, (phase,) = self.planned(**changes), Train.phases
+        assert phase.gang is not None
+        return chain_of(Train, phase, phase.gang, make_job(planned, self.store), planned)
+
+
+@pytest.fixture
+def training(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    found = Trainings(tmp_path)
+    monkeypatch.setattr("training.launch.train", found.train)
+    return found
+
+
+def same_tensors(one: Dataset, other: Dataset) -> bool:
+    digests = [{entry.name: entry.sha256 for entry in dataset.files} for dataset in (one, other)]
+    return all(digests[0][f"{kind}.safetensors"] == digests[1][f"{kind}.safetensors"] for kind in TENSORS)
+
+
+def test_a_longer_run_and_another_rhythm_go_on_from_the_newest_checkpoint(
+    training: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training(steps=11)
+    training(steps=20)
+    longest = training(steps=24, checkpoint_every=6)
+    assert training.began == [0, 11, 20]
+    assert list(training.chain(steps=1).done()) == [5, 10, 11, 15, 20, 24]
+    # Fewer steps: the checkpoint of that step, or the greatest before it.
+    assert training(steps=15).manifest.summary["step"] == 15 and training.began == [0, 11, 20]
+    assert training(steps=13).manifest.summary["step"] == 13 and training.began == [0, 11, 20, 11]
+
+    (tmp_path / "other").mkdir()
+    alike = Trainings(tmp_path / "other")
+    monkeypatch.setattr("training.launch.train", alike.train)
+    assert same_tensors(alike(steps=24, checkpoint_every=100), longest) and alike.began == [0]
+
+
+def test_what_a_stop_left_is_gone_on_from_and_gives_way_but_datasets_stay(training: Trainings) -> None:
+    few: dict[str, Any] = {"keep_every": 10}
+    training.stop_at = 7
+    with pytest.raises(StageError, match="stopped at step 7 of 12; run again to go on"):
+        training(steps=12, **few)
+    assert list(training.chain(steps=12).done()) == [7]
+    training.stop_at = None
+    shorter = training(steps=12, checkpoint_every=4, **few)
+    assert list(training.chain(steps=12).done()) == [12]
+    training(steps=23, **few)
+    assert training.began == [0, 7, 12]
+    assert list(training.chain(steps=23).done()) == [12, 20, 23] and verify(shorter) == []
+    (state,) = phase_states(training.planned(steps=23, **few), training.store, Train)
+    assert {key[-2:] for key in state.keys} == {"20", "23"}, "what only the shorter dataset holds goes with it"
+
+
+def test_what_a_stop_left_gives_way_where_all_others_stay(training: Trainings) -> None:
+    training.stop_at = 7
+    with pytest.raises(StageError, match="stopped at step 7"):
+        training(steps=11)
+    training.stop_at = None
+    training(steps=11)
+    assert list(training.chain(steps=11).done()) == [5, 10, 11]
+
+
+def test_a_damaged_checkpoint_is_named_and_without_it_training_goes_on_from_the_one_before(training: Trainings) -> None:
+    training(steps=5)
+    training(steps=10)
+    chain = training.chain(steps=12)
+    unit = training.store.url(chain.job.unit_folder(chain.key_of(10)))
+    flip(f"{unit}/exp_avg.safetensors", 2000)
+    with pytest.raises(StoreError, match=f"^{unit}/exp_avg.safetensors: damaged .*; delete {unit} to go on from the one before$"):
+        training(steps=12)
+    shutil.rmtree(unit)
+    training(steps=12)
+    assert training.began == [0, 5, 5]
