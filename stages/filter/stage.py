@@ -14,7 +14,7 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ from stages.runner.recipe import encoder
 from stages.shards.conditions import conditions
 from stages.shards.scores import METADATA_SCORES, SCORES
 from stages.shards.tables import read_table, write_table
-from stages.shards.tar import Sample, ShardWriter, read_shard
+from stages.shards.tar import Sample, ShardWriter, in_batches, read_shard
 from stages.shards.words import WORDS
 from unidiffuser.references import weights_digest
 
@@ -120,7 +120,7 @@ class Score:
 
     def run(self, unit: Unit, out: Output) -> None:
         samples = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
-        table = pa.concat_tables([self.measure(batch) for batch in batches(samples, self.config.batch)])
+        table = pa.concat_tables([self.measure(batch) for batch in in_batches(samples, self.config.batch)])
         write_table(table, out.path("scores.parquet", table.num_rows))
         out.stats.rows_in = table.num_rows
 
@@ -169,17 +169,6 @@ def decode(data: bytes) -> Any:
         # Broken files make Pillow's readers raise nearly anything.
         except Exception:
             return None
-
-
-def batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 class Write:

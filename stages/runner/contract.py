@@ -97,6 +97,10 @@ class UnitRecord:
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def file(self, name: str) -> FileEntry:
+        """The unit's file of this name."""
+        return next(entry for entry in self.files if entry.name == name)
+
 
 RECORD = TypeAdapter(UnitRecord)
 

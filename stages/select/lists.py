@@ -24,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from infra.dataset import FileEntry
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
 from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
 from stages.select.laion import BATCH
@@ -261,8 +260,8 @@ def match_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the lists' entries and the picked rows' keys of its kind."""
     roles = [role for role in ROLES if job.lists.get(role)]
     for kind in KINDS if roles else ():
-        keys = [file_of(record, kind) for record in earlier["pick"]]
-        lists = {role: [file_of(r, kind) for r in earlier["lists"] if r.name.startswith(f"{role}-")] for role in roles}
+        keys = [record.file(f"{kind}.parquet") for record in earlier["pick"]]
+        lists = {role: [r.file(f"{kind}.parquet") for r in earlier["lists"] if r.name.startswith(f"{role}-")] for role in roles}
         entries = sum(entry.rows for found in lists.values() for entry in found)
         if not entries:
             continue
@@ -282,9 +281,9 @@ def admit_units(job: Job, earlier: Records) -> Iterable[Unit]:
         return
     picked = earlier["pick"]
     digests = {role: add_notes((record.notes[role] for record in earlier["match"]), len(picked)) for role in roles}
-    hits = {role: tuple(file_of(record, role).path for record in earlier["match"]) for role in roles}
+    hits = {role: tuple(record.file(f"{role}.parquet").path for record in earlier["match"]) for role in roles}
     for number, record in enumerate(picked):
-        own = {kind: file_of(record, kind) for kind in ("url", "hash")}
+        own = {kind: record.file(f"{kind}.parquet") for kind in ("url", "hash")}
         decided = [own["url"].sha256, own["hash"].sha256, *(f"{role}{digests[role][number]}" for role in roles)]
         payload = {kind: entry.path for kind, entry in own.items()} | {
             "number": number,
@@ -297,12 +296,6 @@ def admit_units(job: Job, earlier: Records) -> Iterable[Unit]:
 def admitted(earlier: Records) -> list[UnitRecord]:
     """Per metadata file the record with the keys of the rows that are left before duplicates are looked for."""
     return earlier["admit"] or earlier["pick"]
-
-
-def file_of(record: UnitRecord, name: str) -> FileEntry:
-    """The unit's file ``NAME.parquet``."""
-    (entry,) = [entry for entry in record.files if entry.name == f"{name}.parquet"]
-    return entry
 
 
 def digest_files(*digests: str) -> str:

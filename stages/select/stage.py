@@ -57,7 +57,6 @@ from stages.select.lists import (
     admitted,
     check_lists,
     domain_keys,
-    file_of,
     hash_keys,
     list_units,
     match_units,
@@ -300,7 +299,7 @@ def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
 def _duplicate_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the keys of all files."""
     for kind in ("url", "hash"):
-        keys = [file_of(record, kind) for record in admitted(earlier)]
+        keys = [record.file(f"{kind}.parquet") for record in admitted(earlier)]
         paths, digest = tuple(entry.path for entry in keys), digest_of([entry.sha256 for entry in keys])
         for low, high in ranges(sum(entry.rows for entry in keys)):
             yield Unit(f"{kind}-{low:016x}", (digest, f"{low}-{high}"), {"keys": paths, "range": (low, high)})
@@ -310,10 +309,10 @@ def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the metadata file, its picked rows, and which of them are duplicates."""
     files, left = _files(job), admitted(earlier)
     found = {kind: [r for r in earlier["duplicates"] if r.name.startswith(f"{kind}-")] for kind in ("url", "hash")}
-    again = {kind: tuple(file_of(record, "again").path for record in records) for kind, records in found.items()}
+    again = {kind: tuple(record.file("again.parquet").path for record in records) for kind, records in found.items()}
     digests = {kind: add_notes((r.notes["again"] for r in records), len(files)) for kind, records in found.items()}
     for number, ((address, digest), record) in enumerate(zip(files, left, strict=True)):
-        picked = file_of(record, "url")
+        picked = record.file("url.parquet")
         decided = (digest, picked.sha256, digests["url"][number], digests["hash"][number])
         payload = {"address": address, "number": number, "file": digest_of(digest)[:10], "url": picked.path, "again": again}
         yield Unit(PurePosixPath(address).stem, decided, payload, rows=picked.rows)
