@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from contextlib import nullcontext
@@ -221,13 +220,14 @@ def _show_picture(name: str, data: bytes, console: Console) -> None:
     if not console.is_terminal:
         console.print(f"picture: {name} (shown on a terminal)")
         return
-    from PIL import Image
     from rich.style import Style
     from rich.text import Text
 
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    from unidiffuser.images import open_picture
+
+    image = open_picture(data)
     width = min(PICTURE_WIDTH, console.width)
-    height = max(2, image.height * width // image.width // 2 * 2)
+    height = min(max(2, image.height * width // image.width // 2 * 2), 2 * width)  # a strip would fill the terminal for pages
     pixels = image.resize((width, height))
     console.print(name)
     for y in range(0, height, 2):

@@ -127,21 +127,21 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
 
 
 def read_image(path: Path) -> Any:
-    """A picture of any format that PIL reads, loaded.
+    """The picture in a file as training sees it: upright, RGB.
 
     Raises:
         Misuse: there is no such file, or it is no picture, or a damaged one.
     """
-    from PIL import Image
+    from unidiffuser.images import PictureError, open_picture
 
     try:
-        image = Image.open(path)
-        image.load()
+        return open_picture(path)
     except FileNotFoundError:
         raise Misuse(f"--image {path}: no such file") from None
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and others for files that are no pictures
-        raise Misuse(f"--image {path}: not a picture that can be read ({type(error).__name__})") from None
-    return image
+    except PictureError as reason:
+        raise Misuse(f"--image {path}: not a picture that can be read ({reason})") from None
+    except OSError as error:
+        raise Misuse(f"--image {path}: cannot be read ({error.strerror})") from None
 
 
 def _hardware(request: Request) -> tuple[str, Any]:

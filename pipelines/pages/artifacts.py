@@ -226,9 +226,9 @@ def picture_uri(data: bytes) -> str:
     """A PNG as a data URI of at most `PICTURE_BYTES`: as it is, or as a smaller JPEG."""
     kind = "png"
     if len(data) * 4 / 3 > PICTURE_BYTES:
-        from PIL import Image
+        from unidiffuser.images import open_picture
 
-        picture, kind = Image.open(io.BytesIO(data)).convert("RGB"), "jpeg"
+        picture, kind = open_picture(data), "jpeg"
         while True:
             buffer = io.BytesIO()
             picture.save(buffer, "JPEG", quality=85)
@@ -258,9 +258,9 @@ def thumbnails(dataset: Dataset) -> list[str]:
 
 
 def _thumbnail(sample: Sample) -> str:
-    from PIL import Image
+    from unidiffuser.images import open_picture
 
-    picture, buffer = Image.open(io.BytesIO(sample.image)).convert("RGB"), io.BytesIO()
+    picture, buffer = open_picture(sample.image), io.BytesIO()
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     picture.save(buffer, "JPEG", quality=80)
     return f"![{sample.key}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"

@@ -11,7 +11,6 @@ two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more a
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from collections.abc import Iterator
@@ -99,19 +98,23 @@ class Encoder:
         return dict(zip(table["key"].to_pylist(), table["clip"].to_pylist(), strict=True))
 
     def images(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Any]]:
-        """Samples of a shard with their pixels, (3, size, size) uint8; what is too small is counted as dropped."""
+        """Samples of a shard with their pixels, (3, size, size) uint8; what is too small or unreadable is counted as dropped."""
         import numpy as np
-        from PIL import Image, ImageOps
+
+        from unidiffuser.images import PictureError, open_picture, to_square
 
         size = self.job.config.size
         for sample in read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0]):
             out.stats.rows_in += 1
-            image = Image.open(io.BytesIO(sample.image)).convert("RGB")
+            try:
+                image = open_picture(sample.image)
+            except PictureError:
+                out.stats.drop("undecodable")
+                continue
             if min(image.size) < size:
                 out.stats.drop("smaller_than_encoded_size")
                 continue
-            square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-            yield sample, np.asarray(square).transpose(2, 0, 1)
+            yield sample, np.asarray(to_square(image, size)).transpose(2, 0, 1)
 
     def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes], out: Output) -> pa.Table | None:
         """One row group: the encoders run over it in batches. A row with a number that is not finite is counted as dropped."""

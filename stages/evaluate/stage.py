@@ -102,12 +102,23 @@ class Model:
         return UViT(self.trained.config).to(self.device).eval()
 
     def real_images(self, start: int, stop: int) -> list[Any]:
-        from PIL import Image
+        """The pictures of some prompts, as people see them.
 
-        from unidiffuser.images import to_rgb
+        Raises:
+            StageError: one of them cannot be read.
+        """
+        from unidiffuser.images import PictureError, open_picture
 
-        values = self.prompts.slice(start, stop - start)["image"].to_pylist()
-        return [to_rgb(Image.open(io.BytesIO(value))) for value in values]
+        pictures = []
+        for row, value in enumerate(self.prompts.slice(start, stop - start)["image"].to_pylist(), start):
+            try:
+                pictures.append(open_picture(value or b""))
+            except PictureError as reason:
+                address = next(iter(self.job.sources))
+                raise StageError(
+                    f"{address}: row {row}, column image: {reason}; put a picture there or leave the row out"
+                ) from None
+        return pictures
 
 
 class Draw(Model):
@@ -206,9 +217,9 @@ def _png(image: Any) -> bytes:
 
 
 def _images(tables: list[pa.Table]) -> list[Any]:
-    from PIL import Image
+    from unidiffuser.images import open_picture
 
-    return [Image.open(io.BytesIO(value)) for table in tables for value in table["image"].to_pylist()]
+    return [open_picture(value) for table in tables for value in table["image"].to_pylist()]
 
 
 def plan_draws(job: Job, _: Records) -> Iterator[Unit]:

@@ -10,9 +10,7 @@ decided by its own shard and its own near duplicates, so a shard that is appende
 
 from __future__ import annotations
 
-import io
 import logging
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
@@ -159,16 +157,13 @@ def _spread(values: Iterable[Any], rows: list[int], total: int) -> list[Any]:
 
 
 def decode(data: bytes) -> Any:
-    """An RGB image, or None when the bytes are none or end early."""
-    from PIL import Image
+    """An RGB image as people see it, or None when the bytes are none or end early."""
+    from unidiffuser.images import PictureError, open_picture
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return Image.open(io.BytesIO(data)).convert("RGB")
-        # Broken files make Pillow's readers raise nearly anything.
-        except Exception:
-            return None
+    try:
+        return open_picture(data)
+    except PictureError:
+        return None
 
 
 class Write:

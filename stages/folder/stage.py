@@ -64,7 +64,7 @@ class Packer:
     """Worker: one shard of files in, one tar and one table of outcomes out."""
 
     def __init__(self, job: Job):
-        from stages.download.engine import ImageResizer
+        from stages.shards.picture import ImageResizer
 
         self.config: FolderConfig = job.config
         self.resize = ImageResizer(job.config)

@@ -37,7 +37,10 @@ class ImageConfig(StageConfig):
     encode_quality: int = Field(95, ge=0, le=100, description="0 to 100; for png the compression level, 0 to 9")
     min_image_size: int = Field(0, ge=0, description="pixels of the shorter side as it came")
     max_pixels: int = Field(
-        100_000_000, ge=1, le=178_956_970, description="width x height as it came, judged before decoding; at most Pillow's limit"
+        100_000_000,
+        ge=1,
+        le=178_956_970,
+        description="width x height as it came and as stored, judged before decoding; at most Pillow's limit",
     )
     max_bytes: int = Field(50_000_000, ge=1, description="of one file")
 

@@ -1,0 +1,174 @@
+"""The resizer of pictures: what a shard stores, and what every stage and command then sees."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from infra.dataset import Stats
+from pipelines.commands.checkpoints import Misuse
+from pipelines.commands.sampling import read_image
+from stages.encode.stage import Encoder
+from stages.evaluate.stage import Model
+from stages.filter.stage import decode
+from stages.runner.contract import StageError
+from stages.shards.images import ImageConfig
+from stages.shards.picture import ImageResizer
+from stages.shards.tar import Sample, ShardWriter
+from tests.unidiffuser.pictures import HEIGHT, RGB, WIDTH, chunk, encoded, exif, pictures, rgb_png, turn
+
+PICTURES = pictures()
+LOSSLESS = {"encode_format": "png", "encode_quality": 1}
+
+
+def pixels(picture) -> np.ndarray:
+    return np.asarray(picture).astype(int)
+
+
+def resized(data: bytes, **fields) -> tuple:
+    return ImageResizer(ImageConfig(**fields))(io.BytesIO(data))
+
+
+def thin(width: int, height: int) -> bytes:
+    return encoded(np.full((height, width, 3), (9, 99, 199), np.uint8), "PNG")
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Sizes of what img2dataset's resizer is given, and the bytes."""
+    given = []
+
+    def listening(resizer, stream, boxes=None):
+        given.append(stream.getvalue())
+        return plain(resizer, stream, boxes)
+
+    from img2dataset.resizer import Resizer
+
+    plain = Resizer.__call__
+    monkeypatch.setattr(Resizer, "__call__", listening)
+    return given
+
+
+def test_what_is_stored_is_what_a_person_sees():
+    for name, (data, seen, off) in PICTURES.items():
+        for fields in (LOSSLESS, {**LOSSLESS, "skip_reencode": False}, {**LOSSLESS, "resize_mode": "no"}):
+            stored, width, height, *original, reason = resized(data, **fields)
+            assert reason is None, name
+            assert [width, height] == original == list(seen.shape[1::-1]), name
+            # Two decoders of JPEG differ by a level or two.
+            assert np.abs(pixels(Image.open(io.BytesIO(stored)).convert("RGB")) - seen).max() <= off + 2, name
+
+
+@pytest.mark.parametrize("encode_format", ["jpg", "webp"])
+def test_bytes_that_are_kept_are_seen_alike_by_all(encode_format, decodes):
+    """Every picture as stored in its own format: filter, encode and `sample --image` see the pixels of the first reader."""
+    kept = 0
+    for name, (data, seen, off) in PICTURES.items():
+        stored = resized(data, encode_format=encode_format, encode_quality=100)[0]
+        kept += stored == data
+        assert np.abs(pixels(decode(stored)) - seen).mean() <= off + 8, name
+    assert kept >= 2, "plain pictures are stored as they came"
+
+
+def test_every_entrance_sees_the_same(tmp_path, store):
+    names = sorted(PICTURES)
+    seen = {name: pixels(decode(PICTURES[name].data)) for name in names}
+    for name in names:
+        (tmp_path / "picture").write_bytes(PICTURES[name].data)
+        assert np.array_equal(pixels(read_image(tmp_path / "picture")), seen[name]), name
+    images = pa.table({"image": [PICTURES[name].data for name in names]})
+    prompts = SimpleNamespace(prompts=images, job=SimpleNamespace(sources={"prompts.parquet": ""}))
+    for name, picture in zip(names, Model.real_images(prompts, 0, len(names)), strict=True):
+        assert np.array_equal(pixels(picture), seen[name]), name
+    for name, square in encodes(tmp_path, store, [PICTURES[name].data for name in names], HEIGHT).items():
+        name = names[int(name)]
+        left, top = ((side - HEIGHT) // 2 for side in seen[name].shape[1::-1])
+        assert np.array_equal(square, seen[name][top : top + HEIGHT, left : left + HEIGHT]), name
+
+
+def encodes(tmp_path, store, files: list[bytes], size: int, stats: Stats | None = None) -> dict[str, np.ndarray]:
+    """Key -> (size, size, 3), as encode's worker reads them out of a shard."""
+    with ShardWriter(tmp_path / "shard.tar") as tar:
+        for number, data in enumerate(files):
+            tar.add(Sample(f"{number:04d}", data, "png", "", {}))
+    store.publish(tmp_path / "shard.tar", "shard.tar")
+    worker = SimpleNamespace(job=SimpleNamespace(config=SimpleNamespace(size=size), store=store))
+    unit = SimpleNamespace(payload={"path": "shard.tar"}, rows=len(files))
+    out = SimpleNamespace(stats=stats or Stats())
+    return {sample.key: image.transpose(1, 2, 0).astype(int) for sample, image in Encoder.images(worker, unit, out)}
+
+
+def test_a_picture_that_cannot_be_read_is_a_counted_row_or_named(tmp_path, store):
+    stats = Stats()
+    assert list(encodes(tmp_path, store, [b"none", rgb_png()], 24, stats)) == ["0001"]
+    assert stats.dropped == {"undecodable": 1}
+    assert decode(b"none") is None
+    (tmp_path / "none.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    with pytest.raises(Misuse, match=r"none\.heic: not a picture that can be read \(unsupported_heic\)$"):
+        read_image(tmp_path / "none.heic")
+    for lost, why in ((b"none", "not_an_image"), (None, "empty")):
+        table = pa.table({"image": pa.array([rgb_png(), lost], pa.binary())})
+        prompts = SimpleNamespace(prompts=table, job=SimpleNamespace(sources={"prompts.parquet": ""}))
+        with pytest.raises(StageError, match=rf"^prompts\.parquet: row 1, column image: {why}; "):
+            Model.real_images(prompts, 0, 2)
+
+
+def test_text_and_profiles_of_megabytes_do_not_lose_a_picture():
+    text = b"a workflow of an editor " * 60_000
+    for beside in (chunk(b"tEXt", b"workflow\0" + text), chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + text)):
+        for data in (rgb_png(before=beside), rgb_png(behind=beside)):
+            stored, *_, reason = resized(data, **LOSSLESS)
+            assert reason is None and np.array_equal(pixels(decode(stored)), RGB)
+
+
+def test_plain_pictures_go_to_the_decoder_as_they_came(decodes):
+    plain = [
+        encoded(RGB, "JPEG", exif=exif(turn(1)), icc_profile=bytes(3000)), encoded(RGB, "PNG"), encoded(RGB[..., 0], "PNG"),
+        encoded(RGB, "WEBP"), rgb_png(behind=chunk(b"tEXt", b"a\0b")),
+    ]  # fmt: skip
+    for data in plain:
+        assert resized(data)[5] is None
+    assert decodes == plain
+
+
+@pytest.mark.parametrize(
+    ("size", "fields", "reason"),
+    [
+        ((16_383, 2), {"encode_format": "webp"}, None),
+        ((16_384, 2), {"encode_format": "webp"}, "too_long_for_webp"),
+        ((2, 16_384), {"encode_format": "webp", "resize_mode": "no"}, "too_long_for_webp"),
+        ((16_384, 32), {"encode_format": "webp", "image_size": 16}, None),
+        ((16_384, 2), {"encode_format": "webp", "resize_mode": "border", "image_size": 16}, None),
+        ((65_500, 1), {}, None),
+        ((65_501, 1), {}, "too_long_for_jpg"),
+        ((65_501, 1), {"encode_format": "png", "encode_quality": 1}, None),
+        ((5_000, 1), {"resize_only_if_bigger": False, "image_size": 16}, "too_long_for_jpg"),
+        ((100, 1), {"resize_only_if_bigger": False, "image_size": 64}, None),
+        ((99_999, 1), {"resize_only_if_bigger": False, "image_size": 16, **LOSSLESS}, "too_long_for_png"),
+        ((1_000, 1), {"resize_only_if_bigger": False, "image_size": 64, "max_pixels": 999_999}, "too_many_pixels"),
+    ],
+)  # fmt: skip
+def test_what_a_format_cannot_hold_is_named_and_costs_nothing(size, fields, reason, decodes):
+    found = resized(thin(*size), **fields)
+    assert found[5] == reason
+    assert bool(decodes) == (reason is None)
+
+
+def test_the_middle_is_cut_out_before_it_is_enlarged(decodes):
+    strip = np.zeros((1, 9_999, 3), np.uint8)
+    strip[:, 4_999] = 9, 99, 199
+    fields = {"resize_mode": "center_crop", "resize_only_if_bigger": False, "image_size": 64, **LOSSLESS}
+    stored, width, height, *original, reason = resized(encoded(strip, "PNG"), **fields)
+    assert (width, height, original, reason) == (64, 64, [9_999, 1], None)
+    assert (pixels(decode(stored)) == (9, 99, 199)).all()
+    assert [Image.open(io.BytesIO(given)).size for given in decodes] == [(1, 1)]
+
+
+def test_sizes_are_those_of_the_upright_picture():
+    found = resized(PICTURES["jpeg, turned 6"].data, image_size=16)
+    assert found[1:5] == (16, WIDTH * 16 // HEIGHT, HEIGHT, WIDTH)
