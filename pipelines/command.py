@@ -38,7 +38,10 @@ VaeOption = Annotated[str | None, typer.Option("--vae", help="Autoencoder, where
 ClipOption = Annotated[str | None, typer.Option("--clip", help="CLIP of the images, likewise.", metavar="REF")]
 TextOption = Annotated[str | None, typer.Option("--text", help="CLIP of the captions, likewise.", metavar="REF")]
 Gpt2Option = Annotated[str | None, typer.Option("--gpt2", help="GPT-2 of official files.", metavar="REF")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a field of the recipe.", metavar="a.b=c")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a field of the recipe (repeatable; the last of a field counts).", metavar="a.b=c"),
+]
 JobsOption = Annotated[int, typer.Option("--jobs", min=1, help="How many nodes work at a time.")]
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the servers and the UI up until Ctrl-C.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]

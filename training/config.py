@@ -5,32 +5,15 @@ A field whose schema carries `operational: true` cannot change the result beyond
 
 from __future__ import annotations
 
-import re
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from training.where import Comparison
+
 OPERATIONAL: dict[str, Any] = {"operational": True}
 
-CONDITION = re.compile(r"^\s*([A-Za-z_]\w*)\s*(>=|<=|==|!=|>|<)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*$")
-
 LARGEST_DEFAULT_LANES = 16
-
-
-class Condition(NamedTuple):
-    """One threshold on a numeric column of the latent shards, as parsed from `COLUMN OP NUMBER`."""
-
-    column: str
-    operator: str
-    value: float
-
-    @classmethod
-    def parse(cls, text: str) -> Condition:
-        """Read `"AESTHETIC_SCORE >= 5"`. Raises ValueError that shows the form when the text has another one."""
-        match = CONDITION.match(text)
-        if match is None:
-            raise ValueError(f'"{text}" is no condition; write COLUMN OP NUMBER, for example "AESTHETIC_SCORE >= 5"')
-        return cls(match[1], match[2], float(match[3]))
 
 
 class Section(BaseModel):
@@ -141,7 +124,9 @@ class DataConfig(Section):
     """Which rows of the latent shards are read, and in which order."""
 
     where: tuple[str, ...] = Field(
-        (), description='Conditions that a row must meet, for example "AESTHETIC_SCORE >= 5"; a null score meets none.'
+        (),
+        description='Conditions that a row must meet, for example "AESTHETIC_SCORE >= 5", on scores and sizes by their names '
+        "here or in LAION's sets; a null score meets none.",
     )
     shuffle_window: int = Field(
         32,
@@ -160,7 +145,8 @@ class DataConfig(Section):
     @classmethod
     def _check_where(cls, where: tuple[str, ...]) -> tuple[str, ...]:
         for text in where:
-            Condition.parse(text)
+            if Comparison.parse(text).of_text:
+                raise ValueError(f"{text!r}: latent shards have numbers to compare; write COLUMN OP NUMBER")
         return where
 
 
@@ -188,7 +174,7 @@ class TrainConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="Moving average of the weights.")
-    data: DataConfig = Field(default_factory=DataConfig, description="Rows and order.")
+    data: DataConfig = Field(default_factory=DataConfig, description="Rows and order; a recipe writes the subsets here too.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
 
     workers: int = Field(1, ge=1, description="Processes, one a GPU or a group of CPU cores.", json_schema_extra=OPERATIONAL)

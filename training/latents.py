@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +15,13 @@ from dataclasses import dataclass
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from training.config import Condition
+from training.names import column_of
+from training.where import Comparison
 
-COMPARE: dict[str, Callable] = {
-    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt, "==": operator.eq, "!=": operator.ne,
-}  # fmt: skip
 PARTS = ("moments", "clip", "text")
 OPEN_FILES = 32
 VERIFY = "`unidiffuser verify DATASET` names what is damaged"
@@ -78,28 +76,32 @@ def held_out(key: str, fraction: float) -> bool:
 class Selection:
     """Which rows count, and which of them are held out."""
 
-    where: tuple[Condition, ...]
+    where: tuple[Comparison, ...]
     fraction: float
 
     def columns(self, schema: pa.Schema, name: str) -> list[str]:
-        """Columns that the conditions read, by name in the file; upper and lower case are alike."""
-        by_lower = {column.lower(): column for column in schema.names}
+        """Columns that the conditions read, by name in the file; a condition may give LAION's name, in upper or lower case.
+
+        Raises:
+            ShardError: there is no such column of numbers.
+        """
+        numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+        found = []
         for condition in self.where:
-            column = by_lower.get(condition.column.lower())
-            kind = schema.field(column).type if column else None
-            if kind is None or not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
-                numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
+            column = column_of(condition.column, numeric)
+            if column is None:
                 raise ShardError(
                     f"{name}: data.where names {condition.column}, numeric columns are {', '.join(numeric) or 'none'}"
                 )
-        return [by_lower[condition.column.lower()] for condition in self.where]
+            found.append(column)
+        return found
 
     def split(self, table: pa.Table, columns: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the training rows and of the held-out rows of a row group."""
         accepted = np.ones(len(table), dtype=bool)
         for condition, column in zip(self.where, columns, strict=True):
-            values = table[column].cast(pa.float64()).to_numpy()
-            accepted &= COMPARE[condition.operator](values, condition.value) & ~np.isnan(values)
+            known = pc.if_else(pc.is_nan(table[column]), None, table[column])
+            accepted &= pc.fill_null(condition.passes(known), False).to_numpy()
         keys = table["key"].to_pylist()
         held = np.array([held_out(key, self.fraction) for key in keys], dtype=bool).reshape(len(keys))
         return np.flatnonzero(accepted & ~held), np.flatnonzero(accepted & held)

@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from training.config import Condition, TrainConfig
+from training.config import TrainConfig
 from training.latents import LatentReader, LatentSpec, Rows, Selection, ShardIndex
 from training.order import Order
+from training.where import Comparison
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
 TRAIN_STREAM, VALIDATION_STREAM = 2, 3
@@ -93,7 +94,7 @@ class Loader:
         timesteps: int = 1000,
     ) -> None:
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
-        where = tuple(Condition.parse(text) for text in config.data.where)
+        where = tuple(Comparison.parse(text) for text in config.data.where)
         lanes_here = -(-config.lanes // world) + 1
         self.reader = LatentReader(
             shards, Selection(where, config.validation.fraction), cache=(lanes_here + 1) * config.data.shuffle_window

@@ -86,6 +86,9 @@ def _merge(place: dict[str, Any], values: Mapping[str, Any], config: BaseModel) 
     """Write values into the document; a field that is a model of its own field by field, a mapping that is a value as a whole."""
     for name, value in values.items():
         part = getattr(config, name, None)
+        if isinstance(part, BaseModel) and isinstance(place.get(name), list):
+            # The short form of a training stage's `data`.
+            place[name] = {"subsets": place[name]}
         if isinstance(part, BaseModel) and isinstance(value, Mapping) and isinstance(place.get(name), dict):
             _merge(place[name], value, part)
         else:

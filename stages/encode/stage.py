@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,12 +26,11 @@ from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage
 from stages.runner.recipe import encoder
 from stages.shards.scores import SCORES
 from stages.shards.tables import open_table, read_table, with_dictionary
-from stages.shards.tar import Sample, read_shard
+from stages.shards.tar import Sample, in_batches, read_shard
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
 ROW_GROUP = 256
-T = TypeVar("T")
 
 
 class EncodeConfig(StageConfig):
@@ -73,7 +71,7 @@ class Encoder:
         passed = self.passed(unit)
         writer: pq.ParquetWriter | None = None
         try:
-            for group in _batches(self.images(unit, out), ROW_GROUP):
+            for group in in_batches(self.images(unit, out), ROW_GROUP):
                 table = self.encode(group, passed, out)
                 if table is None:
                     continue
@@ -124,7 +122,7 @@ class Encoder:
         import torch
 
         moments, clips, texts = [], [], []
-        for batch in _batches(group, self.job.config.batch):
+        for batch in in_batches(group, self.job.config.batch):
             pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
             with torch.inference_mode():
                 moments.append(self.vae.moments(pixels).half().cpu().numpy())
@@ -149,13 +147,6 @@ class Encoder:
         columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
         columns |= {name: pa.array([s.meta[name] for s in samples], pa.int32()) for name in ("width", "height")}
         return pa.table(columns).replace_schema_metadata({"unidiffuser": json.dumps(facts, sort_keys=True)})
-
-
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of up to `size` items (itertools.batched came with Python 3.12)."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def _binary(values: Any) -> pa.Array:

@@ -12,16 +12,16 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.drawing.assembly import assemble, encoder_digests
 from stages.drawing.pictures import loss_curve, sample_sheet
+from stages.evaluate.prompts import read_prompts
 from stages.runner.contract import (
     Job,
     Output,
@@ -43,7 +43,9 @@ SHEET = 6
 
 
 class EvaluateConfig(StageConfig):
-    prompts: str = external_file(..., "Parquet file with a column `caption`, and `image` (bytes) where there are real images")
+    prompts: str = external_file(
+        ..., "text with a prompt a line, or Parquet with a column `caption`, and `image` (bytes) where there are real images"
+    )
     count: int = Field(200, ge=2, description="prompts to use, the first of the file")
     untrained: int = Field(50, ge=2, description="prompts that the untrained network gets, for the floor")
     steps: int = Field(20, ge=1, le=999, description="network calls a sample")
@@ -56,23 +58,6 @@ class EvaluateConfig(StageConfig):
     clip: str = encoder("embedded", "open_clip model that judges, and embeds images")
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
     batch: int = operational(25, "samples drawn at once", ge=1)
-
-
-def read_prompts(job: Job) -> pa.Table:
-    """The prompts that the config asks for.
-
-    Raises:
-        StageError: no column `caption`, or fewer than two rows.
-    """
-    (address,) = job.sources
-    table = pq.read_table(address).slice(0, job.config.count)
-    if "caption" not in table.column_names:
-        raise StageError(
-            f"{address}: columns found: {', '.join(table.column_names)}; needed: caption, and image if there are any"
-        )
-    if len(table) < 2:
-        raise StageError(f"{address}: has {len(table)} rows; at least 2 prompts are needed to compare")
-    return table
 
 
 class Model:
@@ -88,7 +73,7 @@ class Model:
         with tempfile.TemporaryDirectory() as folder:
             self.unidiffuser = UniDiffuser.load(assemble(job, Path(folder, "model")), device=self.device)
         self.trained = self.unidiffuser.uvit
-        self.prompts = read_prompts(job)
+        self.prompts = read_prompts(job.sources, job.config.count)
 
     def generate(self, task: str, count: int, first: int = 0, **inputs: Any) -> list[Any]:
         """`count` results with the seeds from `first` on: one for every input, or that many where the task takes none.
@@ -239,7 +224,7 @@ def _images(tables: list[pa.Table]) -> list[Any]:
 
 def plan_draws(job: Job, _: Records) -> Iterator[Unit]:
     """Units of `PROMPTS_A_UNIT` prompts for each kind of drawing; captions only where there are real images."""
-    table = read_prompts(job)
+    table = read_prompts(job.sources, job.config.count)
     kinds = ["model", "untrained", *(["captions"] if "image" in table.column_names else [])]
     digest = next(iter(job.sources.values()))
     for kind in kinds:
@@ -267,7 +252,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png and loss-curve.png; its rows are prompts."""
 
     name = "evaluate"
-    version = 4
+    version = 5
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (
@@ -278,6 +263,10 @@ class Evaluate(Stage):
     @classmethod
     def sources(cls, config: EvaluateConfig) -> list[str]:
         return [config.prompts]
+
+    @classmethod
+    def check(cls, config: EvaluateConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        read_prompts(sources, config.count)
 
     @classmethod
     def weights(cls, config: EvaluateConfig) -> dict[str, str]:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from infra.dataset import FileEntry
 from stages.filter.histogram import count
 from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
@@ -155,7 +154,7 @@ def compare_units(job: Job, earlier: Records) -> Iterable[Unit]:
     if job.config.duplicate_tolerance is None or not surveyed:
         return
     # One list a band, which all its units share: there are thousands of them at LAION's size.
-    files = [[file_of(record, band_file(band)) for record in surveyed] for band in range(bands(job.config.duplicate_tolerance))]
+    files = [[record.file(band_file(band)) for record in surveyed] for band in range(bands(job.config.duplicate_tolerance))]
     paths = [[file.path for file in found] for found in files]
     digests = [digest_of([file.sha256 for file in found]) for found in files]
     packs: list[list[tuple[int, int, int]]] = []
@@ -201,10 +200,10 @@ class Compare:
 def gather_units(job: Job, earlier: Records) -> Iterable[Unit]:
     if job.config.duplicate_tolerance is None:
         return
-    files = [file_of(record, "alike.parquet") for record in earlier["compare"]]
+    files = [record.file("alike.parquet") for record in earlier["compare"]]
     paths, decided = [file.path for file in files], digest_of([file.sha256 for file in files])
     for number, (shards, surveyed) in enumerate(zip(groups(earlier["score"]), earlier["survey"], strict=True)):
-        equal = file_of(surveyed, "equal.parquet")
+        equal = surveyed.file("equal.parquet")
         payload = {"group": number, "shards": len(shards), "equal": equal.path, "alike": paths}
         yield Unit(surveyed.name, (decided, equal.sha256, str(number), str(len(shards))), payload)
 
@@ -232,7 +231,7 @@ class Gather:
 def drops_by_shard(earlier: Records) -> Iterator[tuple[str, dict[str, Any]]]:
     """For every scored shard, in order: a digest of its near duplicates, and where `dropped_rows` finds them."""
     for record, shards in zip(earlier["gather"], groups(earlier["score"]), strict=True) if earlier["gather"] else ():
-        path = file_of(record, "drops.parquet").path
+        path = record.file("drops.parquet").path
         for number, (digest, _) in enumerate(zip(record.notes["drops"], shards, strict=True)):
             yield digest, {"drops": path, "number": number}
     if not earlier["gather"]:
@@ -249,10 +248,6 @@ def dropped_rows(job: Job, payload: dict[str, Any]) -> np.ndarray:
 def write_places(out: Output, name: str, groups: np.ndarray, shards: np.ndarray, rows: np.ndarray) -> None:
     columns = [pa.array(values, field.type, safe=False) for values, field in zip((groups, shards, rows), PLACES, strict=True)]
     write_table(pa.table(columns, schema=PLACES), out.path(name, len(rows)), ROW_GROUP)
-
-
-def file_of(record: UnitRecord, name: str) -> FileEntry:
-    return next(file for file in record.files if file.name == name)
 
 
 def bytes_of(column: pa.ChunkedArray) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Literal
 
@@ -42,7 +42,8 @@ from stages.runner.recipe import encoder
 from stages.shards.conditions import conditions
 from stages.shards.scores import METADATA_SCORES, SCORES
 from stages.shards.tables import read_table, write_table
-from stages.shards.tar import Sample, ShardWriter, read_shard
+from stages.shards.tar import Sample, ShardWriter, in_batches, read_shard
+from stages.shards.words import WORDS
 from unidiffuser.references import weights_digest
 
 log = logging.getLogger("stages")
@@ -73,8 +74,8 @@ class FilterConfig(StageConfig):
     max_aspect_ratio: float | None = Field(BASIC["max_aspect_ratio"], ge=1, description="longer side / shorter side")
     min_caption_chars: int | None = Field(BASIC["min_caption_chars"], ge=1)
     max_caption_chars: int | None = Field(None, ge=1)
-    min_caption_words: int | None = Field(BASIC["min_caption_words"], ge=1)
-    max_caption_words: int | None = Field(None, ge=1)
+    min_caption_words: int | None = Field(BASIC["min_caption_words"], ge=1, description=WORDS)
+    max_caption_words: int | None = Field(None, ge=1, description="counted likewise")
     languages: list[str] | None = Field(None, min_length=1, description="language codes to keep, where the metadata has them")
     min_clip_similarity: float | None = Field(None, description="cosine of image and caption embeddings, computed here")
     min_similarity: float | None = Field(None, description="CLIP similarity that came with the metadata")
@@ -117,7 +118,7 @@ class Score:
 
     def run(self, unit: Unit, out: Output) -> None:
         samples = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
-        table = pa.concat_tables([self.measure(batch) for batch in batches(samples, self.config.batch)])
+        table = pa.concat_tables([self.measure(batch) for batch in in_batches(samples, self.config.batch)])
         write_table(table, out.path("scores.parquet", table.num_rows))
         out.stats.rows_in = table.num_rows
 
@@ -163,17 +164,6 @@ def decode(data: bytes) -> Any:
         return open_picture(data)
     except PictureError:
         return None
-
-
-def batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 class Write:
@@ -266,7 +256,7 @@ CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
 
 class Filter(Stage):
     name = "filter"
-    version = 4
+    version = 5
     Config = FilterConfig
     phases = (
         Phase("score", _score_units, Score, fields=frozenset({"clip_scores", "heads", "precision"}), resources=_score_resources),

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from infra.external import member
+from infra.text import TextError, text_of
 from stages.runner.contract import (
     Job,
     Output,
@@ -93,8 +94,8 @@ class Packer:
         if not pair.caption:
             return None, b"", Outcome("no_caption")
         try:
-            caption = _read(pair.caption).decode().strip()
-        except UnicodeDecodeError:
+            caption = text_of(_read(pair.caption)).strip()
+        except TextError:
             return None, b"", Outcome("caption_not_utf8")
         if not caption:
             return None, b"", Outcome("no_caption")
@@ -160,7 +161,7 @@ def _units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 class Folder(Stage):
     name = "folder"
-    version = 2
+    version = 3
     Config = FolderConfig
     phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
 

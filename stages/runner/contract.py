@@ -97,6 +97,10 @@ class UnitRecord:
     notes: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def file(self, name: str) -> FileEntry:
+        """The unit's file of this name."""
+        return next(entry for entry in self.files if entry.name == name)
+
 
 RECORD = TypeAdapter(UnitRecord)
 
@@ -261,6 +265,17 @@ class Stage:
     def lists(cls, config: Any) -> dict[str, list[str]]:
         """Further files from outside by the part they play, which decides too; `Job.lists` holds what they resolved to."""
         return {}
+
+    @classmethod
+    def check(cls, config: Any, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        """Open what lies outside as far as it takes to say that it can be used; called before anything runs.
+
+        Args:
+            sources, lists: as of `Job`.
+
+        Raises:
+            StageError: a file cannot be used.
+        """
 
     @classmethod
     def weights(cls, config: Any) -> dict[str, str]:

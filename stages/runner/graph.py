@@ -13,7 +13,7 @@ from infra.external import member, resolve
 from infra.listing import OutsideError
 from infra.store import Store
 from stages.catalog import stage_class
-from stages.runner.contract import digest_of, result_fields
+from stages.runner.contract import StageError, digest_of, result_fields
 from stages.runner.recipe import Node, Recipe, RecipeError
 
 State = Literal["hit", "stale", "miss"]
@@ -109,6 +109,11 @@ def plan(
             lists=lists,
         )
         planned[node.name] = _with_state(draft, recipe, store, stage.version)
+        if outside is None and planned[node.name].state != "hit":
+            try:
+                stage.check(node.config, sources, lists)
+            except StageError as error:
+                raise RecipeError(f"{node.name}: {error}") from None
     return planned
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import fsspec
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from infra.text import TextError, text_of
 from stages.catalog import FOLDER_STAGES, STAGES, SUBSET_STAGES, stage_class
 from stages.runner.deployment import Deploy
+from stages.runner.document import DocumentError, parse
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 CREDENTIALS = re.compile(r"://\S*@")
@@ -88,33 +89,27 @@ class Recipe:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe file, given by path or fsspec URL; `overrides` are ``a.b=c`` with YAML values.
+    """Read and check a recipe file, given by path or fsspec URL; `overrides` are ``a.b=c`` with YAML values, the last one wins.
 
     Relative paths in the recipe are taken from its `folder`, by default the one that the file lies in.
 
     Raises:
-        RecipeError: the file is missing or not YAML, or a field is unknown, of the wrong type or out of bounds.
+        RecipeError: the file is missing or not YAML, has a key twice, or a field is unknown, of the wrong type or out of bounds.
     """
     try:
-        with fsspec.open(str(path), "rt", encoding="utf-8") as file:
-            document = yaml.safe_load(file)
+        with fsspec.open(str(path), "rb") as file:
+            document = parse(text_of(file.read()))
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except TextError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    except DocumentError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: expected a mapping with `name` and `subsets`")
-    document = _unshared(document)
     for override in overrides:
         _override(document, override)
     return parse_recipe(document, Path(path).parent)
-
-
-def _unshared(value: Any) -> Any:
-    """YAML's anchors give one mapping several places: a field that is set in one of them must not change in the others."""
-    if isinstance(value, dict):
-        return {key: _unshared(part) for key, part in value.items()}
-    return [_unshared(part) for part in value] if isinstance(value, list) else value
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -128,9 +123,9 @@ def _override(document: dict[str, Any], override: str) -> None:
         if not isinstance(place, dict):
             raise RecipeError(f"--set {override}: {key} is not a mapping")
     try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not YAML") from None
+        place[last] = parse(value)
+    except DocumentError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {error}") from None
 
 
 def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
@@ -219,8 +214,13 @@ class _Builder:
         place = f"train.{name}"
         _check_name(str(name), place)
         data, before = values.pop("data", None), values.pop("from", None)
+        if isinstance(data, dict):
+            values["data"] = {key: value for key, value in data.items() if key != "subsets"}
+            data = data.get("subsets")
         if not isinstance(data, list) or not data:
-            raise RecipeError(f"{place}.data: expected a list of subsets, got {data!r}")
+            raise RecipeError(f"{place}.data: expected a list of subsets, or {{subsets: [...], where: [...]}}; got {data!r}")
+        if twice := [subset for subset in data if data.count(subset) > 1]:
+            raise RecipeError(f"{place}.data: the subset {twice[0]} is there twice; its rows count once, so name it once")
         inputs = {}
         for subset in data:
             if f"{subset}-encode" not in self.nodes:

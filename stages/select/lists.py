@@ -16,21 +16,22 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from infra.dataset import FileEntry
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
 from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
-from stages.select.laion import BATCH, NAMES, heal, readable
+from stages.select.laion import BATCH
+from stages.shards.outside import cast, check_column, first, is_parquet, open_parquet, readable, text_lines
+from training.names import NAMES
 
-KINDS = ("url", "hash", "domain")
+KIND_TYPES = {"url": pa.string(), "hash": pa.int64(), "domain": pa.string()}
+KINDS = tuple(KIND_TYPES)
 ROLES = ("allow", "deny")
 INTEGER = re.compile(r"[+-]?\d+")
 # In the regular expressions that Python and Arrow share. Of ASCII letters, digits, hyphens and underscores; no broken UTF-8.
@@ -98,7 +99,7 @@ class ReadList:
     def run(self, unit: Unit, out: Output) -> None:
         address, role = unit.payload["address"], unit.payload["role"]
         by = getattr(self.config, f"{role}_by")
-        read = self._parquet if address.split("?")[0].endswith(".parquet") else self._text
+        read = self._parquet if is_parquet(address) else self._text
         with ExitStack() as stack:
             writers = {kind: stack.enter_context(KeyWriter(out.path(f"{kind}.parquet"))) for kind in KINDS}
             for kind, keys in read(address, by):
@@ -107,44 +108,55 @@ class ReadList:
             out.rows[f"{kind}.parquet"] = writer.count
 
     def _parquet(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
-        with readable(address), fsspec.open(address, "rb") as file:
-            parquet = pq.ParquetFile(file)
-            kind, column = self._column(address, parquet.schema_arrow.names, by)
+        with open_parquet(address) as parquet:
+            kind, column = _column(self.config, address, parquet.schema_arrow, by)
             row = 0
-            for batch in parquet.iter_batches(BATCH, columns=[column]):
-                wanted = pa.int64() if kind == "hash" else pa.string()
-                try:
-                    values = heal(batch.column(0), wanted)
-                except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                    raise StageError(f"{address}: column {column} is {batch.column(0).type}: {error}") from None
-                if kind == "domain":
-                    _check_domains(address, row, values)
-                row += len(values)
-                yield kind, _entry_keys(kind, values.drop_null())
+            with readable(address):
+                for batch in parquet.iter_batches(BATCH, columns=[column]):
+                    values = self._entries(address, row, kind, *cast(batch.column(0), KIND_TYPES[kind]))
+                    row += batch.num_rows
+                    yield kind, _entry_keys(kind, values)
 
-    def _column(self, address: str, found: list[str], by: str) -> tuple[str, str]:
-        """The kind of the entries, and the column that holds them: the first of url, hash and domain unless told."""
-        for kind in KINDS if by == "auto" else (by,):
-            own = self.config.columns.get(kind)
-            for name in (own,) if own else NAMES.get(kind, ("domain", "DOMAIN")):
-                if name in found:
-                    return kind, name
-        raise StageError(f"{address}: columns found: {', '.join(found)}; a list needs {EXPECTED.get(by, by)}")
+    @staticmethod
+    def _entries(address: str, start: int, kind: str, values: pa.Array, unread: pa.Array) -> pa.Array:
+        """What a part of a file lists; null and empty cells list nothing. `start` is the row of the first."""
+        if (bad := first(unread)) is not None:
+            raise StageError(f"{address}, row {start + bad}: not a value that can be read as a {kind}")
+        if kind == "domain":
+            _check_domains(address, start, values)
+        return values.drop_null()
 
     def _text(self, address: str, by: str) -> Iterator[tuple[str, Keys]]:
         entries: dict[str, list[str]] = {kind: [] for kind in KINDS}
-        # Windows begins a text with a mark, which is no part of its first line.
-        with fsspec.open(address, "rt", encoding="utf-8-sig", errors="replace", compression="infer") as file:
-            for number, line in enumerate(file, start=1):
-                if not (entry := line.strip()) or entry.startswith("#"):
-                    continue
-                kind = _kind(entry)
-                if kind is None or by not in ("auto", kind):
-                    raise StageError(f"{address}, line {number}: {entry[:80]!r} is no {EXPECTED.get(by, by)}")
-                entries[kind].append(entry)
-                if number % LINES == 0:
-                    yield from _drained(entries)
+        for number, line in enumerate(text_lines(address), start=1):
+            if not (entry := line.strip()) or entry.startswith("#"):
+                continue
+            kind = _kind(entry)
+            if kind is None or by not in ("auto", kind):
+                raise StageError(f"{address}, line {number}: {entry[:80]!r} is no {EXPECTED.get(by, by)}")
+            entries[kind].append(entry)
+            if number % LINES == 0:
+                yield from _drained(entries)
         yield from _drained(entries)
+
+
+def _column(config: Any, address: str, schema: pa.Schema, by: str) -> tuple[str, str]:
+    """The kind of the entries, and the column that holds them: the first of url, hash and domain unless told."""
+    for kind in KINDS if by == "auto" else (by,):
+        own = config.columns.get(kind)
+        for name in (own,) if own else NAMES.get(kind, ("domain", "DOMAIN")):
+            if name in schema.names:
+                check_column(address, schema, name, KIND_TYPES[kind])
+                return kind, name
+    raise StageError(f"{address}: columns found: {', '.join(schema.names)}; a list needs {EXPECTED.get(by, by)}")
+
+
+def check_lists(config: Any, lists: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises StageError: a list in Parquet cannot be read, or has no column of what it should list."""
+    for role, files in lists.items():
+        for address in filter(is_parquet, files):
+            with open_parquet(address) as parquet:
+                _column(config, address, parquet.schema_arrow, getattr(config, f"{role}_by"))
 
 
 def _kind(entry: str) -> str | None:
@@ -248,8 +260,8 @@ def match_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the lists' entries and the picked rows' keys of its kind."""
     roles = [role for role in ROLES if job.lists.get(role)]
     for kind in KINDS if roles else ():
-        keys = [file_of(record, kind) for record in earlier["pick"]]
-        lists = {role: [file_of(r, kind) for r in earlier["lists"] if r.name.startswith(f"{role}-")] for role in roles}
+        keys = [record.file(f"{kind}.parquet") for record in earlier["pick"]]
+        lists = {role: [r.file(f"{kind}.parquet") for r in earlier["lists"] if r.name.startswith(f"{role}-")] for role in roles}
         entries = sum(entry.rows for found in lists.values() for entry in found)
         if not entries:
             continue
@@ -269,9 +281,9 @@ def admit_units(job: Job, earlier: Records) -> Iterable[Unit]:
         return
     picked = earlier["pick"]
     digests = {role: add_notes((record.notes[role] for record in earlier["match"]), len(picked)) for role in roles}
-    hits = {role: tuple(file_of(record, role).path for record in earlier["match"]) for role in roles}
+    hits = {role: tuple(record.file(f"{role}.parquet").path for record in earlier["match"]) for role in roles}
     for number, record in enumerate(picked):
-        own = {kind: file_of(record, kind) for kind in ("url", "hash")}
+        own = {kind: record.file(f"{kind}.parquet") for kind in ("url", "hash")}
         decided = [own["url"].sha256, own["hash"].sha256, *(f"{role}{digests[role][number]}" for role in roles)]
         payload = {kind: entry.path for kind, entry in own.items()} | {
             "number": number,
@@ -284,12 +296,6 @@ def admit_units(job: Job, earlier: Records) -> Iterable[Unit]:
 def admitted(earlier: Records) -> list[UnitRecord]:
     """Per metadata file the record with the keys of the rows that are left before duplicates are looked for."""
     return earlier["admit"] or earlier["pick"]
-
-
-def file_of(record: UnitRecord, name: str) -> FileEntry:
-    """The unit's file ``NAME.parquet``."""
-    (entry,) = [entry for entry in record.files if entry.name == f"{name}.parquet"]
-    return entry
 
 
 def digest_files(*digests: str) -> str:

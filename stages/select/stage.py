@@ -10,10 +10,10 @@ names. A picked row that is itself a duplicate counts too: the rule is then one 
 appended (its name sorts last) changes nothing for those before it: of what was done before, only `duplicates` is done again.
 
 Refused before any work starts, with the file's name: Parquet that cannot be read or ends early, a missing column of the schema or
-of a condition, a column of a type that it cannot have. Refused with the row's number: a value that is no number where one is
-needed. Counted: rows without a URL or caption (`no_url`, `no_caption`, text that is not UTF-8 among them) or with a URL that
-names no web address (`bad_url`); then the first condition that a row fails, `not_sampled`, `not_allowed`, `denied`,
-`duplicate_url` and `duplicate_hash`, in this order.
+of a condition, a column of a type that it cannot have, or one that is there twice. Counted: rows without a URL or caption
+(`no_url`, `no_caption`, text that is not UTF-8 among them) or with a URL that names no web address (`bad_url`); then the first
+condition that a row fails, or whose column has a value there that cannot be read (`bad_COLUMN`), `not_sampled`, `not_allowed`,
+`denied`, `duplicate_url` and `duplicate_hash`, in this order. A value that cannot be read and that no condition asks for is null.
 
 The work is linear in the rows, and nothing is gathered in one place. A worker needs about 300 MB: a batch of rows and the keys
 of a run (pick), the keys of one range (duplicates), or a batch, a shard and a byte a row of its own metadata file (write).
@@ -22,6 +22,7 @@ of a run (pick), the keys of one range (duplicates), or a batch, a shard and a b
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import PurePosixPath
@@ -47,15 +48,15 @@ from stages.runner.contract import (
 )
 from stages.runner.recipe import external_file
 from stages.select.keys import SPACE, Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, repeated, text_keys
-from stages.select.laion import CANONICAL, NAMES, Reading, check_metadata, open_metadata
+from stages.select.laion import CANONICAL, Reading, check_metadata, open_metadata
 from stages.select.lists import (
     Admit,
     Match,
     ReadList,
     admit_units,
     admitted,
+    check_lists,
     domain_keys,
-    file_of,
     hash_keys,
     list_units,
     match_units,
@@ -64,6 +65,8 @@ from stages.select.presets import PRESETS
 from stages.select.where import Where
 from stages.shards.conditions import Condition, Verdict, columns_of, conditions
 from stages.shards.tables import write_table
+from stages.shards.words import WORDS
+from training.names import NAMES
 
 GROUP = 1_000_000
 
@@ -98,8 +101,8 @@ class SelectConfig(StageConfig):
     languages: list[str] | None = Field(None, min_length=1, description="language codes to keep")
     min_caption_chars: int | None = Field(None, ge=1)
     max_caption_chars: int | None = Field(None, ge=1)
-    min_caption_words: int | None = Field(None, ge=1)
-    max_caption_words: int | None = Field(None, ge=1)
+    min_caption_words: int | None = Field(None, ge=1, description=WORDS)
+    max_caption_words: int | None = Field(None, ge=1, description="counted likewise")
     where: tuple[str, ...] = Field(
         (), description='conditions on any column by its own name, such as "NSFW in [UNLIKELY, UNSURE]" or "LICENSE != ?"'
     )
@@ -254,6 +257,7 @@ class Write:
             for count, shard in enumerate(self._shards(unit.payload["file"], tables)):
                 path = out.path(f"{unit.name}-{count:05d}.parquet", shard.num_rows)
                 write_table(shard, path, GROUP)
+            out.notes["unread"] = dict(metadata.unread)
 
     def _rows(self, path: str, file: int | None = None) -> Iterator[np.ndarray]:
         """Row numbers of a file of keys, or those that stand under a metadata file's number."""
@@ -286,6 +290,7 @@ def _files(job: Job) -> list[tuple[str, str]]:
 def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
     files = _files(job)
     check_metadata([address for address, _ in files], conditions_of(job.config)[1])
+    check_lists(job.config, job.lists)
     kinds = ("url", "hash", "domain") if any(job.lists.values()) else ("url", "hash")
     for address, digest in files:
         yield Unit(PurePosixPath(address).stem, (digest, *kinds), {"address": address, "kinds": kinds})
@@ -294,7 +299,7 @@ def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
 def _duplicate_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the keys of all files."""
     for kind in ("url", "hash"):
-        keys = [file_of(record, kind) for record in admitted(earlier)]
+        keys = [record.file(f"{kind}.parquet") for record in admitted(earlier)]
         paths, digest = tuple(entry.path for entry in keys), digest_of([entry.sha256 for entry in keys])
         for low, high in ranges(sum(entry.rows for entry in keys)):
             yield Unit(f"{kind}-{low:016x}", (digest, f"{low}-{high}"), {"keys": paths, "range": (low, high)})
@@ -304,10 +309,10 @@ def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
     """Decided by the metadata file, its picked rows, and which of them are duplicates."""
     files, left = _files(job), admitted(earlier)
     found = {kind: [r for r in earlier["duplicates"] if r.name.startswith(f"{kind}-")] for kind in ("url", "hash")}
-    again = {kind: tuple(file_of(record, "again").path for record in records) for kind, records in found.items()}
+    again = {kind: tuple(record.file("again.parquet").path for record in records) for kind, records in found.items()}
     digests = {kind: add_notes((r.notes["again"] for r in records), len(files)) for kind, records in found.items()}
     for number, ((address, digest), record) in enumerate(zip(files, left, strict=True)):
-        picked = file_of(record, "url")
+        picked = record.file("url.parquet")
         decided = (digest, picked.sha256, digests["url"][number], digests["hash"][number])
         payload = {"address": address, "number": number, "file": digest_of(digest)[:10], "url": picked.path, "again": again}
         yield Unit(PurePosixPath(address).stem, decided, payload, rows=picked.rows)
@@ -324,7 +329,7 @@ _READ = frozenset({"laion_schema", "columns"})
 
 class Select(Stage):
     name = "select"
-    version = 4
+    version = 5
     Config = SelectConfig
     phases = (
         Phase("pick", _pick_units, Pick, fields=_PICK, resources=_resources),
@@ -354,10 +359,12 @@ class Select(Stage):
 
     @classmethod
     def summary(cls, job: Job, records: Records) -> dict[str, Any]:
-        """Files by the schema that they were found to have, and entries of the lists by their kind."""
+        """Files by the schema that they were found to have, entries of the lists by their kind, and cells that became null."""
         schemas = [record.notes["schema"] for record in records["pick"]]
         lists = {
             record.name: {entry.name.removesuffix(".parquet"): entry.rows for entry in record.files if entry.rows}
             for record in records["lists"]
         }
-        return {"schemas": {name: schemas.count(name) for name in sorted(set(schemas))}} | ({"lists": lists} if lists else {})
+        unread: Counter[str] = sum((Counter(record.notes["unread"]) for record in records["write"]), Counter())
+        facts = {"schemas": {name: schemas.count(name) for name in sorted(set(schemas))}}
+        return facts | ({"lists": lists} if lists else {}) | ({"unread": dict(sorted(unread.items()))} if unread else {})

@@ -2,7 +2,8 @@
 
 A configuration sets a condition by a field ``min_QUANTITY`` or ``max_QUANTITY``; bounds are inclusive. A row whose value is null
 meets a condition on it when `keep_null` is true (LAION's scores are null where an outer join found nothing, which says
-nothing about the image), and is counted as ``null_COLUMN`` otherwise.
+nothing about the image), and is counted as ``null_COLUMN`` otherwise. One whose value is there but cannot be read, such as a
+width of "wide", meets no condition on it: it is counted as ``bad_COLUMN``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.shards.scores import SCORES
+from stages.shards.words import count_words
+
+
+def unreadable(column: str) -> str:
+    """The reason of rows whose value of a column cannot be read, and the name of a mask of them in a table."""
+    return f"bad_{column}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class Verdict:
     def judge(self, table: pa.Table, conditions: list[Condition], keep_null: bool) -> None:
         """Try the conditions in their order; the first one that a row fails counts."""
         for condition in conditions:
+            for column in condition.columns:
+                if unreadable(column) in table.column_names:
+                    self.drop(unreadable(column), table[unreadable(column)])
             if not keep_null:
                 for column in condition.columns:
                     self.drop(f"null_{column}", pc.is_null(table[column]))
@@ -103,7 +113,7 @@ def _chars(table: pa.Table) -> Any:
 
 
 def _words(table: pa.Table) -> Any:
-    return pc.count_substring_regex(table["caption"], r"\S+")
+    return count_words(table["caption"])
 
 
 # Quantity -> (columns that may be null, what `min_` is compared with, what `max_` is compared with), in the order of trial.

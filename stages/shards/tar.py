@@ -10,17 +10,19 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from infra.dataset import VERIFY
 from infra.store import Store
 from stages.runner.contract import StageError
 
+T = TypeVar("T")
 IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 
 
@@ -122,6 +124,13 @@ class _Digesting:
         data = self.file.read(size)
         self.digest.update(data)
         return data
+
+
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of up to `size` items (itertools.batched came with Python 3.12)."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
 
 
 def read_samples(file: BinaryIO, name: str | None = None) -> Iterator[Sample]:

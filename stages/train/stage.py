@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from infra.dataset import VERIFY, FileEntry, fetch_files
 from infra.store import Store
@@ -23,11 +23,16 @@ from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
+from stages.shards.scores import SCORES
 from stages.train.preview import PreviewConfig, Previews
-from training.config import TrainConfig
+from training.config import DataConfig, TrainConfig
+from training.names import column_of
+from training.where import Comparison
 
 log = logging.getLogger("stages")
 
+# Numbers that encode writes beside the latents.
+COLUMNS = (*SCORES, "width", "height")
 # Name of the record of a checkpoint that a stop left between two planned ones.
 STOPPED = "stopped"
 
@@ -38,6 +43,15 @@ class TrainStageConfig(TrainConfig):
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
     preview: PreviewConfig = operational(PreviewConfig(), "sheets of samples in the UI while it trains, one a checkpoint")
+
+    @field_validator("data")
+    @classmethod
+    def _known_columns(cls, data: DataConfig) -> DataConfig:
+        """What encode writes is known before anything runs."""
+        for condition in map(Comparison.parse, data.where):
+            if column_of(condition.column, COLUMNS) is None:
+                raise ValueError(f"where names {condition.column}; latents have {', '.join(COLUMNS)}")
+        return data
 
 
 def keeps(config: TrainStageConfig, step: int) -> bool:
@@ -149,7 +163,7 @@ class Train(Stage):
     """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 2
+    version = 3
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (

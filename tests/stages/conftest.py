@@ -39,6 +39,7 @@ def make() -> Callable[..., Dataset]:
         references = {name: dataset.manifest.reference() for name, dataset in (inputs or {}).items()}
         sources, weights = resolve(stage.sources(model), store), stage.weights(model)
         lists = {part: resolve(patterns, store) for part, patterns in stage.lists(model).items()}
+        stage.check(model, sources, lists)
         content = [
             sorted((address.rsplit("/", 1)[-1], digest) for address, digest in found.items())
             for found in (sources, *lists.values())

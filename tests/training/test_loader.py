@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -141,3 +142,16 @@ def test_errors_name_file_and_field(tmp_path: Path) -> None:
     (larger,) = write_shards(tmp_path / "larger", files=1, side=8)
     with pytest.raises(ShardError, match="larger/00000.parquet: rows are"):
         Loader(config(), [*shards, larger])
+
+
+def test_where_takes_laions_names_and_the_precision_of_the_column(tmp_path: Path) -> None:
+    (shard,) = write_shards(tmp_path, files=1)
+    table = pq.read_table(shard)
+    scores = pa.array([0.7 if row % 2 else None for row in range(40)], pa.float32())
+    widths = pa.array([256 + row for row in range(40)], pa.int32())
+    pq.write_table(table.set_column(5, "aesthetic", scores).append_column("width", widths), shard)
+    where = ["AESTHETIC_SCORE >= 0.7", "WIDTH not in [257, 259]"]
+    run = config(data={"where": where}, validation={"fraction": 0.0})
+    assert sorted(Loader(run, (shard,)).keys(0) + Loader(run, (shard,)).keys(1))[:3] == ["00000005", "00000007", "00000009"]
+    with pytest.raises(ValueError, match="latent shards have numbers to compare"):
+        config(data={"where": ['caption == "7"']})

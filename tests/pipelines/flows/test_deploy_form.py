@@ -169,3 +169,9 @@ def test_a_schedule_in_words() -> None:
 def test_progress_is_read_back_from_its_words(fields: dict[str, Any]) -> None:
     assert read_progress(f"good-select {describe_progress(fields)}") == ("good-select", fields)
     assert read_progress("nothing of ours") == ("", {})
+
+
+def test_a_condition_of_a_training_stage_can_be_given_in_the_form(demo: Recipe) -> None:
+    answers = {"train-256": {"data": {"where": ["AESTHETIC_SCORE >= 5"]}}}
+    node = changed(demo, answers).nodes["train-256"]
+    assert node.config.data.where == ("AESTHETIC_SCORE >= 5",) and node.inputs == demo.nodes["train-256"].inputs

@@ -18,10 +18,11 @@ from infra.store import Store
 from stages.encode.stage import SCORES, Encode
 from stages.filter.stage import Filter
 from stages.runner.contract import StageError
+from stages.train.stage import COLUMNS
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
 from tests.unidiffuser.test_clip_preprocess import clip_with
-from training.config import Condition
 from training.latents import LatentReader, Selection
+from training.where import Comparison
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.text_decoder import TextCodec
 
@@ -123,8 +124,9 @@ def test_a_heads_score_is_a_threshold_at_training_and_binaries_have_no_dictionar
     assert {row["key"]: row["aesthetic"] for row in table_of(latents, "key", "aesthetic")} == pytest.approx(scores)
     bound = sorted(scores.values())[4] - 1e-6
     shards = [latents.url(entry) for entry in latents.files]
-    index = LatentReader(shards, Selection((Condition.parse(f"aesthetic >= {bound}"),), 0.0)).index()
+    index = LatentReader(shards, Selection((Comparison.parse(f"aesthetic >= {bound}"),), 0.0)).index()
     assert index.train.sum() == 6
+    assert set(COLUMNS) <= set(latents.manifest.columns), "what a recipe's conditions may name"
 
 
 def file_of(dataset, ending):

@@ -78,6 +78,18 @@ def test_a_folder_becomes_shards_and_every_file_is_accounted_for(store, make, co
 
 
 @pytest.mark.usefixtures("in_process")
+def test_however_a_caption_is_encoded_it_is_the_same(tmp_path, store, make):
+    """Editors of Windows mark the beginning of a text and end its lines in their own way."""
+    said = "caf\u00e9 \u65e5\u672c\r\nby the sea\r\n"
+    ways = [said.encode(), said.encode("utf-8-sig"), said.encode("utf-16"), b"\xfe\xff" + said.encode("utf-16-be")]
+    for number, data in enumerate(ways):
+        (tmp_path / f"{number}.jpg").write_bytes(different(number))
+        (tmp_path / f"{number}.txt").write_bytes(data)
+    dataset = make(Folder, store, images=[str(tmp_path / "*.jpg")])
+    assert [sample.caption for sample in samples_of(dataset)] == ["caf\u00e9 \u65e5\u672c\nby the sea"] * 4
+
+
+@pytest.mark.usefixtures("in_process")
 def test_where_it_lies_changes_nothing_and_one_more_file_changes_one_shard(tmp_path, store, make, corpus, digests):
     first = make(Folder, store, images=[str(corpus / "**" / "*.jpg")], shard_rows=4)
     moved = shutil.move(corpus, tmp_path / "elsewhere")

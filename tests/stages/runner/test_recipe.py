@@ -82,6 +82,10 @@ def test_nodes_and_their_inputs(recipe: Path) -> None:
         ("subsets.A={}", "subsets.A: 'A' is no name"),
         ("train.small.data=[c]", "train.small.data: the subset c has no encode"),
         ("train.small.data=a", "train.small.data: expected a list of subsets"),
+        ("train.small.data=[a, a]", "train.small.data: the subset a is there twice"),
+        ("train.small.data={where: [width >= 3]}", "train.small.data: expected a list of subsets, or {subsets:"),
+        ("train.small.data={subsets: [a], where: [beauty > 3]}", "train.small.data: where names beauty; latents have clip_sim"),
+        ("train.small.data={subsets: [a], were: []}", "train.small.data.were: unknown field"),
         ("train.small.model.depth=3", "train.small.model: depth is 3; it must be even"),
         ("train.small.optimizer.lr=fast", "train.small.optimizer.lr: input should be a valid number"),
         ("train.large.from=none", "train.large.from: no training stage none before it"),
@@ -94,6 +98,14 @@ def test_a_mistake_is_one_line_with_the_path_of_the_field(recipe: Path, override
     with pytest.raises(RecipeError, match=message) as raised:
         load_recipe(recipe, [override])
     assert "\n" not in str(raised.value)
+
+
+def test_training_data_is_a_list_of_subsets_or_a_section(recipe: Path) -> None:
+    where = "train.large.data={subsets: [a, b], where: [AESTHETIC_SCORE >= 5], shuffle_window: 4}"
+    node = load_recipe(recipe, [where]).nodes["train-large"]
+    assert node.config.data.where == ("AESTHETIC_SCORE >= 5",) and node.config.data.shuffle_window == 4
+    assert node.inputs == load_recipe(recipe).nodes["train-large"].inputs
+    assert changed(recipe, where) == {"train-large", "evaluate", "export"}
 
 
 def test_missing_files_are_named(recipe: Path, tmp_path: Path) -> None:

@@ -196,7 +196,11 @@ def test_metadata_and_lists_in_an_object_store(tmp_path, store, make, in_process
         ({"URL": ["http://a.example"]}, {}, ["columns found: URL", "caption (TEXT"]),
         ({"URL": ["http://a.example"], "TEXT": ["a"]}, {"min_aesthetic": 5}, ["aesthetic (AESTHETIC_SCORE"]),
         ({"URL": ["http://a.example"], "TEXT": [7]}, {}, ["column TEXT is int64, expected string"]),
-        ({"URL": ["http://a.example"], "TEXT": ["a"], "WIDTH": ["wide"]}, {}, ["column WIDTH is string"]),
+        (
+            {"URL": ["http://a.example"], "TEXT": ["a"], "WIDTH": [[9]]},
+            {"min_side": 1},
+            ["column WIDTH is list<", "expected int32"],
+        ),
     ],
 )
 def test_metadata_that_cannot_be_used_is_named(tmp_path, store, make, in_process, columns, config, words):

@@ -182,6 +182,22 @@ def test_a_line_that_means_nothing_is_refused(tmp_path, store, make, in_process,
         make(Select, store, metadata=[str(tmp_path / "a.parquet")], deny=[str(tmp_path / "deny.txt")], deny_by=by)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_however_a_list_is_encoded(tmp_path, store, make, in_process, encoding):
+    rows = [(f"http://{host}/caf\u00e9\ufffd", number) for number, host in enumerate(["a.example", "b.example", "c.example"])]
+    write(tmp_path / "a.parquet", rows)
+    (tmp_path / "deny.txt").write_bytes(f"{rows[0][0]}\r\n\r\n# more\r\nb.example".encode(encoding))
+    assert read(make(Select, store, metadata=[str(tmp_path / "a.parquet")], deny=[str(tmp_path / "deny.txt")])) == rows[2:]
+
+
+def test_a_line_of_a_list_that_is_no_text_is_refused(tmp_path, store, make, in_process):
+    """It would list an address that nobody has."""
+    write(tmp_path / "a.parquet", [("http://a.example/1", 1)])
+    (tmp_path / "deny.txt").write_bytes("http://a.example/1\nhttp://a.example/caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(StageError, match="deny.txt: line 2 is not UTF-8"):
+        make(Select, store, metadata=[str(tmp_path / "a.parquet")], deny=[str(tmp_path / "deny.txt")])
+
+
 BOOKS = ["b\u00fccher.example", "BU\u0308CHER.Example.", "xn--bcher-kva.example", "shop.xn--bcher-kva.example"]
 STREETS = ["stra\u00dfe.example", "xn--strae-oqa.example"]
 SPELLED = [*BOOKS, *STREETS, "strasse.example", "xb\u00fccher.example", "\u4f8b\u3048\u3002\u30c6\u30b9\u30c8", "plain.example"]

@@ -1,0 +1,82 @@
+"""Prompts of an evaluation: what is taken of them, and that the rest is refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from infra.store import Store
+from stages.evaluate.prompts import read_prompts
+from stages.runner.contract import StageError
+from stages.runner.graph import plan
+from stages.runner.recipe import RecipeError, load_recipe
+
+RECIPE = """
+name: judged
+subsets: {a: {folder: {images: [a.jpg]}, filter: {}, encode: {}}}
+text-codec: {captions: a}
+train: {small: {data: [a], steps: 10, global_batch: 4}}
+evaluate: {prompts: prompts.*}
+"""
+CAPTIONS = ["one", " two ", "three"]
+PICTURES = [b"jpeg 1", b"jpeg 2", b"jpeg 3"]
+STRUCTS = [{"bytes": picture, "path": "x.jpg"} for picture in PICTURES]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"caption": CAPTIONS, "image": PICTURES},
+        {"TEXT": pa.array(CAPTIONS, pa.string_view()), "image": pa.array(PICTURES, pa.large_binary())},
+        {"url": PICTURES, "caption": pa.array(CAPTIONS).dictionary_encode(), "image": pa.array(PICTURES, pa.binary_view())},
+        {"caption": CAPTIONS, "text": ["no", "no", "no"], "image": STRUCTS},
+    ],
+)
+def test_captions_and_pictures_in_whatever_type(tmp_path: Path, columns: dict) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "prompts.parquet", row_group_size=2)
+    (tmp_path / "prompts.parquet").rename(tmp_path / "prompts")
+    table = read_prompts([str(tmp_path / "prompts")], 100)
+    assert table.to_pydict() == {"caption": ["one", "two", "three"], "image": PICTURES}
+    assert read_prompts([str(tmp_path / "prompts")], 2).to_pydict() == {"caption": ["one", "two"], "image": PICTURES[:2]}
+
+
+def test_a_text_has_a_prompt_a_line(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("caf\u00e9\r\n\r\n two \r\nthree".encode("utf-16"))
+    assert read_prompts([str(tmp_path / "prompts.txt")], 2).to_pydict() == {"caption": ["caf\u00e9", "two"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"words": CAPTIONS}, "columns found: words; needed: caption"),
+        ({"caption": [1, 2, 3]}, "column caption is int64, expected string"),
+        ({"caption": ["one", "two", " "]}, "row 2: has no caption"),
+        ({"caption": ["one", None, "three"]}, "row 1: has no caption"),
+        ({"caption": CAPTIONS, "image": ["http://x/1.jpg"] * 3}, "column image is string, expected the bytes of pictures"),
+        ({"caption": CAPTIONS, "image": [b"1", b"2", None]}, "row 2: its picture is not in the file"),
+        ({"caption": CAPTIONS, "image": [STRUCTS[0], {"bytes": None, "path": "x"}, None]}, "row 1: its picture is not"),
+        ({"caption": ["one"]}, "has 1 rows; at least 2 prompts"),
+        ({"caption": pa.array([], pa.string())}, "has 0 rows; at least 2 prompts"),
+    ],
+)
+def test_prompts_that_cannot_be_used_are_named(tmp_path: Path, columns: dict, message: str) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "prompts.parquet", row_group_size=1)
+    with pytest.raises(StageError, match=f"prompts.parquet(: |, ){message}") as error:
+        read_prompts([str(tmp_path / "prompts.parquet")], 100)
+    assert "\n" not in str(error.value)
+
+
+def test_prompts_are_opened_in_the_plan(tmp_path: Path, store: Store) -> None:
+    for name, text in (("a.jpg", "no picture yet"), ("a.txt", "a"), ("prompts.1", "one\n"), ("recipe.yaml", RECIPE)):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RecipeError, match=r"evaluate: .*prompts.1: has 1 rows; at least 2 prompts") as error:
+        plan(load_recipe(tmp_path / "recipe.yaml"), store)
+    assert "\n" not in str(error.value)
+    (tmp_path / "prompts.2").write_text("two\nthree\n")
+    with pytest.raises(RecipeError, match=r"evaluate: prompts: 2 files, .*prompts.1 and .*prompts.2 among them; name one"):
+        plan(load_recipe(tmp_path / "recipe.yaml"), store)
+    (tmp_path / "prompts.1").unlink()
+    assert plan(load_recipe(tmp_path / "recipe.yaml"), store)["evaluate"].state == "miss"
