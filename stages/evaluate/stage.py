@@ -252,7 +252,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png and loss-curve.png; its rows are prompts."""
 
     name = "evaluate"
-    version = 5
+    version = 4
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (

@@ -329,7 +329,7 @@ _READ = frozenset({"laion_schema", "columns"})
 
 class Select(Stage):
     name = "select"
-    version = 5
+    version = 4
     Config = SelectConfig
     phases = (
         Phase("pick", _pick_units, Pick, fields=_PICK, resources=_resources),
