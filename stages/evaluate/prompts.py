@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from stages.runner.contract import StageError
 from stages.shards.outside import cast, check_column, first, is_parquet, open_parquet, plain, readable, text_lines
 from training.names import column_of
+from unidiffuser.images import PictureError, peek
 
 
 def read_prompts(addresses: Iterable[str], count: int) -> pa.Table:
@@ -88,4 +89,11 @@ def _whole(address: str, start: int, batch: pa.RecordBatch, caption: str) -> pa.
         columns["image"] = plain(pictures).cast(pa.binary())
         if (bad := first(pc.equal(pc.fill_null(pc.binary_length(columns["image"]), 0), 0))) is not None:
             raise StageError(f"{address}, row {start + bad}: its picture is not in the file; give all, or leave image out")
+        for row, picture in enumerate(columns["image"].to_pylist(), start):
+            try:
+                peek(picture)
+            except PictureError as reason:
+                raise StageError(
+                    f"{address}, row {row}: its picture cannot be read ({reason}); replace or remove the row"
+                ) from None
     return pa.table(columns)

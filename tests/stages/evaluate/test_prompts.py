@@ -7,12 +7,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from infra.store import Store
 from stages.evaluate.prompts import read_prompts
 from stages.runner.contract import StageError
 from stages.runner.graph import plan
 from stages.runner.recipe import RecipeError, load_recipe
+from tests.stages.packed import encoded
 
 RECIPE = """
 name: judged
@@ -22,7 +24,7 @@ train: {small: {data: [a], steps: 10, global_batch: 4}}
 evaluate: {prompts: prompts.*}
 """
 CAPTIONS = ["one", " two ", "three"]
-PICTURES = [b"jpeg 1", b"jpeg 2", b"jpeg 3"]
+PICTURES = [encoded(Image.new("RGB", (8, 8), colour), "JPEG") for colour in ("red", "green", "blue")]
 STRUCTS = [{"bytes": picture, "path": "x.jpg"} for picture in PICTURES]
 
 
@@ -56,7 +58,11 @@ def test_a_text_has_a_prompt_a_line(tmp_path: Path) -> None:
         ({"caption": ["one", "two", " "]}, "row 2: has no caption"),
         ({"caption": ["one", None, "three"]}, "row 1: has no caption"),
         ({"caption": CAPTIONS, "image": ["http://x/1.jpg"] * 3}, "column image is string, expected the bytes of pictures"),
-        ({"caption": CAPTIONS, "image": [b"1", b"2", None]}, "row 2: its picture is not in the file"),
+        ({"caption": CAPTIONS, "image": [*PICTURES[:2], None]}, "row 2: its picture is not in the file"),
+        (
+            {"caption": CAPTIONS, "image": [PICTURES[0], b"<html>", PICTURES[2]]},
+            r"row 1: its picture cannot be read \(not_an_image\)",
+        ),
         ({"caption": CAPTIONS, "image": [STRUCTS[0], {"bytes": None, "path": "x"}, None]}, "row 1: its picture is not"),
         ({"caption": ["one"]}, "has 1 rows; at least 2 prompts"),
         ({"caption": pa.array([], pa.string())}, "has 0 rows; at least 2 prompts"),
