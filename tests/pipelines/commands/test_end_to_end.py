@@ -252,6 +252,7 @@ SAID = {
     "convert": "diffusers: ",
     "up": "started",
     "deploy": "small-train-512",
+    "ui": "/sign-in#unidiffuser:",
     "down": "stopped",
 }
 
