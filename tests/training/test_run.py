@@ -235,7 +235,7 @@ def test_config_errors_say_what_is_expected() -> None:
     for changes, message in (
         ({"global_batch": 9, "workers": 2}, "not divisible by workers 2"),
         ({"micro_batch": 3}, "does not divide the 8 samples of a worker"),
-        ({"data": {"where": ["aesthetic 5"]}}, "write COLUMN OP NUMBER"),
+        ({"data": {"where": ["aesthetic 5"]}}, "write COLUMN OP VALUE"),
         ({"data": {"lanes": 3}}, "not divisible by data.lanes 3"),
         ({"schedule": {"decay": "cosine"}}, "needs decay_steps"),
         ({"model": {"width": 16, "depth": 3, "heads": 2}}, "must be even"),

@@ -277,8 +277,6 @@ def test_the_example_in_a_commands_help_does_what_it_says(
         check_page_of_training(world)
         if CHROMIUM:
             check_graphs(world, request.getfixturevalue("page"))
-    if command == "deploy":
-        check_that_a_cancelled_training_goes_on_from_its_step(world)
 
 
 def api(world: World, method: str, path: str, body: Any = None) -> Any:
@@ -311,8 +309,11 @@ def check_graphs(world: World, page: Any) -> None:
     picture(page, "prefect-lineage")
 
 
-def check_that_a_cancelled_training_goes_on_from_its_step(world: World) -> None:
+@pytest.mark.slow
+def test_a_cancelled_training_goes_on_from_its_step(world: World, tmp_path: Path) -> None:
     """Cancel in the UI leaves a checkpoint of the step that was reached, though the recipe's first is far away."""
+    for command in ("up", "deploy"):
+        run_example(world, command, tmp_path)
 
     def begin(**config: Any) -> str:
         deployment = api(world, "GET", "deployments/name/node/small-train-256")["id"]
@@ -350,8 +351,10 @@ def check_that_a_cancelled_training_goes_on_from_its_step(world: World) -> None:
     validated = {int(step) for step in re.findall(r"step (\d+) validation loss", lines(again))}
     assert validated and min(validated) > left.notes["step"], "it began anew"
     assert job.unit_done(left.key) is None, "the checkpoint of the end takes its place"
+    run_example(world, "down", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_appended_metadata_file_does_only_its_own_work(world: World) -> None:
     """After those that need the world as it was: it grows the world's metadata."""
     stages = ("select", "download", "filter", "encode")

@@ -96,9 +96,9 @@ def encodes(tmp_path, store, files: list[bytes], size: int, stats: Stats | None 
     with ShardWriter(tmp_path / "shard.tar") as tar:
         for number, data in enumerate(files):
             tar.add(Sample(f"{number:04d}", data, "png", "", {}))
-    store.publish(tmp_path / "shard.tar", "shard.tar")
+    _, digest = store.publish(tmp_path / "shard.tar", "shard.tar")
     worker = SimpleNamespace(job=SimpleNamespace(config=SimpleNamespace(size=size), store=store))
-    unit = SimpleNamespace(payload={"path": "shard.tar"}, rows=len(files))
+    unit = SimpleNamespace(payload={"path": "shard.tar"}, rows=len(files), digests=(digest,))
     out = SimpleNamespace(stats=stats or Stats())
     return {sample.key: image.transpose(1, 2, 0).astype(int) for sample, image in Encoder.images(worker, unit, out)}
 
