@@ -286,11 +286,11 @@ def test_a_schedule_does_only_the_new_files_work_and_a_new_dataset_triggers_the_
     messages = lambda: [run["state"]["message"] for run in machine.runs("nightly")]  # noqa: E731
     wait_for(lambda: "nothing new: all 1 nodes reused" in messages())
     assert messages()[0] == "1 datasets made, 0 reused"
-    units = {path.name: path.stat().st_mtime_ns for path in (machine.store / "select" / "units").glob("*/*/unit.json")}
+    units = {path.parent.name: path.stat().st_mtime_ns for path in (machine.store / "select" / "units").glob("*/*/unit.json")}
     write_metadata(machine.folder / "grown" / "part-1.parquet", first=60)
     wait_for(lambda: messages().count("1 datasets made, 0 reused") == 2)
     assert machine.rows(NIGHTLY, "grown-select") == 88
-    after = {path.name: path.stat().st_mtime_ns for path in (machine.store / "select" / "units").glob("*/*/unit.json")}
+    after = {path.parent.name: path.stat().st_mtime_ns for path in (machine.store / "select" / "units").glob("*/*/unit.json")}
     assert units.items() <= after.items(), "a finished unit was done again"
     quiet = machine.deploy(NIGHTLY.replace("interval: 8", "interval: 8, active: false").replace("grown:", "other:"))
     assert "nightly-grown-select: removed" in quiet
