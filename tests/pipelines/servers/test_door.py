@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shlex
 import sys
 import threading
 import urllib.error
@@ -16,6 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -24,7 +26,7 @@ from websockets.typing import Origin, Subprotocol
 
 from infra import prefect_server
 from infra.prefect_server import credential, start_prefect
-from infra.processes import ServerError, free_port, record, running, spawn, stop, wait_until_ready
+from infra.processes import Server, ServerError, free_port, record, running, spawn, stop, wait_until_ready
 from pipelines.servers import machine
 from pipelines.servers.servers import KEPT
 from tests.pipelines.conftest import CHROMIUM, Kept, ask, see_dashboard, survivors
@@ -126,6 +128,33 @@ def test_the_ui_is_signed_in_and_a_wrong_link_does_not_sign_it_out(kept: Kept, s
     signed_in.goto(f"{kept.address}/v2/runs")
     (run,) = ask(kept.store, "POST", "flow_runs/filter", {})
     signed_in.locator(f"main a[href$='/runs/flow-run/{run['id']}']").first.wait_for(timeout=20_000)
+
+
+def test_the_link_signs_in_whoever_has_named_the_embedded_server_too(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(configured: str) -> list[str]:
+        monkeypatch.setenv("PREFECT_API_URL", configured)
+        machine.open_ui(kept.store / ".state", Console(width=300))
+        return capsys.readouterr().out.splitlines()
+
+    # A display, and no browser on it.
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(machine.webbrowser, "open", lambda _: False)
+    link, words = printed(f"{kept.address}/api")
+    port = kept.address.rpartition(":")[2]
+    assert link == f"{kept.address}/sign-in#{credential(kept.store / '.state')}" and f"ssh -L {port}:127.0.0.1:{port} " in words
+    assert printed("http://prefect.example:4200/api/") == ["http://prefect.example:4200"]
+
+
+def test_the_command_that_signs_in_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "my store" / ".state"
+    state.mkdir(parents=True)
+    created = psutil.Process().create_time()
+    record(Server(name="prefect", pid=os.getpid(), created=created, address="http://127.0.0.1:1"), state)
+    machine.say_sign_in(state, "http://127.0.0.1:1", Console(width=300))
+    command = capsys.readouterr().out.partition(": ")[2]
+    assert shlex.split(command) == ["unidiffuser", "ui", "--store", str(state.parent)]
 
 
 @contextmanager
