@@ -196,6 +196,16 @@ def test_a_page_of_another_origin_reads_and_starts_nothing(kept: Kept, signed_in
     assert ask(kept.store, "POST", "variables/count", {}) == 0
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_ui_asks_its_own_server_alone(kept: Kept, signed_in: Any, tmp_path: Path) -> None:
+    asks = "address => fetch(address, {mode: 'no-cors'}).then(() => 'done', error => error.name)"
+    signed_in.goto(f"{kept.address}/v2/dashboard")
+    see_dashboard(signed_in)
+    with serving(tmp_path) as foreign:
+        assert signed_in.evaluate(asks, f"{kept.address}/api/health") == "done"
+        assert signed_in.evaluate(asks, foreign) == "TypeError"
+
+
 # Healthy, and open to everybody, as the server of an older release.
 OLDER = """
 import sys
