@@ -2,6 +2,7 @@
 
 Prefect asks for the credential. The door keeps out what a page of another origin could reach with a browser that stands inside:
 requests under a foreign host name (DNS rebinding), requests of foreign pages, websockets included, and frames around the UI.
+Nor may the UI's own pages ask another server.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from starlette.websockets import WebSocketClose
 from infra.prefect_server import SIGN_IN
 
 HOSTS = ["127.0.0.1", "localhost"]
+
+# Nobody's frame, and no word to others: Prefect's UI tells the service of its usage statistics that it was opened, even where
+# these are switched off.
+POLICY = "frame-ancestors 'none'; connect-src 'self'"
 
 # What SIGN_IN answers. Prefect's UI looks for the credential under this name; a wrong one must not replace a right one.
 _PAGE = """<!doctype html>
@@ -60,7 +65,7 @@ class Door:
 
         async def unframed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["Content-Security-Policy"] = "frame-ancestors 'none'"
+                MutableHeaders(scope=message)["Content-Security-Policy"] = POLICY
             await send(message)
 
         await answer(scope, receive, unframed)

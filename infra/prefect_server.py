@@ -37,10 +37,10 @@ def check_api(api: str) -> None:
         ServerError: it does not answer, refuses the key, is older than the client here, or of another major version.
     """
     headers = {}
-    if key := os.environ.get("PREFECT_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    elif pair := os.environ.get("PREFECT_API_AUTH_STRING"):
+    if pair := os.environ.get("PREFECT_API_AUTH_STRING"):
         headers["Authorization"] = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    elif key := os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers=headers)
     try:
         with open_url(request, timeout=30) as reply:

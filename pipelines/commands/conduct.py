@@ -114,8 +114,14 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
         console.print(f"{name}: removed, as the recipe has no such node any more", soft_wrap=True)
     for number, (schedule, there) in enumerate(zip(recipe.deploy.schedules, done.schedules, strict=True)):
         words = describe_schedule(schedule.model_copy(update={"active": there.active}))
-        dates = ", ".join(f"{date:%Y-%m-%d %H:%M}" for date in next_dates(there))
-        console.print(f"schedule {number}: {words}; next {dates}", soft_wrap=True)
+        if there.active and not done.paused:
+            words += f"; next {', '.join(f'{date:%Y-%m-%d %H:%M}' for date in next_dates(there))}"
+        console.print(f"schedule {number}: {words}", soft_wrap=True)
+    if done.paused:
+        console.print(
+            "paused: somebody has paused this deployment; no schedule starts it until it is resumed in the UI",
+            soft_wrap=True,
+        )
     say_sign_in(state, address, console)
 
 

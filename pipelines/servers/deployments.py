@@ -33,12 +33,13 @@ ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.f
 @dataclass
 class Deployed:
     """What `deploy` did: ids of the deployments by name, the end-to-end one first, and names of those that it removed; and the
-    recipe's schedules as they are on the server now."""
+    recipe's schedules as they are on the server now, which start nothing while somebody has the deployment `paused`."""
 
     recipe: str
     deployments: dict[str, UUID] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     schedules: list[DeploymentScheduleCreate] = field(default_factory=list)
+    paused: bool = False
 
 
 def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
@@ -64,6 +65,7 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
             _set_gpus(client, recipe.deploy.gpus, before.deploy.gpus if before else None)
         if found is not None:
             schedules = renewed(schedules, found.schedules, before.deploy.schedules if before else ())
+            done.paused = found.paused
         copy = snapshot(recipe, store)
         whole = client.create_deployment(
             client.create_flow_from_name("recipe"),

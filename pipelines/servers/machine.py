@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
+import socket
 import sys
 import webbrowser
 from collections.abc import Callable
@@ -176,20 +178,22 @@ def find_api(state: Path) -> str:
 def say_sign_in(state: Path, address: str, console: Console) -> None:
     """Say under an address of the UI how the browser gets in, if the server is the embedded one."""
     if (server := running("prefect", state)) is not None and server.address == address:
-        console.print(f"To sign the browser in: unidiffuser ui --store {state.parent}", soft_wrap=True)
+        command = shlex.join(["unidiffuser", "ui", "--store", str(state.parent)])
+        console.print(f"To sign the browser in: {command}", soft_wrap=True)
 
 
 def open_ui(state: Path, console: Console) -> None:
     """Print the link that signs a browser in to the embedded server's UI, and open it where there is a display.
 
-    With a configured server it is that one's own address.
+    With another server configured it is that one's own address.
 
     Raises:
         ServerError: no server is up.
     """
     server = running("prefect", state)
-    if (address := configured_api()) is not None:
-        link = opened = address.rstrip("/").removesuffix("/api")
+    address, words = (configured_api() or "").rstrip("/").removesuffix("/api"), ""
+    if address and (server is None or server.address != address):
+        link = opened = address
     elif server is None or not server.token or not answers(server.address):
         raise ServerError(
             "no Prefect server is up for this store; `unidiffuser up`, or `unidiffuser run RECIPE --keep`, starts one"
@@ -197,11 +201,16 @@ def open_ui(state: Path, console: Console) -> None:
     else:
         link = f"{server.address}{SIGN_IN}#{server.token}"
         opened = _private_page(state, link)
+        host = server.address.removeprefix("http://")
+        tunnel = f"ssh -L {host.rpartition(':')[2]}:{host} {socket.gethostname()}"
+        words = (
+            f"Open it in a browser on this machine, or on another one while `{tunnel}` runs there. "
+            "It lets in whoever has it: do not pass it on."
+        )
     print(link)
-    if sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        webbrowser.open(opened)
-    elif link != opened:
-        console.print("Open it in a browser on this machine. It lets in whoever has it: do not pass it on.", soft_wrap=True)
+    display = sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not (display and webbrowser.open(opened)) and words:
+        console.print(words, soft_wrap=True)
 
 
 def _private_page(state: Path, link: str) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
-from infra import ray_jobs
+from infra import prefect_server, ray_jobs
 from infra.prefect_server import check_api
 from infra.processes import (
     ServerError,
@@ -266,6 +267,22 @@ def test_a_prefect_server_that_cannot_be_used_is_said_in_one_line(monkeypatch: p
             check_api(f"{stand.address}/api")
     with pytest.raises(ServerError, match=r"no Prefect server answers at .* \(.*refused\); start it, or unset PREFECT_API_URL"):
         check_api(f"{stand.address}/api")
+
+
+def test_a_prefect_server_is_asked_with_what_prefects_own_client_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = []
+
+    def open_url(request: urllib.request.Request, timeout: float) -> None:
+        sent.append(request.get_header("Authorization"))
+        raise TimeoutError
+
+    monkeypatch.setattr(prefect_server, "open_url", open_url)
+    monkeypatch.setenv("PREFECT_API_KEY", "of another server")
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "somebody:secret")
+    with pytest.raises(ServerError, match="no Prefect server answers"):
+        check_api("http://prefect.example/api")
+    theirs = SyncPrefectClient("http://prefect.example/api", auth_string="somebody:secret", api_key="of another server")
+    assert sent == [theirs._client.headers["Authorization"]]
 
 
 def test_no_ray_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

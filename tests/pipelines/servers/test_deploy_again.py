@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 from prefect.settings import temporary_settings
+from rich.console import Console
 
 from infra.store import Store
+from pipelines.commands import conduct
 from pipelines.servers import automations, schedules
 from pipelines.servers.deployments import deploy
 from pipelines.servers.schedules import next_dates, prefect_schedules
@@ -87,7 +89,7 @@ def test_deploying_again_leaves_what_was_changed_on_the_server(
     assert [now[slug]["active"] for slug in ("schedule-0", "schedule-1", "schedule-2", None)] == [True, True, False, True]
     assert now["schedule-1"]["schedule"] == before["schedule-0"]["schedule"], "the week begins anew"
     assert now[None]["schedule"]["cron"] == "0 5 1 1 *"
-    assert [schedule.active for schedule in done.schedules] == [True, True, False]
+    assert [schedule.active for schedule in done.schedules] == [True, True, False] and done.paused
     assert whole()["paused"] and whole()["global_concurrency_limit"]["limit"] == 2
     assert {"mine", "added"} <= set(whole()["tags"]) and "old" not in whole()["tags"]
     assert api("GET", "v2/concurrency_limits/gpu")["limit"] == 0
@@ -104,6 +106,24 @@ def test_deploying_again_leaves_what_was_changed_on_the_server(
     assert now["schedule-2"]["schedule"]["cron"] == "0 3 * * *" and api("GET", "v2/concurrency_limits/gpu")["limit"] == 2
     deploy(recipe(tmp_path), store)
     assert set(by_slug()) == {None}, "a schedule that the recipe has no more is still there"
+
+
+def test_only_what_will_start_is_said_to_come(
+    kept: Kept, api: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conduct, "find_api", lambda _: kept.address)
+    monkeypatch.setattr(conduct, "QUIET_PREFECT", {})
+    wanted = recipe(tmp_path, NIGHTLY, {**NIGHTLY, "active": False}, gpus=1)
+
+    def said() -> list[str]:
+        conduct.deploy_recipe(wanted, Store(str(tmp_path / "store")), tmp_path / "state", Console(width=200))
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("weekly")]
+
+    awake, asleep = said()
+    assert "; next 2" in awake and asleep.endswith("switched off")
+    api("POST", f"deployments/{api('GET', 'deployments/name/recipe/weekly')['id']}/pause_deployment", {})
+    *paused, why = said()
+    assert paused == [awake.partition("; next")[0], asleep] and why.startswith("paused: ")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import shlex
 import sys
 import threading
 import urllib.error
@@ -16,6 +17,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -24,7 +26,7 @@ from websockets.typing import Origin, Subprotocol
 
 from infra import prefect_server
 from infra.prefect_server import credential, start_prefect
-from infra.processes import ServerError, free_port, record, running, spawn, stop, wait_until_ready
+from infra.processes import Server, ServerError, free_port, record, running, spawn, stop, wait_until_ready
 from pipelines.servers import machine
 from pipelines.servers.servers import KEPT
 from tests.pipelines.conftest import CHROMIUM, Kept, ask, see_dashboard, survivors
@@ -128,6 +130,33 @@ def test_the_ui_is_signed_in_and_a_wrong_link_does_not_sign_it_out(kept: Kept, s
     signed_in.locator(f"main a[href$='/runs/flow-run/{run['id']}']").first.wait_for(timeout=20_000)
 
 
+def test_the_link_signs_in_whoever_has_named_the_embedded_server_too(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def printed(configured: str) -> list[str]:
+        monkeypatch.setenv("PREFECT_API_URL", configured)
+        machine.open_ui(kept.store / ".state", Console(width=300))
+        return capsys.readouterr().out.splitlines()
+
+    # A display, and no browser on it.
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(machine.webbrowser, "open", lambda _: False)
+    link, words = printed(f"{kept.address}/api")
+    port = kept.address.rpartition(":")[2]
+    assert link == f"{kept.address}/sign-in#{credential(kept.store / '.state')}" and f"ssh -L {port}:127.0.0.1:{port} " in words
+    assert printed("http://prefect.example:4200/api/") == ["http://prefect.example:4200"]
+
+
+def test_the_command_that_signs_in_can_be_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = tmp_path / "my store" / ".state"
+    state.mkdir(parents=True)
+    created = psutil.Process().create_time()
+    record(Server(name="prefect", pid=os.getpid(), created=created, address="http://127.0.0.1:1"), state)
+    machine.say_sign_in(state, "http://127.0.0.1:1", Console(width=300))
+    command = capsys.readouterr().out.partition(": ")[2]
+    assert shlex.split(command) == ["unidiffuser", "ui", "--store", str(state.parent)]
+
+
 @contextmanager
 def serving(folder: Path) -> Iterator[str]:
     class Quiet(SimpleHTTPRequestHandler):
@@ -165,6 +194,16 @@ def test_a_page_of_another_origin_reads_and_starts_nothing(kept: Kept, signed_in
         assert signed_in.evaluate(ATTEMPTS, kept.address) == ["TypeError", "TypeError", "done", "refused", "loaded"]
         assert [frame.url for frame in signed_in.frames[1:]] == ["chrome-error://chromewebdata/"]
     assert ask(kept.store, "POST", "variables/count", {}) == 0
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_ui_asks_its_own_server_alone(kept: Kept, signed_in: Any, tmp_path: Path) -> None:
+    asks = "address => fetch(address, {mode: 'no-cors'}).then(() => 'done', error => error.name)"
+    signed_in.goto(f"{kept.address}/v2/dashboard")
+    see_dashboard(signed_in)
+    with serving(tmp_path) as foreign:
+        assert signed_in.evaluate(asks, f"{kept.address}/api/health") == "done"
+        assert signed_in.evaluate(asks, foreign) == "TypeError"
 
 
 # Healthy, and open to everybody, as the server of an older release.
