@@ -68,6 +68,18 @@ def test_no_client_asks_a_proxy_for_a_server_of_this_machine(
     assert proxy.asked  # type: ignore[attr-defined]
 
 
+def test_a_socks_proxy_of_the_environment_stops_nobody(
+    servers: tuple[ThreadingHTTPServer, ThreadingHTTPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "socks5://127.0.0.1:9")
+    # `ask_loopback_directly` sets these for good.
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "")
+    ask_loopback_directly()
+    assert httpx.get(f"http://127.0.0.1:{servers[0].server_port}/health").status_code == 404
+
+
 def test_children_ask_loopback_directly_too(tmp_path: Path) -> None:
     environment = {**os.environ, "http_proxy": "http://proxy.example:3128", "NO_PROXY": "head"}
     environment.pop("no_proxy", None)
