@@ -29,7 +29,7 @@ from stages.runner.contract import StageError
 MAGIC = b"PAR1"
 # What reading raises: Arrow, file systems, web servers that break off.
 UNREADABLE = (pa.ArrowInvalid, OSError, ClientError)
-# And what unpacking does. (gzip's own and bz2's are OSError.)
+# And what unpacking does, archives too. (gzip's own and bz2's are OSError.)
 UNPACKING = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 NUMBER = r"^(?i)([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan)$"
 INTEGER = r"^[+-]?\d{1,20}(\.0*)?$"
