@@ -15,7 +15,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-from aiohttp import ClientError
 from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
@@ -67,7 +66,8 @@ class Listing:
             NothingFound: there is none.
             OutsideError: a folder by itself, what is no file, or a place that cannot be looked at.
         """
-        fs, path = fsspec.core.url_to_fs(pattern)
+        with readable(pattern):
+            fs, path = fsspec.core.url_to_fs(pattern)
         if id(fs) not in self.fresh and not isinstance(fs, LocalFileSystem):
             # A listing that an earlier look has left in memory would hide what has changed since.
             fs.invalidate_cache()
@@ -84,11 +84,11 @@ class Listing:
         ending = ENDING.search(rest)
         images = ending is not None and ending[1].lower() in IMAGES
         wanted = re.compile(glob_translate(_any_case(rest)))
-        matches, odd = [], Odd(pattern, "**" not in rest, ending is None)
+        matches, odd = [], Odd(pattern, rest, ending is None)
         for name, kind, size in _entries(fs, root, ENDING.sub(".*", rest) if images else _any_case(rest), odd):
             address = fs.unstrip_protocol(f"{root}{name}")
             if kind != LINK and not wanted.match(name):
-                if kind == "file" and not odd.hidden(name) and PurePosixPath(name).suffix[1:].lower() in IMAGES:
+                if kind == "file" and not odd.hidden(name) and _utf8(name) and PurePosixPath(name).suffix[1:].lower() in IMAGES:
                     self.beside.setdefault(pattern, set()).add(address)
             elif odd.is_data(name, kind, size):
                 matches.append(f"{root}{name}")
@@ -111,13 +111,14 @@ class Odd:
 
     Args:
         pattern: as a person wrote it.
-        flat: whether a folder that matches is left out, instead of being looked into anyway.
+        below: the part of it that is a glob. Without ``**`` a folder that matches is left out, instead of being looked into
+            anyway; a name in it that begins with a dot or an underscore asks for what is hidden.
         any_ending: whether the pattern names no ending, so that an empty file is rather a marker than damaged data.
     """
 
-    def __init__(self, pattern: str, flat: bool, any_ending: bool):
-        self.pattern, self.flat, self.any_ending = pattern, flat, any_ending
-        self.explicit = any(part.startswith((".", "_")) for part in pattern.split("/"))
+    def __init__(self, pattern: str, below: str, any_ending: bool):
+        self.pattern, self.flat, self.any_ending = pattern, "**" not in below, any_ending
+        self.explicit = any(part.startswith((".", "_")) for part in below.split("/"))
         self.names: dict[str, list[str]] = {}
 
     def put(self, kind: str, name: str) -> None:
@@ -160,8 +161,9 @@ def _exists(fs: Any, path: str, pattern: str) -> bool:
             return False
         raise _refused(pattern, error) from None
     if kind == "directory":
-        folder = pattern.rstrip("/")
-        raise OutsideError(pattern, f"a folder; name its files, as {folder}/*.parquet or, at any depth, {folder}/**/*.jpg does")
+        own, colons, archive = pattern.partition("::")
+        some, all_ = (f"{own.rstrip('/')}/{files}{colons}{archive}" for files in ("*.parquet", "**/*.jpg"))
+        raise OutsideError(pattern, f"a folder; name its files, as {some} or, at any depth, {all_} does")
     if kind != "file":
         raise OutsideError(pattern, "neither a file nor a folder; name a file")
     return True
@@ -178,7 +180,8 @@ def readable(pattern: str) -> Iterator[None]:
         yield
     except OutsideError:
         raise
-    except (OSError, ClientError) as error:
+    # Every file system and every archive has errors of its own.
+    except Exception as error:
         raise _refused(pattern, error) from None
 
 

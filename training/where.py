@@ -8,6 +8,7 @@ it. A column's name can stand in quotes likewise. What stands without quotes is 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -89,7 +90,9 @@ def _items(written: str, text: str) -> list[str]:
 
 def _number_or_text(written: str, text: str) -> float | str:
     if NUMBER.fullmatch(written):
-        return float(written)
+        if math.isinf(number := float(written)):
+            raise ValueError(f"{text!r}: {written} is too large a number; write a smaller one, or put quotes around text")
+        return number
     if VALUE.fullmatch(written) is None:
         raise ValueError(f"{text!r}: {written or 'nothing'} is no value; quotes come in pairs around the whole of it")
     # Text is read from a file without the white space around it.

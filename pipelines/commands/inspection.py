@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import time
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, BinaryIO
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console, Group
 from rich.live import Live
@@ -14,8 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from infra.dataset import Dataset, FileEntry, find
-from infra.store import Store
+from infra.dataset import VERIFY, Dataset, FileEntry, find
+from infra.store import Store, StoreError
 from pipelines.commands.terminal import PLAN_STYLES, ReportTable
 from pipelines.flows.run import plan_run
 from pipelines.pages.lineage import Branch
@@ -182,13 +185,23 @@ def _files_table(files: list[FileEntry]) -> Table:
 
 def _rows_table(dataset: Dataset, entry: FileEntry) -> Table:
     """The first rows of a Parquet file, a column a line, since LAION's rows are wider than terminals."""
-    with dataset.open(entry) as file:
+    with _opened(dataset, entry) as file:
         batch = next(pq.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=ROWS), None)
     rows = batch.to_pylist() if batch is not None else []
     table = ReportTable("column", *(f"row {n}" for n in range(len(rows))), title=entry.name, title_justify="left")
     for name in rows[0] if rows else ():
         table.add_row(name, *(escape(_cell(row[name])) for row in rows))
     return table
+
+
+@contextmanager
+def _opened(dataset: Dataset, entry: FileEntry) -> Iterator[BinaryIO]:
+    """Raises StoreError: the file is not there, or what the block reads of it is damaged."""
+    try:
+        with dataset.open(entry) as file:
+            yield file
+    except (pa.ArrowInvalid, tarfile.TarError, OSError) as error:
+        raise StoreError(f"{dataset.url(entry)}: {' '.join(str(error).split())}; {VERIFY}") from None
 
 
 def _cell(value: Any) -> str:
@@ -200,15 +213,13 @@ def _cell(value: Any) -> str:
 
 def first_picture(dataset: Dataset) -> tuple[str, bytes] | None:
     """Name and bytes of the first picture: a PNG of the dataset, or a member of its first tar."""
-    import tarfile
-
     for entry in dataset.files:
         if entry.name.endswith(".png"):
-            with dataset.open(entry) as file:
+            with _opened(dataset, entry) as file:
                 return entry.name, file.read()
     for entry in dataset.files:
         if entry.name.endswith(".tar"):
-            with dataset.open(entry) as file, tarfile.open(fileobj=file) as tar:
+            with _opened(dataset, entry) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     if member.name.endswith((".jpg", ".png", ".webp")) and (content := tar.extractfile(member)):
                         return f"{entry.name}: {member.name}", content.read()
@@ -223,9 +234,13 @@ def _show_picture(name: str, data: bytes, console: Console) -> None:
     from rich.style import Style
     from rich.text import Text
 
-    from unidiffuser.images import open_picture
+    from unidiffuser.images import PictureError, open_picture
 
-    image = open_picture(data)
+    try:
+        image = open_picture(data)
+    except PictureError as reason:
+        console.print(f"picture: {name} cannot be shown ({reason})", highlight=False)
+        return
     width = min(PICTURE_WIDTH, console.width)
     height = min(max(2, image.height * width // image.width // 2 * 2), 2 * width)  # a strip would fill the terminal for pages
     pixels = image.resize((width, height))

@@ -64,7 +64,9 @@ def _check_pictures(address: str, schema: pa.Schema) -> None:
     if schema.names.count("image") > 1:
         raise StageError(f"{address}: has {schema.names.count('image')} columns image; leave one, or rename the others")
     kind = schema.field("image").type
-    if not _is_bytes(kind) and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+    if not _is_bytes(kind) and not (
+        pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _is_bytes(kind.field("bytes").type)
+    ):
         raise StageError(
             f"{address}: column image is {kind}, expected the bytes of pictures, or bytes with path; "
             "put the pictures into the file, or leave the column out"
@@ -72,8 +74,8 @@ def _check_pictures(address: str, schema: pa.Schema) -> None:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    of = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view, pa.types.is_null)
-    return any(is_kind(kind) for is_kind in of)
+    of = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_null)
+    return any(is_kind(plain(pa.array([], kind)).type) for is_kind in of)
 
 
 def _whole(address: str, start: int, batch: pa.RecordBatch, caption: str) -> pa.Table:

@@ -34,6 +34,7 @@ from stages.runner.contract import (
 )
 from stages.runner.recipe import external_file
 from stages.shards.images import RESULT, ImageConfig, Outcome
+from stages.shards.outside import UNPACKING
 from stages.shards.tables import write_table
 from stages.shards.tar import Sample, ShardWriter
 
@@ -91,6 +92,12 @@ class Packer:
 
     def pack(self, pair: Pair) -> tuple[str | None, bytes, Outcome]:
         """(caption, bytes to store, outcome) of one image."""
+        try:
+            return self._pack(pair)
+        except UNPACKING:
+            return None, b"", Outcome("damaged_in_archive")
+
+    def _pack(self, pair: Pair) -> tuple[str | None, bytes, Outcome]:
         if not pair.caption:
             return None, b"", Outcome("no_caption")
         try:

@@ -3,9 +3,10 @@
     a key that a mapping has twice is an error: YAML forbids it, and the first one would go without a word
     keys are text: `256:` and `"256":` are one key
     only true and false are booleans: the language `no` is text, and a field that is a boolean still takes `no`
-    1e-4 and 1e6 are numbers
+    1e-4 and 1e6 are numbers, and 0512 is 512
+    1:30 and 2026-11-28 are text
 
-The last two are YAML 1.2's rules, of which PyYAML knows 1.1's. Anchors, aliases and merge keys (`<<`) work as ever.
+All but the first two are YAML 1.2's rules, of which PyYAML knows 1.1's. Anchors, aliases and merge keys (`<<`) work as ever.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Any
 
 import yaml
 
-TEXT, BOOLEAN, NUMBER = (f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "float"))
+TEXT, BOOLEAN, WHOLE, NUMBER, DATE = (f"tag:yaml.org,2002:{name}" for name in ("str", "bool", "int", "float", "timestamp"))
 MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in forms if tag not in (BOOLEAN, NUMBER)]
+        first: [(tag, form) for tag, form in forms if tag not in (BOOLEAN, WHOLE, NUMBER, DATE)]
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -45,6 +46,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(BOOLEAN, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(WHOLE, re.compile("^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     NUMBER,
     re.compile(
@@ -52,6 +54,14 @@ _Loader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+
+
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    written = loader.construct_scalar(node)
+    return int(written, {"0o": 8, "0x": 16}.get(written[:2], 10))
+
+
+_Loader.add_constructor(WHOLE, _whole)
 
 
 class DocumentError(ValueError):

@@ -68,9 +68,9 @@ def conditions(config: Any) -> list[Condition]:
         # Scores are stored as float32: compared as such, a stored 0.3 meets a bound of 0.3.
         kind = pa.float32() if quantity in SCORES else pa.float64()
         if (bound := getattr(config, f"min_{quantity}", None)) is not None:
-            found.append(Condition(f"min_{quantity}", columns, _compare(pc.greater_equal, lowest, pa.scalar(bound, kind))))
+            found.append(Condition(f"min_{quantity}", columns, _compare(pc.greater_equal, lowest, pa.scalar(float(bound), kind))))
         if (bound := getattr(config, f"max_{quantity}", None)) is not None:
-            found.append(Condition(f"max_{quantity}", columns, _compare(pc.less_equal, highest, pa.scalar(bound, kind))))
+            found.append(Condition(f"max_{quantity}", columns, _compare(pc.less_equal, highest, pa.scalar(float(bound), kind))))
     if getattr(config, "languages", None) is not None:
         found.append(Condition("language", ("language",), _language(pa.array(config.languages))))
     return found

@@ -9,6 +9,9 @@ Dictionaries, runs and views are only ways to store these. An empty text is no n
 
 from __future__ import annotations
 
+import lzma
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -17,12 +20,17 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from aiohttp import ClientError
 
 from infra.external import member
 from infra.text import TextError, lines
 from stages.runner.contract import StageError
 
 MAGIC = b"PAR1"
+# What reading raises: Arrow, file systems, web servers that break off.
+UNREADABLE = (pa.ArrowInvalid, OSError, ClientError)
+# And what unpacking does, archives too. (gzip's own and bz2's are OSError.)
+UNPACKING = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 NUMBER = r"^(?i)([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan)$"
 INTEGER = r"^[+-]?\d{1,20}(\.0*)?$"
 
@@ -34,7 +42,7 @@ def readable(address: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise StageError(f"{address}: no such file (any more)") from None
-    except (pa.ArrowInvalid, OSError) as error:
+    except UNREADABLE as error:
         raise StageError(
             f"{address}: not a complete Parquet file ({one_line(error)}); fetch it again or take it out of the list"
         ) from None
@@ -55,20 +63,34 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
 
 
 def is_parquet(address: str) -> bool:
-    """Whether a file calls itself Parquet, by its name or by its first bytes; else it is text."""
+    """Whether a file calls itself Parquet, by its name or by its first bytes; else it is text. Raises as `text_lines`."""
     if member(address).split("?")[0].endswith(".parquet"):
         return True
-    with fsspec.open(address, "rb", compression="infer") as file:
+    with _unpacked(address) as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def text_lines(address: str) -> Iterator[str]:
-    """The lines of a file of text, which is unpacked as its name says; raises StageError that names one that is no text."""
+    """The lines of a file of text, which is unpacked as its name says.
+
+    Raises:
+        StageError: it is not there, or is not packed as its name says, or a line is no text.
+    """
+    with _unpacked(address) as file:
+        yield from lines(file)
+
+
+@contextmanager
+def _unpacked(address: str) -> Iterator[Any]:
     try:
         with fsspec.open(address, "rb", compression="infer") as file:
-            yield from lines(file)
+            yield file
     except TextError as error:
         raise StageError(f"{address}: {error}") from None
+    except FileNotFoundError:
+        raise StageError(f"{address}: no such file (any more)") from None
+    except (*UNREADABLE, *UNPACKING) as error:
+        raise StageError(f"{address}: cannot be unpacked or read ({one_line(error)}); fetch or pack it again") from None
 
 
 def check_column(address: str, schema: pa.Schema, name: str, wanted: pa.DataType) -> None:

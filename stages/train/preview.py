@@ -19,6 +19,7 @@ from stages.drawing.pictures import sample_sheet
 from stages.runner.chain import Chain
 from stages.runner.contract import Job, StageConfig
 from stages.runner.run import emit_progress
+from stages.shards.tables import open_table
 
 log = logging.getLogger("stages")
 
@@ -131,7 +132,7 @@ def _captions(job: Job, count: int) -> list[str]:
     import pyarrow.parquet as pq
 
     shard = next(entry for entry in _data(job).files if entry.name.endswith(".parquet"))
-    with job.store.open(shard.path) as file:
+    with open_table(job, shard.path) as file:
         rows = pq.ParquetFile(file, page_checksum_verification=True).iter_batches(count, columns=["caption"])
         found = next(rows).column(0).to_pylist()
     return [found[number % len(found)] for number in range(count)]

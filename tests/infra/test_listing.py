@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
 from pathlib import Path
 
 import fsspec
@@ -110,6 +111,7 @@ def test_odd_files_do_not_stop_a_walk_and_links_do_not_lead_round(
 def test_capitals_match_and_images_of_other_endings_are_counted(store: Store, folder: Path, caplog: pytest.LogCaptureFixture):
     write(folder, "a.jpg", "b.JPG", "c.Jpg", "d.jpeg", "e.JPEG", "f.png", "deep/g.webp", "h.txt", "i.TXT")
     write(folder, ".trash/k.png")
+    Path(os.fsdecode(bytes(folder) + b"/caf\xe9.gif")).write_text("latin")
     patterns = [f"{folder}/**/*.jpg", f"{folder}/**/*.txt"]
     assert names(patterns, store, folder) == ["a.jpg", "b.JPG", "c.Jpg", "h.txt", "i.TXT"]
     assert caplog.messages == [
@@ -120,6 +122,39 @@ def test_capitals_match_and_images_of_other_endings_are_counted(store: Store, fo
     (folder / ".trash/k.png").unlink()
     assert len(names([f"{folder}/**/*.{ending}" for ending in ("jpg", "jpeg", "png", "webp")], store, folder)) == 7
     assert caplog.messages == []
+
+
+def test_only_the_glob_itself_asks_for_what_is_hidden(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    write(folder, "a.jpg", "._a.jpg", ".cache/_sets/b.jpg", ".cache/_sets/._b.jpg")
+    monkeypatch.chdir(folder)
+    assert names(["./*.jpg"], store, folder) == names([f"../{folder.name}/*.jpg"], store, folder) == ["a.jpg"]
+    assert names([f"{folder}/.cache/_sets/*.jpg"], store, folder) == [".cache/_sets/b.jpg"]
+    assert names([f"{folder}/.*/**/.*.jpg"], store, folder) == [".cache/_sets/._b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("zip://*.jpg::{folder}/no.zip", "cannot be read: File is not a zip file"),
+        ("tar://*.jpg::{folder}/no.tar", "cannot be read: "),
+        ("zip://*.jpg::{folder}/gone.zip", "{folder}/gone.zip: cannot be read: No such file or directory"),
+        ("nowhere://x/*.jpg", "cannot be read: Protocol not known: nowhere"),
+        (
+            "zip://deep::{folder}/a.zip",
+            "a folder; name its files, as zip://deep/*.parquet::{folder}/a.zip or, at any depth, "
+            "zip://deep/**/*.jpg::{folder}/a.zip does",
+        ),
+    ],
+)
+def test_an_address_of_which_nothing_can_be_looked_at_is_one_line(store: Store, folder: Path, address: str, why: str):
+    write(folder, "no.zip", "no.tar")
+    with zipfile.ZipFile(folder / "a.zip", "w") as archive:
+        archive.writestr("deep/x.jpg", b"x")
+    address = address.format(folder=folder)
+    with pytest.raises(OutsideError) as refused:
+        resolve([address], store)
+    assert str(refused.value).startswith(f"{address}: {why.format(folder=folder)}")
+    assert "\n" not in str(refused.value)
 
 
 def test_an_object_store_is_listed_alike(store: Store, caplog: pytest.LogCaptureFixture):

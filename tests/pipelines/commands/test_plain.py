@@ -19,7 +19,7 @@ from rich.console import Console
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, folder_of
 from infra.store import Store, sha256_of
 from pipelines import command
-from pipelines.commands.inspection import funnel_table, status_rows, status_table
+from pipelines.commands.inspection import funnel_table, inspect_dataset, status_rows, status_table
 from pipelines.commands.terminal import plan_table
 from pipelines.flows.jobs import parse_line
 from pipelines.flows.selection import select_nodes
@@ -210,6 +210,24 @@ def test_inspect_and_lineage_show_a_dataset(
     assert run_main(monkeypatch, "lineage", "aaaa", "--json", "--store", tmp_path / "store") == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["fingerprint"] == "aa" * 12 and tree["made"][0]["fingerprint"] == "bb" * 12
+
+
+def test_inspect_says_in_a_line_what_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    for number, name in enumerate(("rows.parquet", "images.tar")):
+        (tmp_path / name).write_text("neither of them" * 100)
+        dataset = a_dataset(store, "filter", f"a{number}" * 12, {}, tmp_path / name)
+        assert run_main(monkeypatch, "inspect", f"filter/a{number}a{number}", "--store", tmp_path / "store") == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert dataset.url(dataset.files[0]) in said and said.endswith("`unidiffuser verify` names what is damaged")
+    with ShardWriter(tmp_path / "images.tar") as tar:
+        tar.add(Sample("k", b"no picture", "jpg", "a caption", {}))
+    console = Console(file=io.StringIO(), force_terminal=True, width=160)
+    inspect_dataset(a_dataset(store, "filter", "bb" * 12, {}, tmp_path / "images.tar"), console)
+    said = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert said == "picture: images.tar: k.jpg cannot be shown (not_an_image)"
 
 
 def test_tables_have_lines_on_a_terminal_and_are_plain_columns_elsewhere(recipe: Recipe, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ STRUCTS = [{"bytes": picture, "path": "x.jpg"} for picture in PICTURES]
         {"TEXT": pa.array(CAPTIONS, pa.string_view()), "image": pa.array(PICTURES, pa.large_binary())},
         {"url": PICTURES, "caption": pa.array(CAPTIONS).dictionary_encode(), "image": pa.array(PICTURES, pa.binary_view())},
         {"caption": CAPTIONS, "text": ["no", "no", "no"], "image": STRUCTS},
+        {"caption": CAPTIONS, "image": pa.array(PICTURES).dictionary_encode()},
     ],
 )
 def test_captions_and_pictures_in_whatever_type(tmp_path: Path, columns: dict) -> None:
@@ -58,6 +59,10 @@ def test_a_text_has_a_prompt_a_line(tmp_path: Path) -> None:
         ({"caption": ["one", "two", " "]}, "row 2: has no caption"),
         ({"caption": ["one", None, "three"]}, "row 1: has no caption"),
         ({"caption": CAPTIONS, "image": ["http://x/1.jpg"] * 3}, "column image is string, expected the bytes of pictures"),
+        (
+            {"caption": CAPTIONS, "image": [{"bytes": 1}] * 3},
+            "column image is struct<bytes: int64>, expected the bytes of pictures",
+        ),
         ({"caption": CAPTIONS, "image": [*PICTURES[:2], None]}, "row 2: its picture is not in the file"),
         (
             {"caption": CAPTIONS, "image": [PICTURES[0], b"<html>", PICTURES[2]]},

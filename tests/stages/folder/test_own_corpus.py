@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from stages.__main__ import run_node
 from stages.folder.stage import Folder
 from stages.runner.contract import StageError
 from stages.runner.recipe import RecipeError, load_recipe, parse_recipe
+from tests.stages.committed import flip
 from tests.stages.hostile_files import FILES, encoded
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.pages import samples_of, table_of
@@ -215,3 +217,18 @@ def test_names_with_brackets_endings_in_capitals_and_archives_are_read(tmp_path,
     found = [{sample.meta["file"]: sample.caption for sample in samples_of(dataset)} for dataset in made]
     assert found[0] == found[1] == {name: f"caption {number}" for number, name in enumerate(names)}
     assert found[2] == {names[0]: "caption 0"}
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_is_damaged_in_an_archive_is_counted(tmp_path, store, make):
+    """Of a ZIP only the list of its members is read before the work begins."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.jpg", different(number))
+            archive.writestr(f"{number}.txt", f"caption {number}")
+        places = [archive.getinfo(name).header_offset for name in ("0.jpg", "1.txt")]
+    for place in places:
+        flip(tmp_path / "a.zip", place + 30 + len("0.jpg"))
+    dataset = make(Folder, store, images=[f"zip://*::{tmp_path}/a.zip"])
+    assert [sample.caption for sample in samples_of(dataset)] == ["caption 2"]
+    assert dataset.manifest.stats.dropped == {"damaged_in_archive": 2}

@@ -42,6 +42,9 @@ def test_values_mean_what_a_person_means():
     assert parse("[no, yes, on, true, False, 1e-4, 1E6, +2e3, 1.e1, 12, 1e, e5]") == [
         "no", "yes", "on", True, False, 0.0001, 1e6, 2e3, 10.0, 12, "1e", "e5",
     ]  # fmt: skip
+    assert parse("[0512, -007, 0o17, 0x1F, 0, 08, 1:30, 1:30:00.5, 2026-11-28, 2026-13-45, 2026-11-28 10:00:00]") == [
+        512, -7, 15, 31, 0, 8, "1:30", "1:30:00.5", "2026-11-28", "2026-13-45", "2026-11-28 10:00:00",
+    ]  # fmt: skip
     assert parse("256: a\nno: b\n'~': c") == {"256": "a", "no": "b", "~": "c"}
 
 
@@ -56,7 +59,7 @@ def test_values_mean_what_a_person_means():
         ("[a]: 1", "line 1: a key is a list or a mapping"),
         ("a:\n  - &x [*x]", "it holds itself, by an alias"),
         ("a: [", "line 1: expected the node content"),
-        ("a: 2026-13-45", "month must be"),
+        ("a: !!int x", "invalid literal"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_line(text, message):

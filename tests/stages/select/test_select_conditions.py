@@ -90,6 +90,13 @@ def test_a_condition_in_another_form_is_refused():
         SelectConfig(metadata=["a"], where=['LICENSE == "a'])
 
 
+def test_a_bound_may_be_any_number(store, make, in_process, metadata):
+    paths = metadata(table_of("laion2B-en", 4))
+    assert len(kept(make(Select, store, metadata=paths, max_width=2**64))) == 4
+    with pytest.raises(StageError, match="no row is left of 4: 4 min_width"):
+        make(Select, store, metadata=paths, min_width=2**64)
+
+
 @pytest.mark.parametrize(
     ("where", "words"),
     [

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import bz2
 import datetime
 import decimal
+import gzip
+import lzma
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import ClientPayloadError
 
 from stages.runner.contract import StageError
-from stages.shards.outside import cast, castable, check_column, open_parquet, readable
+from stages.shards.outside import cast, castable, check_column, is_parquet, open_parquet, readable, text_lines
 
 WRITTEN = ["512", " 0.31 ", "", None, "wide", "1e3", "+5", "nan", "-inf", "1,024", ".5", "7."]
 NUMBERS = [512, 0.31, None, None, None, 1000, 5, None, None, None, 0.5, 7]
@@ -83,3 +87,26 @@ def test_a_mistake_of_the_reader_is_not_blamed_on_the_file(tmp_path):
         raise pa.ArrowInvalid("mine")
     with pytest.raises(StageError, match="b.parquet: no such file"), readable(str(tmp_path / "b.parquet")):
         open(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.gz", b"plain"), ("a.bz2", b"plain"), ("a.xz", b"plain"), ("a.zip", b"plain"),
+        *((f"a.{ending}", pack(bytes(range(200)))[:-20]) for ending, pack in (("gz", gzip.compress), ("bz2", bz2.compress))),
+        ("a.xz", lzma.compress(bytes(range(200)))[:-20]), ("a.gz", gzip.compress(b"plain")[:12] + bytes([255] * 40)),
+    ],
+)  # fmt: skip
+def test_a_list_that_is_not_packed_as_its_name_says_is_one_line(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(StageError, match=f"{name}: cannot be unpacked or read .*; fetch or pack it again$"):
+        is_parquet(str(tmp_path / name))
+        list(text_lines(str(tmp_path / name)))
+    (tmp_path / name).unlink()
+    with pytest.raises(StageError, match=f"{name}: no such file"):
+        list(text_lines(str(tmp_path / name)))
+
+
+def test_a_web_server_that_breaks_off_is_one_line():
+    with pytest.raises(StageError, match="http://x/a: not a complete Parquet file .*not enough"), readable("http://x/a"):
+        raise ClientPayloadError("not enough")
