@@ -93,7 +93,8 @@ def _number_or_text(written: str, text: str) -> float | str:
         if math.isinf(number := float(written)):
             raise ValueError(f"{text!r}: {written} is too large a number; write a smaller one, or put quotes around text")
         return number
-    if VALUE.fullmatch(written) is None:
+    # `== [A, B]` and `=== A` would be text that no row has, and drop all of them.
+    if VALUE.fullmatch(written) is None or written[0] in "=[":
         raise ValueError(f"{text!r}: {written or 'nothing'} is no value; quotes come in pairs around the whole of it")
     # Text is read from a file without the white space around it.
     return _bare(written).strip()

@@ -57,7 +57,7 @@ def test_numbers_are_compared_as_the_column_has_them(kind):
     [
         "NSFW", "NSFW in UNLIKELY", "NSFW > UNLIKELY", "x in [1, a]", "in [a]", "x = 3", "x in []", "x in [a, ]", "x in [,a]",
         'x == "a', "x == a'", 'x == "a" b', 'x in ["a]', 'x in ["a" b]', 'x in [a "b, c"]', "x in [a] and y in [b]", "x ==",
-        '"x == 3', "x < 1e400", "x in [1, -1e400]",
+        '"x == 3', "x < 1e400", "x in [1, -1e400]", "x === a", "NSFW == [A, B]",
     ],
 )  # fmt: skip
 def test_another_form_is_refused_in_one_line(text):
