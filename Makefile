@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup demo test test-runs test-parts test-slow chaos lint encoders text-decoder shapes findings lock clean
+.PHONY: setup demo test test-runs test-parts test-killed test-slow chaos lint encoders text-decoder shapes findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -23,18 +23,25 @@ $(VENV)/.ready: requirements.lock pyproject.toml | $(UV)
 demo: setup
 	$(VENV)/bin/unidiffuser demo
 
-# Two at a time: the runs of whole recipes wait for their servers for half of their time. One thread each: where two processes have
-# more threads than there are cores, OpenMP's threads wait for each other most of the time.
+# Tests of runs that have servers of their own: those that are driven by a browser or killed, and a deployment's.
+KILLED := tests/pipelines/test_chaos.py tests/pipelines/pages/test_browser.py
+DEPLOYED := tests/pipelines/servers/test_deploy.py
+
+# Three at a time: runs of whole recipes wait for their servers most of the time. One thread each: where several processes have more
+# threads than there are cores, OpenMP's threads wait for each other most of the time.
 test: export OMP_NUM_THREADS := 1
 test: setup
-	$(MAKE) --no-print-directory --jobs 2 lint test-runs test-parts
+	$(MAKE) --no-print-directory --jobs 3 lint test-runs test-parts test-killed
 
 test-runs: setup
-	$(PY) -m pytest tests/pipelines --ignore tests/pipelines/test_chaos.py
+	$(PY) -m pytest tests/pipelines $(addprefix --ignore=,$(KILLED) $(DEPLOYED))
 
 test-parts: setup
 	$(PY) -m pytest --ignore tests/pipelines
-	$(PY) -m pytest tests/pipelines/test_chaos.py
+	$(PY) -m pytest $(DEPLOYED)
+
+test-killed: setup
+	$(PY) -m pytest $(KILLED)
 
 # Deployments whose processes are killed, which is mostly waiting; a forced run; benchmarks at tiny sizes.
 test-slow: setup
