@@ -77,13 +77,14 @@ def _of_name(ref: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
 
 
 def _refuse_unsupported(settings: Mapping[str, Any], ref: str) -> None:
-    text = settings["text_cfg"]
+    text, vision = settings["text_cfg"], settings["vision_cfg"]
     reasons = {
         "is a CoCa (multimodal_cfg), whose text tower pools over padding": "multimodal_cfg" in settings,
         f"has a text tower of transformers ({text.get('hf_model_name')})": bool(text.get("hf_model_name")),
         "drops tokens at random (tokenizer_kwargs.reduction_mask)": bool(
             (text.get("tokenizer_kwargs") or {}).get("reduction_mask")
         ),
+        "gives tokens beside its embedding (output_tokens)": bool(text.get("output_tokens") or vision.get("output_tokens")),
     }
     for reason, given in reasons.items():
         if given:

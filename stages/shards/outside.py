@@ -214,17 +214,19 @@ def _hashes(column: pa.Array) -> Cells:
 
 
 def _whole(written: pa.Array) -> pa.Array:
-    """Digits as 64 bits; those of an unsigned hash are read as the signed one that has the same."""
-    numbers = [None if digits is None else int(digits.split(".")[0]) % 2**64 for digits in written.to_pylist()]
-    return pa.array(numbers, pa.uint64()).view(pa.int64())
+    """Digits as 64 bits, null for more; those of an unsigned hash are read as the signed one that has the same."""
+    numbers = (None if digits is None else int(digits.split(".")[0]) for digits in written.to_pylist())
+    fitting = [None if number is None or not -(2**63) <= number < 2**64 else number % 2**64 for number in numbers]
+    return pa.array(fitting, pa.uint64()).view(pa.int64())
 
 
 def _parsed(column: pa.Array, form: str, parse: Any) -> Cells:
-    """What text of a form means; text of another form is unread, and empty text no value."""
+    """What text of a form means; text that means nothing is unread, and empty text no value."""
     written, broken = _text(column)
     fits = pc.fill_null(pc.match_substring_regex(written, form), False)
     there = pc.fill_null(pc.greater(pc.binary_length(written), 0), False)
-    return Cells(parse(pc.if_else(fits, written, None)), pc.or_(broken, pc.and_(there, pc.invert(fits))))
+    values = parse(pc.if_else(fits, written, None))
+    return Cells(values, pc.or_(broken, pc.and_(there, pc.is_null(values))))
 
 
 def first(mask: pa.Array) -> int | None:

@@ -77,13 +77,21 @@ def test_unknown_weights_are_named_with_those_that_are_known(tmp_path, monkeypat
             ClipEncoder.load(f"ViT-B-32/{tag}")
 
 
-def test_tokens_that_are_dropped_at_random_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("part", "setting"),
+    [
+        ("text_cfg", {"tokenizer_kwargs": {"reduction_mask": "random"}}),
+        ("text_cfg", {"output_tokens": True}),
+        ("vision_cfg", {"output_tokens": True}),
+    ],
+)
+def test_tokens_that_are_dropped_at_random_or_given_as_well_are_refused(tmp_path, part, setting):
     folder = clip_with(tmp_path / "clip")
     file = folder / "open_clip_config.json"
     config = json.loads(file.read_text())
-    config["model_cfg"]["text_cfg"]["tokenizer_kwargs"] = {"reduction_mask": "random"}
+    config["model_cfg"][part] |= setting
     file.write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="reduction_mask"):
+    with pytest.raises(WeightsError, match="reduction_mask|output_tokens"):
         ClipEncoder.load(str(folder))
 
 

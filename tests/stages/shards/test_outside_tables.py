@@ -66,8 +66,9 @@ def test_what_can_be_cast_is_accepted(stored, wanted, values):
 def test_what_is_there_and_cannot_be_read_is_told_from_what_is_not_there():
     texts, unread = cast(pa.array([b"fine", b"\xff\xfe", None]), pa.string())
     assert (texts.to_pylist(), unread.to_pylist()) == (["fine", None, None], [False, True, False])
-    hashes, unread = cast(pa.array(["0af3", "12", None]), pa.int64())
-    assert (hashes.to_pylist(), unread.to_pylist()) == ([None, 12, None], [True, False, False])
+    hashes, unread = cast(pa.array(["0af3", "12", None, str(2**64 - 1), str(2**64), str(-(2**63) - 1)]), pa.int64())
+    assert hashes.to_pylist() == [None, 12, None, -1, None, None]
+    assert unread.to_pylist() == [True, False, False, False, True, True]
     assert cast(pa.array([0.7], pa.float32()), pa.float64()).values.type == pa.float32(), "the precision in which it was stored"
 
 
