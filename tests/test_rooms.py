@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -76,9 +77,13 @@ def test_a_stage_imports_no_other_stage(part):
         assert not wrong, f"{path.relative_to(ROOT)} imports stages.{', stages.'.join(sorted(wrong))}"
 
 
+def _modules(*folder: str) -> Iterable[Path]:
+    return ROOT.joinpath(*folder).glob("[!_]*.py")
+
+
 def test_commands_import_no_prefect():
     """Not even through what they import: a hit, `status` or `sample` must not pay a second for it."""
-    names = [f"pipelines.commands.{path.stem}" for path in (ROOT / "pipelines" / "commands").glob("[!_]*.py")]
+    names = [f"pipelines.{folder}.{path.stem}" for folder in ("cli", "commands") for path in _modules("pipelines", folder)]
     assert names
     code = f"import sys, {', '.join(names)}; sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

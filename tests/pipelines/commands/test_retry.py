@@ -13,6 +13,7 @@ import pytest
 from infra.dataset import Dataset, Stats, commit, find
 from infra.store import Store
 from pipelines import command
+from pipelines.cli.options import console
 from pipelines.commands import conduct, retry
 from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Run, plan_run, snapshot
@@ -90,7 +91,7 @@ def test_the_recipe_is_the_one_that_made_it(
     assert second is not None and second.manifest.inputs["parent"] == first.manifest.reference()
     planned = plan_run(recipe, store)
     assert planned["a-download"].state == "hit"
-    run = Run(recipe, store, planned, nodes, Servers(recipe.folder), TerminalView(command.console))
+    run = Run(recipe, store, planned, nodes, Servers(recipe.folder), TerminalView(console))
     page = dataset_page(run, planned["a-download"], Outcome("a-download", "made", 1.0, second))
     assert f"- parent: [a-download](/v2/artifacts/key/web-a-download) `download/{first.manifest.fingerprint}`" in page
 

@@ -1,0 +1,102 @@
+"""What is done with datasets: read, check, fetch again, remove."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipelines.cli.options import DatasetArgument, JsonOption, SetOption, StoreOption, console
+
+group = typer.Typer()
+
+
+@group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser lineage 3f9a2c")
+def lineage(dataset: DatasetArgument, as_json: JsonOption = False, store: StoreOption = "runs") -> None:
+    """The tree of what made a dataset, and what it made."""
+    from infra.dataset import by_prefix
+    from infra.store import Store
+    from pipelines.commands.inspection import lineage_tree
+    from pipelines.pages.lineage import ancestors, descendants
+
+    place = Store(store)
+    found = by_prefix(place, dataset)
+    up, down = ancestors(place, found), descendants(place, found)
+    if as_json:
+        print(json.dumps({**up.as_json("inputs"), "made": down.as_json("made")["made"]}, indent=1))
+    else:
+        console.print(lineage_tree("made from", up))
+        console.print(lineage_tree("used by", down))
+
+
+@group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser inspect filter/3f9a2c")
+def inspect(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
+    """Schema, counts, a few rows, and a picture where there is one."""
+    from infra.dataset import by_prefix
+    from infra.store import Store
+    from pipelines.commands.inspection import inspect_dataset
+
+    inspect_dataset(by_prefix(Store(store), dataset), console)
+
+
+@group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser verify 3f9a2c")
+def verify(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
+    """Compare every file of a dataset with its manifest; exit code 1 and the names on damage."""
+    from infra.dataset import by_prefix
+    from infra.dataset import verify as problems_of
+    from infra.store import Store
+
+    found = by_prefix(Store(store), dataset)
+    problems = problems_of(found)
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise typer.Exit(1)
+    console.print(f"{found.manifest.node} {found.manifest.fingerprint}: {len(found.files)} files are as the manifest says")
+
+
+@group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser gc configs/demo.yaml --delete")
+def gc(
+    recipes: Annotated[list[Path], typer.Argument(help="Every recipe whose data is to be kept.", metavar="RECIPE...")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Keep also what `run --set` gave (repeatable).", metavar="a.b=c")
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", help="Keep this too, and all it was made from (repeatable).", metavar="DATASET"),
+    ] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it; otherwise it is only listed.")] = False,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Datasets and units that no named recipe refers to, nor any dataset that is kept."""
+    from infra.store import Store
+    from pipelines.commands import garbage
+
+    view = Console(stderr=True) if as_json else console
+    found = garbage.gc(recipes, overrides or (), keep or (), Store(store), delete, view)
+    if as_json:
+        print(json.dumps(found, indent=1))
+
+
+@group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser retry-failed download/3f9a2c")
+def retry_failed(
+    dataset: DatasetArgument,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Recipe that it belongs to; else the one that made it.", metavar="RECIPE")
+    ] = None,
+    overrides: SetOption = None,
+    store: StoreOption = "runs",
+) -> None:
+    """Fetch again the rows of a download whose failure can heal, as a new dataset that the recipe goes on from."""
+    from infra.dataset import by_prefix
+    from infra.store import Store
+    from pipelines.commands import retry
+    from stages.runner.recipe import load_recipe
+
+    place = Store(store)
+    loaded = load_recipe(recipe, overrides or ()) if recipe else None
+    raise typer.Exit(retry.retry_failed(by_prefix(place, dataset), place, loaded, console))

@@ -1,0 +1,99 @@
+"""What is done with checkpoints: draw from them, take them elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipelines.cli.options import (
+    CheckpointArgument,
+    ClipOption,
+    Gpt2Option,
+    JsonOption,
+    StoreOption,
+    TextOption,
+    VaeOption,
+    console,
+)
+
+group = typer.Typer()
+
+
+@group.command(
+    rich_help_panel="Checkpoints",
+    epilog="Example: unidiffuser sample 3f9a2c --task t2i --prompt 'a large red apple on a blue background' --out out",
+)
+def sample(
+    checkpoint: CheckpointArgument,
+    task: Annotated[str, typer.Option("--task", help="t2i, i2t, joint, i, t, i2t2i, t2i2t, gibbs or interpolate.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What the picture shows (repeatable).")] = None,
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Picture of any kind (repeatable).")] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=999, help="Network calls a draw.")] = 50,
+    guidance: Annotated[float, typer.Option("--guidance", help="Scale s of c + s (c - u); 0 is none.")] = 7.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first result; the n-th has seed + n.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, help="Results of every input, or in all.")] = 1,
+    condition_t: Annotated[
+        int, typer.Option("--condition-t", help="Noise on the condition: 0 conditions fully, 1000 not at all.")
+    ] = 0,
+    sampler: Annotated[str, typer.Option("--sampler", help="dpm++2m, dpm++3m, unipc, ddim or dpm++2m-sde.")] = "dpm++2m",
+    size: Annotated[int | None, typer.Option("--size", help="Pixels a side, if not those it was trained for.")] = None,
+    beams: Annotated[int, typer.Option("--beams", min=1, help="Beams of the captions; 1 writes greedily.")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of gibbs: each draws every modality once.")] = 4,
+    interval: Annotated[
+        tuple[int, int] | None, typer.Option("--guidance-interval", help="Guide only at timesteps from .. to.", metavar="FROM TO")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Results drawn at once.")] = 16,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for pictures and results.jsonl.", metavar="DIR")] = None,
+    device: Annotated[str, typer.Option("--device", help="auto takes CUDA where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16, fp16; auto: bf16 on CUDA, else fp32.")] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first.")] = False,
+    vae: VaeOption = None,
+    clip: ClipOption = None,
+    text: TextOption = None,
+    gpt2: Gpt2Option = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Draw pictures and captions from a checkpoint."""
+    from infra.store import Store
+    from pipelines.commands import sampling
+    from pipelines.commands.checkpoints import Named
+
+    request = sampling.Request(
+        checkpoint, task, prompt or (), image or (), count, seed,
+        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds), batch, device, dtype, compile,
+    )  # fmt: skip
+    # Progress is no result: with --json it goes to stderr.
+    view = Console(stderr=True) if as_json else console
+    rows = sampling.run(request, Store(store), Named(vae, clip, text, gpt2), out, view)
+    if as_json:
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        return
+    console.print(sampling.results_table(rows))
+    if out is not None:
+        console.print(f"in {out}, with their settings in {sampling.RESULTS}", soft_wrap=True)
+
+
+@group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser convert runs/export/3f9a2c my-pipeline --to diffusers")
+def convert(
+    source: Annotated[str, typer.Argument(help="CHECKPOINT as of `sample`, or a lone U-ViT: a folder or .pth.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Folder, or .pth file for a lone official U-ViT.", metavar="DST")],
+    to: Annotated[str, typer.Option("--to", help="native, official or diffusers.", metavar="LAYOUT")],
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Heads of an official U-ViT, if not width / 64.")] = None,
+    vae: VaeOption = None,
+    clip: ClipOption = None,
+    text: TextOption = None,
+    gpt2: Gpt2Option = None,
+    store: StoreOption = "runs",
+) -> None:
+    """Write a checkpoint in another layout: ours, that of the official files, or a pipeline of diffusers."""
+    from infra.store import Store
+    from pipelines.commands import checkpoints
+
+    with console.status(f"converting {source}"):
+        checkpoints.convert(source, target, to, Store(store), checkpoints.Named(vae, clip, text, gpt2), heads)
+    console.print(f"{to}: {target}", soft_wrap=True)
