@@ -211,18 +211,15 @@ def dead_run(machine: Machine) -> str:
     machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "RUNNING"}, "force": True})
     resource = {"prefect.resource.id": f"prefect.flow-run.{run}"}
     mark = next(a for a in machine.api("POST", "automations/filter", {}) if "mark runs" in a["name"])
-    assert mark["trigger"]["within"] == 3 * HEARTBEAT_SECONDS
-    impatient = {"name": "impatient", "trigger": {**mark["trigger"], "match": resource, "within": 12}, "actions": mark["actions"]}
-    machine.api("POST", "automations/", impatient)
+    assert mark["trigger"]["within"] == 3 * HEARTBEAT_SECONDS and mark["trigger"]["after"] == ["prefect.flow-run.heartbeat"]
+    # It waits for the first attempt alone: the second one says only every half a minute that it is alive.
+    last = "last-heartbeat-of-the-first-attempt"
+    impatient = {**mark["trigger"], "after": [last], "match": resource, "within": 12}
+    machine.api("POST", "automations/", {"name": "impatient", "trigger": impatient, "actions": mark["actions"]})
     flow = machine.api("GET", f"flow_runs/{run}")["flow_id"]
     related = [{"prefect.resource.id": f"prefect.flow.{flow}", "prefect.resource.role": "flow", "prefect.resource.name": "node"}]
-    heartbeat = {
-        "id": str(uuid4()),
-        "event": "prefect.flow-run.heartbeat",
-        "occurred": datetime.now(UTC).isoformat(),
-        "related": related,
-    }
-    machine.api("POST", "events", [{**heartbeat, "resource": resource}])
+    said = {"id": str(uuid4()), "event": last, "occurred": datetime.now(UTC).isoformat(), "resource": resource}
+    machine.api("POST", "events", [{**said, "related": related}])
     return run
 
 
@@ -273,10 +270,6 @@ def test_a_run_with_a_changed_field_makes_that_and_the_next_run_waits_for_it(
 
 
 def test_a_run_whose_process_died_is_marked_and_started_again(machine: Machine, dead_run: str) -> None:
-    wait_for(lambda: "Crashed" in machine.states(dead_run))
-    # Else the second attempt has seconds to live, too: it says only every half a minute that it is alive.
-    (impatient,) = [each for each in machine.api("POST", "automations/filter", {}) if each["name"] == "impatient"]
-    machine.api("DELETE", f"automations/{impatient['id']}")
     wait_for(lambda: "RetryingAfterCrash" in machine.states(dead_run))
     names = machine.states(dead_run)
     assert names.index("Running") < names.index("Crashed") < names.index("RetryingAfterCrash")
