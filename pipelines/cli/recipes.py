@@ -95,3 +95,20 @@ def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOpti
 
     place = Store(store)
     deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console)
+
+
+@group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser fields train")
+def fields(
+    node: Annotated[str | None, typer.Argument(help="A stage, or a node such as aesthetic-filter.", metavar="NODE")] = None,
+    as_json: JsonOption = False,
+    page: Annotated[bool, typer.Option("--page", help="Print all of them as a page in Markdown.")] = False,
+) -> None:
+    """Every field of a recipe: what it is, its bounds and its default."""
+    from pipelines.commands import fields as reference
+
+    if as_json:
+        print(json.dumps(reference.as_json(node), indent=1))
+    elif page:
+        print(reference.page(), end="")
+    else:
+        reference.show(node, console)

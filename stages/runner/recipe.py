@@ -48,20 +48,24 @@ class Encoders(BaseModel):
     gpt2: str = Field("embedded", description="GPT-2 that the text decoder starts from")
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
     """The outer shape of a recipe file; the stages' own fields are checked by their own models."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
-    name: str
-    description: str = ""
-    encoders: Encoders = Field(default_factory=lambda: Encoders.model_validate({}))
-    subsets: dict[str, dict[str, Any]]
-    text_codec: dict[str, Any] | None = Field(None, alias="text-codec")
-    train: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    evaluate: dict[str, Any] | None = None
-    export: dict[str, Any] | None = None
-    deploy: Deploy = Field(default_factory=lambda: Deploy.model_validate({}))
+    name: str = Field(description="lower case, digits and hyphens; deployments and runs are called by it")
+    description: str = Field("", description="one line for people")
+    encoders: Encoders = Field(default_factory=lambda: Encoders.model_validate({}), description="what all stages share")
+    subsets: dict[str, dict[str, Any]] = Field(
+        description="SUBSET -> its stages: select, download or folder, then filter and encode"
+    )
+    text_codec: dict[str, Any] | None = Field(
+        None, alias="text-codec", description="the text decoder; needed where text is encoded"
+    )
+    train: dict[str, dict[str, Any]] = Field(default_factory=dict, description="NAME -> a training, in the order of their `from`")
+    evaluate: dict[str, Any] | None = Field(None, description="measures and draws the last training's checkpoint")
+    export: dict[str, Any] | None = Field(None, description="a folder that samples without the rest")
+    deploy: Deploy = Field(default_factory=lambda: Deploy.model_validate({}), description="schedules, triggers, where it runs")
     folder: str | None = Field(None, description="where relative paths start, instead of the folder that the file lies in")
 
 
@@ -135,7 +139,7 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
         RecipeError: as `load_recipe`.
     """
     try:
-        outer = _Document.model_validate(document)
+        outer = Document.model_validate(document)
     except ValidationError as error:
         raise RecipeError(explain(error, "")) from None
     _check_name(outer.name, "name")
@@ -150,7 +154,7 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
 class _Builder:
     """Turns the document into nodes; keeps the order of the file except where an input must come first."""
 
-    def __init__(self, document: _Document, folder: Path):
+    def __init__(self, document: Document, folder: Path):
         self.document = document
         self.folder = folder
         self.nodes: dict[str, Node] = {}
