@@ -16,6 +16,7 @@ from pipelines.cli.options import (
     StoreOption,
     console,
     node_option,
+    say_where_nothing_is,
 )
 
 group = typer.Typer()
@@ -44,6 +45,7 @@ def run(
     wish = conduct.Wish(only or (), start, until, force or (), overrides or (), jobs, keep)
     loaded = load_recipe(recipe, wish.overrides)
     if dry_run:
+        say_where_nothing_is(Store(store))
         conduct.dry_run(loaded, Store(store), wish, console)
     else:
         raise typer.Exit(conduct.run_recipe(loaded, Store(store), wish, console))
@@ -73,6 +75,7 @@ def status(
     from stages.runner.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
+    say_where_nothing_is(Store(store))
     if watch:
         watch_status(checked, Store(store), console)
     rows = status_rows(checked, Store(store))
