@@ -181,6 +181,35 @@ def test_deploy_registers_the_recipe_and_every_node_with_its_form(machine: Machi
     assert "select" in node["tags"]
 
 
+def test_two_users_of_one_server_and_store_do_not_take_each_other_s_deployments(machine: Machine) -> None:
+    theirs = machine.folder / "theirs" / "tiny.yaml"
+    write_metadata(theirs.parent / "metadata" / "part-0.parquet", first=300)
+    theirs.parent.joinpath("tiny.yaml").write_text(TINY)
+    before = machine.deployment("recipe/tiny")
+    for command, fix in (("deploy", "--replace"), ("undeploy", "--others")):
+        code, printed = start(command, theirs, "--store", machine.store).finish()
+        assert code == 2 and printed.count("\n") == 1 and printed.endswith(f"{fix}\n"), printed
+        assert f"of {machine.folder / 'tiny.yaml'} with" in printed and "cron 0 2 * * * (Europe/Berlin)" in printed
+    assert machine.deployment("recipe/tiny") == before
+
+    # A run of theirs, of a recipe that nobody has deployed, leaves one deployment, so that Retry in the UI works.
+    name = ("--set", "name=theirs")
+    code, printed = start("run", theirs, *name, "--only", "good-select", "--store", machine.store).finish()
+    assert code == 0 and re.search(r"good-select {2,}made", printed), printed
+    names = {d["name"] for d in machine.api("POST", "deployments/filter", {})}
+    assert names == {"tiny", "tiny-good-select", "tiny-more-download", "theirs"}
+    (run,) = machine.runs("theirs")
+    machine.api(
+        "POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}, "force": True}
+    )
+    wait_for(lambda: machine.states(run["id"]).count("Running") == 2)
+    assert machine.end(run["id"]) == ("COMPLETED", "nothing new: all 1 nodes reused")
+    code, printed = start("undeploy", "theirs", "--store", machine.store).finish()
+    assert code == 0 and printed == f"theirs: removed\nwhat it has made stays in {machine.store}\n"
+    code, printed = start("undeploy", "their", "--store", machine.store).finish()
+    assert code == 2 and printed.endswith("nearest are tiny\n")
+
+
 @pytest.mark.parametrize(
     ("parameters", "field"),
     [
