@@ -4,28 +4,27 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from infra.dataset import InputRef
 from infra.store import Store
 
 
-def pin(store: Store, reference: InputRef) -> None:
+def pin(store: Store, stage: str, fingerprint: str) -> None:
     """Keep a dataset until it is unpinned."""
-    store.write_json(_path(reference), {"since": datetime.now(UTC).isoformat(timespec="seconds")})
+    store.write_json(_path(stage, fingerprint), {"since": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
-def unpin(store: Store, reference: InputRef) -> bool:
+def unpin(store: Store, stage: str, fingerprint: str) -> bool:
     """No longer keep it for its own sake; returns whether it was pinned."""
-    path = _path(reference)
+    path = _path(stage, fingerprint)
     there = store.exists(path)
     store.remove(path)
     return there
 
 
-def pinned(store: Store) -> list[InputRef]:
-    """What is pinned, also where the dataset itself is gone."""
+def pinned(store: Store) -> set[tuple[str, str]]:
+    """Stage and fingerprint of what is pinned, also where the dataset itself is gone."""
     names = [name.removesuffix(".json").rpartition("-") for name in store.list("pins") if name.endswith(".json")]
-    return [InputRef(stage=stage, fingerprint=fingerprint) for stage, _, fingerprint in names]
+    return {(stage, fingerprint) for stage, _, fingerprint in names}
 
 
-def _path(reference: InputRef) -> str:
-    return f"pins/{reference.stage}-{reference.fingerprint}.json"
+def _path(stage: str, fingerprint: str) -> str:
+    return f"pins/{stage}-{fingerprint}.json"

@@ -10,11 +10,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from infra.entries import entries, stages_in
+from infra.pins import pin, pinned, unpin
 from infra.store import NotThere, Store
-from pipelines.commands.terminal import ReportTable
 from stages.catalog import STAGES
 
-# Characters of a fingerprint and of a date that a table shows.
+# No more is imported here than a listing needs: it is to be there at once. Characters of a fingerprint and of a date in a table:
 SHORT, DAY = 12, 10
 
 
@@ -24,23 +24,21 @@ def dataset_rows(store: Store, stage: str | None) -> list[dict[str, Any]]:
     Raises:
         NotThere: there is no such store or stage.
     """
-    from infra.pins import pinned
-
     store.check_there()
     known = dict.fromkeys([*STAGES, *stages_in(store)])
     if stage is not None and stage not in known:
         near = difflib.get_close_matches(stage, known, n=2, cutoff=0.0)
         raise NotThere(f"{stage}: no such stage; nearest are {', '.join(near)}")
     order = {name: number for number, name in enumerate(STAGES)}
-    pins = {(reference.stage, reference.fingerprint) for reference in pinned(store)}
+    pins = pinned(store)
     found = entries(store, *([stage] if stage else []))
     found.sort(key=lambda entry: (order.get(entry.stage, len(order)), entry.created, entry.fingerprint))
     return [{**vars(entry), "pinned": (entry.stage, entry.fingerprint) in pins} for entry in found]
 
 
 def dataset_table(rows: list[dict[str, Any]]) -> Table:
-    """Six columns of fixed width and the node's, which folds: 80 characters hold them."""
-    table = ReportTable(box=None, padding=(0, 1, 0, 0))
+    """Six columns of fixed width and the node's, which folds: 80 characters hold them, and programs can read them."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("node", overflow="fold")
     for head in ("stage", "fingerprint"):
         table.add_column(head, no_wrap=True)
@@ -64,14 +62,13 @@ def keep(text: str, store: Store, remove: bool, console: Console) -> None:
         NotThere: there is no such store or dataset, or it is not pinned.
     """
     from infra.dataset import by_prefix
-    from infra.pins import pin, unpin
 
     manifest = by_prefix(store, text).manifest
     name = f"{manifest.node} {manifest.stage}/{manifest.fingerprint}"
     if not remove:
-        pin(store, manifest.reference())
+        pin(store, manifest.stage, manifest.fingerprint)
         console.print(f"{name} stays, with all that it was made from, until `keep --remove`", soft_wrap=True)
-    elif unpin(store, manifest.reference()):
+    elif unpin(store, manifest.stage, manifest.fingerprint):
         console.print(f"{name} is no longer pinned", soft_wrap=True)
     else:
         raise NotThere(f"{name} is not pinned; `unidiffuser list` shows what is")

@@ -98,7 +98,7 @@ def find_garbage(
     """
     oldest = (now or datetime.now(UTC)) - GRACE
     planned = [node for recipe in recipes for node in plan(recipe, store).values()]
-    pins = [found for reference in pinned(store) if (found := _find(store, reference))]
+    pins = [found for stage, fingerprint in pinned(store) if (found := find(store, stage, fingerprint))]
     kept = _kept(planned, store, [*keep, *pins])
     everything, owners = list(all_datasets(store)), _Owners(store, recipes)
     chosen = {_id(dataset) for dataset in remove}

@@ -170,12 +170,13 @@ def test_what_is_pinned_stays_with_what_it_was_made_from_until_it_is_unpinned(fo
     wanted = recipe(folder, 300)
     run(wanted, store)
     second = made_from(first, store, "filter")
-    pin(store, second.manifest.reference())
+    name = (second.manifest.stage, fingerprint(second))
+    pin(store, *name)
     found = find_garbage([wanted], store, TOMORROW, others=True)
     assert not found.datasets
     with pytest.raises(StageError, match="not removed: it is pinned; `unidiffuser keep --remove` unpins it"):
         find_garbage([wanted], store, TOMORROW, remove=[second])
-    assert unpin(store, second.manifest.reference()) and not unpin(store, second.manifest.reference())
+    assert unpin(store, *name) and not unpin(store, *name)
     assert sorted(going(find_garbage([wanted], store, TOMORROW))) == sorted(map(fingerprint, (first, second)))
 
 
