@@ -99,6 +99,9 @@ def _show(garbage: Garbage, console: Console) -> None:
             "checkpoints of recipes that are not named, stay with what they were made from; --remove DATASET removes one:"
         )
         console.print(_others_table(garbage.precious, ()))
+    if garbage.pinned:
+        names = ", ".join(f"{each.manifest.node} {each.manifest.fingerprint[:SHORT]}" for each in garbage.pinned)
+        console.print(f"pinned, and stays with what it was made from: {names}")
     for count, what in ((garbage.young_datasets, "datasets that no recipe refers to"), (garbage.young, "units of no dataset")):
         if count:
             console.print(f"{count:,} {what} are younger than a day and left alone: a run may need them")
@@ -119,6 +122,7 @@ def _as_json(garbage: Garbage, deleted: bool) -> dict[str, Any]:
         "units": units(garbage.leftovers),
         "left_alone": garbage.young,
         "datasets_left_alone": garbage.young_datasets,
+        "pinned": [each.manifest.fingerprint for each in garbage.pinned],
         "recipes_not_named": garbage.strangers,
         "others": [{"recipe": each.recipe, **described(each.dataset, each.bytes)} for each in garbage.others],
         "others_units": units(garbage.others_leftovers),

@@ -57,6 +57,7 @@ class Garbage:
         others: datasets of strangers, which stay unless they are asked for.
         precious: those of them that stay unless they are named.
         others_leftovers: units of no dataset, which may be those of strangers' runs, and stay likewise.
+        pinned: datasets that stay whatever the recipes say.
     """
 
     datasets: list[tuple[Dataset, int]]
@@ -68,6 +69,7 @@ class Garbage:
     others: list[Others]
     precious: list[Others]
     others_leftovers: list[Leftover]
+    pinned: list[Dataset]
 
     @property
     def bytes(self) -> int:
@@ -98,7 +100,7 @@ def find_garbage(
     """
     oldest = (now or datetime.now(UTC)) - GRACE
     planned = [node for recipe in recipes for node in plan(recipe, store).values()]
-    pins = [found for stage, fingerprint in pinned(store) if (found := find(store, stage, fingerprint))]
+    pins = [found for stage, fingerprint in sorted(pinned(store)) if (found := find(store, stage, fingerprint))]
     kept = _kept(planned, store, [*keep, *pins])
     everything, owners = list(all_datasets(store)), _Owners(store, recipes)
     chosen = {_id(dataset) for dataset in remove}
@@ -127,6 +129,7 @@ def find_garbage(
         [] if others else strange,
         sorts.precious,
         [left for left in units.leftovers if left not in mine],
+        pins,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -113,7 +114,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         with fsspec.open(str(path), "rb") as file:
             document = parse(text_of(file.read()))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file") from None
+        raise RecipeError(f"{path}: no such recipe file{_nearest(Path(path))}") from None
     except TextError as error:
         raise RecipeError(f"{path}: {error}") from None
     except DocumentError as error:
@@ -124,6 +125,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(document, override)
     file = str(path) if "://" in str(path) else os.path.abspath(path)
     return replace(parse_recipe(document, Path(path).parent), file=file)
+
+
+def _nearest(path: Path) -> str:
+    """What lies beside it under a name much like it."""
+    near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.y*ml")], n=3)
+    return f"; nearest are {', '.join(near)}" if near else ""
 
 
 def _override(document: dict[str, Any], override: str) -> None:

@@ -173,7 +173,7 @@ def test_what_is_pinned_stays_with_what_it_was_made_from_until_it_is_unpinned(fo
     name = (second.manifest.stage, fingerprint(second))
     pin(store, *name)
     found = find_garbage([wanted], store, TOMORROW, others=True)
-    assert not found.datasets
+    assert not found.datasets and [fingerprint(dataset) for dataset in found.pinned] == [fingerprint(second)]
     with pytest.raises(StageError, match="not removed: it is pinned; `unidiffuser keep --remove` unpins it"):
         find_garbage([wanted], store, TOMORROW, remove=[second])
     assert unpin(store, *name) and not unpin(store, *name)
@@ -311,13 +311,17 @@ def test_the_command_refuses_while_nobody_has_said_what_becomes_of_others(
     old, theirs = run(recipe(folder, 350), store), run(recipe(folder, 400, "theirs"), store)
     store.write_json(f"nodes/announced/select-{fingerprint(old)}.json", {"recipe": "kept"})
     run(recipe(folder, 300), store)
+    pin(store, "select", fingerprint(run(recipe(folder, 320), store)))
+    run(recipe(folder, 300), store)
     console = Console(width=80, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
     wanted = Wanted([folder / "kept-300.yaml"], delete=True)
 
     with pytest.raises(Misuse, match=r"^nothing was removed: 1 datasets and .* \(theirs\); .*--others.*--no-others"):
         gc(wanted, store, console, None)
     listed = console.export_text()
-    assert all(word in listed for word in ("theirs", "a-select", fingerprint(theirs)[:12], fingerprint(old)[:12]))
+    assert all(
+        word in listed for word in ("theirs", "a-select", "pinned, and stays", fingerprint(theirs)[:12], fingerprint(old)[:12])
+    )
     assert find(store, "select", fingerprint(old)) and find(store, "select", fingerprint(theirs))
     asked: list[str] = []
     gc(wanted, store, console, lambda question: bool(asked.append(question)))
