@@ -79,7 +79,7 @@ def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
 
 def _say_whose(run: Run, owner: Owner | None) -> None:
     """Two recipes of one name share a history, and wait for each other."""
-    if owner is not None and owner != Owner.of(run.recipe, run.store):
+    if run.recipe.file and owner is not None and owner != Owner.of(run.recipe, run.store):
         run.view.said(run.recipe.name, logging.WARNING, f"runs beside those of another recipe of this name, {owner}")
 
 

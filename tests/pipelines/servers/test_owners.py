@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ import pytest
 from infra.processes import ServerError
 from infra.store import NotThere, Store
 from pipelines.commands.conduct import Wish, run_recipe
+from pipelines.flows.deployed import Unwatched
+from pipelines.flows.parameters import Choice
+from pipelines.flows.run import Run
 from pipelines.servers import owners, withdrawal
 from pipelines.servers.deployments import deploy, register_trial
+from pipelines.servers.follow import start_run
+from pipelines.servers.servers import Servers
 from pipelines.servers.withdrawal import undeploy
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from tests.pipelines.servers.test_deploy_again import api  # noqa: F401
@@ -98,6 +104,23 @@ def test_runs_from_the_terminal_share_one_deployment_which_deploy_takes_over(
     api("POST", f"deployments/{trial}/schedules", [{"schedule": {"interval": 3600}, "active": True}])
     with pytest.raises(RecipeError, match=r"would go: every 1:00:00 \(UTC\); "):
         deploy(ben, store)
+
+
+def test_a_run_of_another_recipe_of_this_name_says_whose_it_runs_beside(api: Api, tmp_path: Path, store: Store) -> None:  # noqa: F811
+    anna, ben = recipe(tmp_path, "anna"), recipe(tmp_path, "ben")
+    deploy(anna, store)
+    heard: list[str] = []
+
+    def begin(recipe: Recipe) -> str:
+        run = Run(recipe, store, {}, [], Servers(tmp_path), Unwatched())
+        run.view.said = lambda node, level, text: heard.append(text)  # type: ignore[method-assign]
+        return str(api("GET", f"flow_runs/{start_run(run, Choice.model_validate({}), [])}")["deployment_id"])
+
+    # What `retry-failed` reads is a copy in the store, and nobody's file.
+    whole = api("GET", "deployments/name/recipe/mine")["id"]
+    assert [begin(anna), begin(replace(anna, file=""))] == [whole] * 2 and not heard
+    assert begin(ben) == whole and names(api) == {"mine", "mine-a-select"}
+    assert len(heard) == 1 and heard[0].startswith(f"runs beside those of another recipe of this name, {anna.file} with ")
 
 
 def test_undeploy_removes_what_deploy_has_made_and_nothing_else(api: Api, tmp_path: Path, store: Store) -> None:  # noqa: F811
