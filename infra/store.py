@@ -26,6 +26,10 @@ class StoreError(Exception):
     """A store that cannot be read or written; the message names the path and the fix."""
 
 
+class NotThere(StoreError):
+    """A store, a dataset or a deployment that a person has named and that is not there; the message names what comes nearest."""
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex sha256 of a local file, read in 1 MiB pieces.
 
@@ -73,6 +77,19 @@ class Store:
 
     def _full(self, path: str) -> str:
         return f"{self._base}/{path}"
+
+    def check_there(self) -> None:
+        """For commands that only read: they make no store.
+
+        Raises:
+            NotThere: nothing lies at the root.
+        """
+        if not self.is_there():
+            raise NotThere(f"{self.root}: there is no store; --store or UNIDIFFUSER_STORE names another")
+
+    def is_there(self) -> bool:
+        """Whether anything lies at the root."""
+        return bool(self.fs.exists(self._base))
 
     def exists(self, path: str) -> bool:
         return bool(self.fs.exists(self._full(path)))

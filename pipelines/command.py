@@ -40,12 +40,12 @@ def main() -> None:
 
 def _exit_code(error: Exception) -> int:
     from infra.processes import ServerError
-    from infra.store import StoreError
+    from infra.store import NotThere, StoreError
     from pipelines.commands.checkpoints import Misuse
     from stages.runner.contract import StageError
     from stages.runner.recipe import RecipeError
 
-    if isinstance(error, RecipeError | Misuse):
+    if isinstance(error, RecipeError | Misuse | NotThere):
         return 2
     return 1 if isinstance(error, StageError | StoreError | ServerError | OSError) else 0
 

@@ -16,6 +16,7 @@ from pipelines.cli.options import (
     StoreOption,
     console,
     node_option,
+    say_where_nothing_is,
 )
 
 group = typer.Typer()
@@ -44,6 +45,7 @@ def run(
     wish = conduct.Wish(only or (), start, until, force or (), overrides or (), jobs, keep)
     loaded = load_recipe(recipe, wish.overrides)
     if dry_run:
+        say_where_nothing_is(Store(store))
         conduct.dry_run(loaded, Store(store), wish, console)
     else:
         raise typer.Exit(conduct.run_recipe(loaded, Store(store), wish, console))
@@ -73,6 +75,7 @@ def status(
     from stages.runner.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
+    say_where_nothing_is(Store(store))
     if watch:
         watch_status(checked, Store(store), console)
     rows = status_rows(checked, Store(store))
@@ -83,7 +86,14 @@ def status(
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser deploy configs/demo.yaml")
-def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = "runs") -> None:
+def deploy(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name over from another recipe file or store; its schedules go.")
+    ] = False,
+    store: StoreOption = "runs",
+) -> None:
     """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules.
 
     Pools of type docker and kubernetes take an image of `infra/Dockerfile` as `deploy.pool.variables.image`.
@@ -94,7 +104,20 @@ def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOpti
     from stages.runner.recipe import load_recipe
 
     place = Store(store)
-    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console)
+    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console, replace)
+
+
+@group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser undeploy configs/demo.yaml")
+def undeploy(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name that it is deployed under.", metavar="RECIPE")],
+    others: Annotated[bool, typer.Option("--others", help="Also if another recipe file or store has deployed it.")] = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Remove a recipe's deployments from the Prefect server, with their schedules and triggers; its datasets stay."""
+    from infra.store import Store
+    from pipelines.commands.withdraw import undeploy_recipe
+
+    undeploy_recipe(recipe, Store(store), others, console)
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser fields train")

@@ -8,7 +8,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> None:
         reasons += [f"input {key} ({n}) is forced" for key, n in node.input_nodes.items() if n in forced]
         if reasons:
             forced.add(name)
-            node = replace(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
+            node = changed(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
         planned[name] = node
     console.print(plan_table(planned, select_nodes(recipe, wish.only, wish.start, wish.until)))
 
@@ -75,6 +76,7 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     Raises:
         RecipeError, StageError, StoreError, ServerError: before anything ran, with one line that says what to do.
     """
+    recipe.check_named()
     nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
     if (address := find_machine(state_folder(store))) is not None:
         return run_deployed(recipe, store, nodes, wish, address, console, at_end)
@@ -95,19 +97,23 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     return 130 if run.stopping.is_set() else 0
 
 
-def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -> None:
+def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console, replace: bool = False) -> None:
     """Register a recipe on the server that `unidiffuser up` keeps or PREFECT_API_URL names, and say what is there now.
+
+    Args:
+        replace: although the name is another recipe file's or another store's.
 
     Raises:
         RecipeError, ServerError: with one line that says what to do.
     """
+    recipe.check_named()
     address = find_api(state)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.deployments import deploy
     from pipelines.servers.schedules import next_dates
 
-    with _server_errors(address):
-        done = deploy(recipe, store)
+    with server_errors(address):
+        done = deploy(recipe, store, replace)
     for name, deployment in done.deployments.items():
         console.print(f"{name}: {address}/v2/deployments/deployment/{deployment}", soft_wrap=True)
     for name in done.removed:
@@ -117,6 +123,9 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
         if there.active and not done.paused:
             words += f"; next {', '.join(f'{date:%Y-%m-%d %H:%M}' for date in next_dates(there))}"
         console.print(f"schedule {number}: {words}", soft_wrap=True)
+    if done.gpus is not None:
+        words = f"gpus: the server has {done.gpus} slots, as somebody else has set them, and not {recipe.deploy.gpus}"
+        console.print(words, soft_wrap=True)
     if done.paused:
         console.print(
             "paused: somebody has paused this deployment; no schedule starts it until it is resumed in the UI",
@@ -149,7 +158,7 @@ def run_deployed(
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.follow import follow, start_run
 
-    with _server_errors(address), TerminalView(console) as view:
+    with server_errors(address), TerminalView(console) as view:
         run = Run(recipe, store, planned, nodes, Servers(state_folder(store)), view, wish.jobs)
         flow_run = start_run(run, wish.choice(), list(wish.overrides))
         page = f"{address}/v2/runs/flow-run/{flow_run}"
@@ -166,7 +175,7 @@ def run_deployed(
 
 
 @contextmanager
-def _server_errors(address: str) -> Iterator[None]:
+def server_errors(address: str) -> Iterator[None]:
     """A server that cannot be reached, or refuses, is one line."""
     from httpx import HTTPError
 

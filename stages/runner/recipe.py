@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,8 @@ from stages.runner.deployment import Deploy
 from stages.runner.document import DocumentError, parse
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+# The name of those recipes below `configs/` that are there to be copied.
+TEMPLATE = "change-me"
 CREDENTIALS = re.compile(r"://\S*@")
 
 
@@ -71,7 +74,8 @@ class Document(BaseModel):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: its nodes in an order in which they can run, and the document that it was read from."""
+    """A checked recipe: its nodes in an order in which they can run, the document that it was read from, and the file of that, by
+    its absolute path or URL, where there is one."""
 
     name: str
     description: str
@@ -79,6 +83,16 @@ class Recipe:
     document: dict[str, Any]
     folder: Path
     deploy: Deploy
+    file: str = ""
+
+    def check_named(self) -> None:
+        """A copy of a template is given a name before it leaves a trace anywhere: datasets and deployments are told apart by it.
+
+        Raises:
+            RecipeError: it has the template's name.
+        """
+        if self.name == TEMPLATE:
+            raise RecipeError(f"name: {TEMPLATE} is the template's; give the recipe a name of its own, such as my-pictures")
 
     def select(self, wanted: str) -> list[str]:
         """The nodes that a node name or a bare stage name means.
@@ -104,7 +118,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         with fsspec.open(str(path), "rb") as file:
             document = parse(text_of(file.read()))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file") from None
+        raise RecipeError(f"{path}: no such recipe file{_nearest(Path(path))}") from None
     except TextError as error:
         raise RecipeError(f"{path}: {error}") from None
     except DocumentError as error:
@@ -113,7 +127,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: expected a mapping with `name` and `subsets`")
     for override in overrides:
         _override(document, override)
-    return parse_recipe(document, Path(path).parent)
+    file = str(path) if "://" in str(path) else os.path.abspath(path)
+    return replace(parse_recipe(document, Path(path).parent), file=file)
+
+
+def _nearest(path: Path) -> str:
+    """What lies beside it under a name much like it."""
+    near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.y*ml")], n=3)
+    return f"; nearest are {', '.join(near)}" if near else ""
 
 
 def _override(document: dict[str, Any], override: str) -> None:

@@ -159,6 +159,10 @@ def test_misuse_is_one_line_with_the_path_of_the_field_and_starts_nothing(
     assert capsys.readouterr().err == "error: subsets.good.select.min_widht: unknown field\n"
     assert run_main(monkeypatch, "run", tmp_path / "none.yaml", "--store", store) == 2
     assert "none.yaml: no such recipe file" in capsys.readouterr().err
+    assert run_main(monkeypatch, "gc", tmp_path / "tyni.yaml", "--store", store) == 2
+    assert capsys.readouterr().err.endswith("there is no store; --store or UNIDIFFUSER_STORE names another\n")
+    assert run_main(monkeypatch, "status", tmp_path / "tyni.yaml", "--store", store) == 2
+    assert capsys.readouterr().err.endswith("tyni.yaml: no such recipe file; nearest are tiny.yaml\n")
     assert not store.exists()
 
 

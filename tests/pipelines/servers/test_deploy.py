@@ -181,6 +181,16 @@ def test_deploy_registers_the_recipe_and_every_node_with_its_form(machine: Machi
     assert "select" in node["tags"]
 
 
+def test_another_user_of_the_server_and_the_store_does_not_take_the_deployment(machine: Machine) -> None:
+    theirs = machine.folder / "theirs" / "tiny.yaml"
+    write_metadata(theirs.parent / "metadata" / "part-0.parquet", first=300)
+    theirs.parent.joinpath("tiny.yaml").write_text(TINY)
+    code, printed = start("deploy", theirs, "--store", machine.store).finish()
+    assert code == 2 and printed.count("\n") == 1 and printed.endswith("--replace\n"), printed
+    assert f"of {machine.folder / 'tiny.yaml'} with" in printed and "cron 0 2 * * * (Europe/Berlin)" in printed
+    assert machine.deployment("recipe/tiny")["schedules"]
+
+
 @pytest.mark.parametrize(
     ("parameters", "field"),
     [
@@ -305,10 +315,16 @@ def test_a_node_gets_the_gpu_slots_that_a_dead_one_held(machine: Machine, waitin
     assert machine.api("GET", "v2/concurrency_limits/gpu")["active_slots"] == 0
 
 
-def test_run_starts_the_deployment_and_a_cancel_in_the_ui_stops_the_ray_job(machine: Machine) -> None:
+def test_run_makes_one_deployment_of_a_recipe_that_has_none_and_a_cancel_in_the_ui_stops_the_ray_job(machine: Machine) -> None:
+    def deployed() -> set[str]:
+        return {deployment["name"] for deployment in machine.api("POST", "deployments/filter", {})}
+
+    before = deployed()
     command = start(
         "run",
         machine.recipe(TINY),
+        "--set",
+        "name=tried",
         "--only",
         "good-select",
         "--store",
@@ -323,9 +339,9 @@ def test_run_starts_the_deployment_and_a_cancel_in_the_ui_stops_the_ray_job(mach
     job, ray = f"good-select-{node.fingerprint}-1", machine.server("ray")
     jobs = RayJobs(ray.address, ray.token)
     wait_for(lambda: jobs.statuses().get(job) == "RUNNING")
-    assert machine.api("GET", f"flow_runs/{run}")["deployment_id"] == machine.deployment("recipe/tiny")["id"], (
-        "no Retry in the UI"
-    )
+    whole = machine.deployment("recipe/tried")
+    assert machine.api("GET", f"flow_runs/{run}")["deployment_id"] == whole["id"], "no Retry in the UI"
+    assert deployed() == {*before, "tried"} and not whole["schedules"]
     machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     code, printed = command.finish()
     assert code == 130 and re.search(r"good-select {2,}stopped", printed), printed
@@ -339,6 +355,8 @@ def test_run_starts_the_deployment_and_a_cancel_in_the_ui_stops_the_ray_job(mach
     wait_for(lambda: machine.states(run).count("Running") == 2)
     assert machine.end(run) == ("COMPLETED", "1 datasets made, 0 reused")
     assert machine.rows(TINY, "good-select", "subsets.good.select.min_width=350") == 35
+    code, printed = start("undeploy", "tried", "--store", machine.store).finish()
+    assert code == 0 and printed == f"tried: removed\nwhat it has made stays in {machine.store}\n" and deployed() == before
 
 
 def test_up_starts_a_dead_worker_again_and_down_interrupts_its_run_and_leaves_nothing(machine: Machine) -> None:
@@ -352,8 +370,10 @@ def test_up_starts_a_dead_worker_again_and_down_interrupts_its_run_and_leaves_no
 
     servers = [machine.server(name) for name in names]
     width = "subsets.good.select.min_width=400"
+    before = len(machine.runs("tiny"))
     command = start("run", machine.recipe(TINY), "--only", "good-select", "--store", machine.store, "--set", width)
     command.read_until("pick")
+    assert len(machine.runs("tiny")) == before + 1, "not a run of the recipe's deployment"
     code, printed = start("down", "--store", machine.store).finish()
     assert code == 0 and "interrupting a run" in printed
     command.finish(signal.SIGKILL)
