@@ -12,7 +12,7 @@ from rich.table import Table
 
 from infra.dataset import by_prefix
 from infra.store import Store
-from pipelines.commands.terminal import ReportTable
+from pipelines.commands.terminal import ReportTable, moment, short
 from stages.runner.garbage import Garbage, collect, find_garbage
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 
@@ -81,7 +81,7 @@ def _table(garbage: Garbage) -> Table:
         table.add_column(head, no_wrap=True, justify="right")
     for dataset, size in garbage.datasets:
         manifest = dataset.manifest
-        table.add_row(f"{manifest.node} {manifest.fingerprint}", manifest.created, "", decimal(size))
+        table.add_row(f"{manifest.node} {short(manifest.fingerprint)}", moment(manifest.created), "", decimal(size))
     for left in garbage.leftovers:
         table.add_row(f"{left.stage}: units of no dataset", "", f"{len(left.folders):,}", decimal(left.bytes))
     return table

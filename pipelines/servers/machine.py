@@ -178,8 +178,14 @@ def find_api(state: Path) -> str:
 def say_sign_in(state: Path, address: str, console: Console) -> None:
     """Say under an address of the UI how the browser gets in, if the server is the embedded one."""
     if (server := running("prefect", state)) is not None and server.address == address:
-        command = shlex.join(["unidiffuser", "ui", "--store", str(state.parent)])
-        console.print(f"To sign the browser in: {command}", soft_wrap=True)
+        console.print(f"To sign the browser in: {command_for('ui', state)}", soft_wrap=True)
+
+
+def command_for(command: str, state: Path) -> str:
+    """``unidiffuser ui --store /data/runs``; without the store where it is the one that the command takes by itself."""
+    usual = Path(os.environ.get("UNIDIFFUSER_STORE", "runs"), state.name)
+    store = [] if usual.resolve() == state.resolve() else ["--store", str(state.parent)]
+    return shlex.join(["unidiffuser", command, *store])
 
 
 def open_ui(state: Path, console: Console) -> None:
