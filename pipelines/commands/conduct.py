@@ -23,7 +23,7 @@ from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
 from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.flows.selection import check_inputs, select_nodes
-from pipelines.servers.machine import command_for, find_api, find_machine, say_sign_in
+from pipelines.servers.machine import command_for, find_api, find_machine, say_address, say_sign_in
 from pipelines.servers.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
@@ -112,8 +112,7 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     check_inputs(planned, nodes)
     with use_servers(state_folder(store)) as servers:
         address = servers.begin_prefect()
-        console.print(f"Prefect UI: {address}", soft_wrap=True)
-        say_sign_in(servers.state, address, console)
+        say_address(servers.state, address, console)
         with TerminalView(console) as view:
             run = Run(recipe, store, planned, nodes, servers, view, wish.jobs)
             state = conduct(run, wish)

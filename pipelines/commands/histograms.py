@@ -11,7 +11,7 @@ from pipelines.commands.terminal import ReportTable
 from pipelines.pages.scores import bound_of
 
 # How many bars a histogram has at most, and how many cells the longest is wide.
-BARS = 20
+BARS = 12
 BAR_WIDTH = 32
 # How many of the counted bins a bar may stand for: its bounds stay round numbers.
 STEPS = (1, 2, 4, 10, 20, 40, 100)

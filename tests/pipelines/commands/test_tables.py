@@ -15,7 +15,6 @@ from rich.console import Console, RenderableType
 
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, by_prefix, commit
 from infra.store import Store
-from pipelines.commands.histograms import histogram_table
 from pipelines.commands.inspection import inspect_dataset, lineage_tree, show_paths, status_rows, status_view
 from pipelines.commands.sampling import results_table
 from pipelines.commands.terminal import Words, closing_table, funnel_table, moment, plan_table
@@ -169,7 +168,7 @@ def test_inspect_fits_and_its_histogram_counts_every_row(store: Store, width: in
 
     bars = [re.match(r" *([\d.]+) \.\. ([\d.]+) +([\d,]+)  (.*?) +(\d+)%$", line) for line in lines]
     found = [(float(b[1]), float(b[2]), int(b[3].replace(",", "")), b[4].count("█"), int(b[5])) for b in bars if b]
-    assert 5 < len(found) <= 20 and sum(rows for _, _, rows, _, _ in found) == 5000
+    assert 5 < len(found) <= 12 and sum(rows for _, _, rows, _, _ in found) == 5000
     for low, high, rows, _, kept in found:
         assert rows == pytest.approx(np.sum((values >= low) & (values < high)), abs=3)
         assert kept == pytest.approx(100 * np.mean(values >= low), abs=1)
