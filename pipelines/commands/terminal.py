@@ -94,7 +94,7 @@ class ReportTable(Table):
     """A table that fits the terminal, and in a file or a pipe plain columns, which programs read."""
 
     def __init__(self, *headers: str, heading: str | None = None, **more: Any):
-        super().__init__(*headers, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, **more)
+        super().__init__(*headers, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **more)
         # Rich's own title is no wider than the table.
         self.heading = heading
 
@@ -104,6 +104,8 @@ class ReportTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not console.is_terminal:
             self.box = None
+        # Two spaces between columns, with a box and without.
+        self.collapse_padding = self.box is not None
         if self.heading is not None:
             yield Text(self.heading, style="bold")
         yield from super().__rich_console__(console, options)
