@@ -147,7 +147,7 @@ def start_prefect(state: Path, wanted: int | None = None) -> Server:
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
     }
     # -P: a folder `infra` where the command was given is not ours.
-    command = [sys.executable, "-P", "-m", "infra.prefect_app", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "infra.prefect_app", "127.0.0.1", str(port)]
     return spawn("prefect", command, environment, state, address=address, token=token)
 
 
