@@ -259,6 +259,20 @@ def test_the_shell_completes_commands_and_the_nodes_of_the_recipe(tmp_path: Path
     assert offered("run", str(tmp_path / "none.yaml"), "--only", "b") == []
 
 
+def test_a_command_without_work_imports_no_more_than_it_reads_with(recipe: Recipe, tmp_path: Path) -> None:
+    document, store = tmp_path / "three.yaml", tmp_path / "store"
+    heavy = {"torch", "ray", "prefect", "aiohttp", "matplotlib", "httpx", "sqlalchemy"}
+    a_dataset(Store(str(store)), "select", "aa" * 12, {})
+    for words in (["status", str(document)], ["run", str(document), "--dry-run"], ["lineage", "aaaa"]):
+        script = (
+            "import sys; from pipelines.command import app\n"
+            f"try: app([*{words!r}, '--store', {str(store)!r}])\n"
+            f"finally: print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stderr.strip() == "[]", (words, done.stderr)
+
+
 def test_help_imports_nothing_heavy() -> None:
     script = (
         "import sys; from pipelines.command import app\n"
