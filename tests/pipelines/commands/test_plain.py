@@ -9,7 +9,9 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +150,35 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as ended:
         command.main()
     return int(ended.value.code or 0)
+
+
+def test_what_scripts_read_is_json_and_whole(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    (tmp_path / "good.txt").write_text("good")
+    dataset = a_dataset(store, "filter", "ab" * 12, {}, tmp_path / "good.txt")
+
+    def printed(*words: str, code: int = 0) -> Any:
+        assert run_main(monkeypatch, *words, "--json", "--store", store.root) == code
+        return json.loads(capsys.readouterr().out)
+
+    whole = printed("inspect", "abab")
+    assert whole.pop("where") == f"{store.root}/filter/units/{'ab' * 12}"
+    assert whole == json.loads(store.read(f"{dataset.folder}/manifest.json"))
+    told = {"node": "x-filter", "stage": "filter", "fingerprint": "ab" * 12, "files": 1}
+    assert printed("verify", "abab") == {**told, "problems": []}
+    Path(dataset.url(dataset.files[0])).write_text("bent")
+    (problem,) = printed("verify", "abab", code=1)["problems"]
+    assert "good.txt: damaged" in problem
+    plan = printed("run", str(tmp_path / "three.yaml"), "--dry-run", "--force", "a-select")
+    assert [(node["node"], node["state"]) for node in plan] == [(name, "miss") for name in recipe.nodes]
+    assert plan[0]["reasons"] == ["never made", "forced"] and len(plan[0]["fingerprint"]) == 24
+
+
+def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"{version('unidiffuser')}\n"
 
 
 def test_misuse_is_one_line_with_the_path_of_the_field_and_starts_nothing(
