@@ -106,6 +106,12 @@ class Dataset:
     def url(self, entry: FileEntry) -> str:
         return self.store.url(entry.path)
 
+    @property
+    def where(self) -> str:
+        """The folder that a person opens: the one that all its files lie in, such as a model; else that of its manifest."""
+        folders = {self.url(entry).removesuffix(f"/{entry.name}") for entry in self.files}
+        return folders.pop() if len(folders) == 1 else self.store.url(self.folder)
+
     def fetch(self, folder: Path) -> Path:
         """Make the files available below a local folder; see `fetch_files`."""
         return fetch_files(self.store, self.files, folder)

@@ -15,7 +15,6 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
@@ -157,7 +156,7 @@ def _exists(fs: Any, path: str, pattern: str) -> bool:
         kind = fs.info(path)["type"]
     except (OSError, ValueError) as error:
         # In a web address ``?`` begins the query, where any character may stand for itself.
-        if MAGIC.search(path.split("?")[0] if isinstance(fs, HTTPFileSystem) else path):
+        if MAGIC.search(path.split("?")[0] if _is_web(fs) else path):
             return False
         raise _refused(pattern, error) from None
     if kind == "directory":
@@ -167,6 +166,11 @@ def _exists(fs: Any, path: str, pattern: str) -> bool:
     if kind != "file":
         raise OutsideError(pattern, "neither a file nor a folder; name a file")
     return True
+
+
+def _is_web(fs: Any) -> bool:
+    """Whether it is fsspec's file system of web addresses, without importing that and aiohttp with it."""
+    return "http" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 @contextmanager
@@ -202,7 +206,7 @@ def _refused(pattern: str, error: Exception) -> OutsideError:
 def _literal_part(fs: Any, path: str) -> tuple[str, str]:
     """(folder with ``/`` behind it, glob below it): as much of a pattern as exists under just this name is no glob."""
     parts = path.split("/")
-    web = isinstance(fs, HTTPFileSystem)
+    web = _is_web(fs)
     count = 0
     while count < len(parts) - 1:
         if MAGIC.search(parts[count]) and (web or not fs.exists("/".join(parts[: count + 1]))):

@@ -76,10 +76,10 @@ def credential(state: Path) -> str:
 
     Workers, running flows and browsers keep it over a restart of the server. Only its owner can read it.
     """
-    folder = state / "prefect"
+    path = credential_file(state)
+    folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
-    path = folder / "credential"
     with locked(folder / "credential.lock"):
         if not path.exists():
             # A new file of mode 0600, which gets its name when it is whole.
@@ -88,6 +88,10 @@ def credential(state: Path) -> str:
                 file.write(f"unidiffuser:{secrets.token_urlsafe(32)}")
             os.replace(part, path)
     return path.read_text()
+
+
+def credential_file(state: Path) -> Path:
+    return state / "prefect" / "credential"
 
 
 def prefect_environment(state: Path, address: str) -> dict[str, str]:
@@ -110,18 +114,26 @@ def prefect_environment(state: Path, address: str) -> dict[str, str]:
     }
 
 
-def start_prefect(state: Path) -> Server:
-    """The embedded server: the one that survived an earlier command if it answers, else a new one on a free port.
+def start_prefect(state: Path, wanted: int | None = None) -> Server:
+    """The embedded server: the one that survived an earlier command if it answers, else a new one.
 
     A new one is still on its way up: `wait_for_prefect` before use.
+
+    Args:
+        wanted: the port, from now on; else the one that the server had last, if that is free.
+
+    Raises:
+        ServerError: another program has the wanted port, or the server is up on another one.
     """
     found, token = recorded("prefect", state), credential(state)
     if found is not None:
         # One of an older release lets everybody in.
         if found.token == token and answers(found.address):
+            if wanted is not None and not found.address.endswith(f":{wanted}"):
+                raise ServerError(f"the Prefect server is up at {found.address}; `unidiffuser down` first, or leave out --port")
             return found
         stop(found, state)
-    port = _port(state)
+    port = _port(state, wanted)
     address = f"http://127.0.0.1:{port}"
     environment = {
         **os.environ,
@@ -135,16 +147,32 @@ def start_prefect(state: Path) -> Server:
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
     }
     # -P: a folder `infra` where the command was given is not ours.
-    command = [sys.executable, "-P", "-m", "infra.prefect_app", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "infra.prefect_app", "127.0.0.1", str(port)]
     return spawn("prefect", command, environment, state, address=address, token=token)
 
 
-def _port(state: Path) -> int:
-    """The port that the server had last, so that bookmarks, workers and running flows find it again; another when it is taken."""
-    memory = state / "prefect" / "port"
-    port = free_port(wanted=int(memory.read_text()) if memory.exists() else 0)
-    memory.write_text(str(port))
+def _port(state: Path, wanted: int | None) -> int:
+    """A port that stays the same, so that bookmarks, workers and running flows find the server again.
+
+    While another program has it, a server goes without: on any other port, and the next one tries again.
+    """
+    usual = usual_port(state)
+    port = free_port(wanted or usual or 0)
+    if wanted is not None and port != wanted:
+        raise ServerError(f"port {wanted} is taken by another program; stop that one, or give another --port")
+    if wanted is not None or usual is None:
+        _port_file(state).write_text(str(port))
     return port
+
+
+def usual_port(state: Path) -> int | None:
+    """The port of the embedded server, from day to day; None before its first start."""
+    file = _port_file(state)
+    return int(file.read_text()) if file.exists() else None
+
+
+def _port_file(state: Path) -> Path:
+    return state / "prefect" / "port"
 
 
 def wait_for_prefect(server: Server, state: Path) -> None:

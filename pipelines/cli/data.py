@@ -34,17 +34,21 @@ def lineage(dataset: DatasetArgument, as_json: JsonOption = False, store: StoreO
 
 
 @group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser inspect filter/3f9a2c")
-def inspect(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
-    """Schema, counts, a few rows, and a picture where there is one."""
+def inspect(dataset: DatasetArgument, as_json: JsonOption = False, store: StoreOption = "runs") -> None:
+    """Schema, counts, histograms, a few rows, and a picture where there is one; as JSON the whole manifest."""
     from infra.dataset import by_prefix
     from infra.store import Store
-    from pipelines.commands.inspection import inspect_dataset
+    from pipelines.commands.inspection import dataset_facts, inspect_dataset
 
-    inspect_dataset(by_prefix(Store(store), dataset), console)
+    found = by_prefix(Store(store), dataset)
+    if as_json:
+        print(json.dumps(dataset_facts(found), indent=1))
+    else:
+        inspect_dataset(found, console)
 
 
 @group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser verify 3f9a2c")
-def verify(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
+def verify(dataset: DatasetArgument, as_json: JsonOption = False, store: StoreOption = "runs") -> None:
     """Compare every file of a dataset with its manifest; exit code 1 and the names on damage."""
     from infra.dataset import by_prefix
     from infra.dataset import verify as problems_of
@@ -52,11 +56,17 @@ def verify(dataset: DatasetArgument, store: StoreOption = "runs") -> None:
 
     found = by_prefix(Store(store), dataset)
     problems = problems_of(found)
-    for problem in problems:
-        print(problem)
+    if as_json:
+        named = {"node": found.manifest.node, **found.manifest.reference().model_dump()}
+        print(json.dumps({**named, "files": len(found.files), "problems": problems}, indent=1))
+    else:
+        for problem in problems:
+            print(problem)
     if problems:
         raise typer.Exit(1)
-    console.print(f"{found.manifest.node} {found.manifest.fingerprint}: {len(found.files)} files are as the manifest says")
+    if not as_json:
+        told = f"{found.manifest.node} {found.manifest.fingerprint}: {len(found.files):,} files are as the manifest says"
+        console.print(told, highlight=False)
 
 
 @group.command("list", rich_help_panel="Datasets", epilog="Example: unidiffuser list --stage filter")

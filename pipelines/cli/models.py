@@ -88,12 +88,20 @@ def convert(
     clip: ClipOption = None,
     text: TextOption = None,
     gpt2: Gpt2Option = None,
+    as_json: JsonOption = False,
     store: StoreOption = "runs",
 ) -> None:
     """Write a checkpoint in another layout: ours, that of the official files, or a pipeline of diffusers."""
     from infra.store import Store
     from pipelines.commands import checkpoints
 
-    with console.status(f"converting {source}"):
-        checkpoints.convert(source, target, to, Store(store), checkpoints.Named(vae, clip, text, gpt2), heads)
+    view = Console(stderr=True) if as_json else console
+    with view.status(f"converting {source}"):
+        untold = checkpoints.convert(source, target, to, Store(store), checkpoints.Named(vae, clip, text, gpt2), heads)
+    if as_json:
+        print(json.dumps({"layout": to, "target": str(target.resolve()), "heads_to_give": untold}))
+        return
+    if untold is not None:
+        words = f"official files do not tell the number of attention heads: give --heads {untold} to convert {target} back"
+        console.print(words, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{to}: {target}", soft_wrap=True)

@@ -6,6 +6,7 @@ import json
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from pipelines.cli.options import (
     JobsOption,
@@ -35,6 +36,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say for each node hit, stale or miss, and why.")] = False,
     jobs: JobsOption = 1,
     keep: KeepOption = False,
+    as_json: JsonOption = False,
     store: StoreOption = "runs",
 ) -> None:
     """Run a recipe; what is committed and unchanged is reused."""
@@ -44,11 +46,16 @@ def run(
 
     wish = conduct.Wish(only or (), start, until, force or (), overrides or (), jobs, keep)
     loaded = load_recipe(recipe, wish.overrides)
+    # With --json what a person reads goes to stderr.
+    view = Console(stderr=True) if as_json else console
     if dry_run:
         say_where_nothing_is(Store(store))
-        conduct.dry_run(loaded, Store(store), wish, console)
-    else:
-        raise typer.Exit(conduct.run_recipe(loaded, Store(store), wish, console))
+        found = conduct.dry_run(loaded, Store(store), wish, view)
+        if as_json:
+            print(json.dumps(found, indent=1))
+        return
+    told = (lambda run: print(json.dumps(conduct.summary(run), indent=1), flush=True)) if as_json else None
+    raise typer.Exit(conduct.run_recipe(loaded, Store(store), wish, view, told))
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser demo --keep")
@@ -66,12 +73,13 @@ def status(
     recipe: RecipeArgument,
     overrides: SetOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again as it changes, until Ctrl-C.")] = False,
+    paths: Annotated[bool, typer.Option("--paths", help="Say where each dataset lies, too.")] = False,
     as_json: JsonOption = False,
     store: StoreOption = "runs",
 ) -> None:
-    """Nodes of a recipe with fingerprints, rows, state, and where they lie."""
+    """Nodes of a recipe with rows, state, fingerprints or why not, and what became of the rows."""
     from infra.store import Store
-    from pipelines.commands.inspection import funnel_table, status_rows, status_table, watch_status
+    from pipelines.commands.inspection import show_paths, status_rows, status_view, watch_status
     from stages.runner.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
@@ -82,7 +90,9 @@ def status(
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
-        console.print(status_table(rows), funnel_table(checked, rows))
+        console.print(status_view(checked, rows))
+        if paths:
+            show_paths(rows, console)
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser deploy configs/demo.yaml")

@@ -98,10 +98,11 @@ def opened(checkpoint: str, store: Store, named: Named, heads: int | None = None
             yield assemble(training_job(dataset, named), folder)
 
 
-def convert(source: str, target: Path, to: Any, store: Store, named: Named, heads: int | None = None) -> None:
+def convert(source: str, target: Path, to: Any, store: Store, named: Named, heads: int | None = None) -> int | None:
     """Write a checkpoint, or a lone U-ViT in any layout, as `target`; a training dataset becomes a whole set.
 
-    Prints with which --heads official files are to be converted back, if it takes that.
+    Returns:
+        With which --heads official files are to be converted back, if it takes that.
 
     Raises:
         Misuse: see `opened`; or there is something at `target`, or `heads` are given that the checkpoint tells itself.
@@ -119,8 +120,7 @@ def convert(source: str, target: Path, to: Any, store: Store, named: Named, head
         else:
             with opened(source, store, named) as folder:
                 untold = layouts.convert(folder, target, to, heads)
-    if untold is not None:
-        print(f"official files do not tell the number of attention heads: give --heads {untold} to convert {target} back")
+    return untold
 
 
 def dataset_of(checkpoint: str, store: Store) -> Dataset:

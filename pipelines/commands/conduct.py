@@ -19,12 +19,12 @@ from infra.external import state_folder
 from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
-from pipelines.commands.terminal import TerminalView, closing_table, plan_table
+from pipelines.commands.terminal import TerminalView, closing_table, funnel_table, plan_table
 from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
-from pipelines.flows.run import Run, plan_run
+from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.flows.selection import check_inputs, select_nodes
-from pipelines.servers.machine import find_api, find_machine, say_sign_in
+from pipelines.servers.machine import command_for, find_api, find_machine, say_address, say_sign_in
 from pipelines.servers.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
@@ -54,8 +54,8 @@ class Wish:
         return Choice(only=list(self.only), start=self.start, until=self.until, force=list(self.force))
 
 
-def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> None:
-    """Print what a run would do; a forced node is shown as such without beginning its new generation."""
+def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> list[dict[str, Any]]:
+    """Print what a run would do, and return it as JSON; a forced node is shown as such without beginning its new generation."""
     forced = {node for wanted in wish.force for node in recipe.select(wanted)}
     planned: dict[str, Planned] = {}
     for name, node in plan_run(recipe, store).items():
@@ -65,7 +65,37 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> None:
             forced.add(name)
             node = changed(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
         planned[name] = node
-    console.print(plan_table(planned, select_nodes(recipe, wish.only, wish.start, wish.until)))
+    nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
+    console.print(plan_table(planned, nodes))
+    return [
+        {"node": node, "stage": plan.stage, "fingerprint": plan.fingerprint, "state": plan.state, "reasons": plan.reasons}
+        for node in nodes
+        if (plan := planned[node])
+    ]
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What came of a run, as JSON: a dictionary a node."""
+    nodes = []
+    for node in run.nodes:
+        outcome, stats = run.outcomes.get(node, Outcome(node, "not run")), None
+        if outcome.dataset is not None:
+            stats = outcome.dataset.manifest.stats
+        nodes.append(
+            {
+                "node": node,
+                "stage": run.planned[node].stage,
+                "fingerprint": run.planned[node].fingerprint,
+                "result": outcome.result,
+                "message": outcome.message or None,
+                "seconds": round(outcome.seconds, 2),
+                "rows_in": stats.rows_in if stats else None,
+                "rows_out": stats.rows_out if stats else None,
+                "dropped": stats.dropped if stats else None,
+                "where": outcome.dataset.where if outcome.dataset else None,
+            }
+        )
+    return {"recipe": run.recipe.name, "flow_run": run.flow_run, "nodes": nodes}
 
 
 def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_end: Callable[[Run], None] | None = None) -> int:
@@ -84,11 +114,11 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     check_inputs(planned, nodes)
     with use_servers(state_folder(store)) as servers:
         address = servers.begin_prefect()
+        say_address(servers.state, address, console)
         with TerminalView(console) as view:
             run = Run(recipe, store, planned, nodes, servers, view, wish.jobs)
             state = conduct(run, wish)
-        console.print(closing_table(run))
-        _say_sum(state, console)
+        _show_end(run, state, console)
         if at_end is not None:
             at_end(run)
         _say_where(run, address, wish, console)
@@ -165,8 +195,7 @@ def run_deployed(
         console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
         say_sign_in(run.servers.state, address, console)
         state = follow(run, flow_run)
-    console.print(closing_table(run))
-    _say_sum(state, console)
+    _show_end(run, state, console)
     if at_end is not None:
         at_end(run)
     if state.is_completed():
@@ -186,8 +215,12 @@ def server_errors(address: str) -> Iterator[None]:
         raise ServerError(f"the Prefect server at {address}: {text[0] if text else type(error).__name__}") from error
 
 
-def _say_sum(state: State[Any], console: Console) -> None:
-    """``nothing new: all 11 nodes reused``; why a run failed has been said already."""
+def _show_end(run: Run, state: State[Any], console: Console) -> None:
+    """The tables, and ``nothing new: all 11 nodes reused``; why a run failed has been said already."""
+    stats = {node: o.dataset.manifest.stats for node in run.nodes if (o := run.outcomes.get(node)) and o.dataset}
+    console.print(closing_table(run))
+    if stats:
+        console.print("", funnel_table(run.recipe, stats), "")
     if state.is_completed() and state.message:
         console.print(state.message)
 
@@ -218,15 +251,11 @@ def _say_where(run: Run, address: str, wish: Wish, console: Console) -> None:
         console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
     elif wish.keep and not run.stopping.is_set():
         console.print(f"This run in the Prefect UI: {page}", soft_wrap=True)
-        say_sign_in(run.servers.state, address, console)
         console.print("Ctrl-C stops the servers.")
         _wait_for_signal()
     else:
-        console.print(
-            f"This run is kept in {run.servers.state}/prefect; to see it in the Prefect UI, run the same command with --keep "
-            f"(everything is reused) and open /v2/runs/flow-run/{run.flow_run}",
-            soft_wrap=True,
-        )
+        up = command_for("up", run.servers.state)
+        console.print(f"`{up}` shows this run and those before it in the Prefect UI: {page}", soft_wrap=True)
 
 
 def _wait_for_signal() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from infra.dataset import Dataset
 from infra.external import state_folder
 from infra.store import Store
 from pipelines.commands.conduct import Wish, run_recipe
@@ -60,9 +59,4 @@ def _say_results(run: Run, console: Console) -> None:
                 console.print(f"{dataset.manifest.node} {entry.name}: {dataset.url(entry)}", soft_wrap=True)
     for dataset in made:
         if dataset.manifest.stage == "export":
-            console.print(f"exported model: {_folder(dataset)}", soft_wrap=True)
-
-
-def _folder(dataset: Dataset) -> str:
-    """The folder that the dataset's files have in common; an export is one unit."""
-    return dataset.url(dataset.files[0]).removesuffix(f"/{dataset.files[0].name}")
+            console.print(f"exported model: {dataset.where}", soft_wrap=True)

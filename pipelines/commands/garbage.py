@@ -14,12 +14,9 @@ from rich.table import Table
 from infra.dataset import Dataset, by_prefix
 from infra.store import Store
 from pipelines.commands.checkpoints import Misuse
-from pipelines.commands.terminal import ReportTable
+from pipelines.commands.terminal import ReportTable, moment, short
 from stages.runner.garbage import Garbage, Leftover, Others, collect, find_garbage
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
-
-# Characters of a fingerprint and of a date that a table shows.
-SHORT, DAY = 12, 10
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,7 @@ def _show(garbage: Garbage, console: Console) -> None:
         )
         console.print(_others_table(garbage.precious, ()))
     if garbage.pinned:
-        names = ", ".join(f"{each.manifest.node} {each.manifest.fingerprint[:SHORT]}" for each in garbage.pinned)
+        names = ", ".join(f"{each.manifest.node} {short(each.manifest.fingerprint)}" for each in garbage.pinned)
         console.print(f"pinned, and stays with what it was made from: {names}")
     for count, what in ((garbage.young_datasets, "datasets that no recipe refers to"), (garbage.young, "units of no dataset")):
         if count:
@@ -151,7 +148,7 @@ def _table(garbage: Garbage) -> Table:
         table.add_column(head, no_wrap=True, justify="right")
     for dataset, size in garbage.datasets:
         manifest = dataset.manifest
-        table.add_row(f"{manifest.node} {manifest.fingerprint[:SHORT]}", manifest.created[:DAY], "", decimal(size))
+        table.add_row(f"{manifest.node} {short(manifest.fingerprint)}", moment(manifest.created), "", decimal(size))
     for left in garbage.leftovers:
         table.add_row(f"{left.stage}: units of no dataset", "", f"{len(left.folders):,}", decimal(left.bytes))
     return table
@@ -169,9 +166,11 @@ def _others_table(others: Sequence[Others], leftovers: Sequence[Leftover]) -> Ta
     for each in others:
         groups.setdefault((each.recipe or "unknown", each.dataset.manifest.node), []).append(each)
     for (recipe, node), found in sorted(groups.items()):
-        newest = max(found, key=lambda each: each.dataset.manifest.created).dataset.manifest.fingerprint[:SHORT]
+        newest = max(found, key=lambda each: each.dataset.manifest.created).dataset.manifest
         more = ", ..." if len(found) > 1 else ""
-        table.add_row(recipe, node, f"{len(found):,}", decimal(sum(each.bytes for each in found)), newest + more)
+        table.add_row(
+            recipe, node, f"{len(found):,}", decimal(sum(each.bytes for each in found)), short(newest.fingerprint) + more
+        )
     for left in leftovers:
         table.add_row("unknown", f"{left.stage}: units", f"{len(left.folders):,}", decimal(left.bytes), "")
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
@@ -17,20 +17,24 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from infra.dataset import VERIFY, Dataset, FileEntry, find
+from infra.dataset import VERIFY, Dataset, FileEntry, Stats, find
 from infra.store import Store, StoreError
-from pipelines.commands.terminal import PLAN_STYLES, ReportTable
+from pipelines.commands.histograms import histogram_table
+from pipelines.commands.terminal import PLAN_STYLES, ReportTable, funnel_table, moment, short
 from pipelines.flows.run import plan_run
 from pipelines.pages.lineage import Branch
-from stages.catalog import FOLDER_STAGES, SUBSET_STAGES, stage_class
+from stages.catalog import stage_class
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe
 from stages.runner.run import phase_states
 
-# How many rows and files `inspect` shows, how many characters of a cell, and how many cells of terminal a picture is wide.
+# How many rows and files `inspect` shows, how many characters of a cell and of a value, and how many cells of terminal
+# a row needs and a picture is wide.
 ROWS = 5
 FILES = 8
 CELL = 60
+VALUE = 240
+ROW_WIDTH = 26
 PICTURE_WIDTH = 64
 # Seconds between two looks of `status --watch`.
 WATCH_EVERY = 2.0
@@ -54,7 +58,7 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
                 "rows_out": manifest.stats.rows_out if manifest else None,
                 "dropped": manifest.stats.dropped if manifest else None,
                 "created": manifest.created if manifest else None,
-                "where": store.url(dataset.folder) if dataset else None,
+                "where": dataset.where if dataset else None,
             }
         )
     return rows
@@ -70,23 +74,28 @@ def _done(planned: Planned, store: Store) -> dict[str, Any] | None:
 
 
 def status_table(rows: list[dict[str, Any]]) -> Table:
-    table = ReportTable()
-    for head in ("node", "state"):
-        table.add_column(head, no_wrap=True)
-    for head in ("rows in", "rows out"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("made", no_wrap=True)
-    table.add_column("where, or why not", overflow="fold")
+    table = ReportTable("node")
+    table.add_column("state", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("dataset", no_wrap=True)
+    table.add_column("made, or why not")
     for row in rows:
+        made = row["created"] is not None
         table.add_row(
             row["node"],
             f"[{PLAN_STYLES[row['state']]}]{row['state']}[/]",
-            "" if row["rows_in"] is None else f"{row['rows_in']:,}",
-            "" if row["rows_out"] is None else f"{row['rows_out']:,}",
-            row["created"] or "",
-            escape(row["where"] or "; ".join([*_so_far(row), *row["reasons"]])),
+            f"{row['rows_out']:,}" if made else "",
+            short(row["fingerprint"]) if made else "",
+            moment(row["created"]) if made else escape("; ".join([*_so_far(row), *row["reasons"]])),
         )
     return table
+
+
+def show_paths(rows: list[dict[str, Any]], console: Console) -> None:
+    """Where each dataset lies, a line each, so that it can be copied whole."""
+    for row in rows:
+        if row["where"]:
+            console.print(f"{row['node']}: {row['where']}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _so_far(row: dict[str, Any]) -> list[str]:
@@ -104,29 +113,16 @@ def watch_status(recipe: Recipe, store: Store, console: Console) -> None:
         while True:
             rows = status_rows(recipe, store)
             if rows != before:
-                shown = Group(status_table(rows), funnel_table(recipe, rows))
+                shown = status_view(recipe, rows)
                 live.update(shown, refresh=True) if live is not None else console.print(shown)
             before = rows
             time.sleep(WATCH_EVERY)
 
 
-def funnel_table(recipe: Recipe, rows: list[dict[str, Any]]) -> Table:
-    """What became of the rows of every subset, stage by stage: how many are left of all that came in, and why the others went."""
-    table = ReportTable(title="rows", title_justify="left")
-    for head in ("node", "in", "out", "of all"):
-        table.add_column(head, justify="left" if head == "node" else "right", no_wrap=True)
-    table.add_column("dropped", overflow="fold")
-    first: dict[str, int] = {}
-    for row in rows:
-        if row["rows_in"] is None or row["stage"] not in (*SUBSET_STAGES, *FOLDER_STAGES):
-            continue
-        before = recipe.nodes[row["node"]].inputs.get("rows")
-        first[row["node"]] = first.get(before or "", row["rows_in"])
-        largest = sorted(row["dropped"].items(), key=lambda item: (-item[1], item[0]))
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in largest)
-        share = row["rows_out"] / max(first[row["node"]], 1)
-        table.add_row(row["node"], f"{row['rows_in']:,}", f"{row['rows_out']:,}", f"{share:.1%}", reasons)
-    return table
+def status_view(recipe: Recipe, rows: list[dict[str, Any]]) -> Group:
+    """The nodes, and below them what became of the rows."""
+    made = {row["node"]: Stats(row["rows_in"], row["rows_out"], row["dropped"]) for row in rows if row["created"]}
+    return Group(status_table(rows), "", funnel_table(recipe, made)) if made else Group(status_table(rows))
 
 
 def lineage_tree(title: str, root: Branch) -> Tree:
@@ -140,57 +136,92 @@ def lineage_tree(title: str, root: Branch) -> Tree:
     return tree
 
 
+def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+    """The whole manifest, and where the files lie, as JSON."""
+    return {**dataset.manifest.model_dump(mode="json", by_alias=True), "where": dataset.where}
+
+
 def inspect_dataset(dataset: Dataset, console: Console) -> None:
-    """Print identity, counts, files, schema, a few rows, and the first picture."""
+    """Print identity, counts, configuration, histograms, files, schema, a few rows, and the first picture."""
     manifest = dataset.manifest
-    facts = ReportTable(show_header=False, box=None)
-    for name, value in (
-        ("dataset", f"{manifest.stage}/{manifest.fingerprint}"),
-        ("node", manifest.node),
-        ("made", f"{manifest.created} in {manifest.seconds:.1f} s, generation {manifest.generation}"),
-        ("code", json.dumps(manifest.code)),
-        ("where", dataset.store.url(dataset.folder)),
-        ("rows", f"{manifest.stats.rows_in:,} in, {manifest.stats.rows_out:,} out"),
-        ("dropped", ", ".join(f"{rows} {reason}" for reason, rows in manifest.stats.dropped.items()) or "nothing"),
-        ("inputs", ", ".join(f"{name}: {i.stage}/{i.fingerprint}" for name, i in manifest.inputs.items()) or "none"),
-        ("config", json.dumps(manifest.config)),
-        ("summary", json.dumps(manifest.summary)),
-    ):
-        facts.add_row(f"[bold]{name}[/]", escape(value))
-    console.print(facts)
-    console.print(_schema_table(manifest.columns), _files_table(manifest.files))
+    dropped = sorted(manifest.stats.dropped.items(), key=lambda item: (-item[1], item[0]))
+    facts = {
+        "dataset": f"{manifest.stage}/{manifest.fingerprint}",
+        "node": manifest.node,
+        "made": f"{moment(manifest.created)} in {manifest.seconds:.1f} s, generation {manifest.generation}",
+        "code": ", ".join(f"{name} {value}" for name, value in manifest.code.items()),
+        "rows": f"{manifest.stats.rows_in:,} in, {manifest.stats.rows_out:,} out",
+        "dropped": ", ".join(f"{rows:,} {reason}" for reason, rows in dropped) or "nothing",
+        "inputs": "\n".join(f"{name}: {i.stage}/{short(i.fingerprint)}" for name, i in manifest.inputs.items()) or "none",
+    }
+    summary = {name: value for name, value in manifest.summary.items() if name != "scores"}
+    console.print(f"where: {dataset.where}", soft_wrap=True, highlight=False, markup=False)
+    for title, values in ((None, facts), ("configuration", flat(manifest.config)), ("summary", flat(summary))):
+        if values:
+            console.print(_facts_table(title, values), "")
+    for score, told in manifest.summary.get("scores", {}).items():
+        console.print(histogram_table(score, told, manifest.config), "")
+    console.print(_schema_table(manifest.columns), "", _files_table(manifest.files), "")
     for entry in dataset.files:
         if entry.name.endswith(".parquet"):
-            console.print(_rows_table(dataset, entry))
+            console.print(_rows_table(dataset, entry, console.width))
             break
     if (picture := first_picture(dataset)) is not None:
         _show_picture(*picture, console)
 
 
+def flat(values: Mapping[str, Any], place: str = "") -> dict[str, str]:
+    """Nested JSON as one line a value, under the names that `--set` takes; a long one is cut.
+
+    Example:
+        >>> flat({"data": {"subsets": ["a"], "where": None}})
+        {'data.subsets': '["a"]', 'data.where': 'null'}
+    """
+    lines: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            lines |= flat(value, f"{place}{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines[f"{place}{name}"] = _cut(text, VALUE)
+    return lines
+
+
+def _facts_table(title: str | None, values: Mapping[str, str]) -> Table:
+    table = ReportTable(heading=title, show_header=False)
+    table.box = None
+    for name, value in values.items():
+        table.add_row(f"[bold]{escape(name)}[/]", escape(value))
+    return table
+
+
 def _schema_table(columns: dict[str, str]) -> Table:
-    table = ReportTable("column", "type", title="schema", title_justify="left")
+    table = ReportTable("column", "type", heading="schema")
     for name, kind in columns.items():
-        table.add_row(name, escape(kind))
+        table.add_row(escape(name), escape(kind))
     return table
 
 
 def _files_table(files: list[FileEntry]) -> Table:
-    table = ReportTable("file", "rows", "bytes", "sha256", title=f"{len(files)} files", title_justify="left")
+    table = ReportTable("file", heading=f"{len(files):,} files")
+    for head in ("rows", "bytes"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("sha256", no_wrap=True)
     for entry in files[:FILES]:
-        table.add_row(entry.path, f"{entry.rows:,}", f"{entry.bytes:,}", entry.sha256[:12])
+        table.add_row(escape(entry.name), f"{entry.rows:,}", f"{entry.bytes:,}", short(entry.sha256))
     if len(files) > FILES:
-        table.add_row(f"and {len(files) - FILES} more", "", "", "")
+        table.add_row(f"and {len(files) - FILES:,} more")
     return table
 
 
-def _rows_table(dataset: Dataset, entry: FileEntry) -> Table:
-    """The first rows of a Parquet file, a column a line, since LAION's rows are wider than terminals."""
+def _rows_table(dataset: Dataset, entry: FileEntry, width: int) -> Table:
+    """The first rows of a Parquet file, a column a line, since LAION's rows are wider than terminals; as many as are readable."""
     with _opened(dataset, entry) as file:
         batch = next(pq.ParquetFile(file, page_checksum_verification=True).iter_batches(batch_size=ROWS), None)
-    rows = batch.to_pylist() if batch is not None else []
-    table = ReportTable("column", *(f"row {n}" for n in range(len(rows))), title=entry.name, title_justify="left")
+    rows = batch.to_pylist()[: max(1, width // ROW_WIDTH - 1)] if batch is not None else []
+    table = ReportTable("column", *(f"row {n}" for n in range(len(rows))), heading=entry.name)
     for name in rows[0] if rows else ():
-        table.add_row(name, *(escape(_cell(row[name])) for row in rows))
+        table.add_row(escape(name), *(escape(_cell(row[name])) for row in rows))
     return table
 
 
@@ -207,8 +238,11 @@ def _opened(dataset: Dataset, entry: FileEntry) -> Iterator[BinaryIO]:
 def _cell(value: Any) -> str:
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    text = str(value)
-    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+    return _cut(str(value), CELL)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def first_picture(dataset: Dataset) -> tuple[str, bytes] | None:

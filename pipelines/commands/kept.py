@@ -12,10 +12,10 @@ from rich.table import Table
 from infra.entries import entries, stages_in
 from infra.pins import pin, pinned, unpin
 from infra.store import NotThere, Store
+from pipelines.commands.terminal import short
 from stages.catalog import STAGES
 
-# No more is imported here than a listing needs: it is to be there at once. Characters of a fingerprint and of a date in a table:
-SHORT, DAY = 12, 10
+# No more is imported here than a listing needs: it is to be there at once.
 
 
 def dataset_rows(store: Store, stage: str | None) -> list[dict[str, Any]]:
@@ -48,9 +48,14 @@ def dataset_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(head, no_wrap=True)
     for row in rows:
         size = "" if row["bytes"] is None else decimal(row["bytes"])
-        short = row["fingerprint"][:SHORT]
         table.add_row(
-            row["node"], row["stage"], short, f"{row['rows']:,}", size, row["created"][:DAY], "yes" if row["pinned"] else ""
+            row["node"],
+            row["stage"],
+            short(row["fingerprint"]),
+            f"{row['rows']:,}",
+            size,
+            row["created"][:10],
+            "yes" if row["pinned"] else "",
         )
     return table
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
+from infra.dataset import Stats
 from pipelines.flows.run import Outcome, Run
+from stages.catalog import FOLDER_STAGES, SUBSET_STAGES
 from stages.runner.graph import Planned
+from stages.runner.recipe import Recipe
 
 STYLES = {"reused": "cyan", "made": "green", "failed": "bold red", "stopped": "yellow", "not run": "dim"}
 PLAN_STYLES = {"hit": "cyan", "stale": "yellow", "miss": "green"}
@@ -22,13 +31,84 @@ PLAN_STYLES = {"hit": "cyan", "stale": "yellow", "miss": "green"}
 PLAIN_EVERY = 10.0
 
 
+# How many characters of a fingerprint tables show; every command takes as many.
+SHORT = 12
+# Words, and the parts of a word that is a node's name, a field or a path: those end with what joins them.
+_WORD = re.compile(r"\s*\S+|\s+")
+_PART = re.compile(r"\s*\S*?\w[-./,;:=_]+(?=[^\W\d])|\s*\S+$|\s+")
+_LETTER = re.compile(r"\s*\S")
+
+
+def short(fingerprint: str) -> str:
+    return fingerprint[:SHORT]
+
+
+def moment(written: str) -> str:
+    """``2026-11-28 10:40``, in this machine's time zone, of an ISO time."""
+    return f"{datetime.fromisoformat(written).astimezone():%Y-%m-%d %H:%M}"
+
+
+class Words:
+    """A cell of a table whose lines end between words; a word that no line can hold is cut after a hyphen, a dot or the like."""
+
+    def __init__(self, markup: str):
+        self.text = Text.from_markup(markup)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        lines = self.text.plain.splitlines()
+        parts = (part for line in lines for word in _WORD.findall(line) for part in _PART.findall(word))
+        least, most = (max((cell_len(each.strip()) for each in some), default=0) for some in (parts, lines))
+        return Measurement(least, most).with_maximum(options.max_width)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.text.split("\n", allow_blank=True):
+            for part in line.divide(_line_starts(line.plain, options.max_width)):
+                part.rstrip()
+                yield part
+
+
+def _line_starts(line: str, width: int) -> list[int]:
+    """Where the second and every further line begins, so that none is wider than `width` cells."""
+    starts, begin = [], 0
+
+    def place(piece: re.Match[str], offset: int, cuts: Sequence[re.Pattern[str]]) -> None:
+        """Put a piece on this line, or on the next, or its own pieces one by one if it is wider than any line."""
+        nonlocal begin
+        end = offset + piece.end()
+        first = end - len(piece[0].lstrip())
+        if cell_len(line[begin:end].rstrip()) <= width:
+            return
+        if cell_len(line[first:end]) > width and cuts:
+            for smaller in re.finditer(cuts[0], piece[0]):
+                place(smaller, offset + piece.start(), cuts[1:])
+        elif first > begin:
+            begin = first
+            starts.append(begin)
+
+    for word in _WORD.finditer(line):
+        place(word, 0, (_PART, _LETTER))
+    return starts
+
+
 class ReportTable(Table):
-    """A table with lines on a terminal, and plain columns in a file or a pipe, which programs read."""
+    """A table that fits the terminal, and in a file or a pipe plain columns, which programs read."""
+
+    def __init__(self, *headers: str, heading: str | None = None, **more: Any):
+        super().__init__(*headers, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, **more)
+        # Rich's own title is no wider than the table.
+        self.heading = heading
+
+    def add_row(self, *cells: Any, **more: Any) -> None:
+        super().add_row(*(Words(cell) if isinstance(cell, str) else cell for cell in cells), **more)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not console.is_terminal:
-            self.box, self.pad_edge = None, False
-        return super().__rich_console__(console, options)
+            self.box = None
+        # Two spaces between columns, with a box and without.
+        self.collapse_padding = self.box is not None
+        if self.heading is not None:
+            yield Text(self.heading, style="bold")
+        yield from super().__rich_console__(console, options)
 
 
 class TerminalView:
@@ -95,39 +175,53 @@ def _short(value: Any) -> str:
 
 
 def closing_table(run: Run) -> Table:
-    """Node, result, rows in and out, drops by reason, seconds, fingerprint, where: a row a node of the run."""
-    table = ReportTable(title=run.recipe.name, title_justify="left")
-    table.add_column("node", no_wrap=True)
+    """Node, result, rows, seconds, fingerprint: a row a node of the run."""
+    table = ReportTable(heading=run.recipe.name)
+    table.add_column("node")
     table.add_column("result", no_wrap=True)
-    for head in ("rows in", "rows out"):
+    for head in ("rows", "seconds"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("dropped")
-    table.add_column("seconds", justify="right", no_wrap=True)
-    table.add_column("fingerprint", overflow="fold", max_width=24)
-    table.add_column("where", overflow="fold")
+    table.add_column("dataset", no_wrap=True)
     for node in run.nodes:
         outcome = run.outcomes.get(node, Outcome(node, "not run"))
-        stats = outcome.dataset.manifest.stats if outcome.dataset else None
         table.add_row(
             node,
             f"[{STYLES[outcome.result]}]{outcome.result}[/]",
-            f"{stats.rows_in:,}" if stats else "",
-            f"{stats.rows_out:,}" if stats else "",
-            ", ".join(f"{rows} {reason}" for reason, rows in stats.dropped.items()) if stats else "",
+            f"{outcome.dataset.manifest.stats.rows_out:,}" if outcome.dataset else "",
             f"{outcome.seconds:.1f}",
-            run.planned[node].fingerprint,
-            run.store.url(outcome.dataset.folder).removesuffix(run.planned[node].fingerprint) if outcome.dataset else "",
+            short(run.planned[node].fingerprint),
         )
+    return table
+
+
+def funnel_table(recipe: Recipe, stats: Mapping[str, Stats]) -> Table:
+    """What became of the rows of every subset, stage by stage: how many are left of all that came in, and why the others went."""
+    table = ReportTable(heading="rows")
+    table.add_column("node")
+    for head in ("in", "out", "of all"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("dropped")
+    first: dict[str, int] = {}
+    for node, counted in stats.items():
+        if recipe.nodes[node].stage not in (*SUBSET_STAGES, *FOLDER_STAGES) and not counted.dropped:
+            continue
+        before = recipe.nodes[node].inputs.get("rows")
+        first[node] = first.get(before or "", counted.rows_in)
+        largest = sorted(counted.dropped.items(), key=lambda item: (-item[1], item[0]))
+        reasons = ", ".join(f"{rows:,} {reason}" for reason, rows in largest)
+        share = counted.rows_out / max(first[node], 1)
+        table.add_row(node, f"{counted.rows_in:,}", f"{counted.rows_out:,}", f"{share:.1%}", escape(reasons))
     return table
 
 
 def plan_table(planned: Mapping[str, Planned], nodes: Sequence[str]) -> Table:
     """For every node hit, stale or miss, and which field or input made it so."""
-    table = ReportTable()
-    for head in ("node", "state", "fingerprint"):
+    table = ReportTable("node")
+    for head in ("state", "dataset"):
         table.add_column(head, no_wrap=True)
-    table.add_column("because", overflow="fold")
+    table.add_column("because")
     for node in nodes:
         plan = planned[node]
-        table.add_row(node, f"[{PLAN_STYLES[plan.state]}]{plan.state}[/]", plan.fingerprint, escape("; ".join(plan.reasons)))
+        state = f"[{PLAN_STYLES[plan.state]}]{plan.state}[/]"
+        table.add_row(node, state, short(plan.fingerprint), escape("; ".join(plan.reasons)))
     return table

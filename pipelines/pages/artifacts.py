@@ -108,7 +108,7 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome, before: ArtifactC
         _drops(manifest),
         *_pictures(outcome.dataset),
         *thumbnails(outcome.dataset),
-        *_scores(manifest),
+        *_scores(run, manifest),
         *_block("Summary", {name: value for name, value in manifest.summary.items() if name != "scores"}),
         *_block("Configuration", manifest.config),
         *_block("Schema", manifest.columns),
@@ -202,9 +202,9 @@ def _block(title: str, value: object) -> list[str]:
     return [f"## {title}", f"```json\n{json.dumps(value, indent=1)}\n```"] if value else []
 
 
-def _scores(manifest: Manifest) -> list[str]:
+def _scores(run: Run, manifest: Manifest) -> list[str]:
     with harmless(f"the scores of {manifest.node}"):
-        return scores_section(manifest.summary.get("scores", {}), manifest.config)
+        return scores_section(manifest.summary.get("scores", {}), manifest.config, run.servers.state / "drawings")
     return []
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from infra.dataset import Dataset, InputRef, all_datasets, find
 from infra.store import Store
+from pipelines.commands.terminal import moment, short
 from pipelines.flows.run import Run
 
 
@@ -22,9 +23,9 @@ class Branch:
     @property
     def label(self) -> str:
         if self.dataset is None:
-            return f"{self.reference.stage} {self.reference.fingerprint} (removed)"
+            return f"{self.reference.stage} {short(self.reference.fingerprint)} (removed)"
         manifest = self.dataset.manifest
-        return f"{manifest.node} {manifest.fingerprint} ({manifest.stats.rows_out} rows, {manifest.created})"
+        return f"{manifest.node} {short(manifest.fingerprint)} ({manifest.stats.rows_out:,} rows, {moment(manifest.created)})"
 
     def as_json(self, below: str) -> dict[str, Any]:
         manifest = self.dataset.manifest if self.dataset else None

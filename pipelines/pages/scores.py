@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pipelines.pages.drawings import drawn_once
 
 INK, PALE, BAR, LINE = "#22272e", "#8b949e", "#6aa5d8", "#c4572a"
 COLUMNS = 2
 
 
-def scores_section(scores: dict[str, dict[str, Any]], config: dict[str, Any]) -> list[str]:
+def scores_section(scores: dict[str, dict[str, Any]], config: dict[str, Any], drawings: Path) -> list[str]:
     """Markdown: one picture of all histograms, then a table of thresholds.
 
     A score that no row has is left out.
@@ -20,11 +23,12 @@ def scores_section(scores: dict[str, dict[str, Any]], config: dict[str, Any]) ->
     Args:
         scores: a filter's ``summary["scores"]``, see `stages.filter.histogram.histogram_of`.
         config: the filter's configuration, whose ``min_SCORE`` and ``max_SCORE`` are marked.
+        drawings: the folder that keeps the picture, see `pipelines.pages.drawings`.
     """
     scores = {score: told for score, told in scores.items() if sum(told["counts"])}
     if not scores:
         return []
-    picture = base64.b64encode(draw(scores, config)).decode()
+    picture = base64.b64encode(drawn_once(drawings, draw, scores, config)).decode()
     return [
         "## Scores",
         f"![histograms of {', '.join(scores)}](data:image/png;base64,{picture})",

@@ -12,6 +12,7 @@ import webbrowser
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -26,11 +27,13 @@ from infra.prefect_server import (
     configured_api,
     prefect_environment,
     start_worker,
+    usual_port,
 )
 from infra.processes import SERVERS, Server, ServerError, locked, marked, nobody_else, recorded, running, stop, wait_until_ready
 from infra.ray_cluster import configured_ray
 from pipelines.commands.terminal import ReportTable
 from pipelines.servers.servers import GRACE, KEPT, use_servers
+from pipelines.servers.shells import exports
 from stages.runner.deployment import Pool
 
 # How long the runs that `down` interrupts may take to stop their jobs, and a worker to come up, in seconds.
@@ -38,22 +41,30 @@ STOP_SECONDS = 60.0
 START_SECONDS = 120.0
 
 
-def bring_up(state: Path, pool: str, console: Console) -> None:
-    """Start what is not running of Prefect server, Ray and worker of a pool, and leave it running.
+def bring_up(state: Path, pool: str, port: int | None, console: Console) -> dict[str, Any]:
+    """Start what is not running of Prefect server, Ray and worker of a pool, leave it running, and return where it is, as JSON.
 
     Raises:
-        ServerError: one of them does not come up; what was started for it is stopped again, unless it was up before.
+        ServerError: one of them does not come up, or another program has the Prefect server's port; what was started for it is
+            stopped again, unless it was up before.
     """
     before = {name: server.pid for name in SERVERS if (server := running(name, state))}
     with use_servers(state) as servers:
+        address = servers.begin_prefect(port)
         servers.begin_ray(lambda _: None)
-        address = servers.begin_prefect()
         servers.wait_for_prefect()
         _bring_up_worker(state, address, Pool(name=pool))
         servers.ray()
         (state / KEPT).write_text(json.dumps({"pool": pool}))
+        lines = exports(state, address)
     console.print(_table(state, before, address))
-    say_sign_in(state, address, console)
+    say_address(state, address, console)
+    console.print("For other shells:")
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    up = {name: running(name, state) for name in SERVERS}
+    told = {n: {"address": s.address, "pid": s.pid, "started": before.get(n) != s.pid} for n, s in up.items() if s}
+    return {"ui": address, "servers": told, "exports": lines}
 
 
 def _bring_up_worker(state: Path, address: str, pool: Pool) -> None:
@@ -85,8 +96,10 @@ def _table(state: Path, before: dict[str, int], address: str) -> Table:
             table.add_row(name, "the configured one", configured_ray() if name == "ray" else address)
             continue
         word = "was running" if before.get(name) == server.pid else "[green]started[/]"
-        since = datetime.fromtimestamp(server.created).astimezone().isoformat(sep=" ", timespec="seconds")
-        table.add_row(name, word, server.address, str(server.pid), since)
+        since = f"{datetime.fromtimestamp(server.created):%Y-%m-%d %H:%M}"
+        # A worker's address is its pool's, at the server's.
+        place = f"pool {server.address.rsplit('/', 1)[-1]}" if name == "worker" else server.address
+        table.add_row(name, word, place, str(server.pid), since)
     return table
 
 
@@ -175,11 +188,28 @@ def find_api(state: Path) -> str:
     raise ServerError("no Prefect server to deploy to; `unidiffuser up` starts one for this store, or set PREFECT_API_URL")
 
 
+def say_address(state: Path, address: str, console: Console) -> None:
+    """Say where the UI is and how the browser gets in, and why its address is not the usual one if it is not."""
+    console.print(f"Prefect UI: {address}", soft_wrap=True)
+    say_sign_in(state, address, console)
+    usual, server = usual_port(state), running("prefect", state)
+    if server is not None and server.address == address and usual is not None and not address.endswith(f":{usual}"):
+        console.print(
+            f"Its usual port {usual} is taken by another program: bookmarks lead there until that ends.", soft_wrap=True
+        )
+
+
 def say_sign_in(state: Path, address: str, console: Console) -> None:
     """Say under an address of the UI how the browser gets in, if the server is the embedded one."""
     if (server := running("prefect", state)) is not None and server.address == address:
-        command = shlex.join(["unidiffuser", "ui", "--store", str(state.parent)])
-        console.print(f"To sign the browser in: {command}", soft_wrap=True)
+        console.print(f"To sign the browser in: {command_for('ui', state)}", soft_wrap=True)
+
+
+def command_for(command: str, state: Path) -> str:
+    """``unidiffuser ui --store /data/runs``; without the store where it is the one that the command takes by itself."""
+    usual = Path(os.environ.get("UNIDIFFUSER_STORE", "runs"), state.name)
+    store = [] if usual.resolve() == state.resolve() else ["--store", str(state.parent)]
+    return shlex.join(["unidiffuser", command, *store])
 
 
 def open_ui(state: Path, console: Console) -> None:

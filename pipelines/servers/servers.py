@@ -13,7 +13,7 @@ from pathlib import Path
 
 from infra.loopback import ask_loopback_directly
 from infra.prefect_server import check_api, configured_api, prefect_environment, start_prefect, wait_for_prefect
-from infra.processes import SERVERS, Server, kill, locked, nobody_else, recorded, share, stop, strays
+from infra.processes import SERVERS, Server, ServerError, kill, locked, nobody_else, recorded, share, stop, strays
 from infra.ray_cluster import configured_ray, start_ray
 from infra.ray_jobs import RayJobs, user_token
 
@@ -42,18 +42,22 @@ class Servers:
         self._prefect: Server | None = None
         self._ray: Future[RayJobs] | None = None
 
-    def begin_prefect(self) -> str:
+    def begin_prefect(self, port: int | None = None) -> str:
         """The address of the Prefect UI, whose server may still be on its way; this process's client will talk to it.
 
         Must come before the first import of Prefect, which reads its settings then.
 
         Raises:
-            ServerError: the configured server cannot be used.
+            ServerError: the configured server cannot be used, or the embedded one cannot have this port.
         """
         if (address := configured_api()) is not None:
+            if port is not None:
+                raise ServerError(
+                    f"--port is for a server of `up`, but PREFECT_API_URL={address} names another; unset one of them"
+                )
             check_api(address)
             return address.rstrip("/").removesuffix("/api")
-        self._prefect = start_prefect(self.state)
+        self._prefect = start_prefect(self.state, port)
         os.environ.update(prefect_environment(self.state, self._prefect.address))
         return self._prefect.address
 

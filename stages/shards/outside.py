@@ -20,19 +20,23 @@ import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from aiohttp import ClientError
 
 from infra.external import member
 from infra.text import TextError, lines
 from stages.runner.contract import StageError
 
 MAGIC = b"PAR1"
-# What reading raises: Arrow, file systems, web servers that break off.
-UNREADABLE = (pa.ArrowInvalid, OSError, ClientError)
-# And what unpacking does, archives too. (gzip's own and bz2's are OSError.)
+# What unpacking raises, archives too. (gzip's own and bz2's are OSError.)
 UNPACKING = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 NUMBER = r"^(?i)([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan)$"
 INTEGER = r"^[+-]?\d{1,20}(\.0*)?$"
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What reading raises: Arrow, file systems, web servers that break off. Asked for when something was raised."""
+    from aiohttp import ClientError
+
+    return pa.ArrowInvalid, OSError, ClientError
 
 
 @contextmanager
@@ -42,7 +46,7 @@ def readable(address: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise StageError(f"{address}: no such file (any more)") from None
-    except UNREADABLE as error:
+    except unreadable() as error:
         raise StageError(
             f"{address}: not a complete Parquet file ({one_line(error)}); fetch it again or take it out of the list"
         ) from None
@@ -89,7 +93,7 @@ def _unpacked(address: str) -> Iterator[Any]:
         raise StageError(f"{address}: {error}") from None
     except FileNotFoundError:
         raise StageError(f"{address}: no such file (any more)") from None
-    except (*UNREADABLE, *UNPACKING) as error:
+    except (*unreadable(), *UNPACKING) as error:
         raise StageError(f"{address}: cannot be unpacked or read ({one_line(error)}); fetch or pack it again") from None
 
 

@@ -109,7 +109,7 @@ def test_the_closing_table_names_every_node_and_its_rows(world: World) -> None:
     for node in NODES:
         manifest = world.dataset(node).manifest
         line = next(line for line in world.printed.splitlines() if node in line and manifest.fingerprint[:8] in line)
-        assert str(manifest.stats.rows_in) in line
+        assert f" {manifest.stats.rows_out} " in line
 
 
 def test_the_overhead_benchmark_finds_each_nodes_work_and_process(world: World) -> None:

@@ -9,7 +9,9 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from rich.console import Console
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, folder_of
 from infra.store import Store, sha256_of
 from pipelines import command
-from pipelines.commands.inspection import funnel_table, inspect_dataset, status_rows, status_table
+from pipelines.commands.inspection import inspect_dataset, status_rows, status_view
 from pipelines.commands.terminal import plan_table
 from pipelines.flows.jobs import parse_line
 from pipelines.flows.selection import select_nodes
@@ -106,7 +108,7 @@ def test_lineage_goes_up_and_down(tmp_path: Path) -> None:
     down = descendants(store, first)
     assert sorted(branch.reference.fingerprint[:2] for branch in down.branches[0].branches) == ["cc", "dd"]
     store.remove(folder_of("select", "aa" * 12))
-    assert ancestors(store, third).branches[0].branches[0].label == f"select {'aa' * 12} (removed)"
+    assert ancestors(store, third).branches[0].branches[0].label == f"select {'aa' * 6} (removed)"
 
 
 def test_a_large_picture_is_shrunk_until_the_page_can_hold_it(tmp_path: Path) -> None:
@@ -148,6 +150,35 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as ended:
         command.main()
     return int(ended.value.code or 0)
+
+
+def test_what_scripts_read_is_json_and_whole(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(str(tmp_path / "store"))
+    (tmp_path / "good.txt").write_text("good")
+    dataset = a_dataset(store, "filter", "ab" * 12, {}, tmp_path / "good.txt")
+
+    def printed(*words: str, code: int = 0) -> Any:
+        assert run_main(monkeypatch, *words, "--json", "--store", store.root) == code
+        return json.loads(capsys.readouterr().out)
+
+    whole = printed("inspect", "abab")
+    assert whole.pop("where") == f"{store.root}/filter/units/{'ab' * 12}"
+    assert whole == json.loads(store.read(f"{dataset.folder}/manifest.json"))
+    told = {"node": "x-filter", "stage": "filter", "fingerprint": "ab" * 12, "files": 1}
+    assert printed("verify", "abab") == {**told, "problems": []}
+    Path(dataset.url(dataset.files[0])).write_text("bent")
+    (problem,) = printed("verify", "abab", code=1)["problems"]
+    assert "good.txt: damaged" in problem
+    plan = printed("run", str(tmp_path / "three.yaml"), "--dry-run", "--force", "a-select")
+    assert [(node["node"], node["state"]) for node in plan] == [(name, "miss") for name in recipe.nodes]
+    assert plan[0]["reasons"] == ["never made", "forced"] and len(plan[0]["fingerprint"]) == 24
+
+
+def test_the_version_is_that_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_main(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"{version('unidiffuser')}\n"
 
 
 def test_misuse_is_one_line_with_the_path_of_the_field_and_starts_nothing(
@@ -238,14 +269,14 @@ def test_tables_have_lines_on_a_terminal_and_are_plain_columns_elsewhere(recipe:
     def shown(terminal: bool) -> list[str]:
         console = Console(file=io.StringIO(), force_terminal=terminal, no_color=True, width=160)
         rows = status_rows(recipe, Store(str(tmp_path / "store")))
-        console.print(status_table(rows), funnel_table(recipe, rows), plan_table({}, []))
+        console.print(status_view(recipe, rows), plan_table({}, []))
         return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
 
     plain = shown(terminal=False)
-    assert plain[0].split() == ["node", "state", "rows", "in", "rows", "out", "made", "where,", "or", "why", "not"]
+    assert plain[0].split() == ["node", "state", "rows", "dataset", "made,", "or", "why", "not"]
     assert [line.split()[:2] for line in plain[1:5]] == [[name, "miss"] for name in recipe.nodes]
     assert all(line.isascii() for line in plain)
-    assert any("│ a-select" in line for line in shown(terminal=True))
+    assert "─" in shown(terminal=True)[1]
 
 
 def test_the_shell_completes_commands_and_the_nodes_of_the_recipe(tmp_path: Path) -> None:
@@ -261,6 +292,20 @@ def test_the_shell_completes_commands_and_the_nodes_of_the_recipe(tmp_path: Path
     for option in ("--only", "--from", "--until", "--force"):
         assert offered("run", str(recipe), option, "b") == ["bad-select", "bad-download"]
     assert offered("run", str(tmp_path / "none.yaml"), "--only", "b") == []
+
+
+def test_a_command_without_work_imports_no_more_than_it_reads_with(recipe: Recipe, tmp_path: Path) -> None:
+    document, store = tmp_path / "three.yaml", tmp_path / "store"
+    heavy = {"torch", "ray", "prefect", "aiohttp", "matplotlib", "httpx", "sqlalchemy"}
+    a_dataset(Store(str(store)), "select", "aa" * 12, {})
+    for words in (["status", str(document)], ["run", str(document), "--dry-run"], ["lineage", "aaaa"]):
+        script = (
+            "import sys; from pipelines.command import app\n"
+            f"try: app([*{words!r}, '--store', {str(store)!r}])\n"
+            f"finally: print(sorted({heavy!r} & set(sys.modules)), file=sys.stderr)\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0 and done.stderr.strip() == "[]", (words, done.stderr)
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
 from infra.dataset import Manifest, Stats, commit
 from infra.store import Store
-from pipelines.commands.inspection import funnel_table, status_rows
+from pipelines.commands.inspection import status_rows
+from pipelines.commands.terminal import Words, funnel_table
 from pipelines.flows.run import plan_run
 from pipelines.pages.scores import scores_section
 from stages.filter.histogram import count, histogram_of
@@ -21,12 +24,12 @@ from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import write_recipe
 
 
-def test_a_filters_page_has_a_picture_and_the_rows_that_each_threshold_keeps() -> None:
+def test_a_filters_page_has_a_picture_and_the_rows_that_each_threshold_keeps(tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     values = {"aesthetic": chance.normal(5, 1, 400).astype(np.float32), "punsafe": chance.beta(1, 5, 300).astype(np.float32)}
     columns = {name: pa.chunked_array([pa.array([*numbers, None])]) for name, numbers in values.items()}
     scores = {name: histogram_of(name, count(name, column)) for name, column in columns.items()}
-    head, picture, table = scores_section(scores, {"min_aesthetic": 5.0, "max_punsafe": None})
+    head, picture, table = scores_section(scores, {"min_aesthetic": 5.0, "max_punsafe": None}, tmp_path / "drawings")
     found = re.fullmatch(r"!\[histograms of aesthetic, punsafe\]\(data:image/png;base64,(.*)\)", picture)
     assert head == "## Scores" and found is not None
     drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(found[1]))).convert("RGB"))
@@ -39,7 +42,16 @@ def test_a_filters_page_has_a_picture_and_the_rows_that_each_threshold_keeps() -
         kept = (values[name] < float(threshold) if sign == "<" else values[name] >= float(threshold)).sum()
         assert int(rows) == kept and float(share) == round(100 * kept / len(values[name]), 1)
     assert "**aesthetic** (asked for: 5) | 400 rows; 1 rows without it" in table and "**punsafe** (not asked for)" in table
-    assert scores_section({}, {}) == []
+    assert scores_section({}, {}, tmp_path) == []
+
+
+def test_a_picture_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"aesthetic": histogram_of("aesthetic", count("aesthetic", pa.chunked_array([pa.array([5.0, 6.0])])))}
+    first = scores_section(scores, {"min_aesthetic": 5.0}, tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert scores_section(scores, {"min_aesthetic": 5.0}, tmp_path) == first
+    with pytest.raises(ImportError):
+        scores_section(scores, {"min_aesthetic": 5.5}, tmp_path)
 
 
 def test_status_shows_what_became_of_every_subsets_rows(tmp_path: Path) -> None:
@@ -60,8 +72,10 @@ def test_status_shows_what_became_of_every_subsets_rows(tmp_path: Path) -> None:
             stage=planned.stage, node=node, fingerprint=planned.fingerprint, generation=0, inputs={}, config={}, sources={},
             code={}, columns={}, stats=stats, summary={}, seconds=1.0, created="2026-01-01T00:00:00+00:00", files=[],
         ))  # fmt: skip
-    table = funnel_table(recipe, status_rows(recipe, store))
-    cells = [list(column.cells) for column in table.columns]
+    rows = [row for row in status_rows(recipe, store) if row["created"]]
+    counted = {row["node"]: Stats(row["rows_in"], row["rows_out"], row["dropped"]) for row in rows}
+    columns = funnel_table(recipe, counted).columns
+    cells = [[cell.text.plain for cell in column.cells if isinstance(cell, Words)] for column in columns]
     assert list(zip(*cells, strict=True)) == [
         ("a-select", "60", "40", "66.7%", "20 min_width"),
         ("a-download", "40", "30", "50.0%", "7 timeout, 3 http_404"),

@@ -157,6 +157,19 @@ def test_up_starts_all_three_and_up_again_starts_nothing(machine: Machine) -> No
     assert before == {name: machine.server(name).pid for name in names}
 
 
+def test_another_shell_is_let_in_by_the_lines_that_up_prints(machine: Machine) -> None:
+    lines = [line for line in machine.printed.splitlines() if line.startswith("export ")]
+    asks = (
+        "from infra.prefect_server import check_api, configured_api; from infra.ray_cluster import configured_ray\n"
+        "from infra.ray_jobs import RayJobs, user_token\n"
+        "check_api(configured_api()); print(configured_api(), RayJobs(configured_ray(), user_token()).ready())"
+    )
+    script = "\n".join([*lines, f"{sys.executable} -c '{asks}'"])
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [f"{machine.address}/api", "True"], done.stderr
+    assert not any(machine.server(name).token in machine.printed for name in ("prefect", "ray"))
+
+
 def test_deploy_registers_the_recipe_and_every_node_with_its_form(machine: Machine) -> None:
     printed = machine.deploy(TINY)
     assert "cron 0 2 * * * (Europe/Berlin), until good-select" in printed
