@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
     """The last line of a run, behind pytest's own, says that the browser tests did not run, and what they need."""
@@ -15,7 +16,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     skipped = reporter.stats.get("skipped", []) if reporter else []
     if count := sum("no Chromium" in str(report.longrepr) for report in skipped):
         reporter.write_line(f"{count} browser tests were skipped, for want of a browser: `apt-get install chromium` brings it")
-
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from infra.dataset import Dataset, by_prefix, find
+from infra.dataset import Dataset, by_prefix, find, pointed
 from infra.store import Store, StoreError
 from stages.drawing.assembly import assemble
 from stages.evaluate.export import ExportConfig
@@ -98,6 +99,21 @@ def opened(checkpoint: str, store: Store, named: Named, heads: int | None = None
             yield assemble(training_job(dataset, named), folder)
 
 
+@contextmanager
+def for_library(checkpoint: str, store: str | None, encoders: Encoders | None) -> Iterator[Path]:
+    """`opened` for `unidiffuser.checkpoints`, which finds this function by its entry point.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or an encoder of it must be named.
+    """
+    place = Store(store or os.environ.get("UNIDIFFUSER_STORE") or "runs")
+    try:
+        with opened(checkpoint, place, Named(**asdict(encoders)) if encoders else Named()) as folder:
+            yield folder
+    except Misuse as error:
+        raise FileNotFoundError(str(error)) from None
+
+
 def convert(source: str, target: Path, to: Any, store: Store, named: Named, heads: int | None = None) -> None:
     """Write a checkpoint, or a lone U-ViT in any layout, as `target`; a training dataset becomes a whole set.
 
@@ -164,8 +180,18 @@ def training_job(checkpoint: Dataset, named: Named) -> Job:
     config = ExportConfig.model_validate({part: _encoder(part, encode, node, named) for part in ("vae", "clip", "text")})
     return Job(
         store=store, stage="export", node=node, config=config, inputs={"checkpoint": checkpoint, "codec": codec}, sources={},
-        weights={},
+        weights={}, recipe=_recipe_of(checkpoint),
     )  # fmt: skip
+
+
+def _recipe_of(dataset: Dataset) -> str | None:
+    """A recipe whose node gave this dataset last."""
+    store, reference = dataset.store, dataset.manifest.reference()
+    for recipe in store.list("nodes"):
+        found = pointed(store, recipe, dataset.manifest.node) if recipe != "announced" else None
+        if found is not None and found.manifest.reference() == reference:
+            return recipe
+    return None
 
 
 def _encoder(part: Any, encode: Dataset, node: str, named: Named) -> str:

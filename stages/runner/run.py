@@ -114,7 +114,7 @@ def make_job(planned: Planned, store: Store) -> Job:
         inputs[name] = dataset
     return Job(
         store=store, stage=planned.stage, node=planned.name, config=planned.config, inputs=inputs,
-        sources=planned.sources, weights=planned.weights, lists=planned.lists,
+        sources=planned.sources, weights=planned.weights, lists=planned.lists, recipe=planned.recipe,
     )  # fmt: skip
 
 
