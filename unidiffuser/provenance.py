@@ -18,7 +18,7 @@ from unidiffuser.tensors import read_settings
 
 PROVENANCE, CARD = "provenance.json", "README.md"
 # What a sample carries of the provenance; the rest is as long as the lineage.
-IDENTITY = ("recipe", "node", "stage", "fingerprint", "step", "weights", "commit", "made_from")
+IDENTITY = ("recipe", "node", "stage", "fingerprint", "step", "weights", "export", "commit", "made_from")
 WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 # Cards that have this line are ours, and are written anew for another layout; others are left as they are.
 OURS = "A [UniDiffuser](https://arxiv.org/abs/2303.06555): one network that draws pictures, captions, and either from the other."

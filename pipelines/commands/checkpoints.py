@@ -94,9 +94,30 @@ def opened(checkpoint: str, store: Store, named: Named, heads: int | None = None
     with tempfile.TemporaryDirectory(prefix="unidiffuser-") as scratch:
         folder = Path(scratch, "export")
         if dataset.manifest.stage == "export":
-            yield dataset.fetch(folder)
+            yield _named_by(dataset, dataset.fetch(folder))
         else:
             yield assemble(training_job(dataset, named), folder)
+
+
+def _named_by(export: Dataset, folder: Path) -> Path:
+    """Let the provenance in an export's folder name the export, which does not know its fingerprint while it is made."""
+    from unidiffuser.provenance import CARD, PROVENANCE, write_provenance
+    from unidiffuser.tensors import read_settings
+
+    manifest, file = export.manifest, folder / PROVENANCE
+    told = {
+        "node": manifest.node,
+        "stage": manifest.stage,
+        "fingerprint": manifest.fingerprint,
+        "commit": manifest.code.get("git"),
+        "made_from": {name: reference.fingerprint for name, reference in manifest.inputs.items()},
+    }
+    if file.is_file():  # exports of older versions have none
+        told = read_settings(file)
+    for name in (PROVENANCE, CARD):
+        (folder / name).unlink(missing_ok=True)  # a link into the store
+    write_provenance(folder, told | {"export": manifest.fingerprint})
+    return folder
 
 
 @contextmanager

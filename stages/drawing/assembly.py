@@ -10,7 +10,6 @@ from typing import Any, Literal
 from infra.dataset import Dataset
 from stages.drawing.lineage import provenance
 from stages.runner.contract import Job
-from unidiffuser.provenance import write_provenance
 from unidiffuser.references import weights_digest
 
 
@@ -28,6 +27,8 @@ def assemble(job: Job, folder: Path) -> Path:
 
     The job's inputs are `checkpoint` and `codec`; its config names the encoders and which weights to take.
     """
+    from unidiffuser.provenance import write_provenance
+
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = job.inputs["checkpoint"].fetch(Path(scratch))
         put_together(checkpoint, job.config.weights, job.inputs["codec"], job.config, folder)

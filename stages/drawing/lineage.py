@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from infra.dataset import Dataset, InputRef, find
@@ -28,25 +29,26 @@ def provenance(job: Job) -> dict[str, Any]:
         "package": manifest.code.get("package"),
         "made_from": {name: reference.fingerprint for name, reference in inputs.items()},
         "config": manifest.config,
-        "datasets": [_described(job.store, reference) for reference in _ancestors(job.store, [*inputs.values()])],
+        "datasets": list(_ancestors(job.store, inputs.values())),
     }
 
 
-def _ancestors(store: Store, waiting: list[InputRef]) -> list[InputRef]:
-    """The datasets and all that they were made from, each once, the first ones first."""
-    found: dict[str, InputRef] = {}
-    while waiting:
-        reference = waiting.pop(0)
-        # Named again, it is nearer to the beginning than it was thought to be.
-        found.pop(reference.fingerprint, None)
-        found[reference.fingerprint] = reference
-        dataset = find(store, reference.stage, reference.fingerprint)
-        waiting += dataset.manifest.inputs.values() if dataset else ()
-    return list(reversed(found.values()))
+def _ancestors(store: Store, references: Iterable[InputRef]) -> Iterator[dict[str, Any]]:
+    """The datasets and all that they were made from, each once and behind what it was made from."""
+    seen = set[str]()
+
+    def grow(references: Iterable[InputRef]) -> Iterator[dict[str, Any]]:
+        for reference in references:
+            if reference.fingerprint not in seen:
+                seen.add(reference.fingerprint)
+                dataset = find(store, reference.stage, reference.fingerprint)
+                yield from grow(dataset.manifest.inputs.values() if dataset else ())
+                yield _described(reference, dataset)
+
+    return grow(references)
 
 
-def _described(store: Store, reference: InputRef) -> dict[str, Any]:
-    dataset: Dataset | None = find(store, reference.stage, reference.fingerprint)
+def _described(reference: InputRef, dataset: Dataset | None) -> dict[str, Any]:
     if dataset is None:
         return {"stage": reference.stage, "fingerprint": reference.fingerprint, "made_from": {}}
     manifest = dataset.manifest
