@@ -292,8 +292,8 @@ class UniDiffuser:
             )  # fmt: skip
         _check_finite(drawn, f"sampling in {self._arithmetic} with guidance {guidance:g}", "take another dtype or less guidance")
         pictures, captions = self.decode(drawn, beams, batch)
-        rows = (seeds, sources, pictures or [None] * len(seeds), captions or [None] * len(seeds))
-        return [Generated(*row) for row in zip(*rows, strict=True)]
+        nothing: list[None] = [None] * len(seeds)
+        return [Generated(*row) for row in zip(seeds, sources, pictures or nothing, captions or nothing, strict=True)]
 
     def encode(
         self,
