@@ -13,8 +13,9 @@ from rich.table import Table
 
 from infra.dataset import Dataset, by_prefix
 from infra.store import Store
+from pipelines.commands.brief import moment, short
 from pipelines.commands.checkpoints import Misuse
-from pipelines.commands.terminal import ReportTable, moment, short
+from pipelines.commands.terminal import ReportTable
 from stages.runner.garbage import Garbage, Leftover, Others, collect, find_garbage
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 
@@ -168,9 +169,8 @@ def _others_table(others: Sequence[Others], leftovers: Sequence[Leftover]) -> Ta
     for (recipe, node), found in sorted(groups.items()):
         newest = max(found, key=lambda each: each.dataset.manifest.created).dataset.manifest
         more = ", ..." if len(found) > 1 else ""
-        table.add_row(
-            recipe, node, f"{len(found):,}", decimal(sum(each.bytes for each in found)), short(newest.fingerprint) + more
-        )
+        size = decimal(sum(each.bytes for each in found))
+        table.add_row(recipe, node, f"{len(found):,}", size, short(newest.fingerprint) + more)
     for left in leftovers:
         table.add_row("unknown", f"{left.stage}: units", f"{len(left.folders):,}", decimal(left.bytes), "")
     return table

@@ -12,7 +12,7 @@ from rich.table import Table
 from infra.entries import entries, stages_in
 from infra.pins import pin, pinned, unpin
 from infra.store import NotThere, Store
-from pipelines.commands.terminal import short
+from pipelines.commands.brief import short
 from stages.catalog import STAGES
 
 # No more is imported here than a listing needs: it is to be there at once.
@@ -48,15 +48,8 @@ def dataset_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(head, no_wrap=True)
     for row in rows:
         size = "" if row["bytes"] is None else decimal(row["bytes"])
-        table.add_row(
-            row["node"],
-            row["stage"],
-            short(row["fingerprint"]),
-            f"{row['rows']:,}",
-            size,
-            row["created"][:10],
-            "yes" if row["pinned"] else "",
-        )
+        about = (row["node"], row["stage"], short(row["fingerprint"]), f"{row['rows']:,}", size, row["created"][:10])
+        table.add_row(*about, "yes" if row["pinned"] else "")
     return table
 
 

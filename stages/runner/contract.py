@@ -110,7 +110,8 @@ class Job:
     """All that a phase needs to know; pickled to the workers.
 
     `inputs` are committed datasets by input name, `sources` files from outside as address -> digest, `weights` encoder
-    weights as config field -> digest, `lists` further files from outside, by the part they play.
+    weights as config field -> digest, `lists` further files from outside, by the part they play. `recipe` is the name of the one
+    that asks, where it is known.
     """
 
     store: Store
@@ -121,6 +122,7 @@ class Job:
     sources: Mapping[str, str]
     weights: Mapping[str, str]
     lists: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    recipe: str | None = None
 
     def unit_folder(self, key: str) -> str:
         return f"{self.stage}/units/{key[:2]}/{key}"

@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
-from pathlib import Path
 from typing import Any
 
+from infra.commit import git_commit
 from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
@@ -115,7 +114,7 @@ def make_job(planned: Planned, store: Store) -> Job:
         inputs[name] = dataset
     return Job(
         store=store, stage=planned.stage, node=planned.name, config=planned.config, inputs=inputs,
-        sources=planned.sources, weights=planned.weights, lists=planned.lists,
+        sources=planned.sources, weights=planned.weights, lists=planned.lists, recipe=planned.recipe,
     )  # fmt: skip
 
 
@@ -305,15 +304,6 @@ def code_identity(stage: type[Stage]) -> dict[str, Any]:
         "git": git_commit(),
         "python": platform.python_version(),
     }
-
-
-def git_commit() -> str | None:
-    root = Path(__file__).parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
 
 
 def _check_disk(stage: type[Stage], job: Job) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infra.dataset import point
 from infra.store import Store
 from pipelines.commands import sampling
 from tests.pipelines.commands.test_plain import run_main
@@ -189,7 +190,8 @@ def store(export, tmp_path) -> Store:  # noqa: F811
     (tmp_path / "train").mkdir()
     shutil.copy(export / "uvit" / "config.json", tmp_path / "train")
     shutil.copy(export / "uvit" / "model.safetensors", tmp_path / "train" / "ema.safetensors")
-    dataset_of(store, "train", tmp_path / "train", {"data.little": encode.manifest.reference()})
+    train = dataset_of(store, "train", tmp_path / "train", {"data.little": encode.manifest.reference()})
+    point(store, "mine", "x-train", train.manifest.reference())
     return store
 
 
