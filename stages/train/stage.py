@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from infra.dataset import VERIFY, FileEntry, fetch_files
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
-from stages.runner.contract import Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
+from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
@@ -118,7 +118,7 @@ def train_chain(chain: Chain) -> None:
     Raises:
         StageError: the workers failed, or the run was asked to stop before its last step.
     """
-    from training.job import TrainingError, TrainJob
+    from training.job import TrainingBug, TrainingError, TrainJob
     from training.launch import train
 
     job, done = chain.job, chain.done()
@@ -152,6 +152,8 @@ def train_chain(chain: Chain) -> None:
         )
         try:
             outcome = train(run, on_row=on_row)
+        except TrainingBug as error:
+            raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:
             raise StageError(f"{job.node}: {error}") from error
     if outcome.stopped:

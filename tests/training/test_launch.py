@@ -10,8 +10,8 @@ import pytest
 from infra.store import StoreError
 from tests.training.synthetic import KeepIn, config, write_shards
 from training.history import Row
-from training.job import TrainingError, TrainJob
-from training.launch import _reason, train
+from training.job import TrainingBug, TrainingError, TrainJob
+from training.launch import _failure, train
 
 
 def test_progress_checkpoints_and_a_request_to_stop(ray_cluster: None, tmp_path: Path) -> None:
@@ -37,7 +37,16 @@ def test_a_damaged_file_is_a_reason() -> None:
     told._base_exc = StoreError("step.safetensors: damaged; delete it")  # type: ignore[attr-defined]
     failed = Exception("workers failed")
     failed.worker_failures = {0: told}  # type: ignore[attr-defined]
-    assert _reason(failed) == "step.safetensors: damaged; delete it"
+    assert str(_failure(failed)) == "step.safetensors: damaged; delete it"
+
+
+def test_a_bug_is_a_line_that_is_caused_by_the_workers_traceback() -> None:
+    told = Exception("a traceback of many lines")
+    told._base_exc = KeyError("step")  # type: ignore[attr-defined]
+    failed = Exception("workers failed")
+    failed.worker_failures = {0: told}  # type: ignore[attr-defined]
+    error = _failure(failed)
+    assert (type(error), str(error), error.__cause__) == (TrainingBug, "KeyError: 'step'", told)
 
 
 def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(ray_cluster: None, tmp_path: Path) -> None:
