@@ -9,7 +9,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -83,6 +83,16 @@ class RayJobs:
         """The jobs that have not ended and were submitted before a moment, in seconds since 1970: id -> metadata."""
         jobs = [job for job in self._ask("GET", "/api/jobs/") if job.get("submission_id") and job["status"] not in TERMINAL]
         return {job["submission_id"]: job.get("metadata") or {} for job in jobs if (job.get("start_time") or 0) / 1000 < before}
+
+    def newest(self, wanted: Callable[[str, str], bool]) -> str | None:
+        """The job that was submitted last of those whose (id, command) are wanted.
+
+        Raises:
+            ServerError: Ray does not answer.
+        """
+        found = [job for job in self._call("GET", "/api/jobs/", timeout=SHORT_TIMEOUT) if job.get("submission_id")]
+        fitting = [job for job in found if wanted(job["submission_id"], job["entrypoint"])]
+        return max(fitting, key=lambda job: job.get("start_time") or 0)["submission_id"] if fitting else None
 
     def status(self, job: str) -> str:
         return str(self._ask("GET", f"/api/jobs/{job}")["status"])

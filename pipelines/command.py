@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
 
 import typer
 
+from pipelines import DEBUG
 from pipelines.cli import data, machine, models, recipes
 from pipelines.cli.options import app
 
@@ -23,7 +25,9 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 def main() -> None:
     """Entry point: errors that a person can mend are one line; 2 means misuse, 1 failure, 130 an interruption."""
     arguments = sys.argv[1:]
-    debug = "--debug" in arguments
+    if debug := "--debug" in arguments:
+        # Jobs are started by code that knows no command line.
+        os.environ[DEBUG] = "1"
     # A terminal that closes, or a `kill`, ends the command as Ctrl-C does: with the servers stopped.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(130))

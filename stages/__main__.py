@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of the recipe")
     parser.add_argument("--outside", metavar="FILE", help="files from outside that an earlier plan found; else looked for now")
     parser.add_argument("--expect", metavar="FINGERPRINT", help="fail if the node would get another one here")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of any error, not of bugs alone")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
     try:
