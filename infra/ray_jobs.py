@@ -75,6 +75,21 @@ class RayJobs:
                 f"Ray at {self.address} is {theirs}, here it is {ours}; install on the cluster what requirements.lock names"
             )
 
+    def memory(self) -> tuple[list[int], list[int]]:
+        """Bytes of memory of every machine that does work, and of every GPU.
+
+        Raises:
+            ServerError: Ray does not answer, or no machine is there.
+        """
+        nodes = self._call("GET", "/nodes?view=summary", timeout=SHORT_TIMEOUT)["data"]["summary"]
+        alive = [node for node in nodes if node.get("mem") and node.get("raylet", {}).get("state") == "ALIVE"]
+        # A head that takes no work has no CPUs.
+        working = [node for node in alive if node["raylet"].get("resourcesTotal", {"CPU": 1}).get("CPU")] or alive
+        if not working:
+            raise ServerError(f"Ray at {self.address} has no machine yet")
+        gpus = [gpu["memoryTotal"] * 2**20 for node in working for gpu in node.get("gpus") or [] if gpu.get("memoryTotal")]
+        return [int(node["mem"][0]) for node in working], gpus
+
     def statuses(self) -> dict[str, str]:
         """Submission id -> status of every job that the cluster knows."""
         return {job["submission_id"]: job["status"] for job in self._ask("GET", "/api/jobs/") if job.get("submission_id")}

@@ -36,8 +36,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        from infra.store_access import is_clients, store_error
+
+        if is_clients(error):
+            error = store_error("the store", error)
         if debug or not (code := _exit_code(error)):
-            raise
+            raise error
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from infra.external import state_folder
 from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
+from pipelines.commands.preflight import check_plan, check_store
 from pipelines.commands.terminal import TerminalView, closing_table, plan_table
 from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
@@ -27,7 +29,7 @@ from pipelines.servers.machine import find_api, find_machine, say_sign_in
 from pipelines.servers.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
-from stages.runner.recipe import Recipe
+from stages.runner.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     # Prefect reads its settings when it is first imported, and that must wait until a server is chosen.
@@ -54,7 +56,19 @@ class Wish:
 
 
 def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> None:
-    """Print what a run would do; a forced node is shown as such without beginning its new generation."""
+    """Print what a run would do, and say what stands in its way.
+
+    Raises:
+        RecipeError, StageError, StoreError, ServerError: what a run would be refused for.
+    """
+    check_store(store, write=False)
+    planned, nodes = foresee(recipe, store, wish), select_nodes(recipe, wish.only, wish.start, wish.until)
+    console.print(plan_table(planned, nodes))
+    check_plan(recipe, store, planned, nodes)
+
+
+def foresee(recipe: Recipe, store: Store, wish: Wish) -> dict[str, Planned]:
+    """The plan; a forced node is shown as such without beginning its new generation."""
     forced = {node for wanted in wish.force for node in recipe.select(wanted)}
     planned: dict[str, Planned] = {}
     for name, node in plan_run(recipe, store).items():
@@ -64,7 +78,7 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> None:
             forced.add(name)
             node = replace(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
         planned[name] = node
-    console.print(plan_table(planned, select_nodes(recipe, wish.only, wish.start, wish.until)))
+    return planned
 
 
 def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_end: Callable[[Run], None] | None = None) -> int:
@@ -76,10 +90,14 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
         RecipeError, StageError, StoreError, ServerError: before anything ran, with one line that says what to do.
     """
     nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
+    check_store(store)
+    planned = foresee(recipe, store, wish)
+    check_inputs(planned, nodes)
+    check_plan(recipe, store, planned, nodes)
     if (address := find_machine(state_folder(store))) is not None:
         return run_deployed(recipe, store, nodes, wish, address, console, at_end)
-    planned = plan_run(recipe, store, wish.force)
-    check_inputs(planned, nodes)
+    if wish.force:
+        planned = plan_run(recipe, store, wish.force)
     with use_servers(state_folder(store)) as servers:
         address = servers.begin_prefect()
         with TerminalView(console) as view:
@@ -101,7 +119,13 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
     Raises:
         RecipeError, ServerError: with one line that says what to do.
     """
+    check_store(store)
     address = find_api(state)
+    try:
+        check_plan(recipe, store, plan_run(recipe, store), list(recipe.nodes), refuse=False)
+    except RecipeError as error:
+        # Files may come later than the deployment that will look for them.
+        print(f"warning: {error}", file=sys.stderr)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.deployments import deploy
     from pipelines.servers.schedules import next_dates

@@ -257,6 +257,8 @@ class Stage:
         may_be_empty: whether zero rows out is a result rather than a failure.
         can_heal: whether another try at the same units may end better (the network was down): if no row is left, the units are
             not kept.
+        check_refuses: whether what `check` finds stands in the way of a run. Else it is a warning when the run begins: the node
+            will fail, and others go on.
     """
 
     name: ClassVar[str]
@@ -266,6 +268,7 @@ class Stage:
     whole: ClassVar[frozenset[str]] = frozenset()
     may_be_empty: ClassVar[bool] = False
     can_heal: ClassVar[bool] = False
+    check_refuses: ClassVar[bool] = True
 
     @classmethod
     def sources(cls, config: Any) -> list[str]:

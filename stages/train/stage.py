@@ -26,6 +26,7 @@ from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.preview import PreviewConfig, Previews
 from training.config import DataConfig, TrainConfig
+from training.footprint import parameters
 from training.names import column_of
 from training.where import Comparison
 
@@ -179,9 +180,7 @@ class Train(Stage):
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
         # fp32 weights, moving average and two moments, for two checkpoints: the one being written and the one before.
-        model = job.config.model
-        weights = 12 * model.width**2 * (model.depth + 1) + 2 * model.width**2 * (model.depth // 2)
-        return 2 * 4 * 4 * weights
+        return 2 * 4 * 4 * parameters(job.config.model)
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
