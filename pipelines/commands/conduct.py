@@ -95,7 +95,7 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     check_inputs(planned, nodes)
     check_plan(recipe, store, planned, nodes)
     if (address := find_machine(state_folder(store))) is not None:
-        return run_deployed(recipe, store, nodes, wish, address, console, at_end)
+        return run_deployed(recipe, store, planned, nodes, wish, address, console, at_end)
     if wish.force:
         planned = plan_run(recipe, store, wish.force)
     with use_servers(state_folder(store)) as servers:
@@ -161,6 +161,7 @@ def describe_schedule(schedule: Schedule) -> str:
 def run_deployed(
     recipe: Recipe,
     store: Store,
+    planned: dict[str, Planned],
     nodes: list[str],
     wish: Wish,
     address: str,
@@ -168,8 +169,6 @@ def run_deployed(
     at_end: Callable[[Run], None] | None,
 ) -> int:
     """As `run_recipe`, by a worker: the run goes on when this command is killed, and the UI can retry it."""
-    planned = plan_run(recipe, store)
-    check_inputs(planned, nodes)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.follow import follow, start_run
 
