@@ -17,7 +17,7 @@ from infra.ray_jobs import RayJobs, user_token
 from infra.store import Store, StoreError
 from infra.store_access import check_access
 from stages.catalog import stage_class
-from stages.runner.contract import StageError
+from stages.runner.contract import StageError, in_words
 from stages.runner.graph import Planned
 from stages.runner.recipe import Node, Recipe, RecipeError
 from stages.runner.run import check_disk, make_job
@@ -104,7 +104,11 @@ def _at_once(checks: Mapping[str, Check], late: Mapping[str, Problem] | None = N
     found: dict[str, list[Problem]] = {}
 
     def look(name: str, check: Check) -> None:
-        found[name] = list(check())
+        try:
+            found[name] = list(check())
+        # A look that breaks must not keep the run from doing better.
+        except Exception as error:
+            found[name] = [Doubt(f"{name} could not be looked at before the run: {in_words(error)}")]
 
     threads = [threading.Thread(target=look, args=item, daemon=True) for item in checks.items()]
     for thread in threads:
