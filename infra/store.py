@@ -53,6 +53,9 @@ class Store:
 
     All paths are relative to the root, with ``/`` between the parts. Instances pickle: workers open their own connection.
 
+    Raises:
+        StoreError: no file system of this kind is known, or its package is not installed.
+
     Example:
         >>> import tempfile
         >>> store = Store(tempfile.mkdtemp())
@@ -62,7 +65,13 @@ class Store:
     """
 
     def __init__(self, root: str):
-        fs, path = fsspec.core.url_to_fs(root)
+        try:
+            fs, path = fsspec.core.url_to_fs(root)
+        except ImportError as error:
+            package = getattr(error.__cause__ or error, "name", None) or "the package of its file system"
+            raise StoreError(f"{root}: {package} is not installed, which such a store needs; pip install {package}") from error
+        except ValueError as error:
+            raise StoreError(f"{root}: {error}; expected a folder or an fsspec URL such as s3://bucket/prefix") from error
         self.local = isinstance(fs, LocalFileSystem)
         self.root = str(Path(path).resolve()) if self.local else root.rstrip("/")
         self.fs = fs

@@ -48,7 +48,7 @@ KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the servers and 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _nodes_of(context: typer.Context, incomplete: str) -> list[str]:
+def nodes_of(context: typer.Context, incomplete: str) -> list[str]:
     """What a shell completes a NODE to: the nodes of the recipe that was named before it."""
     from stages.runner.recipe import RecipeError, load_recipe
 
@@ -60,7 +60,7 @@ def _nodes_of(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def node_option(name: str, words: str) -> Any:
-    return typer.Option(name, help=words, metavar="NODE", autocompletion=_nodes_of)
+    return typer.Option(name, help=words, metavar="NODE", autocompletion=nodes_of)
 
 
 def say_where_nothing_is(store: Store) -> None:

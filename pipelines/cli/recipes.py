@@ -17,6 +17,7 @@ from pipelines.cli.options import (
     StoreOption,
     console,
     node_option,
+    nodes_of,
     say_where_nothing_is,
 )
 
@@ -93,6 +94,23 @@ def status(
         console.print(status_view(checked, rows))
         if paths:
             show_paths(rows, console)
+
+
+@group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser logs configs/demo.yaml train-512 --follow")
+def logs(
+    recipe: RecipeArgument,
+    node: Annotated[str, typer.Argument(help="Node of the recipe.", metavar="NODE", autocompletion=nodes_of)],
+    overrides: SetOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come, until the job has ended.")] = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Print the log of a node's newest job, whether it runs, failed or ended well."""
+    from infra.store import Store
+    from pipelines.commands.logs import lines_of
+    from stages.runner.recipe import load_recipe
+
+    for line in lines_of(load_recipe(recipe, overrides or ()), node, Store(store), follow):
+        print(line, flush=follow)
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser deploy configs/demo.yaml")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from infra.external import state_folder
 from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
+from pipelines.commands.preflight import check_plan, check_store
 from pipelines.commands.terminal import TerminalView, closing_table, funnel_table, plan_table
 from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
@@ -28,7 +30,7 @@ from pipelines.servers.machine import command_for, find_api, find_machine, say_a
 from pipelines.servers.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
-from stages.runner.recipe import Recipe
+from stages.runner.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     # Prefect reads its settings when it is first imported, and that must wait until a server is chosen.
@@ -55,7 +57,24 @@ class Wish:
 
 
 def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> list[dict[str, Any]]:
-    """Print what a run would do, and return it as JSON; a forced node is shown as such without beginning its new generation."""
+    """Print what a run would do, return it as JSON, and say what stands in its way.
+
+    Raises:
+        RecipeError, StageError, StoreError, ServerError: what a run would be refused for.
+    """
+    check_store(store, write=False)
+    planned, nodes = foresee(recipe, store, wish), select_nodes(recipe, wish.only, wish.start, wish.until)
+    console.print(plan_table(planned, nodes))
+    check_plan(recipe, store, planned, nodes)
+    return [
+        {"node": node, "stage": plan.stage, "fingerprint": plan.fingerprint, "state": plan.state, "reasons": plan.reasons}
+        for node in nodes
+        if (plan := planned[node])
+    ]
+
+
+def foresee(recipe: Recipe, store: Store, wish: Wish) -> dict[str, Planned]:
+    """The plan; a forced node is shown as such without beginning its new generation."""
     forced = {node for wanted in wish.force for node in recipe.select(wanted)}
     planned: dict[str, Planned] = {}
     for name, node in plan_run(recipe, store).items():
@@ -65,13 +84,7 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> list[
             forced.add(name)
             node = changed(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
         planned[name] = node
-    nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
-    console.print(plan_table(planned, nodes))
-    return [
-        {"node": node, "stage": plan.stage, "fingerprint": plan.fingerprint, "state": plan.state, "reasons": plan.reasons}
-        for node in nodes
-        if (plan := planned[node])
-    ]
+    return planned
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -108,10 +121,14 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     """
     recipe.check_named()
     nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
-    if (address := find_machine(state_folder(store))) is not None:
-        return run_deployed(recipe, store, nodes, wish, address, console, at_end)
-    planned = plan_run(recipe, store, wish.force)
+    check_store(store)
+    planned = foresee(recipe, store, wish)
     check_inputs(planned, nodes)
+    check_plan(recipe, store, planned, nodes)
+    if (address := find_machine(state_folder(store))) is not None:
+        return run_deployed(recipe, store, planned, nodes, wish, address, console, at_end)
+    if wish.force:
+        planned = plan_run(recipe, store, wish.force)
     with use_servers(state_folder(store)) as servers:
         address = servers.begin_prefect()
         say_address(servers.state, address, console)
@@ -137,7 +154,13 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console, r
         RecipeError, ServerError: with one line that says what to do.
     """
     recipe.check_named()
+    check_store(store)
     address = find_api(state)
+    try:
+        check_plan(recipe, store, plan_run(recipe, store), list(recipe.nodes), refuse=False)
+    except RecipeError as error:
+        # Files may come later than the deployment that will look for them.
+        print(f"warning: {error}", file=sys.stderr)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.deployments import deploy
     from pipelines.servers.schedules import next_dates
@@ -176,6 +199,7 @@ def describe_schedule(schedule: Schedule) -> str:
 def run_deployed(
     recipe: Recipe,
     store: Store,
+    planned: dict[str, Planned],
     nodes: list[str],
     wish: Wish,
     address: str,
@@ -183,8 +207,6 @@ def run_deployed(
     at_end: Callable[[Run], None] | None,
 ) -> int:
     """As `run_recipe`, by a worker: the run goes on when this command is killed, and the UI can retry it."""
-    planned = plan_run(recipe, store)
-    check_inputs(planned, nodes)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.follow import follow, start_run
 

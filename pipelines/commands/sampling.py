@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from infra.store import Store
+from pipelines.commands.bounds import check_out, check_size, memory_said
 from pipelines.commands.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
 from pipelines.commands.terminal import ReportTable
 from stages.runner.contract import StageError
@@ -81,7 +82,7 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
 
     Raises:
         Misuse: the request means nothing: an unknown task, a prompt or a picture that is missing, no checkpoint, ...
-        StageError: the checkpoint is damaged, a public encoder cannot be fetched, or a network overflows.
+        StageError: the checkpoint is damaged, a public encoder cannot be fetched, a network overflows, or memory is not enough.
     """
     from unidiffuser.generation import DRAWS_IMAGES, UniDiffuser, check_request
     from unidiffuser.tensors import NotFinite
@@ -96,12 +97,14 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
         )  # fmt: skip
     except ValueError as error:
         raise Misuse(str(error)) from None
-    if out is not None and out.exists() and not out.is_dir():
-        raise Misuse(f"--out {out}: there is a file of that name; name a folder")
+    check_size(settings.size)
+    if out is not None:
+        check_out(out)
     if out is None and request.task in DRAWS_IMAGES:
         raise Misuse(f"{request.task} draws pictures: say where they go with --out DIR")
     device, dtype = _hardware(request)
-    with said_in_a_line(), console.status("loading the model"), opened(request.checkpoint, store, named) as folder:
+    loading = memory_said(request, drawing=False)
+    with said_in_a_line(), loading, console.status("loading the model"), opened(request.checkpoint, store, named) as folder:
         model = UniDiffuser.load(folder, device, dtype)
         lineage = _lineage(Path(request.checkpoint), model.provenance)
     if request.compile:
@@ -113,10 +116,11 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
     with _cuts_said(console), _Bar(request, console) as bar:
         for rows in request.chunks:
             try:
-                drawn = model.generate(
-                    request.task, seeds=[request.seed + row for row in rows], batch=request.batch, callback=bar.stepped,
-                    **_inputs(request, images, rows), **asdict(settings),
-                )  # fmt: skip
+                with memory_said(request, drawing=True):
+                    drawn = model.generate(
+                        request.task, seeds=[request.seed + row for row in rows], batch=request.batch, callback=bar.stepped,
+                        **_inputs(request, images, rows), **asdict(settings),
+                    )  # fmt: skip
             except ValueError as error:
                 raise Misuse(str(error)) from None
             except NotFinite as error:

@@ -27,7 +27,7 @@ from prefect.states import Cancelling, State
 
 from infra.dataset import find
 from infra.prefect_server import answers
-from pipelines.flows.deployed import RETRYING
+from pipelines.flows.deployed import DEBUGGED, RETRYING
 from pipelines.flows.flow import JOB_LOGGER, read_logs
 from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
@@ -72,7 +72,9 @@ def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
             "jobs": run.jobs,
         }
         # The recipe has been checked, and may have other nodes and fields by now than the form of its deployment.
-        body = {"name": run.recipe.name, "parameters": parameters, "enforce_parameter_schema": False}
+        body: dict[str, Any] = {"name": run.recipe.name, "parameters": parameters, "enforce_parameter_schema": False}
+        if run.debug:
+            body["labels"] = {DEBUGGED: True}
         reply = client.request("POST", "/deployments/{id}/create_flow_run", path_params={"id": deployment}, json=body)
         return UUID(reply.json()["id"])
 

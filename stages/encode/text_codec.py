@@ -200,7 +200,7 @@ class TextCodecStage(Stage):
     name = "text-codec"
     version = 4
     Config = TextCodecConfig
-    phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources),)
+    phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources, memory=("batch",)),)
 
     @classmethod
     def weights(cls, config: TextCodecConfig) -> dict[str, str]:

@@ -259,7 +259,14 @@ class Filter(Stage):
     version = 4
     Config = FilterConfig
     phases = (
-        Phase("score", _score_units, Score, fields=frozenset({"clip_scores", "heads", "precision"}), resources=_score_resources),
+        Phase(
+            "score",
+            _score_units,
+            Score,
+            fields=frozenset({"clip_scores", "heads", "precision"}),
+            resources=_score_resources,
+            memory=("batch",),
+        ),
         *duplicates.PHASES,
         Phase("write", _write_units, Write, fields=CONDITIONS, resources=lambda config: Resources(1.0, 0.0, config.workers)),
     )

@@ -102,7 +102,9 @@ class Recipe:
         """
         names = [n.name for n in self.nodes.values() if wanted in (n.name, n.stage)]
         if not names:
-            raise RecipeError(f"{wanted}: the recipe {self.name} has no such node; it has {', '.join(self.nodes)}")
+            near = difflib.get_close_matches(wanted, self.nodes)
+            meant = f"; did you mean {' or '.join(near)}?" if near else f"; it has {', '.join(self.nodes)}"
+            raise RecipeError(f"{wanted}: the recipe {self.name} has no such node{meant}")
         return names
 
 

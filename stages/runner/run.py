@@ -54,7 +54,7 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
     if (found := find(store, planned.stage, planned.fingerprint)) is not None:
         return found
     job = make_job(planned, store)
-    _check_disk(stage, job)
+    check_disk(stage, job)
     start = time.perf_counter()
     records: dict[str, list[UnitRecord]] = {}
     for phase in stage.phases:
@@ -96,8 +96,8 @@ def _forget(records: list[UnitRecord], job: Job) -> None:
             job.store.remove(f"{job.unit_folder(record.key)}/unit.json")
 
 
-def make_job(planned: Planned, store: Store) -> Job:
-    """The job with its input datasets.
+def make_job(planned: Planned, store: Store, missing_ok: bool = False) -> Job:
+    """The job with its input datasets; with `missing_ok`, with those that are there.
 
     Raises:
         StageError: an input is not committed yet.
@@ -105,6 +105,8 @@ def make_job(planned: Planned, store: Store) -> Job:
     inputs = {}
     for name, reference in planned.inputs.items():
         dataset = find(store, reference.stage, reference.fingerprint)
+        if dataset is None and missing_ok:
+            continue
         if dataset is None:
             # A parent belongs to no node of its own: without it only a fresh start is left.
             way = f"--from {planned.input_nodes[name]}" if name in planned.input_nodes else f"--force {planned.name}"
@@ -306,7 +308,13 @@ def code_identity(stage: type[Stage]) -> dict[str, Any]:
     }
 
 
-def _check_disk(stage: type[Stage], job: Job) -> None:
+def check_disk(stage: type[Stage], job: Job) -> None:
+    """Whether the store has room for what a node will take, as well as can be told.
+
+    Raises:
+        StageError: it has not.
+        KeyError: the job lacks an input without which that cannot be told.
+    """
     free = job.store.free_bytes()
     needed = stage.bytes_needed(job) + DISK_RESERVE
     if free is not None and free < needed:
