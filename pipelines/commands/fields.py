@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from infra.nearest import nearest
 from pipelines.commands.checkpoints import Misuse
 from stages.catalog import stage_class
 from stages.runner.contract import Stage
@@ -127,8 +127,7 @@ def sections_of(node: str | None) -> list[str]:
         name for name in PLACES if node == name or node.endswith(f"-{name}") or (name == "train" and node.startswith("train-"))
     ]
     if not found:
-        near = difflib.get_close_matches(node, PLACES, 3) or list(PLACES)
-        raise Misuse(f"{node}: no stage or node of a recipe; did you mean {' or '.join(near)}?")
+        raise Misuse(f"{node}: no stage or node of a recipe{nearest(node, PLACES)}")
     return [max(found, key=len)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from infra.entries import entries, stages_in
+from infra.nearest import nearest
 from infra.pins import pin, pinned, unpin
 from infra.store import NotThere, Store
 from pipelines.commands.brief import short
@@ -27,8 +27,7 @@ def dataset_rows(store: Store, stage: str | None) -> list[dict[str, Any]]:
     store.check_there()
     known = dict.fromkeys([*STAGES, *stages_in(store)])
     if stage is not None and stage not in known:
-        near = difflib.get_close_matches(stage, known, n=2, cutoff=0.0)
-        raise NotThere(f"{stage}: no such stage; nearest are {', '.join(near)}")
+        raise NotThere(f"{stage}: no such stage{nearest(stage, known, 2)}")
     order = {name: number for number, name in enumerate(STAGES)}
     pins = pinned(store)
     found = entries(store, *([stage] if stage else []))

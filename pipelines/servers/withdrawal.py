@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -23,6 +22,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 
+from infra.nearest import nearest
 from infra.processes import ServerError
 from infra.store import NotThere, Store
 from pipelines.flows.slots import LIMIT
@@ -96,10 +96,7 @@ def _is_mine(found: DeploymentResponse, recipe: Recipe | str, store: Store) -> b
 
 def _not_there(client: SyncPrefectClient, name: str) -> str:
     names = [each.name for each in _whole(client)]
-    near = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.0))
-    return f"{name}: no recipe file, and no recipe is deployed under this name; " + (
-        f"nearest are {near}" if near else "none is deployed"
-    )
+    return f"{name}: no recipe file, and no recipe is deployed under this name{nearest(name, names) or '; none is deployed'}"
 
 
 def _whole(client: SyncPrefectClient) -> list[DeploymentResponse]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any, get_args
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from infra.nearest import nearest
 from infra.text import TextError, text_of
 from stages.catalog import FOLDER_STAGES, STAGES, SUBSET_STAGES, stage_class
 from stages.runner.deployment import Deploy
@@ -102,9 +102,7 @@ class Recipe:
         """
         names = [n.name for n in self.nodes.values() if wanted in (n.name, n.stage)]
         if not names:
-            near = difflib.get_close_matches(wanted, self.nodes)
-            meant = f"; did you mean {' or '.join(near)}?" if near else f"; it has {', '.join(self.nodes)}"
-            raise RecipeError(f"{wanted}: the recipe {self.name} has no such node{meant}")
+            raise RecipeError(f"{wanted}: the recipe {self.name} has no such node{nearest(wanted, self.nodes)}")
         return names
 
 
@@ -120,7 +118,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         with fsspec.open(str(path), "rb") as file:
             document = parse(text_of(file.read()))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file{_nearest(Path(path))}") from None
+        beside = (file.name for file in Path(path).parent.glob("*.y*ml"))
+        raise RecipeError(f"{path}: no such recipe file{nearest(Path(path).name, beside)}") from None
     except TextError as error:
         raise RecipeError(f"{path}: {error}") from None
     except DocumentError as error:
@@ -131,12 +130,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _override(document, override)
     file = str(path) if "://" in str(path) else os.path.abspath(path)
     return replace(parse_recipe(document, Path(path).parent), file=file)
-
-
-def _nearest(path: Path) -> str:
-    """What lies beside it under a name much like it."""
-    near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.y*ml")], n=3)
-    return f"; nearest are {', '.join(near)}" if near else ""
 
 
 def _override(document: dict[str, Any], override: str) -> None:

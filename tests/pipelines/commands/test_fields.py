@@ -53,7 +53,7 @@ def test_every_node_that_we_ship_has_its_fields() -> None:
 
 
 def test_an_unknown_stage_is_one_line_with_the_nearest() -> None:
-    with pytest.raises(Misuse, match="^flter: no stage or node of a recipe; did you mean filter"):
+    with pytest.raises(Misuse, match="^flter: no stage or node of a recipe; nearest are filter"):
         sections_of("flter")
 
 

@@ -193,7 +193,7 @@ def test_misuse_is_one_line_with_the_path_of_the_field_and_starts_nothing(
     assert run_main(monkeypatch, "gc", tmp_path / "tyni.yaml", "--store", store) == 2
     assert capsys.readouterr().err.endswith("there is no store; --store or UNIDIFFUSER_STORE names another\n")
     assert run_main(monkeypatch, "status", tmp_path / "tyni.yaml", "--store", store) == 2
-    assert capsys.readouterr().err.endswith("tyni.yaml: no such recipe file; nearest are tiny.yaml\n")
+    assert capsys.readouterr().err.endswith("tyni.yaml: no such recipe file; nearest is tiny.yaml\n")
     assert not store.exists()
 
 
@@ -235,7 +235,7 @@ def test_the_newest_kept_log_of_a_node_is_printed_and_what_has_none_is_one_line(
     assert run_main(monkeypatch, "logs", recipe, "select", "--store", store) == 2
     assert capsys.readouterr().err == "error: select: means good-select, bad-select; name one\n"
     assert run_main(monkeypatch, "logs", recipe, "god-select", "--store", store) == 2
-    said = "error: god-select: the recipe tiny has no such node; did you mean good-select or bad-select?\n"
+    said = "error: god-select: the recipe tiny has no such node; nearest are good-select, bad-select, bad-download\n"
     assert capsys.readouterr().err == said
 
 
