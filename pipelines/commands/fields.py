@@ -28,7 +28,7 @@ PLACES = {
     "export": "export",
 }
 # What the recipe itself takes out of a section: the stages get datasets instead.
-WIRING = {
+WIRING: dict[str, list[tuple[str, str, str | None, str]]] = {
     "recipe": [
         ("subsets.SUBSET.from", "text", "null", "the node whose rows the subset takes, instead of a select or folder of its own")
     ],

@@ -93,7 +93,7 @@ def _unpacked(address: str) -> Iterator[Any]:
         raise StageError(f"{address}: {error}") from None
     except FileNotFoundError:
         raise StageError(f"{address}: no such file (any more)") from None
-    except (*unreadable(), *UNPACKING) as error:
+    except unreadable() + UNPACKING as error:
         raise StageError(f"{address}: cannot be unpacked or read ({one_line(error)}); fetch or pack it again") from None
 
 
