@@ -32,11 +32,11 @@ NUMBER = r"^(?i)([+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf(inity)?|nan)$"
 INTEGER = r"^[+-]?\d{1,20}(\.0*)?$"
 
 
-def unreadable() -> tuple[type[Exception], ...]:
+def unreadable(*more: type[Exception]) -> tuple[type[Exception], ...]:
     """What reading raises: Arrow, file systems, web servers that break off. Asked for when something was raised."""
     from aiohttp import ClientError
 
-    return pa.ArrowInvalid, OSError, ClientError
+    return pa.ArrowInvalid, OSError, ClientError, *more
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def _unpacked(address: str) -> Iterator[Any]:
         raise StageError(f"{address}: {error}") from None
     except FileNotFoundError:
         raise StageError(f"{address}: no such file (any more)") from None
-    except unreadable() + UNPACKING as error:
+    except unreadable(*UNPACKING) as error:
         raise StageError(f"{address}: cannot be unpacked or read ({one_line(error)}); fetch or pack it again") from None
 
 
