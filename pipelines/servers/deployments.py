@@ -18,13 +18,14 @@ from prefect.exceptions import ObjectNotFound
 
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.store import Store
-from pipelines.flows.parameters import node_form, recipe_form
+from pipelines.flows.deployed import deployed_recipe
+from pipelines.flows.forms import node_form, recipe_form
 from pipelines.flows.run import snapshot
 from pipelines.flows.slots import LIMIT
 from pipelines.servers import automations
 from pipelines.servers.schedules import prefect_schedules, renewed
 from stages.runner.deployment import Pool
-from stages.runner.recipe import Recipe, RecipeError, load_recipe
+from stages.runner.recipe import Recipe, RecipeError
 
 # Flow and name of the function that is the flow, as an import path: the package is installed wherever a worker runs.
 ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.flows.flow.node_run"}
@@ -60,7 +61,7 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
     with get_client(sync_client=True) as client:
         ensure_pool(client, recipe.deploy.pool)
         found = _found(client, f"recipe/{recipe.name}")
-        before = _before(found)
+        before = deployed_recipe(found.parameters) if found else None
         if recipe.deploy.gpus:
             _set_gpus(client, recipe.deploy.gpus, before.deploy.gpus if before else None)
         if found is not None:
@@ -89,7 +90,7 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
                 description=f"The node {node.name} of the recipe {recipe.name}, from what the nodes before it have committed.",
                 entrypoint=ENTRYPOINTS["node"],
                 parameters={"recipe": copy, "store": store.root, "node": node.name},
-                parameter_openapi_schema=node_form(node),
+                parameter_openapi_schema=node_form(recipe, node),
                 schedules=renewed([], found.schedules, ()) if found else [],
                 **_common(recipe, copy, found, before, node.stage),
             )
@@ -105,14 +106,6 @@ def _found(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
     try:
         return client.read_deployment_by_name(name)
     except ObjectNotFound:
-        return None
-
-
-def _before(found: DeploymentResponse | None) -> Recipe | None:
-    """The recipe as it was deployed last; None where that cannot be read any more."""
-    try:
-        return load_recipe(found.parameters["recipe"]) if found else None
-    except (RecipeError, KeyError, OSError):
         return None
 
 

@@ -27,8 +27,9 @@ from prefect.states import Cancelling, State
 
 from infra.dataset import find
 from infra.prefect_server import answers
-from pipelines.flows.deployed import RETRYING
+from pipelines.flows.deployed import RETRYING, deployed_recipe
 from pipelines.flows.flow import JOB_LOGGER, read_logs
+from pipelines.flows.names import name_of_changes
 from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
 from pipelines.flows.stopping import stop_on_signals
@@ -57,9 +58,10 @@ def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
     """Start a run of the recipe's deployment; a recipe that has none gets one, without its schedules."""
     with get_client(sync_client=True) as client:
         try:
-            deployment = client.read_deployment_by_name(f"recipe/{run.recipe.name}").id
+            found = client.read_deployment_by_name(f"recipe/{run.recipe.name}")
+            deployment, plain = found.id, deployed_recipe(found.parameters)
         except ObjectNotFound:
-            deployment = deploy(run.recipe, run.store, asleep=True).deployments[run.recipe.name]
+            deployment, plain = deploy(run.recipe, run.store, asleep=True).deployments[run.recipe.name], None
         parameters = {
             "recipe": snapshot(run.recipe, run.store),
             "store": run.store.root,
@@ -69,7 +71,8 @@ def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
             "jobs": run.jobs,
         }
         # The recipe has been checked, and may have other nodes and fields by now than the form of its deployment.
-        body = {"name": run.recipe.name, "parameters": parameters, "enforce_parameter_schema": False}
+        name = (plain and name_of_changes(plain, run.recipe, run.nodes)) or run.recipe.name
+        body = {"name": name, "parameters": parameters, "enforce_parameter_schema": False}
         reply = client.request("POST", "/deployments/{id}/create_flow_run", path_params={"id": deployment}, json=body)
         return UUID(reply.json()["id"])
 

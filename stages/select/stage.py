@@ -99,8 +99,8 @@ class SelectConfig(StageConfig):
     max_pwatermark: float | None = Field(None, description="probability of a watermark")
     min_aesthetic: float | None = Field(None, description="LAION's aesthetic score, 0 to 10")
     languages: list[str] | None = Field(None, min_length=1, description="language codes to keep")
-    min_caption_chars: int | None = Field(None, ge=1)
-    max_caption_chars: int | None = Field(None, ge=1)
+    min_caption_chars: int | None = Field(None, ge=1, description="characters of the caption")
+    max_caption_chars: int | None = Field(None, ge=1, description="characters of the caption")
     min_caption_words: int | None = Field(None, ge=1, description=WORDS)
     max_caption_words: int | None = Field(None, ge=1, description="counted likewise")
     where: tuple[str, ...] = Field(
