@@ -32,7 +32,7 @@ def is_made_up(name: str) -> bool:
 def _words_of_the_server() -> frozenset[str]:
     from coolname import data
 
-    config: dict[str, dict[str, Any]] = data.config
+    config: dict[str, Any] = data.config
     lists = [found[kind] for found in config.values() for kind in ("words", "phrases") if kind in found]
     return frozenset(word for found in lists for entry in found for word in ([entry] if isinstance(entry, str) else entry))
 

@@ -23,6 +23,7 @@ from pipelines.flows.forms import node_form, recipe_form
 from pipelines.flows.run import snapshot
 from pipelines.flows.slots import LIMIT
 from pipelines.servers import automations
+from pipelines.servers.notifications import blocks_of
 from pipelines.servers.schedules import prefect_schedules, renewed
 from stages.runner.deployment import Pool
 from stages.runner.recipe import Recipe, RecipeError
@@ -53,12 +54,13 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
         asleep: register it without its schedules and triggers.
 
     Raises:
-        RecipeError: a schedule, the work pool or the store is not as it must be; names the field.
+        RecipeError: a schedule, a block, the work pool or the store is not as it must be; names the field.
     """
     _check_store(recipe.deploy.pool, store)
     schedules = [] if asleep else prefect_schedules(recipe)
     done = Deployed(recipe.name)
     with get_client(sync_client=True) as client:
+        blocks = blocks_of(client, recipe)
         ensure_pool(client, recipe.deploy.pool)
         found = _found(client, f"recipe/{recipe.name}")
         before = deployed_recipe(found.parameters) if found else None
@@ -97,7 +99,7 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
         done.removed = _remove_others(client, recipe, set(done.deployments.values()))
         automations.install(client)
         if not asleep:
-            automations.install_triggers(client, recipe, whole)
+            automations.install_triggers(client, recipe, whole, blocks)
     return done
 
 
