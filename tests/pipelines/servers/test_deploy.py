@@ -344,6 +344,8 @@ def test_a_block_is_told_of_a_run_that_fails_and_one_that_is_not_there_is_one_li
         "error: deploy.notify.0: custom-webhook/pager is not on the Prefect server; make it there under Blocks, or name another "
         "one as TYPE/NAME"
     ]
+    # As the page of blocks in the UI does.
+    machine.api("POST", "block_types/install_system_block_types", {})
     kind = machine.api("GET", "block_types/slug/custom-webhook")["id"]
     (schema, *_) = machine.api("POST", "block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind]}}})
     data = {
@@ -356,9 +358,9 @@ def test_a_block_is_told_of_a_run_that_fails_and_one_that_is_not_there_is_one_li
     machine.api("POST", "block_documents/", body)
     machine.deploy(TOLD)
     run = machine.begin("recipe/told", overrides=["subsets.good.select.min_width=0"])
-    kind, message = machine.end(run)
+    ended, message = machine.end(run)
     told = wait_for(lambda: sent, 60)
-    assert kind == "FAILED" and told[0]["subject"] == "told: Failed" and message in told[0]["body"]
+    assert ended == "FAILED" and told[0]["subject"] == "told: Failed" and message in told[0]["body"]
     mine = [a for a in machine.api("POST", "automations/filter", {}) if a["name"].startswith("told: ")]
     assert sorted(a["name"] for a in mine) == ["told: tell of runs that crashed", "told: tell of runs that failed"]
     machine.deploy(TOLD.replace("{notify: [custom-webhook/pager]}", "{tags: [quiet]}"))
