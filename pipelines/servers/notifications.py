@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.automations import AutomationCore, EventTrigger, Posture
+from prefect.blocks import notifications as prefect_blocks
+from prefect.blocks.abstract import NotificationBlock
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.events.actions import SendNotification
 from prefect.exceptions import ObjectNotFound
@@ -16,7 +19,9 @@ from stages.runner.recipe import Recipe, RecipeError
 # A crashed run that is to be started again has been within this time, and the server may be busy.
 FOR_GOOD = timedelta(seconds=45)
 _GOES_ON = ("Pending", "Running", "AwaitingRetry", "RetryingAfterCrash", "Scheduled", "Late", "Completed", "Failed", "Cancelled")
-_SUBJECT = "{{ flow_run.name }}: {{ flow_run.state.name }}"
+# What Prefect's own blocks derive from.
+_BASES = {"abstractapprisenotificationblock", "apprisenotificationblock", "notificationblock"}
+_SUBJECT = "{{ deployment.name }}: {{ flow_run.state.name }}"
 _BODY = "The run {{ flow_run.name }} of {{ deployment.name }} ended: {{ flow_run.state.name }}.\n{{ flow_run.state.message }}\n"
 
 
@@ -33,6 +38,7 @@ def blocks_of(client: SyncPrefectClient, recipe: Recipe) -> list[UUID]:
         try:
             document = client.read_block_document_by_name(block, slug)
         except ObjectNotFound:
+            _offer(slug, place)
             raise RecipeError(
                 f"{place} is not on the Prefect server; make it there under Blocks, or name another one as TYPE/NAME"
             ) from None
@@ -40,6 +46,19 @@ def blocks_of(client: SyncPrefectClient, recipe: Recipe) -> list[UUID]:
             raise RecipeError(f"{place} notifies nobody; name a notification block, such as slack-webhook/{block}")
         found.append(document.id)
     return found
+
+
+def _offer(slug: str, place: str) -> None:
+    """Make the server know the type of a block, so that one can be made there: ours starts without any.
+
+    Raises:
+        RecipeError: there is no such type.
+    """
+    found = [kind for kind in vars(prefect_blocks).values() if isinstance(kind, type) and issubclass(kind, NotificationBlock)]
+    kinds: dict[str, Any] = {kind.get_block_type_slug(): kind for kind in found if kind.__module__ == prefect_blocks.__name__}
+    if slug not in kinds:
+        raise RecipeError(f"{place}: there is no such type; expected {', '.join(sorted(set(kinds) - _BASES))}")
+    kinds[slug].register_type_and_schema(_sync=True)
 
 
 def notifications(recipe: Recipe, blocks: Sequence[UUID]) -> list[AutomationCore]:
