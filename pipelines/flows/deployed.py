@@ -20,11 +20,12 @@ from infra.external import state_folder
 from infra.processes import ServerError
 from infra.store import Store
 from pipelines.flows.jobs import stop_jobs_of, stop_orphans
+from pipelines.flows.names import is_made_up, name_of_changes
 from pipelines.flows.parameters import changed, choice
 from pipelines.flows.run import Outcome, Run, plan_run, snapshot
 from pipelines.flows.selection import check_inputs, select_nodes
 from pipelines.servers.servers import Servers, use_servers
-from stages.runner.recipe import Recipe, load_recipe
+from stages.runner.recipe import Recipe, RecipeError, load_recipe
 
 # The name of the state in which the automation puts a run whose process died; see `pipelines.servers.automations`.
 RETRYING = "RetryingAfterCrash"
@@ -61,8 +62,8 @@ def open_run(flow_run: FlowRun, parameters: Mapping[str, Any]) -> Iterator[Run]:
         recipe, nodes, force = _asked(parameters, store)
         if flow_run.run_count > 1:
             _check_crashes(client, flow_run, recipe.deploy.crash_retries)
-        elif flow_run.name != (name := parameters.get("node") or recipe.name):
-            client.update_flow_run(flow_run.id, name=name)
+        elif is_made_up(flow_run.name):
+            client.update_flow_run(flow_run.id, name=_name(client, flow_run, recipe, nodes))
         planned = plan_run(recipe, store, [] if flow_run.labels.get(FORCED) else force)
         if force:
             client.update_flow_run_labels(flow_run.id, {FORCED: True})
@@ -96,12 +97,27 @@ def _goes_on(mine: UUID, owner: str) -> bool:
     return not state.is_final() or (state.is_crashed() and datetime.now(UTC) - state.timestamp < RETRY_WITHIN)
 
 
+def _name(client: SyncPrefectClient, flow_run: FlowRun, recipe: Recipe, nodes: Sequence[str]) -> str:
+    """What was changed of the deployment's recipe; else the node, or the recipe."""
+    given = client.read_deployment(flow_run.deployment_id).parameters if flow_run.deployment_id else {}
+    return (plain := deployed_recipe(given)) and name_of_changes(plain, recipe, nodes) or given.get("node") or recipe.name
+
+
+def deployed_recipe(parameters: Mapping[str, Any]) -> Recipe | None:
+    """The recipe that a deployment's parameters name; None where that cannot be read any more."""
+    try:
+        return load_recipe(parameters["recipe"])
+    except (RecipeError, KeyError, OSError):
+        return None
+
+
 def _asked(parameters: Mapping[str, Any], store: Store) -> tuple[Recipe, list[str], Sequence[str]]:
     """The recipe with what was changed in the form, the nodes in their order, and which of them to force."""
     config, node = parameters.get("config") or {}, parameters.get("node")
     recipe = _changed(parameters, config if node is None else {node: config}, store)
     if node is not None:
-        return recipe, recipe.select(node), [node] if parameters.get("force") else []
+        nodes = select_nodes(recipe, start=node) if parameters.get("follow") else [node]
+        return recipe, nodes, [node] if parameters.get("force") else []
     wanted = choice(parameters.get("nodes"))
     return recipe, select_nodes(recipe, wanted.only, wanted.start, wanted.until), wanted.force
 

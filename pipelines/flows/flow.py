@@ -32,11 +32,11 @@ from infra.processes import ServerError
 from infra.store import StoreError
 from pipelines.flows.deployed import open_run, stop_left_jobs
 from pipelines.flows.events import announce
-from pipelines.flows.jobs import ATTACHED, SUBMITTED, NodeFailed, NodeStopped, make_as_job, own_turn
+from pipelines.flows.jobs import ATTACHED, SUBMITTED, NodeFailed, NodeStopped, make_as_job
 from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Run, snapshot
-from pipelines.flows.slots import gpu_slots
 from pipelines.flows.stopping import end_runs_of_killed_commands, stop_on_cancel, stop_on_signals
+from pipelines.flows.turns import tasks_in_turn
 from pipelines.pages.artifacts import publish_page, publish_run_page
 from pipelines.pages.progress import ProgressArtifact, TrainingArtifact
 from stages.runner.contract import StageError
@@ -73,9 +73,7 @@ def make_node(node: str, inputs: dict[str, Any]) -> Any:
                 training.report(fields)
 
             log = _JobLog(run, node, logger.getChild(JOB_LOGGER.rsplit(".", 1)[-1]))
-            # GPU slots are other recipes' too: none is held while the node waits for its turn in its own run.
-            with own_turn(run), gpu_slots(planned, run.stopping, lambda slots: logger.info("waiting for %d GPU slots", slots)):
-                seconds = make_as_job(run, planned, log.say, report, log.attached)
+            seconds = make_as_job(run, planned, log.say, report, log.attached)
             dataset = find(run.store, planned.stage, planned.fingerprint)
             if dataset is None:
                 raise NodeFailed(f"the job ended well, but {planned.stage}/{planned.fingerprint} is not in {run.store.root}")
@@ -176,6 +174,7 @@ def node_run(
     store: str = "runs",
     config: dict[str, Any] | None = None,
     overrides: list[str] | None = None,
+    follow: bool = False,
     force: bool = False,
 ) -> Any:
     """One node of a recipe, from the committed datasets of the nodes before it.
@@ -186,6 +185,7 @@ def node_run(
         store: Folder or fsspec URL of the datasets.
         config: Other values for fields of the node.
         overrides: Further fields of the recipe, as --set takes them: a.b=c.
+        follow: Then every node that needs it.
         force: Make it again, although nothing that decides it has changed.
     """
     return _conduct()
@@ -216,21 +216,18 @@ def _no_traceback(record: logging.LogRecord) -> bool:
 
 
 def _walk(run: Run, flow_run: UUID) -> State[Any]:
-    """Submit a task a node, each after those that make its inputs, and publish the run's page when all have ended."""
+    """Run a task a node, each after those that make its inputs, and publish the run's page when all have ended."""
     run.flow_run = str(flow_run)
     with stop_on_signals(run), stop_on_cancel(run, flow_run):
-        futures: dict[str, PrefectFuture[Any]] = {}
-        for node in run.nodes:
-            planned = run.planned[node]
-            before = {name: futures[n] for name, n in planned.input_nodes.items() if n in futures}
-            named = make_node.with_options(name=node, task_run_name=node)
-            futures[node] = named.submit(node, before)
-        for node, future in futures.items():
-            future.wait()
+        for node, future in tasks_in_turn(run, _submit).items():
             if node not in run.outcomes:
-                run.finish(_without_outcome(node, future.state))
+                run.finish(_without_outcome(node, future.state) if future else Outcome(node, "not run"))
         publish_run_page(run)
     return _final_state(run)
+
+
+def _submit(node: str, inputs: dict[str, PrefectFuture[Any]]) -> PrefectFuture[Any]:
+    return make_node.with_options(name=node, task_run_name=node).submit(node, inputs)
 
 
 def _without_outcome(node: str, state: State[Any]) -> Outcome:

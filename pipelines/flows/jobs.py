@@ -62,7 +62,7 @@ def make_as_job(run: Run, planned: Planned, say: Say, report: Report, attached: 
     start = time.perf_counter()
     try:
         ray = run.servers.ray()
-        job = submit_or_attach(ray, run, planned, say, attached)
+        job = run.job_ids[planned.name] = submit_or_attach(ray, run, planned, say, attached)
         try:
             last_error, last_line = _follow(ray, job, run.stopping, say, report)
             if run.stopping.is_set():

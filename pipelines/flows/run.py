@@ -62,6 +62,9 @@ class Run:
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     flow_run: str | None = None
     debug: bool = field(default_factory=lambda: DEBUG in os.environ)
+    # By node: the id of its Ray job, and of the artifact that shows its dataset (`NODE-training`: its losses as they come).
+    job_ids: dict[str, str] = field(default_factory=dict)
+    pages: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.turn = threading.BoundedSemaphore(self.jobs)

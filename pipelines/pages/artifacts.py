@@ -1,73 +1,55 @@
-"""The pages that a run leaves in the Prefect UI, as Markdown: one a dataset, and the run's graph.
-
-Pages and progress tell of the work: what goes wrong in them is a warning in the run's log, and never fails a node.
-"""
+"""The pages that a run leaves in the Prefect UI, as Markdown: one a version of a dataset, and the run's graph."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import logging
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
-from typing import Any
 
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import ArtifactCollectionFilter, ArtifactCollectionFilterKey
 from prefect.client.schemas.objects import ArtifactCollection
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_run_logger
+from prefect.context import TaskRunContext
 
-from infra.dataset import Dataset, FileEntry, Manifest, find
+from infra.dataset import Manifest, find
+from infra.processes import ServerError
 from pipelines.flows.run import Outcome, Run
-from pipelines.pages.lineage import artifact_key, artifact_link, maker, mermaid
+from pipelines.pages.harmless import harmless
+from pipelines.pages.lineage import artifact_key, artifact_link, maker, mermaid, version_link
+from pipelines.pages.markdown import table
+from pipelines.pages.origins import funnel, inputs, own_graph
+from pipelines.pages.pictures import pictures, thumbnails
+from pipelines.pages.results import results
 from pipelines.pages.scores import scores_section
+from pipelines.pages.versions import add_user, find_others, newest, page_name
 from stages.catalog import stage_class
 from stages.runner.graph import Planned, changes
-from stages.shards.tar import Sample, read_samples
 
-# A page of the UI is one JSON reply: pictures are shrunk until they fit, and only the first few are shown.
-PICTURE_BYTES = 500_000
-PICTURES = 4
-# Of a dataset of images: how many are shown, and how large, in pixels.
-THUMBNAILS = 6
-THUMBNAIL_SIDE = 160
-CAPTION = 80
 # How many versions of a node its page lists.
 VERSIONS = 20
-_MARKUP = frozenset("|<>&`*_[]()!#\\~$")
-
-
-@contextmanager
-def harmless(what: str) -> Iterator[None]:
-    """Turns an error of what only tells of the work into a warning in the log of the run, where there is one."""
-    try:
-        yield
-    except Exception as error:
-        log: Any
-        try:
-            log = get_run_logger()
-        except MissingContextError:
-            log = logging.getLogger("pipelines")
-        log.warning("%s cannot be shown: %s: %s", what, type(error).__name__, error)
 
 
 def publish_page(run: Run, planned: Planned, outcome: Outcome) -> None:
-    """Publish a dataset's page under its node's key.
+    """Publish a dataset's page under its node's key, and put the dataset on the pages of those that it was made from.
 
-    A reused dataset is published again, or the run's graph and list of artifacts would lack it; so the page itself lists the
-    node's versions, which it takes over from the newest page of the key.
+    A version that has the newest page already gets no second one: the run is given a link to it, without a key, so that its graph
+    and its list of artifacts show the dataset and the history of the node stays one of versions.
     """
     with harmless(f"the page of {planned.name}"):
-        key = artifact_key(run.recipe.name, planned.name)
+        assert outcome.dataset is not None
+        key, name = artifact_key(run.recipe.name, planned.name), page_name(planned.stage, planned.fingerprint)
         with get_client(sync_client=True) as client:
-            asked = ArtifactCollectionFilter(key=ArtifactCollectionFilterKey(any_=[key]))
-            before = next(iter(client.read_latest_artifacts(artifact_filter=asked, limit=1)), None)
-        create_markdown_artifact(dataset_page(run, planned, outcome, before), key, _names(planned.stage, planned.fingerprint))
+            before = newest(client, [key]).get(key)
+            if before is not None and before.description == name:
+                run.pages[planned.name] = str(before.latest_id)
+                create_link_artifact(version_link(run.pages[planned.name]), name, description=f"{outcome.result}: {name}")
+                return
+            find_others(client, run)
+            page = str(create_markdown_artifact(dataset_page(run, planned, outcome, before), key, name))
+            run.pages[planned.name] = page
+            for node in planned.input_nodes.values():
+                dataset = find(run.store, run.planned[node].stage, run.planned[node].fingerprint)
+                if node in run.pages and dataset is not None:
+                    add_user(client, run.pages[node], dataset.manifest, outcome.dataset.manifest, version_link(page))
 
 
 def publish_run_page(run: Run) -> None:
@@ -77,18 +59,18 @@ def publish_run_page(run: Run) -> None:
 
 
 def dataset_page(run: Run, planned: Planned, outcome: Outcome, before: ArtifactCollection | None = None) -> str:
-    """A dataset's page: identity, where it came from, what was thrown away and why, how long it took, pictures.
+    """A dataset's page: what came out of it, identity, where it came from, what was thrown away and why, pictures.
 
     Args:
         before: the newest page of the node so far, if there is one.
     """
     assert outcome.dataset is not None
-    manifest = outcome.dataset.manifest
-    verb = "reused; nothing that decides it has changed" if outcome.result == "reused" else "made in this run"
+    dataset, manifest = outcome.dataset, outcome.dataset.manifest
     parts = [
         f"# {planned.name}",
-        f"`{manifest.stage}/{manifest.fingerprint}` was {verb}.",
-        _table(
+        _made(run, manifest, outcome),
+        *_results(run, outcome),
+        table(
             ("", ""),
             [
                 ("rows in", f"{manifest.stats.rows_in:,}"),
@@ -97,17 +79,20 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome, before: ArtifactC
                 ("seconds to make", f"{manifest.seconds:,.1f}"),
                 ("made", f"{manifest.created}, generation {manifest.generation}"),
                 ("code", _code(manifest)),
-                ("where", f"`{run.store.url(outcome.dataset.folder)}`"),
+                ("where", f"`{run.store.url(dataset.folder)}`"),
             ],
         ),
+        "## Made from, used by",
+        own_graph(run, planned, manifest),
+        *funnel(run, dataset),
+        "## Dropped",
+        _drops(manifest),
         "## Versions",
         "\n".join(_versions(run, planned, outcome, before)),
         "## Inputs",
-        _inputs(run, planned),
-        "## Dropped",
-        _drops(manifest),
-        *_pictures(outcome.dataset),
-        *thumbnails(outcome.dataset),
+        inputs(run, planned),
+        *pictures(dataset),
+        *thumbnails(dataset),
         *_scores(run, manifest),
         *_block("Summary", {name: value for name, value in manifest.summary.items() if name != "scores"}),
         *_block("Configuration", manifest.config),
@@ -116,11 +101,39 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome, before: ArtifactC
     return "\n\n".join(parts)
 
 
+def _made(run: Run, manifest: Manifest, outcome: Outcome) -> str:
+    """One line: which dataset, and the run, the log and the job that made it, as far as they are known."""
+    by = maker(run.store, manifest.reference()) or run.flow_run
+    parts = [f"`{manifest.stage}/{manifest.fingerprint}`" + (f", made by [this run](/v2/runs/flow-run/{by})" if by else "")]
+    task = TaskRunContext.get()
+    if outcome.result == "made" and task is not None:
+        parts.append(f"[the log of its job](/v2/runs/task-run/{task.task_run.id})")
+    if job := run.job_ids.get(manifest.node):
+        parts.append(f"[{job} in Ray's dashboard]({_dashboard(run)}/#/jobs/{job})")
+    if live := run.pages.get(f"{manifest.node}-training"):
+        parts.append(f"[losses and samples as they came]({version_link(live)})")
+    return "; ".join(parts)
+
+
+def _dashboard(run: Run) -> str:
+    try:
+        return run.servers.ray().address
+    except ServerError:
+        return ""
+
+
+def _results(run: Run, outcome: Outcome) -> list[str]:
+    assert outcome.dataset is not None
+    with harmless(f"the results of {outcome.node}"):
+        return results(outcome.dataset)
+    return []
+
+
 def run_page(run: Run) -> str:
     """The page of a whole run: its graph of datasets, then a line a node."""
     rows = [
         (
-            f"[{name}]({artifact_link(run.recipe.name, name)})",
+            f"[{name}]({version_link(run.pages[name]) if name in run.pages else artifact_link(run.recipe.name, name)})",
             outcome.result,
             f"{outcome.dataset.manifest.stats.rows_in:,}" if outcome.dataset else "",
             f"{outcome.dataset.manifest.stats.rows_out:,}" if outcome.dataset else "",
@@ -134,15 +147,9 @@ def run_page(run: Run) -> str:
             f"# {run.recipe.name}",
             run.recipe.description or "The datasets of this run and what they were made from.",
             f"```mermaid\n{mermaid(run, run.nodes)}\n```",
-            _table(("node", "result", "rows in", "rows out", "seconds", "fingerprint"), rows),
+            table(("node", "result", "rows in", "rows out", "seconds", "fingerprint"), rows),
         ]
     )
-
-
-def _table(head: Iterable[str], rows: Iterable[tuple[str, ...]]) -> str:
-    head = list(head)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _code(manifest: Manifest) -> str:
@@ -151,15 +158,17 @@ def _code(manifest: Manifest) -> str:
 
 
 def _versions(run: Run, planned: Planned, outcome: Outcome, before: ArtifactCollection | None) -> list[str]:
-    """A line for every version that the node has had, the newest first: what made it another one than that before it."""
+    """A line for every version that the node has had, the newest first: what made it another one than that before it.
+
+    Older versions link to their own pages; the newest is the page itself.
+    """
     assert outcome.dataset is not None
-    name = _names(planned.stage, planned.fingerprint)
     listed = re.search(r"^## Versions\n\n((?:- .*\n)+)", str(before.data), re.MULTILINE) if before is not None else None
     older = listed[1].splitlines() if listed is not None else []
-    if before is not None and before.description == name and older:
-        return older
+    if before is not None and older:
+        older[0] = re.sub(r"^- (`[0-9a-f]+`)", rf"- [\1]({version_link(str(before.latest_id))})", older[0])
     reasons = planned.reasons if outcome.result == "made" and planned.state == "stale" else []
-    if before is not None and before.description != name and not reasons:
+    if before is not None and not reasons:
         # Made by a run that was killed before it could publish, or made long ago and now returned to.
         stage, _, fingerprint = (before.description or "").partition(" ")
         earlier = find(run.store, stage, fingerprint)
@@ -169,33 +178,12 @@ def _versions(run: Run, planned: Planned, outcome: Outcome, before: ArtifactColl
     return [f"- `{manifest.fingerprint}`, {manifest.stats.rows_out:,} rows, {manifest.created}{because}", *older][:VERSIONS]
 
 
-def _names(stage: str, fingerprint: str) -> str:
-    """The description of a page in the UI, which says which version it shows."""
-    return f"{stage} {fingerprint}"
-
-
-def _inputs(run: Run, planned: Planned) -> str:
-    # A parent is an earlier dataset of the node itself.
-    nodes = {name: planned.input_nodes.get(name, planned.name) for name in planned.inputs}
-    lines = []
-    for name, reference in planned.inputs.items():
-        page = f"[{nodes[name]}]({artifact_link(run.recipe.name, nodes[name])})"
-        made = maker(run.store, reference)
-        by = f", made by [this run](/v2/runs/flow-run/{made})" if made else ""
-        lines.append(f"- {name}: {page} `{reference.stage}/{reference.fingerprint}`{by}")
-    outside = {**planned.sources, **planned.weights}
-    lines += [f"- `{name}` `{digest[:24]}`" for name, digest in list(outside.items())[:50]]
-    if len(outside) > 50:
-        lines.append(f"- and {len(outside) - 50} more files")
-    return "\n".join(lines) or "None."
-
-
 def _drops(manifest: Manifest) -> str:
     dropped = manifest.stats.dropped
     if not dropped:
         return "Nothing."
     share = max(manifest.stats.rows_in, 1)
-    return _table(("reason", "rows", "share"), [(reason, f"{rows:,}", f"{rows / share:.1%}") for reason, rows in dropped.items()])
+    return table(("reason", "rows", "share"), [(reason, f"{rows:,}", f"{rows / share:.1%}") for reason, rows in dropped.items()])
 
 
 def _block(title: str, value: object) -> list[str]:
@@ -206,68 +194,3 @@ def _scores(run: Run, manifest: Manifest) -> list[str]:
     with harmless(f"the scores of {manifest.node}"):
         return scores_section(manifest.summary.get("scores", {}), manifest.config, run.servers.state / "drawings")
     return []
-
-
-def _pictures(dataset: Dataset) -> list[str]:
-    shown = []
-    for entry in [entry for entry in dataset.files if entry.name.endswith(".png")][:PICTURES]:
-        with harmless(entry.path):
-            shown.append(f"![{entry.name}]({data_uri(dataset, entry)})")
-    return shown
-
-
-def data_uri(dataset: Dataset, entry: FileEntry) -> str:
-    """A dataset's picture, see `picture_uri`."""
-    with dataset.open(entry) as file:
-        return picture_uri(file.read())
-
-
-def picture_uri(data: bytes) -> str:
-    """A PNG as a data URI of at most `PICTURE_BYTES`: as it is, or as a smaller JPEG."""
-    kind = "png"
-    if len(data) * 4 / 3 > PICTURE_BYTES:
-        from unidiffuser.images import open_picture
-
-        picture, kind = open_picture(data), "jpeg"
-        while True:
-            buffer = io.BytesIO()
-            picture.save(buffer, "JPEG", quality=85)
-            data = buffer.getvalue()
-            if len(data) * 4 / 3 <= PICTURE_BYTES:
-                break
-            picture = picture.resize((max(1, picture.width * 3 // 4), max(1, picture.height * 3 // 4)))
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def thumbnails(dataset: Dataset) -> list[str]:
-    """Markdown: a few images of a dataset's shards with their captions, from as many shards as there are places."""
-    shards = [entry for entry in dataset.files if entry.name.endswith(".tar")][:THUMBNAILS]
-    samples: list[Sample] = []
-    for entry in shards:
-        # A shard that was damaged after it was committed is for `verify` to find, and no reason to go without a page.
-        with harmless(entry.path), dataset.open(entry) as file:
-            samples += islice(read_samples(file), -(-THUMBNAILS // len(shards)))
-    shown: list[tuple[str, str]] = []
-    for sample in samples[:THUMBNAILS]:
-        with harmless(f"the picture {sample.key}"):
-            shown.append((_thumbnail(sample), _words(sample.caption)))
-    if not shown:
-        return []
-    pictures, captions = zip(*shown, strict=True)
-    return ["## Pictures", _table(pictures, [captions])]
-
-
-def _thumbnail(sample: Sample) -> str:
-    from unidiffuser.images import open_picture
-
-    picture, buffer = open_picture(sample.image), io.BytesIO()
-    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    picture.save(buffer, "JPEG", quality=80)
-    return f"![{sample.key}](data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()})"
-
-
-def _words(caption: str) -> str:
-    """A caption of the web as a cell of a table: none of its characters means anything there."""
-    line = " ".join(caption.split())
-    line = line if len(line) <= CAPTION else line[: CAPTION - 1] + "…"
-    return "".join(f"&#{ord(letter)};" if letter in _MARKUP else letter for letter in line)

@@ -64,18 +64,25 @@ def descendants(store: Store, dataset: Dataset) -> Branch:
 
 
 # Colours that read on the light and the dark page.
-_CLASSES = (
+CLASSES = (
     "classDef made fill:#2a7d4f,stroke:#1d5737,color:#fff",
     "classDef reused fill:#3b6ea8,stroke:#2a4f79,color:#fff",
     "classDef failed fill:#b23b3b,stroke:#7d2929,color:#fff",
     "classDef waiting fill:#8a8a8a,stroke:#606060,color:#fff",
 )
+# The UI shrinks a graph that is wider than the page, which is 552 pixels on a laptop, and its text with it: of four boxes side by
+# side the text is still 12 pixels high.
+COMPACT = '%%{init: {"flowchart": {"nodeSpacing": 24, "rankSpacing": 36}, "themeVariables": {"fontSize": "16px"}}}%%'
+NAME = 16
 
 
 def mermaid(run: Run, nodes: Sequence[str]) -> str:
-    """The run's datasets and what they were made from, as a mermaid graph whose boxes lead to their artifacts."""
+    """The run's datasets and what they were made from, as a mermaid graph whose boxes lead to their artifacts.
+
+    It goes down: recipes are long chains, a few of them side by side.
+    """
     shown = list(dict.fromkeys([*(n for name in nodes for n in run.planned[name].input_nodes.values()), *nodes]))
-    lines = ["graph LR"]
+    lines = [COMPACT, "graph TD"]
     for name in run.planned:
         if name not in shown:
             continue
@@ -85,15 +92,27 @@ def mermaid(run: Run, nodes: Sequence[str]) -> str:
         kind = outcome.result if outcome and outcome.result in ("made", "reused", "failed") else "waiting"
         if outcome is None and dataset is not None:
             kind = "reused"
-        lines.append(f'  {_box(name)}["{name}<br/>{rows}<br/>{run.planned[name].fingerprint[:12]}"]:::{kind}')
-        lines.append(f'  click {_box(name)} href "{artifact_link(run.recipe.name, name)}"')
+        link = version_link(run.pages[name]) if name in run.pages else artifact_link(run.recipe.name, name)
+        lines.append(f'  {box(name)}["{words(name)}<br/>{rows}<br/>{run.planned[name].fingerprint[:8]}"]:::{kind}')
+        lines.append(f'  click {box(name)} href "{link}"')
     for name in nodes:
-        lines += [f"  {_box(before)} --> {_box(name)}" for before in dict.fromkeys(run.planned[name].input_nodes.values())]
-    return "\n".join([*lines, *(f"  {line}" for line in _CLASSES)])
+        lines += [f"  {box(before)} --> {box(name)}" for before in dict.fromkeys(run.planned[name].input_nodes.values())]
+    return "\n".join([*lines, *(f"  {line}" for line in CLASSES)])
 
 
-def _box(node: str) -> str:
-    return "n_" + node.replace("-", "_")
+def box(name: str) -> str:
+    """The id of a node or of a fingerprint in a graph."""
+    return "n_" + name.replace("-", "_")
+
+
+def words(node: str) -> str:
+    """A node's name in a box; a long one on two lines."""
+    return node if len(node) <= NAME else "-<br/>".join(node.rsplit("-", 1))
+
+
+def version_link(page: str) -> str:
+    """Where the UI shows one version, by the id of its artifact; without a host, as `artifact_link`."""
+    return f"/v2/artifacts/artifact/{page}"
 
 
 def artifact_key(recipe: str, node: str) -> str:

@@ -14,8 +14,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
 from pipelines.flows.run import Run
-from pipelines.pages.artifacts import harmless, picture_uri
+from pipelines.pages.harmless import harmless
 from pipelines.pages.lineage import artifact_key
+from pipelines.pages.pictures import picture_uri
 
 # How often the bar moves and the losses are drawn, in seconds.
 PROGRESS_EVERY = 2.0
@@ -77,6 +78,7 @@ class TrainingArtifact:
         if self.artifact is None:
             key = f"{artifact_key(self.run.recipe.name, self.node)}-training"
             self.artifact = cast(UUID, create_markdown_artifact(self._page(), key, "losses and samples so far"))
+            self.run.pages[f"{self.node}-training"] = str(self.artifact)
             return
         with get_client(sync_client=True) as client:
             client.update_artifact(self.artifact, ArtifactUpdate(data=self._page()))

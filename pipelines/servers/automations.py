@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -15,6 +16,7 @@ from prefect.events import DeploymentEventTrigger
 from infra.prefect_server import HEARTBEAT_SECONDS
 from pipelines.flows.deployed import RETRYING
 from pipelines.flows.events import COMMITTED, labels
+from pipelines.servers.notifications import notifications
 from stages.runner.recipe import Recipe
 
 FLOWS = ("recipe", "node")
@@ -91,14 +93,21 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
     return automation.model_dump(include={"description", "trigger", "actions"})
 
 
-def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID) -> None:
-    """Start the recipe's deployment when a node that it names under `deploy.after` has committed a new dataset.
+def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID, blocks: Sequence[UUID]) -> None:
+    """Start the recipe's deployment when a node that it names under `deploy.after` has committed a new dataset, and tell the
+    blocks of its runs that end badly.
 
-    A trigger that somebody has switched off stays so.
+    What somebody has switched off of these stays so.
     """
     resource = f"prefect.deployment.{deployment}"
     off = {one.name for one in client.read_resource_related_automations(resource) if not one.enabled}
     client.delete_resource_owned_automations(resource)
+    for automation in [*_triggers(recipe, deployment), *notifications(recipe, blocks)]:
+        changes = {"enabled": automation.name not in off, "owner_resource": resource}
+        client.create_automation(automation.model_copy(update=changes))
+
+
+def _triggers(recipe: Recipe, deployment: UUID) -> Iterator[AutomationCore]:
     for other in recipe.deploy.after:
         trigger = DeploymentEventTrigger(
             name=f"{recipe.name} after {other.recipe} {other.node}",
@@ -106,8 +115,7 @@ def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID
             match=labels(other.recipe, other.node),
         )
         trigger.set_deployment_id(deployment)
-        automation = trigger.as_automation()
-        client.create_automation(automation.model_copy(update={"enabled": automation.name not in off}))
+        yield trigger.as_automation()
 
 
 def trigger_names(client: SyncPrefectClient, deployment: DeploymentResponse) -> list[str]:

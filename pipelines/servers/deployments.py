@@ -19,14 +19,16 @@ from prefect.exceptions import ObjectNotFound
 
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.store import Store
-from pipelines.flows.parameters import node_form, recipe_form
+from pipelines.flows.deployed import deployed_recipe
+from pipelines.flows.forms import node_form, recipe_form
 from pipelines.flows.run import snapshot
 from pipelines.flows.slots import LIMIT
 from pipelines.servers import automations
+from pipelines.servers.notifications import blocks_of
 from pipelines.servers.owners import Owner, may_take, refusal
 from pipelines.servers.schedules import prefect_schedules, renewed
 from stages.runner.deployment import Pool
-from stages.runner.recipe import Recipe, RecipeError, load_recipe
+from stages.runner.recipe import Recipe, RecipeError
 
 # Flow and name of the function that is the flow, as an import path: the package is installed wherever a worker runs.
 ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.flows.flow.node_run"}
@@ -56,7 +58,8 @@ def deploy(recipe: Recipe, store: Store, replace: bool = False) -> Deployed:
         replace: take the name over from another recipe file or store; its schedules, triggers and settings go.
 
     Raises:
-        RecipeError: a schedule, the work pool or the store is not as it must be, which names the field; or the name is another's.
+        RecipeError: a schedule, a block, the work pool or the store is not as it must be, which names the field; or the name is
+            another's.
     """
     _check_store(recipe.deploy.pool, store)
     schedules = prefect_schedules(recipe)
@@ -68,8 +71,9 @@ def deploy(recipe: Recipe, store: Store, replace: bool = False) -> Deployed:
         if foreign and not replace:
             raise RecipeError(_refusal(client, recipe, foreign))
         whole, *nodes = (None if found in foreign else found for found in there)
+        blocks = blocks_of(client, recipe)
         ensure_pool(client, recipe.deploy.pool)
-        before = deployed_as(whole)
+        before = deployed_recipe(whole.parameters) if whole is not None else None
         done.gpus = _set_gpus(client, recipe.deploy.gpus, before.deploy.gpus if before else None)
         if whole is not None:
             schedules = renewed(schedules, whole.schedules, before.deploy.schedules if before else ())
@@ -87,13 +91,13 @@ def deploy(recipe: Recipe, store: Store, replace: bool = False) -> Deployed:
                 description=f"The node {node.name} of the recipe {recipe.name}, from what the nodes before it have committed.",
                 entrypoint=ENTRYPOINTS["node"],
                 parameters={"recipe": copy, "store": store.root, "node": node.name},
-                parameter_openapi_schema=node_form(node),
+                parameter_openapi_schema=node_form(recipe, node),
                 schedules=renewed([], found.schedules, ()) if found else [],
                 **_common(recipe, copy, found, before, node.stage),
             )
         done.removed = _remove_others(client, recipe, set(done.deployments.values()))
         automations.install(client)
-        automations.install_triggers(client, recipe, done.deployments[recipe.name])
+        automations.install_triggers(client, recipe, done.deployments[recipe.name], blocks)
     return done
 
 
@@ -156,14 +160,6 @@ def _found(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
     try:
         return client.read_deployment_by_name(name)
     except ObjectNotFound:
-        return None
-
-
-def deployed_as(found: DeploymentResponse | None) -> Recipe | None:
-    """The recipe as it was deployed last; None where that cannot be read any more."""
-    try:
-        return load_recipe(found.parameters["recipe"]) if found else None
-    except (RecipeError, KeyError, OSError):
         return None
 
 

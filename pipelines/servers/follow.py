@@ -27,8 +27,9 @@ from prefect.states import Cancelling, State
 
 from infra.dataset import find
 from infra.prefect_server import answers
-from pipelines.flows.deployed import DEBUGGED, RETRYING
+from pipelines.flows.deployed import DEBUGGED, RETRYING, deployed_recipe
 from pipelines.flows.flow import JOB_LOGGER, read_logs
+from pipelines.flows.names import name_of_changes
 from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
 from pipelines.flows.stopping import stop_on_signals
@@ -59,10 +60,10 @@ def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
     with get_client(sync_client=True) as client:
         try:
             found = client.read_deployment_by_name(f"recipe/{run.recipe.name}")
-            deployment = found.id
+            deployment, plain = found.id, deployed_recipe(found.parameters)
             _say_whose(run, Owner.read(found))
         except ObjectNotFound:
-            deployment = register_trial(run.recipe, run.store)
+            deployment, plain = register_trial(run.recipe, run.store), None
         parameters = {
             "recipe": snapshot(run.recipe, run.store),
             "store": run.store.root,
@@ -72,7 +73,8 @@ def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
             "jobs": run.jobs,
         }
         # The recipe has been checked, and may have other nodes and fields by now than the form of its deployment.
-        body: dict[str, Any] = {"name": run.recipe.name, "parameters": parameters, "enforce_parameter_schema": False}
+        name = (plain and name_of_changes(plain, run.recipe, run.nodes)) or run.recipe.name
+        body: dict[str, Any] = {"name": name, "parameters": parameters, "enforce_parameter_schema": False}
         if run.debug:
             body["labels"] = {DEBUGGED: True}
         reply = client.request("POST", "/deployments/{id}/create_flow_run", path_params={"id": deployment}, json=body)

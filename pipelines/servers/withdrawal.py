@@ -25,9 +25,10 @@ from prefect.exceptions import ObjectNotFound
 from infra.nearest import nearest
 from infra.processes import ServerError
 from infra.store import NotThere, Store
+from pipelines.flows.deployed import deployed_recipe
 from pipelines.flows.slots import LIMIT
 from pipelines.servers.automations import trigger_names
-from pipelines.servers.deployments import deployed_as, recipe_tag
+from pipelines.servers.deployments import recipe_tag
 from pipelines.servers.owners import Owner, refusal, whoami
 from stages.runner.recipe import Recipe, RecipeError
 
@@ -120,8 +121,8 @@ def _needs_no_limit(client: SyncPrefectClient, going: Sequence[DeploymentRespons
         limit = client.read_global_concurrency_limit_by_name(LIMIT)
     except ObjectNotFound:
         return False
-    before = deployed_as(going[0])
+    before = deployed_recipe(going[0].parameters)
     if before is None or before.deploy.gpus != limit.limit or limit.active_slots:
         return False
-    others = [deployed_as(each) for each in _whole(client) if each.id != going[0].id]
+    others = [deployed_recipe(each.parameters) for each in _whole(client) if each.id != going[0].id]
     return all(other is not None and other.deploy.gpus is None for other in others)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from zoneinfo import available_timezones
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -104,6 +104,9 @@ class Deploy(_Section):
     pool: Pool = Field(default_factory=Pool)
     schedules: tuple[Schedule, ...] = Field((), description="when it runs by itself")
     after: tuple[Trigger, ...] = Field((), description="new datasets that start the recipe")
+    notify: tuple[Annotated[str, Field(pattern=r"^[a-z0-9-]+/.+$")], ...] = Field(
+        (), description="notification blocks of the server, as TYPE/NAME, that are told of runs that failed or crashed"
+    )
     tags: tuple[str, ...] = Field((), description="tags of the deployment and of its runs")
     jobs: int = Field(1, ge=1, description="how many nodes work at a time")
     gpus: int | None = Field(None, ge=1, description="GPU slots that all recipes of the server share; nodes wait for theirs")

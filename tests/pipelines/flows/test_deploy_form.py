@@ -7,10 +7,13 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
+from prefect.utilities.schema_tools.validation import validate
 
 from infra.store import Store
 from pipelines.commands.conduct import describe_schedule
-from pipelines.flows.parameters import changed, choice, node_form, recipe_form, values_of
+from pipelines.flows.forms import node_fields, node_form, recipe_form
+from pipelines.flows.parameters import changed, choice, values_of
 from pipelines.flows.run import snapshot
 from pipelines.pages.progress import describe_progress, read_progress
 from stages.runner.deployment import Schedule
@@ -35,29 +38,101 @@ def path(tmp_path: Path) -> Path:
     return recipe
 
 
-def test_the_form_shows_every_field_with_the_recipes_value_and_accepts_what_it_shows(demo: Recipe) -> None:
+def tabs(form: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The fields that a form shows by node, from the tabs and the tabs in them."""
+    found: dict[str, dict[str, Any]] = {}
+    waiting = list(form["properties"]["config"]["anyOf"])
+    while waiting:
+        tab = waiting.pop()
+        waiting += tab.get("anyOf", [])
+        if "anyOf" not in tab:
+            found |= {node: fields["properties"] for node, fields in tab.get("properties", {}).items()}
+    return found
+
+
+def defaults(fields: dict[str, Any]) -> Any:
+    return {name: defaults(f["properties"]) if "properties" in f else f["default"] for name, f in fields.items()}
+
+
+def within(part: Any, whole: Any) -> bool:
+    return part == whole or (isinstance(part, dict) and all(within(part[name], whole[name]) for name in part))
+
+
+def test_the_form_shows_the_fields_that_the_file_sets_with_its_values_and_what_is_sent_as_shown_changes_nothing(
+    demo: Recipe,
+) -> None:
     form = recipe_form(demo)
-    shown = form["properties"]["config"]["properties"]
-    for name, node in demo.nodes.items():
-        assert set(shown[name]["properties"]) == set(type(node.config).model_fields), name
+    values = {name: defaults(fields) for name, fields in tabs(form).items()}
+    for name in demo.nodes:
+        assert within(values[name], values_of(demo, [name])[name]), name
+    document = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    for subset, stages in document["subsets"].items():
+        for stage, fields in stages.items():
+            if stage != "from":
+                assert set(values[f"{subset}-{stage}"]) == set(fields), f"{subset}-{stage}"
+    for name, fields in document["train"].items():
+        assert set(values[f"train-{name}"]) == set(fields) - {"data", "from"}
+        assert set(values[f"train-{name}"]["model"]) == set(fields["model"])
+    for config in (values, values_of(demo, demo.nodes), None):
+        jsonschema.validate({"recipe": "x", "config": config}, form, jsonschema.Draft202012Validator)
+        assert changed(demo, config or {}) is demo
+    assert set(form["properties"]) == {"nodes", "config", "overrides", "jobs"}, "what nobody changes takes room"
 
-    def defaults(schema: dict[str, Any]) -> Any:
-        below = schema.get("properties")
-        return schema["default"] if below is None else {name: defaults(field) for name, field in below.items()}
 
-    values = {name: defaults(schema) for name, schema in shown.items()}
-    assert values == values_of(demo, demo.nodes)
-    jsonschema.validate({"recipe": "x", "config": values}, form, jsonschema.Draft202012Validator)
-    assert changed(demo, values) is demo, "a form that is sent off as it was shown changes nothing"
+def test_every_field_of_every_form_has_a_title_and_a_description(demo: Recipe) -> None:
+    def check(place: str, field: dict[str, Any]) -> None:
+        assert field.get("title") and field.get("description"), place
+        for name, below in field.get("properties", {}).items():
+            check(f"{place}.{name}", below)
+
+    for node in demo.nodes.values():
+        check(node.name, node_fields(node))
+        for name, field in node_form(demo, node)["properties"].items():
+            check(f"{node.name}: {name}", field)
+    own = parse_recipe({"name": "own", "subsets": {"mine": {"folder": {"images": ["*.png"]}}}}, ROOT)
+    check("mine-folder", node_fields(own.nodes["mine-folder"]))
+    for name, field in recipe_form(demo)["properties"].items():
+        check(name, field)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "field", "reason"),
+    [
+        ({"config": {"little-select": {"min_side": 0}}}, "config.little-select.min_side", "0 is not valid"),
+        ({"config": {"little-select": {"max_side": "wide"}}}, "config.little-select.max_side", "'wide' is not valid"),
+        ({"config": {"little-select": {"min_sid": 3}}}, "config.little-select", "'min_sid' was unexpected"),
+        ({"config": {"best-select": {}}}, "config", "'best-select' was unexpected"),
+        ({"jobs": 0}, "jobs", "0 is less than the minimum of 1"),
+        ({"node": "little-select"}, "", "'node' does not match any"),
+    ],
+)
+def test_prefect_refuses_a_wrong_value_by_the_name_of_its_field(
+    demo: Recipe, parameters: dict[str, Any], field: str, reason: str
+) -> None:
+    errors = validate({"recipe": "x", **parameters}, recipe_form(demo))
+    assert [(".".join(map(str, error.path)), reason in error.message) for error in errors] == [(field, True)]
 
 
 def test_bounds_descriptions_choices_and_pairs_reach_the_form(demo: Recipe) -> None:
-    fields = node_form(demo.nodes["train-256"])["properties"]["config"]["properties"]
+    fields = node_fields(demo.nodes["train-256"])["properties"]
     assert fields["steps"]["minimum"] == 1 and "Optimizer steps" in fields["steps"]["description"]
     assert fields["precision"]["enum"] == ["fp32", "bf16", "auto"]
     betas = fields["optimizer"]["properties"]["betas"]
     assert betas["items"] == {"type": "number"} and (betas["minItems"], betas["maxItems"]) == (2, 2)
     assert recipe_form(demo)["properties"]["nodes"]["properties"]["from"]["enum"] == list(demo.nodes)
+
+
+def test_the_form_of_a_node_shows_the_fields_that_the_file_sets_for_it_and_accepts_all_others(demo: Recipe) -> None:
+    form = node_form(demo, demo.nodes["large-filter"])
+    shown = form["properties"]["config"]["anyOf"][1]["properties"]
+    assert {name: field["default"] for name, field in shown.items()} == {
+        "min_side": 512, "min_clip_similarity": 0.1, "min_aesthetic": 5.0,
+    }  # fmt: skip
+    assert shown["min_aesthetic"]["type"] == "number" and "anyOf" not in shown["min_aesthetic"]
+    assert set(form["properties"]) == {"config", "follow", "force", "overrides"}
+    sent = {"recipe": "x", "store": "y", "node": "large-filter", "config": {"min_aesthetic": None}, "follow": True}
+    assert not validate(sent, form)
+    assert validate({**sent, "config": {"min_side": 0}}, form) and validate({**sent, "node": "little-filter"}, form)
 
 
 def test_a_changed_field_changes_that_node_alone_in_whatever_place_the_recipe_writes_it(demo: Recipe) -> None:

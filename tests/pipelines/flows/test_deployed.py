@@ -226,6 +226,37 @@ def test_in_a_copy_of_a_run_fields_and_overrides_can_be_edited(recipe: Recipe, s
     assert width({**form, "node": NODE, "config": form["config"][NODE], "overrides": []}, store) == (500, 510)  # type: ignore[index]
 
 
+def test_a_nodes_form_can_start_what_follows_from_it(recipe: Recipe, store: Store) -> None:
+    follows = (
+        "subsets={good: {select: {metadata: ['metadata/*.parquet']}, download: {}}, other: {from: good-download, filter: {}}}"
+    )
+    form: dict[str, Any] = {
+        "recipe": snapshot(load_recipe(recipe.folder / "tiny.yaml", [follows]), store),
+        "node": "good-download",
+    }
+    assert deployed._asked({**form, "config": None}, store)[1:] == (["good-download"], [])
+    assert deployed._asked({**form, "follow": True, "force": True}, store)[1:] == (
+        ["good-download", "other-filter"],
+        ["good-download"],
+    )
+
+
+def test_a_run_is_named_by_what_differs_from_the_deployments_recipe(recipe: Recipe, store: Store) -> None:
+    plain = {"recipe": str(recipe.folder / "tiny.yaml")}
+    client: Any = SimpleNamespace(read_deployment=lambda deployment: SimpleNamespace(parameters=deployment))
+    wider = load_recipe(plain["recipe"], ["subsets.good.select.min_width=300"])
+    for given, asked, name in (
+        (plain, recipe, "tiny"),
+        (plain, wider, "min_width 300"),
+        ({**plain, "node": NODE}, recipe, NODE),
+        ({**plain, "node": NODE}, wider, "min_width 300"),
+        # A copy of the recipe that is gone from the store.
+        ({"recipe": str(recipe.folder / "gone.json")}, wider, "tiny"),
+    ):
+        run: Any = SimpleNamespace(deployment_id=given)
+        assert deployed._name(client, run, asked, [NODE]) == name
+
+
 def test_an_attempt_that_died_before_it_forced_anything_leaves_that_to_the_next_and_no_other_forces_again(
     recipe: Recipe, store: Store, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

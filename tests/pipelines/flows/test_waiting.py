@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.states import Completed, Failed, Pending
 
 from infra.store import Store
-from pipelines.flows import flow, slots
+from pipelines.flows import slots, turns
 from pipelines.flows.deployed import Unwatched
 from pipelines.flows.jobs import NodeStopped
 from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.servers.servers import Servers
 from stages.runner.recipe import load_recipe
-from tests.pipelines.conftest import write_recipe
+from tests.pipelines.conftest import Kept, ask, write_recipe
 
 NODE = "good-select"
 
@@ -50,20 +52,92 @@ def test_a_limit_of_none_at_all_makes_a_node_wait(monkeypatch: pytest.MonkeyPatc
         assert asked == [2]
 
 
-def test_no_gpu_slots_are_held_by_a_node_that_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_run(tmp_path: Path) -> Run:
     recipe, store = load_recipe(write_recipe(tmp_path)), Store(str(tmp_path / "store"))
-    run = Run(recipe, store, plan_run(recipe, store), [NODE], Servers(tmp_path), Unwatched())
-    monkeypatch.setattr(flow, "get_run_logger", lambda: logging.getLogger("test"))
+    return Run(recipe, store, plan_run(recipe, store), list(recipe.nodes), Servers(tmp_path), Unwatched())
+
+
+class Task:
+    """As much of a task that was submitted as is asked of it."""
+
+    def __init__(self, state: Any, seconds: float = 0.0):
+        self.state, self.seconds = state, seconds
+
+    def wait(self) -> None:
+        time.sleep(self.seconds)
+
+
+@pytest.fixture(autouse=True)
+def logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "get_run_logger", lambda: logging.getLogger("test"))
+
+
+def test_no_gpu_slots_are_held_by_a_node_that_waits_for_its_turn_and_it_has_no_task(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+    run.nodes = [NODE]
 
     def gpu_slots(*_: Any) -> Any:
         raise AssertionError("slots were taken before the turn came")
 
-    monkeypatch.setattr(flow, "gpu_slots", gpu_slots)
-    token = flow.RUN.set(run)
+    monkeypatch.setattr(turns, "gpu_slots", gpu_slots)
     assert run.turn.acquire(blocking=False)
     threading.Timer(0.3, run.stopping.set).start()
-    try:
-        assert flow.make_node.fn(NODE, {}).is_cancelled()
-    finally:
-        flow.RUN.reset(token)
-    assert run.outcomes[NODE] == Outcome(NODE, "stopped", run.outcomes[NODE].seconds)
+    assert turns.tasks_in_turn(run, lambda node, inputs: pytest.fail("it was submitted before its turn")) == {NODE: None}
+    assert run.outcomes == {NODE: Outcome(NODE, "stopped")}
+
+
+def test_a_task_begins_when_the_node_before_it_and_the_one_whose_turn_it_is_have_ended(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    working: list[str] = []
+    seen: dict[str, Any] = {}
+
+    class Working(Task):
+        def wait(self) -> None:
+            super().wait()
+            working.clear()
+
+    def submit(node: str, inputs: dict[str, Any]) -> Any:
+        assert not working, f"{node} has a task while {working} works"
+        working.append(node)
+        seen[node] = inputs
+        return Working(Completed(), 0.05)
+
+    tasks = turns.tasks_in_turn(run, submit)
+    assert set(tasks) == set(run.nodes) == {NODE, "bad-select", "bad-download"}
+    assert seen["bad-download"] == {"rows": tasks["bad-select"]}
+
+
+def test_what_follows_a_failure_is_submitted_at_once_to_say_so_and_holds_no_turn(tmp_path: Path) -> None:
+    run = a_run(tmp_path)
+    run.nodes = ["bad-select", "bad-download"]
+
+    def submit(node: str, inputs: dict[str, Any]) -> Any:
+        if node == "bad-download":
+            assert run.turn.acquire(blocking=False), "it holds the turn"
+        return Task(Failed() if node == "bad-select" else Pending())
+
+    assert turns.tasks_in_turn(run, submit)["bad-download"].state.is_pending()  # type: ignore[union-attr]
+
+
+def test_a_server_that_cannot_be_asked_for_slots_fails_the_node_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = a_run(tmp_path)
+
+    def gpu_slots(planned: Any, *_: Any) -> Any:
+        if planned.name == "bad-select":
+            raise ConnectionError("nobody there")
+        return nullcontext()
+
+    monkeypatch.setattr(turns, "gpu_slots", gpu_slots)
+    tasks = turns.tasks_in_turn(run, lambda node, inputs: Task(Completed()))
+    assert tasks[NODE] is not None and tasks["bad-select"] is tasks["bad-download"] is None
+    assert run.outcomes["bad-select"].message == "it could not begin: ConnectionError: nobody there"
+
+
+def test_in_prefect_the_tasks_of_a_run_of_one_job_at_a_time_lie_one_after_the_other(kept: Kept) -> None:
+    tasks = ask(kept.store, "POST", "task_runs/filter", {"task_runs": {"name": {"any_": [NODE, "bad-select"]}}})
+    (_, ended), (began, _) = sorted((task["start_time"], task["end_time"]) for task in tasks if task["end_time"])[:2]
+    assert ended <= began

@@ -130,6 +130,8 @@ def start_by_form(page: Any, world: World, fill: Callable[[], None], deployment:
 
 def submit(page: Any, fill: Callable[[], None]) -> str:
     """Fill and send the form that opens; returns the run, whose page is then open."""
+    page.get_by_role("button", name="Submit").wait_for()
+    page.get_by_role("tab", name=re.compile("^(little|other values)$")).click()
     page.get_by_text("Min Side (Optional)").wait_for()
     fill()
     page.get_by_role("button", name="Submit").click()
@@ -168,7 +170,7 @@ def failed(page: Any, world: World) -> str:
     """A run that was started through the form with one field changed, and failed since the web is down."""
 
     def fill() -> None:
-        picture(page, "prefect-form", height=720)
+        picture(page, "prefect-form", height=1000)
         change(page, "128", "200")
 
     run = start_by_form(page, world, fill)
@@ -212,18 +214,52 @@ def test_a_datasets_page_says_what_it_is_and_leads_to_the_run_that_made_its_inpu
     main = open_page_of(page, made)
     for text in (f"select/{source.manifest.fingerprint}", f"{made.manifest.stats.rows_in}", *made.manifest.stats.dropped):
         main.get_by_text(text).first.wait_for()
-    main.get_by_role("link", name="little-select").click()
-    page.wait_for_url(re.compile("/artifacts/key/pictures-little-select"))
-    main.get_by_text(source.manifest.fingerprint).first.wait_for()
-    page.go_back()
-    main.get_by_role("link", name="this run").click()
+    for link in (main.get_by_role("link", name="little-select"), main.locator("svg a")):
+        link.first.click()
+        page.wait_for_url(re.compile("/artifacts/artifact/"))
+        main.get_by_text(f"select/{source.manifest.fingerprint}").first.wait_for()
+        assert legible(page, "little-download") >= 12, "what was made of it is on its page"
+        page.go_back()
+        main.get_by_text(f"download/{made.manifest.fingerprint}").first.wait_for()
+    main.get_by_role("link", name="this run").first.click()
     assert run_of(page) == failed
 
 
-def test_the_runs_page_shows_the_graph_of_its_datasets(page: Any, world: World, failed: str) -> None:
+def legible(page: Any, node: str) -> float:
+    """The height of a node's name in the graph of a page, in pixels of the screen."""
+    text = page.locator("main svg .nodeLabel", has_text=node).first
+    text.wait_for()
+    script = "e => { const s = e.closest('svg'); return parseFloat(getComputedStyle(e).fontSize) * s.getScreenCTM().a }"
+    return float(text.evaluate(script))
+
+
+def test_the_runs_page_shows_the_graph_of_its_datasets_legibly_on_a_laptop(page: Any, world: World, failed: str) -> None:
+    page.set_viewport_size({"width": 1280, "height": 800})
     page.goto(f"{world.address}/v2/artifacts/key/pictures-lineage")
     page.locator("main a[href*='/artifacts/artifact/']").first.click()
-    page.locator("main svg").get_by_text("little-download").first.wait_for()
+    assert legible(page, "little-download") >= 12
+    page.set_viewport_size({"width": 1400, "height": 1000})
+
+
+def test_the_form_as_it_opens_fits_two_screens_and_a_typed_name_stays(page: Any, world: World, failed: str) -> None:
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.goto(f"{world.address}/v2/deployments")
+    page.get_by_role("link", name="pictures", exact=True).click()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Custom run").click()
+    page.get_by_role("button", name="Submit").wait_for()
+    page.get_by_role("tab", name="as in the recipe").wait_for()
+    assert page.evaluate("document.documentElement.scrollHeight") <= 1600
+    page.set_viewport_size({"width": 1400, "height": 1000})
+
+    def fill() -> None:
+        page.locator("main input").first.fill("before the weekend")
+        change(page, "128", "200")
+
+    run = submit(page, fill)
+    assert world.end(run) == "Completed"
+    names = [world.api("GET", f"flow_runs/{run}")["name"] for run in (run, failed)]
+    assert names == ["before the weekend", "min_side 200"]
 
 
 def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: Any, world: World, failed: str, web: Web) -> None:
@@ -250,7 +286,7 @@ def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: An
     made = world.dataset("little-download", changed)
     assert made is not None and made.manifest.inputs["rows"].fingerprint == source.manifest.fingerprint
     # From the dataset of the copy to the run that made its input, which is the node's.
-    open_page_of(page, made).get_by_role("link", name="this run").first.click()
+    open_page_of(page, made).get_by_role("link", name="this run").last.click()
     assert run_of(page) == alone
 
 

@@ -21,6 +21,8 @@ from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Result, Run, plan_run
 from pipelines.pages import artifacts, progress
 from pipelines.pages.artifacts import dataset_page, publish_page
+from pipelines.pages.results import losses
+from pipelines.pages.versions import add_user, find_others
 from pipelines.servers.servers import Servers
 from stages.catalog import stage_class
 from stages.runner.contract import result_fields
@@ -145,41 +147,111 @@ def server(kept: Kept) -> Iterator[None]:
                 client.delete_artifact(page.id)
 
 
-def newest_page() -> tuple[str, int]:
-    """The newest page of the node, and how many there are."""
+def pages() -> list[Any]:
+    """The pages of the node, the newest first."""
     key = ArtifactFilter(key=ArtifactFilterKey(any_=["pages-a-select"]))
     with get_client(sync_client=True) as client:
-        pages = client.read_artifacts(artifact_filter=key, sort="CREATED_DESC")
-    return str(pages[0].data), len(pages)
+        return client.read_artifacts(artifact_filter=key, sort="CREATED_DESC")
 
 
 def versions(page: str) -> list[str]:
-    return re.findall(r"^- `([0-9a-f]{24})`.*?(?:: (.*))?$", page.split("## Versions\n\n")[1].split("\n\n## ")[0], re.MULTILINE)
+    return re.findall(
+        r"^- \[?`([0-9a-f]{24})`.*?(?:: (`.*))?$", page.split("## Versions\n\n")[1].split("\n\n## ")[0], re.MULTILINE
+    )
 
 
-def test_every_run_has_the_page_which_lists_each_version_once_and_a_return_to_an_old_one(
+def test_a_version_has_one_page_whichever_runs_reuse_it_and_older_ones_are_linked_by_id(
     tmp_path: Path, store: Store, server: None
 ) -> None:
     first = a_run(recipe(tmp_path, 256), store)
     old = made(first)
 
-    def publish(run: Run, dataset: Dataset, result: Result) -> None:
+    def publish(run: Run, dataset: Dataset, result: Result) -> str:
         publish_page(run, run.planned["a-select"], Outcome("a-select", result, 2.0, dataset))
         point(store, "pages", "a-select", dataset.manifest.reference())
+        return run.pages["a-select"]
 
-    publish(first, old, "made")
-    publish(first, old, "reused")
-    assert versions(newest_page()[0]) == [(old.manifest.fingerprint, "")]
+    page_of_old = publish(first, old, "made")
+    again = a_run(recipe(tmp_path, 256), store)
+    assert publish(again, old, "reused") == page_of_old
+    assert [str(page.id) for page in pages()] == [page_of_old], "a reuse is no version"
+    with get_client(sync_client=True) as client:
+        links = [str(a.data) for a in client.read_artifacts(sort="CREATED_DESC", limit=5) if a.key is None]
+    assert any(f"(/v2/artifacts/artifact/{page_of_old})" in link for link in links), "but its run shows it"
     second = a_run(recipe(tmp_path, 300), store)
     new = made(second)
-    publish(second, new, "made")
-    publish(second, new, "reused")
+    page_of_new = publish(second, new, "made")
+    assert publish(second, new, "reused") == page_of_new
     line_of_new = (new.manifest.fingerprint, "`min_width: 256 -> 300`")
-    page, count = newest_page()
-    assert versions(page) == [line_of_new, (old.manifest.fingerprint, "")]
-    assert count == 4, "the graph of each run shows the page"
-    assert "was reused" in page
+    (page, _) = pages()
+    assert versions(str(page.data)) == [line_of_new, (old.manifest.fingerprint, "")]
+    assert f"- [`{old.manifest.fingerprint}`](/v2/artifacts/artifact/{page_of_old})," in str(page.data)
     back = a_run(recipe(tmp_path, 256), store)
     publish(back, old, "reused")
     line_of_old = (old.manifest.fingerprint, "`min_width: 300 -> 256`")
-    assert versions(newest_page()[0]) == [line_of_old, line_of_new, (old.manifest.fingerprint, "")]
+    assert versions(str(pages()[0].data)) == [line_of_old, line_of_new, (old.manifest.fingerprint, "")]
+    # A run of what follows alone links the version that it takes, not the newest.
+    left_out = a_run(recipe(tmp_path, 300), store)
+    left_out.nodes = []
+    with get_client(sync_client=True) as client:
+        find_others(client, left_out)
+    assert left_out.pages == {"a-select": page_of_new}
+
+
+def test_what_is_made_of_a_dataset_comes_onto_its_page(tmp_path: Path, store: Store, server: None) -> None:
+    run = a_run(recipe(tmp_path, 256), store)
+    dataset = made(run)
+    publish_page(run, run.planned["a-select"], Outcome("a-select", "made", 2.0, dataset))
+    user = dataset.manifest.model_copy(update={"node": "a-download", "fingerprint": "cd" * 12})
+    with get_client(sync_client=True) as client:
+        for _ in range(2):
+            add_user(client, run.pages["a-select"], dataset.manifest, user, "/v2/artifacts/artifact/there")
+    graph = str(pages()[0].data).split("```mermaid")[1].split("```")[0]
+    assert graph.count("a-download<br/>44 rows<br/>cdcdcdcd") == 1
+    assert f"n_{dataset.manifest.fingerprint} --> n_{'cd' * 12}\n" in graph and '_cd" href' not in graph
+    assert 'href "/v2/artifacts/artifact/there"' in graph
+
+
+def test_the_page_of_a_filter_shows_the_funnel_from_the_first_row_and_the_names_of_its_encoders(
+    tmp_path: Path, store: Store
+) -> None:
+    whole = load_recipe(write_filter(tmp_path))
+    run = Run(whole, store, plan_run(whole, store), list(whole.nodes), Servers(tmp_path), a_run(recipe(tmp_path, 1), store).view)
+    below: dict[str, Any] = {}
+    for node, (came, left) in {"a-select": (60, 40), "a-download": (40, 20), "a-filter": (20, 15)}.items():
+        planned = run.planned[node]
+        known = {"stage": planned.stage, "node": node, "fingerprint": planned.fingerprint, "inputs": dict(planned.inputs)}
+        below[node] = made(run, **known, config={}, stats=Stats(came, left, {"x": came - left}))
+    run.pages |= {"a-select": "page-of-select", "a-download": "page-of-download"}
+    page = dataset_page(run, run.planned["a-filter"], Outcome("a-filter", "made", 2.0, below["a-filter"]))
+    assert "| [a-select](/v2/artifacts/artifact/page-of-select) | 60 | 40 | 66.7% | 66.7% |" in page
+    assert "| [a-download](/v2/artifacts/artifact/page-of-download) | 40 | 20 | 50.0% | 33.3% |" in page
+    assert "| **a-filter** | 20 | 15 | 75.0% | 25.0% |" in page
+    assert f"- clip: `embedded` `{run.planned['a-filter'].weights['clip'][:24]}`" in page
+    assert (
+        f"- rows: [a-download](/v2/artifacts/artifact/page-of-download) `download/{run.planned['a-download'].fingerprint}`"
+        in page
+    )
+    graph = page.split("```mermaid")[1].split("```")[0]
+    assert f"n_{run.planned['a-download'].fingerprint} --> n_{run.planned['a-filter'].fingerprint}" in graph
+
+
+def write_filter(folder: Path) -> Path:
+    recipe(folder, 1)
+    path = folder / "whole.yaml"
+    path.write_text("name: whole\nsubsets:\n  a: {select: {metadata: [metadata/*.parquet]}, download: {}, filter: {}}\n")
+    return path
+
+
+def test_losses_are_a_curve_and_a_short_table_that_ends_with_the_last() -> None:
+    rows = [
+        {"kind": kind, "step": step, "loss": 1 / step, "loss_text": 0.5}
+        for step in range(1, 41)
+        for kind in ("train", "validation")
+    ]
+    title, curve, told = losses("train-x", rows)
+    assert title == "## Losses" and curve.startswith('<img alt="losses" src="data:image/png;base64,')
+    lines = told.splitlines()
+    assert lines[0] == "| step | loss on held-out rows | text |" and len(lines) <= 2 + 6
+    assert lines[-1] == "| 40 | 0.0250 | 0.5000 |"
+    assert losses("train-x", []) == []

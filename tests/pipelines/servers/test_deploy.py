@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -320,6 +322,64 @@ def test_a_schedule_does_only_the_new_files_work_and_a_new_dataset_triggers_the_
     assert {"stage", "node", "fingerprint", "rows"} <= set(event["payload"])
     triggered = wait_for(lambda: machine.runs("after"))
     assert machine.end(triggered[0]["id"]) == ("COMPLETED", "nothing new: all 1 nodes reused")
+
+
+TOLD = """
+name: told
+subsets:
+  good: {select: {metadata: [metadata/*.parquet], min_width: 256}}
+deploy: {notify: [custom-webhook/pager]}
+"""
+
+
+@pytest.fixture
+def pager() -> Iterator[tuple[str, list[Any]]]:
+    """A webhook on loopback, and what it was sent."""
+    sent: list[Any] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/", sent
+        server.shutdown()
+
+
+def test_a_block_is_told_of_a_run_that_fails_and_one_that_is_not_there_is_one_line(
+    machine: Machine, pager: tuple[str, list[Any]]
+) -> None:
+    address, sent = pager
+    code, printed = start("deploy", machine.recipe(TOLD), "--store", machine.store).finish()
+    assert code != 0 and printed.splitlines() == [
+        "error: deploy.notify.0: custom-webhook/pager is not on the Prefect server; make it there under Blocks, or name another "
+        "one as TYPE/NAME"
+    ]
+    # The server knows blocks of this type from now on, as somebody who makes one in the UI needs.
+    kind = machine.api("GET", "block_types/slug/custom-webhook")["id"]
+    (schema, *_) = machine.api("POST", "block_schemas/filter", {"block_schemas": {"block_type_id": {"any_": [kind]}}})
+    data = {
+        "name": "pager",
+        "url": address,
+        "allow_private_urls": True,
+        "json_data": {"subject": "{{subject}}", "body": "{{body}}"},
+    }
+    body = {"name": "pager", "block_type_id": kind, "block_schema_id": schema["id"], "data": data}
+    machine.api("POST", "block_documents/", body)
+    machine.deploy(TOLD)
+    run = machine.begin("recipe/told", overrides=["subsets.good.select.min_width=0"])
+    ended, message = machine.end(run)
+    told = wait_for(lambda: sent, 60)
+    assert ended == "FAILED" and told[0]["subject"] == "told: Failed" and message in told[0]["body"]
+    mine = [a for a in machine.api("POST", "automations/filter", {}) if a["name"].startswith("told: ")]
+    assert sorted(a["name"] for a in mine) == ["told: tell of runs that crashed", "told: tell of runs that failed"]
+    machine.deploy(TOLD.replace("{notify: [custom-webhook/pager]}", "{tags: [quiet]}"))
+    assert not [a for a in machine.api("POST", "automations/filter", {}) if a["name"].startswith("told: ")]
 
 
 def test_a_node_gets_the_gpu_slots_that_a_dead_one_held(machine: Machine, waiting: subprocess.Popen[str]) -> None:
