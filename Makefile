@@ -3,18 +3,21 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # uv makes the environment; a private copy is installed when the machine has none.
 UV := $(shell command -v uv || echo .uv/bin/uv)
-PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3.11)
+PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup demo test test-runs test-parts test-killed test-slow chaos lint encoders text-decoder shapes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow chaos lint encoders text-decoder shapes findings lock clean
 
 setup: $(VENV)/.ready
 
-.uv/bin/uv:
+python:
+	@: $(if $(PYTHON),,$(error no Python 3.11 or 3.12 here: install python3.11 and python3.11-venv, or those of 3.12, and run make again))
+
+.uv/bin/uv: | python
 	$(PYTHON) -m venv .uv
 	.uv/bin/pip install --quiet --disable-pip-version-check 'uv>=0.9,<1'
 
-$(VENV)/.ready: requirements.lock pyproject.toml | $(UV)
+$(VENV)/.ready: requirements.lock pyproject.toml | python $(UV)
 	$(UV) venv --quiet --clear --python $(PYTHON) $(VENV)
 	$(UV) pip install --quiet --python $(PY) --compile-bytecode --require-hashes --no-deps -r requirements.lock
 	$(UV) pip install --quiet --python $(PY) --no-deps --editable .

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from infra.store import Store, StoreError, sha256_of
+from infra.entries import fingerprint_of, stages_in
+from infra.store import NotThere, Store, StoreError, sha256_of
 
 # Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
 FILES_INLINE = 2000
@@ -176,6 +177,8 @@ def commit(store: Store, manifest: Manifest) -> Dataset:
         pq.write_table(pa.table(columns), buffer, write_page_checksum=True)
         store.write(f"{folder}/files.parquet", buffer.getvalue())
         document["files"] = None
+        # For whoever lists a store, and reads no list of files.
+        document["files_bytes"] = sum(entry.bytes for entry in manifest.files)
     store.write_json(f"{folder}/manifest.json", document)
     return Dataset(store, manifest)
 
@@ -199,9 +202,8 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
 
 def all_datasets(store: Store) -> Iterator[Dataset]:
     """Every committed dataset of a store, by stage and fingerprint."""
-    for stage in store.list(""):
-        if not stage.startswith(".") and stage != "nodes":
-            yield from datasets_of(store, stage)
+    for stage in stages_in(store):
+        yield from datasets_of(store, stage)
 
 
 def datasets_of(store: Store, stage: str) -> Iterator[Dataset]:
@@ -216,16 +218,13 @@ def by_prefix(store: Store, text: str) -> Dataset:
     """The dataset that a person means by a fingerprint, its first characters, `stage/fingerprint` or a path to it.
 
     Raises:
-        StoreError: no dataset or several datasets match.
+        NotThere: there is no store, or no dataset or several datasets match.
     """
-    wanted = text.rstrip("/").removesuffix("/manifest.json").rsplit("/", 1)[-1]
-    matches = [d for d in all_datasets(store) if d.manifest.fingerprint.startswith(wanted)]
-    if len(matches) == 1:
-        return matches[0]
-    if not matches:
-        raise StoreError(f"{text}: no dataset in {store.root} has this fingerprint; `unidiffuser status RECIPE` lists them")
-    names = ", ".join(f"{d.manifest.node} {d.manifest.fingerprint}" for d in matches[:4])
-    raise StoreError(f"{text}: {len(matches)} datasets match ({names}); give more characters")
+    stage, fingerprint = fingerprint_of(store, text)
+    dataset = find(store, stage, fingerprint)
+    if dataset is None:
+        raise NotThere(f"{text}: {stage}/{fingerprint} was removed while it was looked for")
+    return dataset
 
 
 def verify(dataset: Dataset) -> list[str]:

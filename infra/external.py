@@ -25,9 +25,13 @@ TAGS = (
 
 def state_folder(store: Store) -> Path:
     """Where this machine keeps what is not data (server state, digests, logs): `<store>/.state`, or `./runs/.state`."""
-    folder = Path(store.root if store.local else os.environ.get("UNIDIFFUSER_STATE", "runs")) / ".state"
+    folder = _state(store)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _state(store: Store) -> Path:
+    return Path(store.root if store.local else os.environ.get("UNIDIFFUSER_STATE", "runs")) / ".state"
 
 
 def resolve(patterns: list[str], store: Store) -> dict[str, str]:
@@ -48,7 +52,7 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
     for pattern in patterns:
         fs, paths = listing.files(pattern)
         if isinstance(fs, LocalFileSystem):
-            found |= _local_digests(pattern, paths, state_folder(store) / "digests.json")
+            found |= _local_digests(pattern, paths, _state(store) / "digests.json")
             continue
         with readable(pattern):
             found |= {_address(fs, path, pattern): _remote_digest(fs, path) for path in paths}
@@ -107,6 +111,7 @@ def _local_digests(pattern: str, paths: list[str], cache: Path) -> dict[str, str
                 known[path] = {"stamp": stamp, "sha256": sha256_of(path)}
                 fresh = True
             digests[path] = known[path]["sha256"]
-    if fresh:
+    # Not where nothing has been run yet: whoever only asks makes no folder.
+    if fresh and cache.parent.exists():
         Store(str(cache.parent)).write_json(cache.name, known)
     return digests

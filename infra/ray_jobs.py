@@ -9,7 +9,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -75,6 +75,21 @@ class RayJobs:
                 f"Ray at {self.address} is {theirs}, here it is {ours}; install on the cluster what requirements.lock names"
             )
 
+    def memory(self) -> tuple[list[int], list[int]]:
+        """Bytes of memory of every machine that does work, and of every GPU.
+
+        Raises:
+            ServerError: Ray does not answer, or no machine is there.
+        """
+        nodes = self._call("GET", "/nodes?view=summary", timeout=SHORT_TIMEOUT)["data"]["summary"]
+        alive = [node for node in nodes if node.get("mem") and node.get("raylet", {}).get("state") == "ALIVE"]
+        # A head that takes no work has no CPUs.
+        working = [node for node in alive if node["raylet"].get("resourcesTotal", {"CPU": 1}).get("CPU")] or alive
+        if not working:
+            raise ServerError(f"Ray at {self.address} has no machine yet")
+        gpus = [gpu["memoryTotal"] * 2**20 for node in working for gpu in node.get("gpus") or [] if gpu.get("memoryTotal")]
+        return [int(node["mem"][0]) for node in working], gpus
+
     def statuses(self) -> dict[str, str]:
         """Submission id -> status of every job that the cluster knows."""
         return {job["submission_id"]: job["status"] for job in self._ask("GET", "/api/jobs/") if job.get("submission_id")}
@@ -83,6 +98,16 @@ class RayJobs:
         """The jobs that have not ended and were submitted before a moment, in seconds since 1970: id -> metadata."""
         jobs = [job for job in self._ask("GET", "/api/jobs/") if job.get("submission_id") and job["status"] not in TERMINAL]
         return {job["submission_id"]: job.get("metadata") or {} for job in jobs if (job.get("start_time") or 0) / 1000 < before}
+
+    def newest(self, wanted: Callable[[str, str], bool]) -> str | None:
+        """The job that was submitted last of those whose (id, command) are wanted.
+
+        Raises:
+            ServerError: Ray does not answer.
+        """
+        found = [job for job in self._call("GET", "/api/jobs/", timeout=SHORT_TIMEOUT) if job.get("submission_id")]
+        fitting = [job for job in found if wanted(job["submission_id"], job["entrypoint"])]
+        return max(fitting, key=lambda job: job.get("start_time") or 0)["submission_id"] if fitting else None
 
     def status(self, job: str) -> str:
         return str(self._ask("GET", f"/api/jobs/{job}")["status"])

@@ -26,6 +26,10 @@ class StoreError(Exception):
     """A store that cannot be read or written; the message names the path and the fix."""
 
 
+class NotThere(StoreError):
+    """A store, a dataset or a deployment that a person has named and that is not there; the message names what comes nearest."""
+
+
 def sha256_of(path: str | Path) -> str:
     """Hex sha256 of a local file, read in 1 MiB pieces.
 
@@ -49,6 +53,9 @@ class Store:
 
     All paths are relative to the root, with ``/`` between the parts. Instances pickle: workers open their own connection.
 
+    Raises:
+        StoreError: no file system of this kind is known, or its package is not installed.
+
     Example:
         >>> import tempfile
         >>> store = Store(tempfile.mkdtemp())
@@ -58,7 +65,13 @@ class Store:
     """
 
     def __init__(self, root: str):
-        fs, path = fsspec.core.url_to_fs(root)
+        try:
+            fs, path = fsspec.core.url_to_fs(root)
+        except ImportError as error:
+            package = getattr(error.__cause__ or error, "name", None) or "the package of its file system"
+            raise StoreError(f"{root}: {package} is not installed, which such a store needs; pip install {package}") from error
+        except ValueError as error:
+            raise StoreError(f"{root}: {error}; expected a folder or an fsspec URL such as s3://bucket/prefix") from error
         self.local = isinstance(fs, LocalFileSystem)
         self.root = str(Path(path).resolve()) if self.local else root.rstrip("/")
         self.fs = fs
@@ -73,6 +86,19 @@ class Store:
 
     def _full(self, path: str) -> str:
         return f"{self._base}/{path}"
+
+    def check_there(self) -> None:
+        """For commands that only read: they make no store.
+
+        Raises:
+            NotThere: nothing lies at the root.
+        """
+        if not self.is_there():
+            raise NotThere(f"{self.root}: there is no store; --store or UNIDIFFUSER_STORE names another")
+
+    def is_there(self) -> bool:
+        """Whether anything lies at the root."""
+        return bool(self.fs.exists(self._base))
 
     def exists(self, path: str) -> bool:
         return bool(self.fs.exists(self._full(path)))

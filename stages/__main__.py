@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from importlib.metadata import version
 
 import fsspec
@@ -14,7 +15,7 @@ import fsspec
 from infra.dataset import Dataset, find, point
 from infra.store import Store, StoreError
 from stages.catalog import stage_class
-from stages.runner.contract import StageError
+from stages.runner.contract import Bug, StageError, in_words
 from stages.runner.graph import Outside, Planned, plan
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.runner.run import describe_drops, run_stage
@@ -86,23 +87,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of the recipe")
     parser.add_argument("--outside", metavar="FILE", help="files from outside that an earlier plan found; else looked for now")
     parser.add_argument("--expect", metavar="FINGERPRINT", help="fail if the node would get another one here")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of any error, not of bugs alone")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
     try:
         outside = read_outside(options.outside) if options.outside else None
         run_node(load_recipe(options.recipe, options.set), options.node, Store(options.store), outside, options.expect)
     except RecipeError as error:
-        return _fail(error, 2, options.debug)
+        return _fail(error, str(error), 2, options.debug)
+    except Bug as error:
+        return _fail(error, str(error), 1, True)
     except (StageError, StoreError, OSError) as error:
-        return _fail(error, 1, options.debug)
+        return _fail(error, str(error), 1, options.debug)
+    except Exception as error:
+        return _fail(error, f"{options.node}: {in_words(error)}", 1, True)
     return 0
 
 
-def _fail(error: Exception, code: int, debug: bool) -> int:
-    if debug:
-        raise error
-    print(f"error: {error}", flush=True)
+def _fail(error: Exception, line: str, code: int, traced: bool) -> int:
+    """The error's line comes last: whoever follows the log takes it for the reason."""
+    if traced:
+        traceback.print_exception(error, file=sys.stdout)
+    print(f"error: {line}", flush=True)
     return code
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from stages.runner.contract import Stage
+if TYPE_CHECKING:
+    from stages.runner.contract import Stage
 
 STAGES = {
     "select": "stages.select.stage:Select",

@@ -1,4 +1,4 @@
-"""One real local Ray for all tests that run units or workers from the test process."""
+"""One real local Ray for all tests that run units or workers from the test process; and what a test run says at its end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The last line of a run, behind pytest's own, says that the browser tests did not run, and what they need."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if count := sum("no Chromium" in str(report.longrepr) for report in skipped):
+        reporter.write_line(f"{count} browser tests were skipped, for want of a browser: `apt-get install chromium` brings it")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step and the fix."""
 
 
+class TrainingBug(TrainingError):
+    """Training broke in a way that nobody foresaw; its cause holds the worker's traceback."""
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """One run of a training stage; picklable, because workers on other machines get it.

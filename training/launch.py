@@ -18,7 +18,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from training.board import Board, Reporter
 from training.history import Row
-from training.job import Outcome, TrainingError, TrainJob
+from training.job import Outcome, TrainingBug, TrainingError, TrainJob
+from unidiffuser.memory import out_of_memory
 
 POLL_SECONDS = 0.5
 
@@ -37,6 +38,11 @@ def _work(config: dict[str, Any]) -> Outcome:
     reporter = Reporter(config["board"])
     try:
         return run(config["job"], device, reporter.stop_requested, reporter.add)
+    except Exception as error:
+        if (which := out_of_memory(error)) is None:
+            raise
+        at_once = config["job"].config.worker_micro_batch
+        raise TrainingError(f"{which} is not enough; lower micro_batch (now {at_once}) or the model") from error
     finally:
         reporter.close()
 
@@ -69,6 +75,7 @@ def train(job: TrainJob, on_row: Callable[[Row], None] = lambda row: None, stop:
 
     Raises:
         TrainingError: the workers failed, with the first worker's reason, or the cluster is too small.
+        TrainingBug: they failed in a way that may be a fault of the program; it is caused by the worker's traceback.
 
     Example:
         >>> outcome = train(TrainJob(config, shards, "/tmp/work", publish), on_row=print)  # doctest: +SKIP
@@ -121,7 +128,7 @@ def train(job: TrainJob, on_row: Callable[[Row], None] = lambda row: None, stop:
     ray.kill(board)
     result = ended[0]
     if isinstance(result, BaseException):
-        raise TrainingError(_reason(result)) from result
+        raise _failure(result)
     return result.return_value
 
 
@@ -134,11 +141,20 @@ def _environment(gpus: bool, compile: bool) -> dict[str, str]:
     return environment
 
 
-def _reason(error: BaseException) -> str:
+def _failure(error: BaseException) -> TrainingError:
     """The line that a user can act on: what the first worker raised that was not just the echo of another's end."""
-    failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())]
-    for failure in failures:
-        cause = getattr(failure, "_base_exc", failure)
-        if type(cause).__module__.startswith(("training.", "infra.")) or isinstance(cause, (OSError, ValueError)):
-            return str(cause)
-    return str(failures[0] if failures else error)
+    failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())] or [error]
+    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
+    for failure, cause in zip(failures, causes, strict=True):
+        if type(cause).__module__.startswith(("training.", "infra.")):
+            return _caused(TrainingError(str(cause)), failure)
+        if isinstance(cause, (OSError, ValueError)):
+            return _caused(TrainingBug(str(cause)), failure)
+    words = " ".join(f"{type(causes[0]).__name__}: {causes[0]}".split())
+    return _caused(TrainingBug(words), failures[0])
+
+
+def _caused(error: TrainingError, failure: BaseException) -> TrainingError:
+    """With what Ray tells of a worker's failure, which is its traceback."""
+    error.__cause__ = failure
+    return error

@@ -25,7 +25,7 @@ def clip_settings(ref: str) -> dict[str, Any]:
         WeightsError: its configuration is damaged, or asks for what is not computed here.
     """
     folder = local_folder(ref, "clip")
-    settings = _of_folder(folder)["model_cfg"] if folder is not None else _of_name(ref)[0]
+    settings = _of_folder(folder)["model_cfg"] if folder is not None else published(ref)[0]
     _refuse_unsupported(settings, ref)
     return settings
 
@@ -41,7 +41,7 @@ def clip_preprocess(ref: str) -> Preprocess:
         document = _of_folder(folder)
         settings, told = document["model_cfg"], document.get("preprocess_cfg") or {}
     else:
-        settings, told = _of_name(ref)
+        settings, told = published(ref)
     # open_clip takes the size that the network has.
     return Preprocess.read({**told, "size": settings["vision_cfg"].get("image_size", 224)}, f"clip {ref!r}")
 
@@ -58,8 +58,12 @@ def _of_folder(folder: Path) -> dict[str, Any]:
     return document
 
 
-def _of_name(ref: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """The configuration of a public model, and what open_clip's table says of its weights."""
+def published(ref: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The configuration of a public model, and what open_clip's table says of its weights.
+
+    Raises:
+        OSError, ValueError: see ``clip_settings``.
+    """
     import open_clip
 
     name, _, weights = ref.partition("/")

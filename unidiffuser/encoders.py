@@ -65,14 +65,17 @@ class ImageLatents:
         from diffusers import AutoencoderKL
 
         folder = local_folder(ref, "vae")
-        half = dtype == torch.float16
-        model = pretrained(AutoencoderKL, folder or ref, torch_dtype=torch.float32 if half else dtype, low_cpu_mem_usage=False)
-        if half and not model.config.force_upcast:
-            model = model.half()
-        latents = cls(model.to(device), f"vae {ref!r}")
-        if latents.model.device.type != "cpu":
-            latents._lay_out()
-        return latents
+        kind = torch.float32 if dtype == torch.float16 else dtype
+        model = pretrained(AutoencoderKL, folder or ref, torch_dtype=kind, low_cpu_mem_usage=False)
+        return cls(model, f"vae {ref!r}").to(device, dtype)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> ImageLatents:
+        """Move to a device and a type; one that says ``force_upcast`` stays in fp32 where fp16 is asked for."""
+        upcast = dtype == torch.float16 and self.model.config.force_upcast
+        self.model = self.model.to(device=device, dtype=torch.float32 if upcast else dtype)
+        if self.model.device.type != "cpu":
+            self._lay_out()
+        return self
 
     def _lay_out(self) -> None:
         """Lay the weights out as convolutions want them, in memory of their own.
@@ -185,8 +188,11 @@ class ClipEncoder:
         self.context_length = int(model.context_length)
         self.text_width = int(model.text.token_embedding.embedding_dim)
         self.embed_dim = int(model.text.output_dim)
-        self._device = next(model.parameters()).device
-        self._dtype = next(model.parameters()).dtype
+
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> ClipEncoder:
+        """Move to a device and a type."""
+        self.model = self.model.to(device=device, dtype=dtype)
+        return self
 
     @classmethod
     def load(cls, ref: str = "embedded", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ClipEncoder:
@@ -238,7 +244,8 @@ class ClipEncoder:
     def _preprocess(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """What the image tower sees of pictures, (B, 3, h, w)."""
         pictures = to_pil(images) if isinstance(images, Tensor) else [picture.convert("RGB") for picture in images]
-        return self.preprocess.normalised(self.preprocess.pixels(pictures).to(self._device)).to(self._dtype)
+        weight = next(self.model.parameters())
+        return self.preprocess.normalised(self.preprocess.pixels(pictures).to(weight.device)).to(weight.dtype)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """Token ids (B, L), cut at L tokens.
@@ -258,7 +265,7 @@ class ClipEncoder:
     @torch.no_grad()  # not inference mode: the text codec is trained on these hidden states
     def _text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         self._require("text_cfg", "text")
-        pooled, tokens = self.model.text(self.ids(captions).to(self._device))
+        pooled, tokens = self.model.text(self.ids(captions).to(next(self.model.parameters()).device))
         return pooled.float(), tokens.float()
 
     def _require(self, tower: str, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Prompts and pictures in, pictures and captions out: an exported model with its encoders and decoders."""
+"""Prompts and pictures in, pictures and captions out: a checkpoint with its encoders and decoders."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from unidiffuser.compiling import find_compiler
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.guidance import MOST_GUIDANCE, check_interval
 from unidiffuser.modalities import all_parts, resized
+from unidiffuser.pictures import Picture, as_pictures
+from unidiffuser.provenance import PROVENANCE
+from unidiffuser.references import Encoders
 from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, sample
 from unidiffuser.schedule import NoiseSchedule
+from unidiffuser.solver import Callback
 from unidiffuser.tasks import TASK_NAMES
-from unidiffuser.tensors import NotFinite
+from unidiffuser.tensors import NotFinite, read_settings
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.uvit import UViT
 from unidiffuser.weights import load_native
@@ -97,9 +101,17 @@ class Generated:
 class UniDiffuser:
     """A joint image-text model with everything that sampling needs.
 
+    Attributes:
+        device, dtype: where it computes, and in what; see ``to``.
+        size: pixels a side of the pictures that it was last trained for.
+        provenance: what it was trained from, as ``provenance.json`` beside its weights tells; empty where that is not told.
+
     Example:
-        >>> model = UniDiffuser.load("runs/export")
-        >>> model.generate("t2i", prompts=["a large red apple"], count=4)[0].image.save("apple.png")
+        >>> model = UniDiffuser.load("runs/export/3f9a2c").to("cuda")
+        >>> model.generate("t2i", "a large red apple", count=4)[0].image.save("apple.png")
+        >>> model.generate("i2t", images="apple.png")[0].caption
+        'a large red apple'
+        >>> model.score("apple.png", ["an apple", "a lion"])          # tensor([0.31, 0.12])
     """
 
     def __init__(
@@ -115,33 +127,68 @@ class UniDiffuser:
         # Picture by picture: the decoder's activations are the peak of memory, and a single picture keeps it as busy.
         vae.model.enable_slicing()
         self.clip_image, self.clip_text = clip_image, clip_text
+        self.provenance: dict[str, Any] = {}
         self.device = uvit.position.device
         check_codecs(uvit.config.modalities, self.codecs(vae.reduction))
         self.latent = {part.name: part for part in all_parts(uvit.config.modalities)}["latent"]
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> UniDiffuser:
-        """Load an export folder, which holds uvit, vae, clip_image, clip_text and text_codec.
+    def load(
+        cls,
+        checkpoint: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        store: str | None = None,
+        encoders: Encoders | None = None,
+        heads: int | None = None,
+    ) -> UniDiffuser:
+        """Load a checkpoint.
 
         Args:
+            checkpoint: a folder with a whole set in any layout (``layouts``), or an export or training dataset: its folder, its
+                fingerprint, the first characters of that, or STAGE/FINGERPRINT.
             dtype: the type that the U-ViT computes in (by autocast), and that encoders and decoders are loaded in.
+            store: folder or fsspec URL of the datasets; ``./runs`` or what UNIDIFFUSER_STORE names if None.
+            encoders: what stands beside official files, or beside a training dataset, if it does not tell itself.
+            heads: attention heads of an official U-ViT, if not width / 64.
 
         Raises:
-            FileNotFoundError: the folder lacks one of these.
-            WeightsError: the U-ViT's weights do not fit its configuration, or its codecs do not make what it models.
+            FileNotFoundError: there is no such checkpoint, or it lacks a part.
+            WeightsError: weights are damaged, do not fit their configuration, or its codecs do not make what it models.
         """
-        folder = Path(folder)
-        missing = [name for name in FOLDERS if not (folder / name).is_dir()]
-        if missing:
-            raise FileNotFoundError(f"{folder}: not an export folder, it lacks {', '.join(missing)}")
-        return cls(
-            load_native(folder / "uvit").to(device),
-            ImageLatents.load(str(folder / "vae"), device, dtype),
-            ClipEncoder.load(str(folder / "clip_image"), device, dtype),
-            ClipEncoder.load(str(folder / "clip_text"), device, dtype),
-            TextCodec.load(folder / "text_codec").to(device),
-            dtype,
-        )
+        from unidiffuser.checkpoints import export_of  # which converts whole models
+
+        with export_of(checkpoint, store, encoders, heads) as folder:
+            missing = [name for name in FOLDERS if not (folder / name).is_dir()]
+            if missing:
+                raise FileNotFoundError(f"{folder}: not an export folder, it lacks {', '.join(missing)}")
+            model = cls(
+                load_native(folder / "uvit").to(device),
+                ImageLatents.load(str(folder / "vae"), device, dtype),
+                ClipEncoder.load(str(folder / "clip_image"), device, dtype),
+                ClipEncoder.load(str(folder / "clip_text"), device, dtype),
+                TextCodec.load(folder / "text_codec").to(device),
+                dtype,
+            )
+            if (file := folder / PROVENANCE).is_file():
+                model.provenance = read_settings(file)
+            return model
+
+    def to(self, *places: str | torch.device | torch.dtype) -> UniDiffuser:
+        """Move to a device, compute in another type, or both: ``.to("cuda", torch.bfloat16)``. Returns the model itself.
+
+        Encoders and decoders are cast, so the way back from a narrow type does not bring back what it has rounded.
+        """
+        for place in places:
+            if isinstance(place, torch.dtype):
+                self.dtype = place
+            else:
+                self.device = torch.device(place)
+        self.uvit.to(self.device)
+        self.text_codec.to(self.device)
+        for encoder in (self.vae, self.clip_image, self.clip_text):
+            encoder.to(self.device, self.dtype)
+        return self
 
     def codecs(self, size: int, beams: int = 5) -> dict[str, Codec]:
         """The codecs by name, of pictures ``size`` pixels wide and of captions written with ``beams`` beams."""
@@ -174,8 +221,8 @@ class UniDiffuser:
     def generate(
         self,
         task: str,
-        prompts: Sequence[str] | None = None,
-        images: Sequence[Image.Image] | None = None,
+        prompts: str | Sequence[str] | None = None,
+        images: Picture | Sequence[Picture] | None = None,
         count: int = 1,
         steps: int = 50,
         guidance: float = 7.0,
@@ -188,25 +235,33 @@ class UniDiffuser:
         beams: int = 5,
         rounds: int = 4,
         data_type: int | None = None,
+        callback: Callback | None = None,
     ) -> list[Generated]:
         """Make ``count`` results of every prompt or image, or ``count`` results in all for tasks that take neither.
 
         Args:
             task: one of ``tasks.TASK_NAMES``; ``gibbs`` takes prompts, images or neither.
-            images: PIL images of any size, mode and orientation; two of them for ``interpolate``, of which ``count`` is then the
-                number of frames.
+            prompts: one, or several.
+            images: one picture, or several, of any size, mode and orientation, as ``pictures.as_pictures`` takes them; two for
+                ``interpolate``, of which ``count`` is then the number of frames.
             seeds: one a result; 0, 1, 2, ... if None. All frames of ``interpolate`` are of the first, which they then name.
             size: pixels a side, if another than the model was trained for.
             batch: results computed at once; changes memory and speed, and results by rounding only.
             beams: width of the beam search that writes captions; 1 is greedy.
             data_type: of a model with a data-type token; 1 if None, as in the published version 1.
+            callback: called after every step with (step, timestep, latents): the step from 0, the timestep 1 .. 1000 that it
+                started at, and the drawn parts by name, (B, *shape) each, as noisy as they are then. To end the draw it raises.
 
         See ``sampling.sample`` for the others.
 
         Raises:
-            ValueError: see ``check_request``; or the number of seeds is wrong, or the model cannot draw this size.
+            FileNotFoundError: there is no picture of that name.
+            ValueError: see ``check_request`` and ``as_pictures``; or the number of seeds is wrong, or the model cannot draw this
+                size.
             NotFinite: an encoder, the network or the autoencoder overflows.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        images = as_pictures(images) if images is not None else None
         check_request(
             task, prompts, images, sampler, condition_t, guidance_interval, guidance, steps, seeds if seeds is not None else ()
         )
@@ -233,18 +288,72 @@ class UniDiffuser:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             drawn = sample(
                 self.uvit, task, modalities, batch, steps, guidance, seeds, sampler, condition, condition_t,
-                guidance_interval, data_type, rounds,
+                guidance_interval, data_type, rounds, callback=callback,
             )  # fmt: skip
         _check_finite(drawn, f"sampling in {self._arithmetic} with guidance {guidance:g}", "take another dtype or less guidance")
+        pictures, captions = self.decode(drawn, beams, batch)
+        nothing: list[None] = [None] * len(seeds)
+        return [Generated(*row) for row in zip(seeds, sources, pictures or nothing, captions or nothing, strict=True)]
+
+    def encode(
+        self,
+        images: Picture | Sequence[Picture] | None = None,
+        captions: str | Sequence[str] | None = None,
+        size: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The parts that the network models, clean, of B pictures, of B captions, or of both.
+
+        Args:
+            size: pixels a side that pictures are cut and scaled to; those of the training if None.
+
+        Returns:
+            Of pictures ``latent`` (B, C, h, w), the scaled mean of the autoencoder, and ``clip`` (B, D); of captions ``text``
+            (B, L, d). All are fp32, on the model's device.
+
+        Raises:
+            FileNotFoundError, ValueError: see ``as_pictures``.
+        """
+        codecs = self.codecs(self.size if size is None else size)
+        parts = {} if images is None else codecs["image"].encode(as_pictures(images))
+        return parts if captions is None else parts | codecs["text"].encode([captions] if isinstance(captions, str) else captions)
+
+    def decode(self, parts: Mapping[str, Tensor], beams: int = 5, batch: int = 16) -> tuple[list[Image.Image], list[str]]:
+        """The pictures of ``latent`` (B, C, h, w) and the captions of ``text`` (B, L, d), each an empty list without its part.
+
+        Args:
+            parts: as of ``encode``; ``clip`` is not needed, and what else there is must be of this model.
+            beams: width of the beam search that writes captions; 1 is greedy.
+            batch: results decoded at once, at most.
+
+        Raises:
+            NotFinite: the autoencoder overflows.
+        """
         at_once = min(batch, max(1, BEAMS_AT_ONCE // beams)) if self.device.type == "cpu" else batch
-        values: dict[str, list[Any]] = {name: [None] * len(seeds) for name in codecs}
-        for modality in modalities:
-            parts = {part.name: drawn[part.name] for part in modality.parts if part.name in drawn}
-            if parts:
-                rows = (slice(first, first + at_once) for first in range(0, len(seeds), at_once))
-                decode = codecs[modality.codec].decode
-                values[modality.codec] = [value for some in rows for value in decode({n: p[some] for n, p in parts.items()})]
-        return [Generated(*row) for row in zip(seeds, sources, values["image"], values["text"], strict=True)]
+        codecs, decoded = self.codecs(self.size, beams), {"latent": list[Any](), "text": list[Any]()}
+        for name, values in decoded.items():
+            codec = codecs["image" if name == "latent" else "text"]
+            for some in parts[name].to(self.device).split(at_once) if name in parts else ():
+                values += codec.decode({name: some})
+        return decoded["latent"], decoded["text"]
+
+    def score(self, images: Picture | Sequence[Picture], captions: str | Sequence[str]) -> Tensor:
+        """How well captions fit pictures: the cosines of their CLIP embeddings, in -1 .. 1, by the CLIP that sees the pictures.
+
+        Args:
+            images, captions: as many of both, or one of either, which is then compared with all of the other.
+
+        Returns:
+            (B,) fp32, on the CPU.
+
+        Raises:
+            ValueError: there are other numbers of both; or that CLIP has no text tower, as in a pipeline of diffusers.
+        """
+        captions = [captions] if isinstance(captions, str) else captions
+        pictures = as_pictures(images)
+        if len(pictures) != len(captions) and 1 not in (len(pictures), len(captions)):
+            raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions: give as many of both, or one of either")
+        seen, read = self.clip_image.image(pictures), self.clip_image.text(captions)
+        return torch.cosine_similarity(seen, read, dim=1).cpu()
 
 
 def _check_finite(parts: Mapping[str, Tensor], what: str, fix: str) -> None:

@@ -31,6 +31,7 @@ from unidiffuser.generation import FOLDERS, UniDiffuser
 from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_official, uvit_file
 from unidiffuser.pipeline_export import save_pipeline
 from unidiffuser.pipeline_import import import_pipeline, load_unet
+from unidiffuser.provenance import carry
 from unidiffuser.references import Encoders
 from unidiffuser.tensors import WeightsError, named, read_settings, read_tensors
 from unidiffuser.uvit import UViT
@@ -116,6 +117,7 @@ def export_folder(source: Path | str, encoders: Encoders | None = None, heads: i
             import_pipeline(source, folder)
         else:
             import_official(source, folder, encoders or Encoders(), heads)
+        carry(source, folder, "native")
         yield folder
 
 
@@ -197,14 +199,19 @@ def _refuse_half_a_set(source: Path) -> None:
 
 
 def write_set(folder: Path, target: Path, to: Layout) -> None:
-    """Write the export folder ``folder`` as ``target`` in a layout.
+    """Write the export folder ``folder`` as ``target`` in a layout, with its provenance and a model card.
 
     Raises:
         WeightsError: that layout has no place for it.
     """
     if to == "native":
         shutil.copytree(folder, target)
-        return
+    else:
+        _write_foreign(folder, target, to)
+    carry(folder, target, to)
+
+
+def _write_foreign(folder: Path, target: Path, to: Layout) -> None:
     model = UniDiffuser.load(folder)
     # A model that computes is of one type; another layout gets every tensor in its own.
     del model.uvit

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unidiffuser.guidance import GuidedNoise, check_interval
 from unidiffuser.modalities import Modality, all_parts
 from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.solver import DETERMINISTIC, SAMPLERS, invert, solve
+from unidiffuser.solver import DETERMINISTIC, SAMPLERS, Callback, invert, solve
 from unidiffuser.tasks import CHAINS, TASKS, Task, task_named
 
 __all__ = ["DETERMINISTIC", "SAMPLERS", "NoiseSource", "Sampler", "sample", "slerp"]
@@ -47,24 +47,26 @@ class Sampler:
     sampler: str = "dpm++2m"
     guidance_interval: tuple[int, int] | None = None
     data_type: int | None = None
+    callback: Callback | None = None
 
     def draw(self, task: Task, noise: NoiseSource, condition: Mapping[str, Tensor], condition_t: int = 0) -> dict[str, Tensor]:
         """The parts of the modalities that ``task`` draws, given the clean parts ``condition``."""
         start = noise.draw()
         noise_of = self._noise_of(task, noise, condition, condition_t)
         drawn = {part.name: start[part.name] for part in self._parts(task.sample)}
-        return solve(noise_of, drawn, self.schedule, self.steps, self.sampler, noise.draw)
+        return solve(noise_of, drawn, self.schedule, self.steps, self.sampler, noise.draw, self.callback)
 
     def encode(self, task: Task, noise: NoiseSource, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The starting noise of the drawn parts of ``data``, given its others: ``decode`` makes them again from it."""
         drawn = {part.name: data[part.name] for part in self._parts(task.sample)}
-        return invert(self._noise_of(task, noise, data, 0), drawn, self.schedule, self.steps)
+        return invert(self._noise_of(task, noise, data, 0), drawn, self.schedule, self.steps, self.callback)
 
     def decode(
         self, task: Task, noise: NoiseSource, start: Mapping[str, Tensor], condition: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Like ``draw``, from a given starting noise."""
-        return solve(self._noise_of(task, noise, condition, 0), start, self.schedule, self.steps, self.sampler, noise.draw)
+        noise_of = self._noise_of(task, noise, condition, 0)
+        return solve(noise_of, start, self.schedule, self.steps, self.sampler, noise.draw, self.callback)
 
     def chain(self, names: Sequence[str], noise: NoiseSource, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tasks one after the other, each given what the one before drew; the parts of all of them."""
@@ -165,6 +167,7 @@ def sample(
     data_type: int | None = None,
     rounds: int = 4,
     schedule: NoiseSchedule | None = None,
+    callback: Callback | None = None,
 ) -> dict[str, Tensor]:
     """Draw one sample a seed.
 
@@ -184,6 +187,8 @@ def sample(
         data_type: 0 or 1, for a model with a data-type token.
         rounds: rounds of ``gibbs``, 1 or more.
         schedule: Stable Diffusion's, as in the paper, if None.
+        callback: called after every network call with the step of this draw (from 0), the timestep that the network was called
+            with (1 .. 1000) and the drawn parts as they are then, (B, *shape) each. A chain has several draws, a batch its own.
 
     Returns:
         The drawn parts by name, (len(seeds), *shape) in fp32; chains return the parts of all their steps' results.
@@ -210,7 +215,7 @@ def sample(
         if tuple(part.shape) != (rows, *shapes[name]):
             raise ValueError(f"condition {name}: {tuple(part.shape)} where {task} takes {(rows, *shapes[name])}")
     device = next(model.parameters(), torch.empty(0)).device
-    drawer = Sampler(model, modalities, schedule.to(device), steps, guidance, sampler, guidance_interval, data_type)
+    drawer = Sampler(model, modalities, schedule.to(device), steps, guidance, sampler, guidance_interval, data_type, callback)
     if task == "interpolate":
         ends = {name: part.to(device).float() for name, part in condition.items()}
         return drawer.interpolate(ends, len(seeds), seeds[0], batch)

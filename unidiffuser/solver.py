@@ -32,6 +32,8 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
 DETERMINISTIC = tuple(name for name in SAMPLERS if not name.endswith("-sde"))
 
 NoiseOf = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
+# (step from 0, timestep in 1 .. T that the network was called with, the parts (B, *shape) after the step).
+Callback = Callable[[int, int, dict[str, Tensor]], object]
 
 
 def scheduler_settings(schedule: NoiseSchedule) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def solve(
     steps: int,
     sampler: str,
     fresh: Callable[[], Mapping[str, Tensor]],
+    callback: Callback | None = None,
 ) -> dict[str, Tensor]:
     """Samples (B, *shape) by part from noise ``start`` at T.
 
@@ -62,6 +65,7 @@ def solve(
         steps: calls of ``noise_of``.
         sampler: a name in ``SAMPLERS``.
         fresh: gives standard normal noise of all parts; asked once a step by a sampler that adds noise, and by no other.
+        callback: called after every step, see ``Callback``.
 
     Raises:
         ValueError: there is no such sampler, or ``steps`` is not in 1 .. T - 1.
@@ -70,14 +74,16 @@ def solve(
         raise ValueError(f"no sampler named {sampler!r}; there are {', '.join(SAMPLERS)}")
     scheduler_class, settings = SAMPLERS[sampler]
     scheduler = scheduler_class(**scheduler_settings(schedule), **settings)
-    return _run(scheduler, noise_of, start, schedule, steps, None if sampler in DETERMINISTIC else fresh)
+    return _run(scheduler, noise_of, start, schedule, steps, None if sampler in DETERMINISTIC else fresh, callback)
 
 
-def invert(noise_of: NoiseOf, data: Mapping[str, Tensor], schedule: NoiseSchedule, steps: int) -> dict[str, Tensor]:
+def invert(
+    noise_of: NoiseOf, data: Mapping[str, Tensor], schedule: NoiseSchedule, steps: int, callback: Callback | None = None
+) -> dict[str, Tensor]:
     """The noise at T from which ``solve`` makes ``data`` again: the same equation, solved the other way."""
     settings = scheduler_settings(schedule)
     del settings["final_sigmas_type"]
-    return _run(DPMSolverMultistepInverseScheduler(**settings), noise_of, data, schedule, steps)
+    return _run(DPMSolverMultistepInverseScheduler(**settings), noise_of, data, schedule, steps, callback=callback)
 
 
 def _run(
@@ -87,6 +93,7 @@ def _run(
     schedule: NoiseSchedule,
     steps: int,
     fresh: Callable[[], Mapping[str, Tensor]] | None = None,
+    callback: Callback | None = None,
 ) -> dict[str, Tensor]:
     if not 1 <= steps < schedule.steps:
         raise ValueError(f"steps must be in 1 .. {schedule.steps - 1}, not {steps}")
@@ -103,8 +110,10 @@ def _run(
         return torch.cat([parts[name].float().flatten(1) for name in names], dim=1)
 
     state = joined(start)
-    for index in scheduler.timesteps.tolist():
+    for step, index in enumerate(scheduler.timesteps.tolist()):
         noise = joined(noise_of(split(state), index + 1))
         added = {"variance_noise": joined(fresh())} if fresh is not None else {}
         state = scheduler.step(noise, index, state, return_dict=False, **added)[0]
+        if callback is not None:
+            callback(step, index + 1, split(state))
     return split(state)

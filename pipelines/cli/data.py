@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -68,6 +69,36 @@ def verify(dataset: DatasetArgument, as_json: JsonOption = False, store: StoreOp
         console.print(told, highlight=False)
 
 
+@group.command("list", rich_help_panel="Datasets", epilog="Example: unidiffuser list --stage filter")
+def list_datasets(
+    stage: Annotated[str | None, typer.Option("--stage", help="Only those of this stage.", metavar="STAGE")] = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """The datasets of a store."""
+    from infra.store import Store
+    from pipelines.commands.kept import dataset_rows, dataset_table
+
+    rows = dataset_rows(Store(store), stage)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        console.print(dataset_table(rows))
+
+
+@group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser keep export/3f9a2c")
+def keep(
+    dataset: DatasetArgument,
+    remove: Annotated[bool, typer.Option("--remove", help="No longer keep it.")] = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Pin a dataset: `gc` leaves it, and all that it was made from, whatever recipes it is told of."""
+    from infra.store import Store
+    from pipelines.commands import kept
+
+    kept.keep(dataset, Store(store), remove, console)
+
+
 @group.command(rich_help_panel="Datasets", epilog="Example: unidiffuser gc configs/demo.yaml --delete")
 def gc(
     recipes: Annotated[list[Path], typer.Argument(help="Every recipe whose data is to be kept.", metavar="RECIPE...")],
@@ -78,16 +109,29 @@ def gc(
         list[str] | None,
         typer.Option("--keep", help="Keep this too, and all it was made from (repeatable).", metavar="DATASET"),
     ] = None,
+    remove: Annotated[
+        list[str] | None,
+        typer.Option("--remove", help="This goes, whosever it is and however young (repeatable).", metavar="DATASET"),
+    ] = None,
+    others: Annotated[
+        bool | None,
+        typer.Option("--others/--no-others", help="What is of recipes that are not named goes too, or stays."),
+    ] = None,
     delete: Annotated[bool, typer.Option("--delete", help="Remove it; otherwise it is only listed.")] = False,
     as_json: JsonOption = False,
     store: StoreOption = "runs",
 ) -> None:
-    """Datasets and units that no named recipe refers to, nor any dataset that is kept."""
+    """Datasets and units that no named recipe refers to, nor any dataset that is kept.
+
+    What other recipes of the store refer to, or have made, goes only with --others; their checkpoints only by --remove.
+    """
     from infra.store import Store
     from pipelines.commands import garbage
 
     view = Console(stderr=True) if as_json else console
-    found = garbage.gc(recipes, overrides or (), keep or (), Store(store), delete, view)
+    ask = typer.confirm if sys.stdin.isatty() and view.is_terminal and not as_json else None
+    wanted = garbage.Wanted(recipes, overrides or (), keep or (), remove or (), others, delete)
+    found = garbage.gc(wanted, Store(store), view, ask)
     if as_json:
         print(json.dumps(found, indent=1))
 

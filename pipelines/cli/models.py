@@ -33,14 +33,18 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What the picture shows (repeatable).")] = None,
     image: Annotated[list[Path] | None, typer.Option("--image", help="Picture of any kind (repeatable).")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, max=999, help="Network calls a draw.")] = 50,
-    guidance: Annotated[float, typer.Option("--guidance", help="Scale s of c + s (c - u); 0 is none.")] = 7.0,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the first result; the n-th has seed + n.")] = 0,
-    count: Annotated[int, typer.Option("--count", min=1, help="Results of every input, or in all.")] = 1,
+    guidance: Annotated[float, typer.Option("--guidance", min=0, max=100, help="Scale s of c + s (c - u); 0 is none.")] = 7.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the first result; the n-th has seed + n.")
+    ] = 0,
+    count: Annotated[int, typer.Option("--count", min=1, max=10**6, help="Results of every input, or in all.")] = 1,
     condition_t: Annotated[
         int, typer.Option("--condition-t", help="Noise on the condition: 0 conditions fully, 1000 not at all.")
     ] = 0,
     sampler: Annotated[str, typer.Option("--sampler", help="dpm++2m, dpm++3m, unipc, ddim or dpm++2m-sde.")] = "dpm++2m",
-    size: Annotated[int | None, typer.Option("--size", help="Pixels a side, if not those it was trained for.")] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, max=4096, help="Pixels a side, if not those it was trained for.")
+    ] = None,
     beams: Annotated[int, typer.Option("--beams", min=1, help="Beams of the captions; 1 writes greedily.")] = 5,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Rounds of gibbs: each draws every modality once.")] = 4,
     interval: Annotated[

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from infra.store import Store
 
 app = typer.Typer(
     name="unidiffuser",
@@ -45,7 +48,7 @@ KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the servers and 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _nodes_of(context: typer.Context, incomplete: str) -> list[str]:
+def nodes_of(context: typer.Context, incomplete: str) -> list[str]:
     """What a shell completes a NODE to: the nodes of the recipe that was named before it."""
     from stages.runner.recipe import RecipeError, load_recipe
 
@@ -57,4 +60,10 @@ def _nodes_of(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def node_option(name: str, words: str) -> Any:
-    return typer.Option(name, help=words, metavar="NODE", autocompletion=_nodes_of)
+    return typer.Option(name, help=words, metavar="NODE", autocompletion=nodes_of)
+
+
+def say_where_nothing_is(store: Store) -> None:
+    """Before a first run there is nothing to read, which is no error; beside a script's JSON it must be said all the same."""
+    if not store.is_there():
+        print(f"{store.root}: there is no store yet; a run makes it", file=sys.stderr)

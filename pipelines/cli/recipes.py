@@ -17,6 +17,8 @@ from pipelines.cli.options import (
     StoreOption,
     console,
     node_option,
+    nodes_of,
+    say_where_nothing_is,
 )
 
 group = typer.Typer()
@@ -48,6 +50,7 @@ def run(
     # With --json what a person reads goes to stderr.
     view = Console(stderr=True) if as_json else console
     if dry_run:
+        say_where_nothing_is(Store(store))
         found = conduct.dry_run(loaded, Store(store), wish, view)
         if as_json:
             print(json.dumps(found, indent=1))
@@ -81,6 +84,7 @@ def status(
     from stages.runner.recipe import load_recipe
 
     checked = load_recipe(recipe, overrides or ())
+    say_where_nothing_is(Store(store))
     if watch:
         watch_status(checked, Store(store), console)
     rows = status_rows(checked, Store(store))
@@ -92,8 +96,32 @@ def status(
             show_paths(rows, console)
 
 
+@group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser logs configs/demo.yaml train-512 --follow")
+def logs(
+    recipe: RecipeArgument,
+    node: Annotated[str, typer.Argument(help="Node of the recipe.", metavar="NODE", autocompletion=nodes_of)],
+    overrides: SetOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as lines come, until the job has ended.")] = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Print the log of a node's newest job, whether it runs, failed or ended well."""
+    from infra.store import Store
+    from pipelines.commands.logs import lines_of
+    from stages.runner.recipe import load_recipe
+
+    for line in lines_of(load_recipe(recipe, overrides or ()), node, Store(store), follow):
+        print(line, flush=follow)
+
+
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser deploy configs/demo.yaml")
-def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOption = "runs") -> None:
+def deploy(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take the name over from another recipe file or store; its schedules go.")
+    ] = False,
+    store: StoreOption = "runs",
+) -> None:
     """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules.
 
     Pools of type docker and kubernetes take an image of `infra/Dockerfile` as `deploy.pool.variables.image`.
@@ -104,4 +132,34 @@ def deploy(recipe: RecipeArgument, overrides: SetOption = None, store: StoreOpti
     from stages.runner.recipe import load_recipe
 
     place = Store(store)
-    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console)
+    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console, replace)
+
+
+@group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser undeploy configs/demo.yaml")
+def undeploy(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name that it is deployed under.", metavar="RECIPE")],
+    others: Annotated[bool, typer.Option("--others", help="Also if another recipe file or store has deployed it.")] = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Remove a recipe's deployments from the Prefect server, with their schedules and triggers; its datasets stay."""
+    from infra.store import Store
+    from pipelines.commands.withdraw import undeploy_recipe
+
+    undeploy_recipe(recipe, Store(store), others, console)
+
+
+@group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser fields train")
+def fields(
+    node: Annotated[str | None, typer.Argument(help="A stage, or a node such as aesthetic-filter.", metavar="NODE")] = None,
+    as_json: JsonOption = False,
+    page: Annotated[bool, typer.Option("--page", help="Print all of them as a page in Markdown.")] = False,
+) -> None:
+    """Every field of a recipe: what it is, its bounds and its default."""
+    from pipelines.commands import fields as reference
+
+    if as_json:
+        print(json.dumps(reference.as_json(node), indent=1))
+    elif page:
+        print(reference.page(), end="")
+    else:
+        reference.show(node, console)

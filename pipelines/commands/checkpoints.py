@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from infra.dataset import Dataset, by_prefix, find
+from infra.dataset import Dataset, by_prefix, find, pointed
 from infra.store import Store, StoreError
 from stages.drawing.assembly import assemble
 from stages.evaluate.export import ExportConfig
@@ -93,9 +94,45 @@ def opened(checkpoint: str, store: Store, named: Named, heads: int | None = None
     with tempfile.TemporaryDirectory(prefix="unidiffuser-") as scratch:
         folder = Path(scratch, "export")
         if dataset.manifest.stage == "export":
-            yield dataset.fetch(folder)
+            yield _named_by(dataset, dataset.fetch(folder))
         else:
             yield assemble(training_job(dataset, named), folder)
+
+
+def _named_by(export: Dataset, folder: Path) -> Path:
+    """Let the provenance in an export's folder name the export, which does not know its fingerprint while it is made."""
+    from unidiffuser.provenance import CARD, PROVENANCE, write_provenance
+    from unidiffuser.tensors import read_settings
+
+    manifest, file = export.manifest, folder / PROVENANCE
+    told = {
+        "node": manifest.node,
+        "stage": manifest.stage,
+        "fingerprint": manifest.fingerprint,
+        "commit": manifest.code.get("git"),
+        "made_from": {name: reference.fingerprint for name, reference in manifest.inputs.items()},
+    }
+    if file.is_file():  # exports of older versions have none
+        told = read_settings(file)
+    for name in (PROVENANCE, CARD):
+        (folder / name).unlink(missing_ok=True)  # a link into the store
+    write_provenance(folder, told | {"export": manifest.fingerprint})
+    return folder
+
+
+@contextmanager
+def for_library(checkpoint: str, store: str | None, encoders: Encoders | None) -> Iterator[Path]:
+    """`opened` for `unidiffuser.checkpoints`, which finds this function by its entry point.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or an encoder of it must be named.
+    """
+    place = Store(store or os.environ.get("UNIDIFFUSER_STORE") or "runs")
+    try:
+        with opened(checkpoint, place, Named(**asdict(encoders)) if encoders else Named()) as folder:
+            yield folder
+    except Misuse as error:
+        raise FileNotFoundError(str(error)) from None
 
 
 def convert(source: str, target: Path, to: Any, store: Store, named: Named, heads: int | None = None) -> int | None:
@@ -164,8 +201,18 @@ def training_job(checkpoint: Dataset, named: Named) -> Job:
     config = ExportConfig.model_validate({part: _encoder(part, encode, node, named) for part in ("vae", "clip", "text")})
     return Job(
         store=store, stage="export", node=node, config=config, inputs={"checkpoint": checkpoint, "codec": codec}, sources={},
-        weights={},
+        weights={}, recipe=_recipe_of(checkpoint),
     )  # fmt: skip
+
+
+def _recipe_of(dataset: Dataset) -> str | None:
+    """A recipe whose node gave this dataset last."""
+    store, reference = dataset.store, dataset.manifest.reference()
+    for recipe in store.list("nodes"):
+        found = pointed(store, recipe, dataset.manifest.node) if recipe != "announced" else None
+        if found is not None and found.manifest.reference() == reference:
+            return recipe
+    return None
 
 
 def _encoder(part: Any, encode: Dataset, node: str, named: Named) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from infra.external import state_folder
 from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
+from pipelines.commands.preflight import check_plan, check_store
 from pipelines.commands.terminal import TerminalView, closing_table, funnel_table, plan_table
 from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
@@ -27,7 +30,7 @@ from pipelines.servers.machine import command_for, find_api, find_machine, say_a
 from pipelines.servers.servers import Servers, use_servers
 from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
-from stages.runner.recipe import Recipe
+from stages.runner.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     # Prefect reads its settings when it is first imported, and that must wait until a server is chosen.
@@ -54,7 +57,24 @@ class Wish:
 
 
 def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> list[dict[str, Any]]:
-    """Print what a run would do, and return it as JSON; a forced node is shown as such without beginning its new generation."""
+    """Print what a run would do, return it as JSON, and say what stands in its way.
+
+    Raises:
+        RecipeError, StageError, StoreError, ServerError: what a run would be refused for.
+    """
+    check_store(store, write=False)
+    planned, nodes = foresee(recipe, store, wish), select_nodes(recipe, wish.only, wish.start, wish.until)
+    console.print(plan_table(planned, nodes))
+    check_plan(recipe, store, planned, nodes)
+    return [
+        {"node": node, "stage": plan.stage, "fingerprint": plan.fingerprint, "state": plan.state, "reasons": plan.reasons}
+        for node in nodes
+        if (plan := planned[node])
+    ]
+
+
+def foresee(recipe: Recipe, store: Store, wish: Wish) -> dict[str, Planned]:
+    """The plan; a forced node is shown as such without beginning its new generation."""
     forced = {node for wanted in wish.force for node in recipe.select(wanted)}
     planned: dict[str, Planned] = {}
     for name, node in plan_run(recipe, store).items():
@@ -62,15 +82,9 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> list[
         reasons += [f"input {key} ({n}) is forced" for key, n in node.input_nodes.items() if n in forced]
         if reasons:
             forced.add(name)
-            node = replace(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
+            node = changed(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
         planned[name] = node
-    nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
-    console.print(plan_table(planned, nodes))
-    return [
-        {"node": node, "stage": plan.stage, "fingerprint": plan.fingerprint, "state": plan.state, "reasons": plan.reasons}
-        for node in nodes
-        if (plan := planned[node])
-    ]
+    return planned
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -105,11 +119,16 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     Raises:
         RecipeError, StageError, StoreError, ServerError: before anything ran, with one line that says what to do.
     """
+    recipe.check_named()
     nodes = select_nodes(recipe, wish.only, wish.start, wish.until)
-    if (address := find_machine(state_folder(store))) is not None:
-        return run_deployed(recipe, store, nodes, wish, address, console, at_end)
-    planned = plan_run(recipe, store, wish.force)
+    check_store(store)
+    planned = foresee(recipe, store, wish)
     check_inputs(planned, nodes)
+    check_plan(recipe, store, planned, nodes)
+    if (address := find_machine(state_folder(store))) is not None:
+        return run_deployed(recipe, store, planned, nodes, wish, address, console, at_end)
+    if wish.force:
+        planned = plan_run(recipe, store, wish.force)
     with use_servers(state_folder(store)) as servers:
         address = servers.begin_prefect()
         say_address(servers.state, address, console)
@@ -125,19 +144,29 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     return 130 if run.stopping.is_set() else 0
 
 
-def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -> None:
+def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console, replace: bool = False) -> None:
     """Register a recipe on the server that `unidiffuser up` keeps or PREFECT_API_URL names, and say what is there now.
+
+    Args:
+        replace: although the name is another recipe file's or another store's.
 
     Raises:
         RecipeError, ServerError: with one line that says what to do.
     """
+    recipe.check_named()
+    check_store(store)
     address = find_api(state)
+    try:
+        check_plan(recipe, store, plan_run(recipe, store), list(recipe.nodes), refuse=False)
+    except RecipeError as error:
+        # Files may come later than the deployment that will look for them.
+        print(f"warning: {error}", file=sys.stderr)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.deployments import deploy
     from pipelines.servers.schedules import next_dates
 
-    with _server_errors(address):
-        done = deploy(recipe, store)
+    with server_errors(address):
+        done = deploy(recipe, store, replace)
     for name, deployment in done.deployments.items():
         console.print(f"{name}: {address}/v2/deployments/deployment/{deployment}", soft_wrap=True)
     for name in done.removed:
@@ -147,6 +176,9 @@ def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console) -
         if there.active and not done.paused:
             words += f"; next {', '.join(f'{date:%Y-%m-%d %H:%M}' for date in next_dates(there))}"
         console.print(f"schedule {number}: {words}", soft_wrap=True)
+    if done.gpus is not None:
+        words = f"gpus: the server has {done.gpus} slots, as somebody else has set them, and not {recipe.deploy.gpus}"
+        console.print(words, soft_wrap=True)
     if done.paused:
         console.print(
             "paused: somebody has paused this deployment; no schedule starts it until it is resumed in the UI",
@@ -167,6 +199,7 @@ def describe_schedule(schedule: Schedule) -> str:
 def run_deployed(
     recipe: Recipe,
     store: Store,
+    planned: dict[str, Planned],
     nodes: list[str],
     wish: Wish,
     address: str,
@@ -174,12 +207,10 @@ def run_deployed(
     at_end: Callable[[Run], None] | None,
 ) -> int:
     """As `run_recipe`, by a worker: the run goes on when this command is killed, and the UI can retry it."""
-    planned = plan_run(recipe, store)
-    check_inputs(planned, nodes)
     os.environ.update(QUIET_PREFECT)
     from pipelines.servers.follow import follow, start_run
 
-    with _server_errors(address), TerminalView(console) as view:
+    with server_errors(address), TerminalView(console) as view:
         run = Run(recipe, store, planned, nodes, Servers(state_folder(store)), view, wish.jobs)
         flow_run = start_run(run, wish.choice(), list(wish.overrides))
         page = f"{address}/v2/runs/flow-run/{flow_run}"
@@ -195,7 +226,7 @@ def run_deployed(
 
 
 @contextmanager
-def _server_errors(address: str) -> Iterator[None]:
+def server_errors(address: str) -> Iterator[None]:
     """A server that cannot be reached, or refuses, is one line."""
     from httpx import HTTPError
 

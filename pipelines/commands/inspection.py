@@ -19,8 +19,9 @@ from rich.tree import Tree
 
 from infra.dataset import VERIFY, Dataset, FileEntry, Stats, find
 from infra.store import Store, StoreError
+from pipelines.commands.brief import moment, short
 from pipelines.commands.histograms import histogram_table
-from pipelines.commands.terminal import PLAN_STYLES, ReportTable, funnel_table, moment, short
+from pipelines.commands.terminal import PLAN_STYLES, ReportTable, funnel_table
 from pipelines.flows.run import plan_run
 from pipelines.pages.lineage import Branch
 from stages.catalog import stage_class

@@ -6,6 +6,8 @@ shards in which nothing could heal are the parent's own files. The next `unidiff
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from rich.console import Console
 
 from infra.dataset import Dataset, find
@@ -73,7 +75,8 @@ def _known_recipes(store: Store) -> list[Recipe]:
     recipes = []
     for name in sorted(store.list(SNAPSHOTS), key=lambda name: store.modified(f"{SNAPSHOTS}/{name}"), reverse=True):
         try:
-            recipes.append(load_recipe(store.url(f"{SNAPSHOTS}/{name}")))
+            # The copy is nobody's file: a deployment belongs to the one that it was made of.
+            recipes.append(replace(load_recipe(store.url(f"{SNAPSHOTS}/{name}")), file=""))
         except RecipeError:
             continue
     return recipes

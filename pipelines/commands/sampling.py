@@ -7,7 +7,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from infra.store import Store
+from pipelines.commands.bounds import check_out, check_size, memory_said
 from pipelines.commands.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
 from pipelines.commands.terminal import ReportTable
 from stages.runner.contract import StageError
@@ -81,7 +82,7 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
 
     Raises:
         Misuse: the request means nothing: an unknown task, a prompt or a picture that is missing, no checkpoint, ...
-        StageError: the checkpoint is damaged, a public encoder cannot be fetched, or a network overflows.
+        StageError: the checkpoint is damaged, a public encoder cannot be fetched, a network overflows, or memory is not enough.
     """
     from unidiffuser.generation import DRAWS_IMAGES, UniDiffuser, check_request
     from unidiffuser.tensors import NotFinite
@@ -96,26 +97,30 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
         )  # fmt: skip
     except ValueError as error:
         raise Misuse(str(error)) from None
-    if out is not None and out.exists() and not out.is_dir():
-        raise Misuse(f"--out {out}: there is a file of that name; name a folder")
+    check_size(settings.size)
+    if out is not None:
+        check_out(out)
     if out is None and request.task in DRAWS_IMAGES:
         raise Misuse(f"{request.task} draws pictures: say where they go with --out DIR")
     device, dtype = _hardware(request)
-    with said_in_a_line(), console.status("loading the model"), opened(request.checkpoint, store, named) as folder:
+    loading = memory_said(request, drawing=False)
+    with said_in_a_line(), loading, console.status("loading the model"), opened(request.checkpoint, store, named) as folder:
         model = UniDiffuser.load(folder, device, dtype)
+        lineage = _lineage(Path(request.checkpoint), model.provenance)
     if request.compile:
         try:
             model.compile()
         except RuntimeError as error:
             raise Misuse(f"--compile: {error}") from None
-    writer = Writer(request, out)
-    with _cuts_said(console), _Bar(request, model, console) as bar:
+    writer = Writer(request, out, lineage)
+    with _cuts_said(console), _Bar(request, console) as bar:
         for rows in request.chunks:
             try:
-                drawn = model.generate(
-                    request.task, seeds=[request.seed + row for row in rows], batch=request.batch,
-                    **_inputs(request, images, rows), **asdict(settings),
-                )  # fmt: skip
+                with memory_said(request, drawing=True):
+                    drawn = model.generate(
+                        request.task, seeds=[request.seed + row for row in rows], batch=request.batch, callback=bar.stepped,
+                        **_inputs(request, images, rows), **asdict(settings),
+                    )  # fmt: skip
             except ValueError as error:
                 raise Misuse(str(error)) from None
             except NotFinite as error:
@@ -124,6 +129,15 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
                 writer.add(row, result)
             bar.chunk_done()
     return writer.rows
+
+
+def _lineage(checkpoint: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint goes into every sample: its identity, and of a folder of files the digest of its weights as well."""
+    from unidiffuser.layouts import set_layout
+    from unidiffuser.provenance import identity, weights_sha256
+
+    files = {"sha256": weights_sha256(checkpoint)} if set_layout(checkpoint) is not None else {}
+    return identity(provenance) | files
 
 
 def read_image(path: Path) -> Any:
@@ -175,8 +189,8 @@ class Writer:
     nothing is written over.
     """
 
-    def __init__(self, request: Request, out: Path | None):
-        self.request, self.out, self.rows = request, out, list[dict[str, Any]]()
+    def __init__(self, request: Request, out: Path | None, lineage: Mapping[str, Any]):
+        self.request, self.out, self.lineage, self.rows = request, out, lineage, list[dict[str, Any]]()
         self.sources = request.sources
         self.number = 0 if out is None else _first_free(out)
 
@@ -192,6 +206,7 @@ class Writer:
             **asdict(request.settings),
             "size": result.image.width if result.image is not None else None,
             "checkpoint": request.checkpoint,
+            "lineage": self.lineage,
         }
         self.rows.append(facts)
         if self.out is None:
@@ -276,10 +291,10 @@ def _cuts_said(console: Console) -> Iterator[None]:
 
 
 class _Bar:
-    """Progress over the calls of the network: a bar on a terminal, a line now and then anywhere else."""
+    """Progress over the steps of the draws: a bar on a terminal, a line now and then anywhere else."""
 
-    def __init__(self, request: Request, model: Any, console: Console):
-        self.console, self.model, self.chunks, self.done, self.calls = console, model, len(request.chunks), 0, 0
+    def __init__(self, request: Request, console: Console):
+        self.console, self.chunks, self.done, self.calls = console, len(request.chunks), 0, 0
         self.expected = request.settings.steps * _draws(request)
         self.last = time.monotonic()
         self.bars = Progress(
@@ -290,18 +305,16 @@ class _Bar:
     def __enter__(self) -> _Bar:
         self.bar = self.bars.add_task("", total=1.0)
         self.bars.start()
-        self.hook = self.model.uvit.register_forward_hook(self._called)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.hook.remove()
         self.bars.stop()
 
     def chunk_done(self) -> None:
         self.done, self.calls = self.done + 1, 0
         self._show()
 
-    def _called(self, *_: object) -> None:
+    def stepped(self, *_: object) -> None:
         self.calls += 1
         self._show()
 

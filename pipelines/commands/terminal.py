@@ -7,7 +7,6 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 from rich import box
@@ -20,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from infra.dataset import Stats
+from pipelines.commands.brief import short
 from pipelines.flows.run import Outcome, Run
 from stages.catalog import FOLDER_STAGES, SUBSET_STAGES
 from stages.runner.graph import Planned
@@ -29,23 +29,10 @@ STYLES = {"reused": "cyan", "made": "green", "failed": "bold red", "stopped": "y
 PLAN_STYLES = {"hit": "cyan", "stale": "yellow", "miss": "green"}
 # Without a terminal a line a report would fill a log file: one per phase, and then one in this many seconds.
 PLAIN_EVERY = 10.0
-
-
-# How many characters of a fingerprint tables show; every command takes as many.
-SHORT = 12
 # Words, and the parts of a word that is a node's name, a field or a path: those end with what joins them.
 _WORD = re.compile(r"\s*\S+|\s+")
 _PART = re.compile(r"\s*\S*?\w[-./,;:=_]+(?=[^\W\d])|\s*\S+$|\s+")
 _LETTER = re.compile(r"\s*\S")
-
-
-def short(fingerprint: str) -> str:
-    return fingerprint[:SHORT]
-
-
-def moment(written: str) -> str:
-    """``2026-11-28 10:40``, in this machine's time zone, of an ISO time."""
-    return f"{datetime.fromisoformat(written).astimezone():%Y-%m-%d %H:%M}"
 
 
 class Words:

@@ -33,6 +33,8 @@ RETRY_WITHIN = timedelta(minutes=2)
 # Label of a flow run whose first attempt has forced what it was to force: that is a generation of its own by now, and forcing
 # again would lose what has been done of it.
 FORCED = "forced"
+# And of one that was asked for with --debug.
+DEBUGGED = "debug"
 
 
 class Unwatched:
@@ -67,6 +69,7 @@ def open_run(flow_run: FlowRun, parameters: Mapping[str, Any]) -> Iterator[Run]:
     check_inputs(planned, nodes)
     with use_servers(state_folder(store)) as servers:
         run = Run(recipe, store, planned, nodes, servers, Unwatched(), parameters.get("jobs") or 1)
+        run.debug = bool(flow_run.labels.get(DEBUGGED))
         if run.needs_ray:
             say = logging.getLogger("prefect.flow_runs").log
             goes_on = partial(_goes_on, flow_run.id)

@@ -15,6 +15,8 @@ from typing import Any
 
 from infra.processes import ServerError
 from infra.ray_jobs import TERMINAL, RayJobs
+from pipelines.flows import job_logs
+from pipelines.flows.job_logs import PROGRESS, plain
 from pipelines.flows.run import Run, pinned, snapshot
 from stages.runner.graph import Planned
 
@@ -26,8 +28,6 @@ Report = Callable[[dict[str, Any]], None]
 _LEVEL = re.compile(
     r"^(?:\([^)]*pid=[^)]*\)\s*)?(?:\d{4}-\d\d-\d\d [\d:,.]+\s+)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b:?\s*(.*)$", re.S
 )
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_WORKER = re.compile(r"^\([^)]*pid=[^)]*\)\s*")
 # How long a stopped job may take to write its checkpoint before the run no longer waits for it.
 STOP_SECONDS = 45.0
 # What a job's metadata on Ray says: the flow run that has submitted it.
@@ -63,10 +63,15 @@ def make_as_job(run: Run, planned: Planned, say: Say, report: Report, attached: 
     try:
         ray = run.servers.ray()
         job = submit_or_attach(ray, run, planned, say, attached)
-        last_error, last_line = _follow(ray, job, run.stopping, say, report)
-        if run.stopping.is_set():
-            stop_job(ray, job)
-            raise NodeStopped(planned.name)
+        try:
+            last_error, last_line = _follow(ray, job, run.stopping, say, report)
+            if run.stopping.is_set():
+                stop_job(ray, job)
+                raise NodeStopped(planned.name)
+        finally:
+            # A log that cannot be kept fails no node.
+            with suppress(ServerError, OSError):
+                job_logs.keep(ray, run.store, run.recipe.name, job)
         if ray.status(job) != "SUCCEEDED":
             raise NodeFailed(last_error or _explain(ray, job, last_line))
         return time.perf_counter() - start
@@ -106,7 +111,7 @@ def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say, attache
     # A cluster has a Python of its own, this machine's Ray takes the one that runs here.
     python = sys.executable if run.servers.embedded_ray else "python"
     command = [python, "-m", "stages", snapshot(run.recipe, run.store), planned.name, "--store", run.store.root]
-    command += ["--outside", pinned(run), "--expect", planned.fingerprint]
+    command += ["--outside", pinned(run), "--expect", planned.fingerprint, *(["--debug"] if run.debug else [])]
     try:
         ray.submit(job, shlex.join(command), job_environment(), {FLOW_RUN: run.flow_run} if run.flow_run else None)
     except ServerError:
@@ -164,12 +169,12 @@ def _follow(ray: RayJobs, job: str, stopping: threading.Event, say: Say, report:
         if isinstance(line, ServerError):
             say(logging.WARNING, str(line))
             continue
-        if line is None or not (line := _COLOUR.sub("", line).rstrip()):
+        if line is None or not (line := plain(line)):
             continue
-        if (line := _WORKER.sub("", line)).startswith("@progress "):
+        if line.startswith(PROGRESS):
             # A line cut by a dying process is no JSON; the next one is.
             with suppress(ValueError):
-                report(json.loads(line.removeprefix("@progress ")))
+                report(json.loads(line.removeprefix(PROGRESS)))
             continue
         level, text = parse_line(line)
         if line.startswith("error: "):

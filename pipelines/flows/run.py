@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 from infra.dataset import Dataset
 from infra.store import Store
+from pipelines import DEBUG
 from pipelines.servers.servers import Servers
 from stages.runner.contract import digest_of, digest_of_text
 from stages.runner.graph import Planned, outside_of, plan
@@ -45,7 +47,8 @@ class View(Protocol):
 class Run:
     """A recipe on its way: the plan, the servers, and the outcomes by node.
 
-    `jobs` bounds how many nodes work at a time: on a small machine two of them are slower side by side than in turn.
+    `jobs` bounds how many nodes work at a time: on a small machine two of them are slower side by side than in turn. With `debug`
+    the log of a job that fails holds the traceback of any error.
     """
 
     recipe: Recipe
@@ -58,6 +61,7 @@ class Run:
     stopping: threading.Event = field(default_factory=threading.Event)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     flow_run: str | None = None
+    debug: bool = field(default_factory=lambda: DEBUG in os.environ)
 
     def __post_init__(self) -> None:
         self.turn = threading.BoundedSemaphore(self.jobs)

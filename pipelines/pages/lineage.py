@@ -8,7 +8,7 @@ from typing import Any
 
 from infra.dataset import Dataset, InputRef, all_datasets, find
 from infra.store import Store
-from pipelines.commands.terminal import moment, short
+from pipelines.commands.brief import moment, short
 from pipelines.flows.run import Run
 
 

@@ -9,6 +9,7 @@ from uuid import UUID
 from prefect.automations import AutomationCore, ChangeFlowRunState, EventTrigger, Posture
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events import DeploymentEventTrigger
 
 from infra.prefect_server import HEARTBEAT_SECONDS
@@ -107,3 +108,9 @@ def install_triggers(client: SyncPrefectClient, recipe: Recipe, deployment: UUID
         trigger.set_deployment_id(deployment)
         automation = trigger.as_automation()
         client.create_automation(automation.model_copy(update={"enabled": automation.name not in off}))
+
+
+def trigger_names(client: SyncPrefectClient, deployment: DeploymentResponse) -> list[str]:
+    """The automations that `install_triggers` has made for a deployment; somebody may have made others that start it."""
+    found = client.read_resource_related_automations(f"prefect.deployment.{deployment.id}")
+    return [automation.name for automation in found if automation.name.startswith(f"{deployment.name} after ")]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
+from prefect.client.schemas.actions import DeploymentCreate, DeploymentScheduleCreate, WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
 from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions
 from prefect.client.schemas.responses import DeploymentResponse
@@ -22,6 +23,7 @@ from pipelines.flows.parameters import node_form, recipe_form
 from pipelines.flows.run import snapshot
 from pipelines.flows.slots import LIMIT
 from pipelines.servers import automations
+from pipelines.servers.owners import Owner, may_take, refusal
 from pipelines.servers.schedules import prefect_schedules, renewed
 from stages.runner.deployment import Pool
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
@@ -33,59 +35,55 @@ ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.f
 @dataclass
 class Deployed:
     """What `deploy` did: ids of the deployments by name, the end-to-end one first, and names of those that it removed; and the
-    recipe's schedules as they are on the server now, which start nothing while somebody has the deployment `paused`."""
+    recipe's schedules as they are on the server now, which start nothing while somebody has the deployment `paused`. `gpus` is
+    the number of slots that the server has where that is another one than the recipe's."""
 
     recipe: str
     deployments: dict[str, UUID] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     schedules: list[DeploymentScheduleCreate] = field(default_factory=list)
     paused: bool = False
+    gpus: int | None = None
 
 
-def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
+def deploy(recipe: Recipe, store: Store, replace: bool = False) -> Deployed:
     """Register a recipe, or renew what is registered; deployments of nodes that it no longer has are removed.
 
     What the recipe does not say, or says as it did before, stays as somebody has set it on the server: what is paused or switched
     off, limits, queues, schedules and tags that were added.
 
     Args:
-        asleep: register it without its schedules and triggers.
+        replace: take the name over from another recipe file or store; its schedules, triggers and settings go.
 
     Raises:
-        RecipeError: a schedule, the work pool or the store is not as it must be; names the field.
+        RecipeError: a schedule, the work pool or the store is not as it must be, which names the field; or the name is another's.
     """
     _check_store(recipe.deploy.pool, store)
-    schedules = [] if asleep else prefect_schedules(recipe)
-    done = Deployed(recipe.name)
+    schedules = prefect_schedules(recipe)
+    done, owner = Deployed(recipe.name), Owner.of(recipe, store)
+    names = {node.name: f"{recipe.name}-{node.name}" for node in recipe.nodes.values()}
     with get_client(sync_client=True) as client:
+        there = [_found(client, f"recipe/{recipe.name}"), *(_found(client, f"node/{name}") for name in names.values())]
+        foreign = [found for found in there if found is not None and not may_take(found, owner)]
+        if foreign and not replace:
+            raise RecipeError(_refusal(client, recipe, foreign))
+        whole, *nodes = (None if found in foreign else found for found in there)
         ensure_pool(client, recipe.deploy.pool)
-        found = _found(client, f"recipe/{recipe.name}")
-        before = _before(found)
-        if recipe.deploy.gpus:
-            _set_gpus(client, recipe.deploy.gpus, before.deploy.gpus if before else None)
-        if found is not None:
-            schedules = renewed(schedules, found.schedules, before.deploy.schedules if before else ())
-            done.paused = found.paused
+        before = deployed_as(whole)
+        done.gpus = _set_gpus(client, recipe.deploy.gpus, before.deploy.gpus if before else None)
+        if whole is not None:
+            schedules = renewed(schedules, whole.schedules, before.deploy.schedules if before else ())
+        done.paused = there[0] is not None and there[0].paused
         copy = snapshot(recipe, store)
-        whole = client.create_deployment(
-            client.create_flow_from_name("recipe"),
-            recipe.name,
-            description=_description(recipe),
-            entrypoint=ENTRYPOINTS["recipe"],
-            parameters={"recipe": copy, "store": store.root, "jobs": recipe.deploy.jobs},
-            parameter_openapi_schema=recipe_form(recipe),
-            schedules=schedules,
-            **_common(recipe, copy, found, before),
-        )
-        done.deployments[recipe.name] = whole
+        done.deployments[recipe.name] = _register_whole(client, recipe, store, copy, whole, before, schedules, owner.labels())
         done.schedules = schedules[: len(recipe.deploy.schedules)]
         flow = client.create_flow_from_name("node")
-        for node in recipe.nodes.values():
-            name = f"{recipe.name}-{node.name}"
-            found = _found(client, f"node/{name}")
-            done.deployments[name] = client.create_deployment(
-                flow,
-                name,
+        for node, found in zip(recipe.nodes.values(), nodes, strict=True):
+            done.deployments[names[node.name]] = _register(
+                client,
+                owner.labels(),
+                flow_id=flow,
+                name=names[node.name],
                 description=f"The node {node.name} of the recipe {recipe.name}, from what the nodes before it have committed.",
                 entrypoint=ENTRYPOINTS["node"],
                 parameters={"recipe": copy, "store": store.root, "node": node.name},
@@ -95,9 +93,62 @@ def deploy(recipe: Recipe, store: Store, asleep: bool = False) -> Deployed:
             )
         done.removed = _remove_others(client, recipe, set(done.deployments.values()))
         automations.install(client)
-        if not asleep:
-            automations.install_triggers(client, recipe, whole)
+        automations.install_triggers(client, recipe, done.deployments[recipe.name])
     return done
+
+
+def register_trial(recipe: Recipe, store: Store) -> UUID:
+    """A deployment of the whole recipe alone, for runs from the terminal: no schedules, no triggers, nothing of the nodes.
+
+    All runs of a recipe that nobody has deployed share it, and `deploy` takes it over.
+
+    Raises:
+        RecipeError: the work pool or the store is not as it must be.
+    """
+    _check_store(recipe.deploy.pool, store)
+    with get_client(sync_client=True) as client:
+        ensure_pool(client, recipe.deploy.pool)
+        _set_gpus(client, recipe.deploy.gpus, None)
+        labels = Owner.of(recipe, store).labels(trial=True)
+        made = _register_whole(client, recipe, store, snapshot(recipe, store), None, None, [], labels)
+        automations.install(client)
+    return made
+
+
+def _register_whole(
+    client: SyncPrefectClient,
+    recipe: Recipe,
+    store: Store,
+    copy: str,
+    found: DeploymentResponse | None,
+    before: Recipe | None,
+    schedules: list[DeploymentScheduleCreate],
+    labels: Mapping[str, Any],
+) -> UUID:
+    return _register(
+        client,
+        labels,
+        flow_id=client.create_flow_from_name("recipe"),
+        name=recipe.name,
+        description=_description(recipe),
+        entrypoint=ENTRYPOINTS["recipe"],
+        parameters={"recipe": copy, "store": store.root, "jobs": recipe.deploy.jobs},
+        parameter_openapi_schema=recipe_form(recipe),
+        schedules=schedules,
+        **_common(recipe, copy, found, before),
+    )
+
+
+def _register(client: SyncPrefectClient, labels: Mapping[str, Any], **fields: Any) -> UUID:
+    """Make or renew a deployment. Prefect's own `create_deployment` takes no labels."""
+    wanted = DeploymentCreate(**fields, labels=dict(labels))
+    body = wanted.model_dump(mode="json", include=wanted.model_fields_set)
+    return UUID(client.request("POST", "/deployments/", json=body).json()["id"])
+
+
+def _refusal(client: SyncPrefectClient, recipe: Recipe, foreign: Sequence[DeploymentResponse]) -> str:
+    triggers = [name for found in foreign for name in automations.trigger_names(client, found)]
+    return refusal(recipe.name, foreign, triggers, "give the recipe a name of its own, or take this one over with --replace")
 
 
 def _found(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
@@ -108,7 +159,7 @@ def _found(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
         return None
 
 
-def _before(found: DeploymentResponse | None) -> Recipe | None:
+def deployed_as(found: DeploymentResponse | None) -> Recipe | None:
     """The recipe as it was deployed last; None where that cannot be read any more."""
     try:
         return load_recipe(found.parameters["recipe"]) if found else None
@@ -116,14 +167,18 @@ def _before(found: DeploymentResponse | None) -> Recipe | None:
         return None
 
 
-def _set_gpus(client: SyncPrefectClient, gpus: int, before: int | None) -> None:
-    """Make the limit, or change it as the recipe has changed; another number on the server is somebody's decision."""
+def _set_gpus(client: SyncPrefectClient, gpus: int | None, before: int | None) -> int | None:
+    """Make the limit, or change it as the recipe has changed; another number is somebody's decision, and returned."""
+    if gpus is None:
+        return None
     try:
-        client.read_global_concurrency_limit_by_name(LIMIT)
+        there = client.read_global_concurrency_limit_by_name(LIMIT).limit
     except ObjectNotFound:
-        before = None
-    if gpus != before:
+        there = None
+    if there is None or before not in (None, gpus):
         client.upsert_global_concurrency_limit_by_name(LIMIT, gpus)
+        return None
+    return there if there != gpus else None
 
 
 def ensure_pool(client: SyncPrefectClient, pool: Pool) -> None:

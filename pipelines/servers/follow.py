@@ -27,13 +27,14 @@ from prefect.states import Cancelling, State
 
 from infra.dataset import find
 from infra.prefect_server import answers
-from pipelines.flows.deployed import RETRYING
+from pipelines.flows.deployed import DEBUGGED, RETRYING
 from pipelines.flows.flow import JOB_LOGGER, read_logs
 from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
 from pipelines.flows.stopping import stop_on_signals
 from pipelines.pages.progress import read_progress
-from pipelines.servers.deployments import deploy
+from pipelines.servers.deployments import register_trial
+from pipelines.servers.owners import Owner
 
 TICK = 1.0
 # How long the server may take to start a crashed run again, in seconds.
@@ -54,12 +55,14 @@ _SUFFIX = re.compile(r"-[0-9a-f]{3}$")
 
 
 def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
-    """Start a run of the recipe's deployment; a recipe that has none gets one, without its schedules."""
+    """Start a run of the recipe's deployment; a recipe that has none gets one for its runs, without schedules."""
     with get_client(sync_client=True) as client:
         try:
-            deployment = client.read_deployment_by_name(f"recipe/{run.recipe.name}").id
+            found = client.read_deployment_by_name(f"recipe/{run.recipe.name}")
+            deployment = found.id
+            _say_whose(run, Owner.read(found))
         except ObjectNotFound:
-            deployment = deploy(run.recipe, run.store, asleep=True).deployments[run.recipe.name]
+            deployment = register_trial(run.recipe, run.store)
         parameters = {
             "recipe": snapshot(run.recipe, run.store),
             "store": run.store.root,
@@ -69,9 +72,17 @@ def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
             "jobs": run.jobs,
         }
         # The recipe has been checked, and may have other nodes and fields by now than the form of its deployment.
-        body = {"name": run.recipe.name, "parameters": parameters, "enforce_parameter_schema": False}
+        body: dict[str, Any] = {"name": run.recipe.name, "parameters": parameters, "enforce_parameter_schema": False}
+        if run.debug:
+            body["labels"] = {DEBUGGED: True}
         reply = client.request("POST", "/deployments/{id}/create_flow_run", path_params={"id": deployment}, json=body)
         return UUID(reply.json()["id"])
+
+
+def _say_whose(run: Run, owner: Owner | None) -> None:
+    """Two recipes of one name share a history, and wait for each other."""
+    if run.recipe.file and owner is not None and owner != Owner.of(run.recipe, run.store):
+        run.view.said(run.recipe.name, logging.WARNING, f"runs beside those of another recipe of this name, {owner}")
 
 
 def follow(run: Run, flow_run: UUID) -> State[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.dataset import Dataset
+from stages.drawing.lineage import provenance
 from stages.runner.contract import Job
 from unidiffuser.references import weights_digest
 
@@ -22,13 +23,17 @@ def encoder_digests(config: Any) -> dict[str, str]:
 
 
 def assemble(job: Job, folder: Path) -> Path:
-    """Put network, encoders and text codec of a job below `folder` in the layout of `unidiffuser.generation`.
+    """Put network, encoders and text codec of a job below `folder` in the layout of `unidiffuser.generation`, with their lineage.
 
     The job's inputs are `checkpoint` and `codec`; its config names the encoders and which weights to take.
     """
+    from unidiffuser.provenance import write_provenance
+
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = job.inputs["checkpoint"].fetch(Path(scratch))
-        return put_together(checkpoint, job.config.weights, job.inputs["codec"], job.config, folder)
+        put_together(checkpoint, job.config.weights, job.inputs["codec"], job.config, folder)
+    write_provenance(folder, provenance(job))
+    return folder
 
 
 def put_together(checkpoint: Path, weights: str, codec: Dataset, encoders: Any, folder: Path) -> Path:

@@ -194,7 +194,7 @@ class Encode(Stage):
     version = 4
     Config = EncodeConfig
     whole = frozenset({"codec"})
-    phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources),)
+    phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources, memory=("batch",)),)
 
     @classmethod
     def weights(cls, config: EncodeConfig) -> dict[str, str]:

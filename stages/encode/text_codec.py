@@ -33,7 +33,7 @@ class TextCodecConfig(StageConfig):
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
     gpt2: str = encoder("embedded", "GPT-2 that the decoder starts from")
     latent_width: int = Field(64, ge=1, description="numbers a text token has in the U-ViT; the paper's is 64")
-    captions: int = Field(2_000_000, ge=1, description="captions to train on at most, the first of the selection")
+    max_captions: int = Field(2_000_000, ge=1, description="captions to train on at most, the first of the selection")
     steps: int = Field(20_000, ge=1, description="optimizer steps at most")
     batch: int = Field(64, ge=1, description="captions a step")
     lr: float = Field(2e-4, gt=0, description="AdamW learning rate; falls to zero over the steps on a cosine")
@@ -106,7 +106,7 @@ class Trainer:
 
     def captions(self) -> Iterator[str]:
         """The first captions of the selection, in its order."""
-        left = self.config.captions
+        left = self.config.max_captions
         for entry in tables(self.job):
             if left <= 0:
                 return
@@ -200,7 +200,7 @@ class TextCodecStage(Stage):
     name = "text-codec"
     version = 4
     Config = TextCodecConfig
-    phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources),)
+    phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources, memory=("batch",)),)
 
     @classmethod
     def weights(cls, config: TextCodecConfig) -> dict[str, str]:

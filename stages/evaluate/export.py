@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Literal
 
@@ -35,13 +34,6 @@ class Exporter:
         assemble(self.job, out.folder)
         for layout in self.job.config.layouts:
             write_set(out.folder, out.folder / layout, layout)
-        manifest = self.job.inputs["checkpoint"].manifest
-        facts = {
-            "made_by": {name: d.manifest.reference().model_dump() for name, d in self.job.inputs.items()},
-            "weights": self.job.config.weights,
-            "training": manifest.config,
-        }
-        (out.folder / "export.json").write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path in sorted(out.folder.rglob("*")):
             if path.is_file():
                 out.path(str(path.relative_to(out.folder)), rows=1)
@@ -53,10 +45,11 @@ def plan_export(job: Job, _: Records) -> Iterator[Unit]:
 
 
 class Export(Stage):
-    """Folders uvit, vae, clip_image, clip_text, text_codec and export.json, and a folder a layout; its rows are files."""
+    """Folders uvit, vae, clip_image, clip_text and text_codec, provenance.json, a model card, and a folder a layout; its rows are
+    files."""
 
     name = "export"
-    version = 2
+    version = 3
     Config = ExportConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (Phase("export", plan_export, worker=Exporter),)

@@ -256,8 +256,8 @@ class Evaluate(Stage):
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (
-        Phase("draw", plan_draws, worker=Draw, resources=sampler_resources),
-        Phase("report", plan_report, worker=Report, resources=sampler_resources),
+        Phase("draw", plan_draws, worker=Draw, resources=sampler_resources, memory=("batch",)),
+        Phase("report", plan_report, worker=Report, resources=sampler_resources, memory=("batch",)),
     )
 
     @classmethod

@@ -72,8 +72,8 @@ class FilterConfig(StageConfig):
     )
     min_side: int | None = Field(BASIC["min_side"], ge=1, description="pixels of the shorter side as stored")
     max_aspect_ratio: float | None = Field(BASIC["max_aspect_ratio"], ge=1, description="longer side / shorter side")
-    min_caption_chars: int | None = Field(BASIC["min_caption_chars"], ge=1)
-    max_caption_chars: int | None = Field(None, ge=1)
+    min_caption_chars: int | None = Field(BASIC["min_caption_chars"], ge=1, description="characters of the caption, at least")
+    max_caption_chars: int | None = Field(None, ge=1, description="characters of the caption, at most")
     min_caption_words: int | None = Field(BASIC["min_caption_words"], ge=1, description=WORDS)
     max_caption_words: int | None = Field(None, ge=1, description="counted likewise")
     languages: list[str] | None = Field(None, min_length=1, description="language codes to keep, where the metadata has them")
@@ -259,7 +259,14 @@ class Filter(Stage):
     version = 4
     Config = FilterConfig
     phases = (
-        Phase("score", _score_units, Score, fields=frozenset({"clip_scores", "heads", "precision"}), resources=_score_resources),
+        Phase(
+            "score",
+            _score_units,
+            Score,
+            fields=frozenset({"clip_scores", "heads", "precision"}),
+            resources=_score_resources,
+            memory=("batch",),
+        ),
         *duplicates.PHASES,
         Phase("write", _write_units, Write, fields=CONDITIONS, resources=lambda config: Resources(1.0, 0.0, config.workers)),
     )

@@ -27,6 +27,15 @@ class StageError(Exception):
     """A stage that cannot go on; the message is one line that names the thing and the fix."""
 
 
+class Bug(StageError):
+    """A stage that broke in a way that nobody foresaw: the line says where, and the traceback goes to the log."""
+
+
+def in_words(error: BaseException) -> str:
+    """``TypeName: message``, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
 def operational(default: Any, description: str, **bounds: Any) -> Any:
     """A config field that can change how a result is reached, never the result: it stays out of every fingerprint."""
     return Field(default, description=description, json_schema_extra={"operational": True}, **bounds)
@@ -110,7 +119,8 @@ class Job:
     """All that a phase needs to know; pickled to the workers.
 
     `inputs` are committed datasets by input name, `sources` files from outside as address -> digest, `weights` encoder
-    weights as config field -> digest, `lists` further files from outside, by the part they play.
+    weights as config field -> digest, `lists` further files from outside, by the part they play. `recipe` is the name of the one
+    that asks, where it is known.
     """
 
     store: Store
@@ -121,6 +131,7 @@ class Job:
     sources: Mapping[str, str]
     weights: Mapping[str, str]
     lists: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    recipe: str | None = None
 
     def unit_folder(self, key: str) -> str:
         return f"{self.stage}/units/{key[:2]}/{key}"
@@ -224,6 +235,7 @@ class Phase:
         gang: for a chain (each unit builds on the one before), in place of both.
         fields: the config fields that this phase's result depends on; None means all. Others may change without redoing it.
         resources: config -> what a worker takes.
+        memory: the config fields of which lower values take less memory.
     """
 
     name: str
@@ -232,6 +244,7 @@ class Phase:
     gang: Gang | None = None
     fields: frozenset[str] | None = None
     resources: Callable[[Any], Resources] = lambda config: Resources()
+    memory: tuple[str, ...] = ()
 
 
 class Stage:
@@ -246,6 +259,8 @@ class Stage:
         may_be_empty: whether zero rows out is a result rather than a failure.
         can_heal: whether another try at the same units may end better (the network was down): if no row is left, the units are
             not kept.
+        check_refuses: whether what `check` finds stands in the way of a run. Else it is a warning when the run begins: the node
+            will fail, and others go on.
     """
 
     name: ClassVar[str]
@@ -255,6 +270,7 @@ class Stage:
     whole: ClassVar[frozenset[str]] = frozenset()
     may_be_empty: ClassVar[bool] = False
     can_heal: ClassVar[bool] = False
+    check_refuses: ClassVar[bool] = True
 
     @classmethod
     def sources(cls, config: Any) -> list[str]:

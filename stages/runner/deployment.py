@@ -86,15 +86,15 @@ def _is_cron(part: str, bounds: tuple[int, int], names: tuple[str, ...]) -> bool
 class Trigger(_Section):
     """A new dataset of another recipe (or of this one) that starts this recipe."""
 
-    recipe: str
-    node: str
+    recipe: str = Field(description="name of the recipe whose dataset is waited for")
+    node: str = Field(description="its node")
 
 
 class Pool(_Section):
     """The Prefect work pool whose workers run the flow. The work itself is done by Ray, wherever the flow runs."""
 
-    name: str = "local"
-    type: Literal["process", "docker", "kubernetes"] = "process"
+    name: str = Field("local", description="its name on the server; `up` starts a worker of `local`")
+    type: Literal["process", "docker", "kubernetes"] = Field("process", description="what a run becomes")
     variables: dict[str, Any] = Field({}, description="job variables of the pool: `image`, `env`, `volumes`, `namespace`, ...")
 
 
@@ -102,9 +102,9 @@ class Deploy(_Section):
     """How `unidiffuser deploy` registers a recipe on a Prefect server."""
 
     pool: Pool = Field(default_factory=Pool)
-    schedules: tuple[Schedule, ...] = ()
+    schedules: tuple[Schedule, ...] = Field((), description="when it runs by itself")
     after: tuple[Trigger, ...] = Field((), description="new datasets that start the recipe")
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = Field((), description="tags of the deployment and of its runs")
     jobs: int = Field(1, ge=1, description="how many nodes work at a time")
     gpus: int | None = Field(None, ge=1, description="GPU slots that all recipes of the server share; nodes wait for theirs")
     crash_retries: int = Field(2, ge=0, description="how often a run whose process died is started again by itself")

@@ -109,7 +109,7 @@ def plan(
             lists=lists,
         )
         planned[node.name] = _with_state(draft, recipe, store, stage.version)
-        if outside is None and planned[node.name].state != "hit":
+        if outside is None and stage.check_refuses and planned[node.name].state != "hit":
             try:
                 stage.check(node.config, sources, lists)
             except StageError as error:

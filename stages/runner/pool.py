@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from stages.runner.contract import Job, Phase, Resources, StageError, Unit, UnitRecord, scratch_output
+from stages.runner.contract import Bug, Job, Phase, Resources, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
+from unidiffuser.memory import out_of_memory
 
 log = logging.getLogger("stages")
 
@@ -21,23 +23,57 @@ ATTEMPTS = 3
 
 
 class PoolWorker:
-    """The Ray actor: builds the phase's worker once and runs units one at a time."""
+    """The Ray actor: builds the phase's worker once, for its first unit, and runs units one at a time."""
 
     def __init__(self, job: Job, phase: Phase):
         logging.basicConfig(format="%(levelname)s %(message)s")
         log.setLevel(logging.INFO)
-        assert phase.worker is not None
-        self.job = job
-        self.worker = phase.worker(job)
+        self.job, self.phase = job, phase
+        self.worker: Worker | None = None
 
     def run(self, unit: Unit, key: str) -> UnitRecord:
+        # Not in the constructor: Ray takes an actor whose constructor raises for one that has died.
+        worker = self.worker = self.worker or self.built()
         start = time.perf_counter()
         # Another run may be at the same unit: two that differ (the web changes) must not mix their files.
         with self.job.store.claimed(key), scratch_output(self.job.store) as out:
             if (done := self.job.unit_done(key)) is not None:
                 return done
-            self.worker.run(unit, out)
+            with memory_said(f"{self.phase.name} {unit.name}", self.job, self.phase):
+                worker.run(unit, out)
             return out.publish(self.job, key, unit.name, time.perf_counter() - start)
+
+    def built(self) -> Worker:
+        assert self.phase.worker is not None
+        try:
+            with memory_said("its models", self.job, self.phase):
+                return self.phase.worker(self.job)
+        except StageError:
+            raise
+        except Exception as error:
+            raise Bug(f"{self.job.node}: {in_words(error)}") from error
+
+
+def field_of(config: Any, names: Sequence[str]) -> str:
+    """``batch (now 16)``: the fields to lower, with what they are."""
+    return " or ".join(f"{name} (now {getattr(config, name)})" for name in names)
+
+
+@contextmanager
+def memory_said(what: str, job: Job, phase: Phase) -> Iterator[None]:
+    """Puts memory that is not enough for `what` into a line.
+
+    Raises:
+        StageError: it was not.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (which := out_of_memory(error)) is None:
+            raise
+        fields = field_of(job.config, phase.memory)
+        fix = f"lower {fields}" if fields else "take a machine with more"
+        raise StageError(f"{job.node}: {which} is not enough for {what}; {fix}") from error
 
 
 def gpus_each() -> float:
@@ -69,6 +105,7 @@ def run_pool(
 
     Raises:
         StageError: a unit failed, or its worker died `ATTEMPTS` times.
+        Bug: it failed in a way that no stage foresees.
     """
     resources = phase.resources(job.config)
     actor = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(PoolWorker)
@@ -99,14 +136,16 @@ def run_pool(
             try:
                 record = ray.get(ready)
             except RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, StageError):
-                    raise StageError(str(cause)) from None
-                raise StageError(f"{job.node}: {phase.name} {unit.name} failed: {_last_line(error)}") from error
+                # Ray's own error holds the worker's traceback, which the log is to have.
+                if isinstance(cause := error.cause, StageError):
+                    raise type(cause)(str(cause)) from error
+                raise Bug(f"{job.node}: {phase.name} {unit.name} failed: {_last_line(error)}") from error
             except RayActorError as error:
                 if attempt == ATTEMPTS:
+                    fields = field_of(job.config, phase.memory)
+                    memory = f" (of too little memory? then lower {fields})" if fields else ""
                     raise StageError(
-                        f"{job.node}: the worker of {phase.name} {unit.name} died {ATTEMPTS} times: {_last_line(error)}"
+                        f"{job.node}: the worker of {phase.name} {unit.name} died {ATTEMPTS} times: {_last_line(error)}{memory}"
                     ) from error
                 log.warning("%s: the worker of %s %s died, attempt %d follows", job.node, phase.name, unit.name, attempt + 1)
                 again.append((unit, key, attempt + 1))

@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from infra.nearest import nearest
 from infra.text import TextError, text_of
 from stages.catalog import FOLDER_STAGES, STAGES, SUBSET_STAGES, stage_class
 from stages.runner.deployment import Deploy
 from stages.runner.document import DocumentError, parse
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+# The name of those recipes below `configs/` that are there to be copied.
+TEMPLATE = "change-me"
 CREDENTIALS = re.compile(r"://\S*@")
 
 
@@ -48,26 +51,31 @@ class Encoders(BaseModel):
     gpt2: str = Field("embedded", description="GPT-2 that the text decoder starts from")
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
     """The outer shape of a recipe file; the stages' own fields are checked by their own models."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
-    name: str
-    description: str = ""
-    encoders: Encoders = Field(default_factory=lambda: Encoders.model_validate({}))
-    subsets: dict[str, dict[str, Any]]
-    text_codec: dict[str, Any] | None = Field(None, alias="text-codec")
-    train: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    evaluate: dict[str, Any] | None = None
-    export: dict[str, Any] | None = None
-    deploy: Deploy = Field(default_factory=lambda: Deploy.model_validate({}))
+    name: str = Field(description="lower case, digits and hyphens; deployments and runs are called by it")
+    description: str = Field("", description="one line for people")
+    encoders: Encoders = Field(default_factory=lambda: Encoders.model_validate({}), description="what all stages share")
+    subsets: dict[str, dict[str, Any]] = Field(
+        description="SUBSET -> its stages: select, download or folder, then filter and encode"
+    )
+    text_codec: dict[str, Any] | None = Field(
+        None, alias="text-codec", description="the text decoder; needed where text is encoded"
+    )
+    train: dict[str, dict[str, Any]] = Field(default_factory=dict, description="NAME -> a training, in the order of their `from`")
+    evaluate: dict[str, Any] | None = Field(None, description="measures and draws the last training's checkpoint")
+    export: dict[str, Any] | None = Field(None, description="a folder that samples without the rest")
+    deploy: Deploy = Field(default_factory=lambda: Deploy.model_validate({}), description="schedules, triggers, where it runs")
     folder: str | None = Field(None, description="where relative paths start, instead of the folder that the file lies in")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: its nodes in an order in which they can run, and the document that it was read from."""
+    """A checked recipe: its nodes in an order in which they can run, the document that it was read from, and the file of that, by
+    its absolute path or URL, where there is one."""
 
     name: str
     description: str
@@ -75,6 +83,16 @@ class Recipe:
     document: dict[str, Any]
     folder: Path
     deploy: Deploy
+    file: str = ""
+
+    def check_named(self) -> None:
+        """A copy of a template is given a name before it leaves a trace anywhere: datasets and deployments are told apart by it.
+
+        Raises:
+            RecipeError: it has the template's name.
+        """
+        if self.name == TEMPLATE:
+            raise RecipeError(f"name: {TEMPLATE} is the template's; give the recipe a name of its own, such as my-pictures")
 
     def select(self, wanted: str) -> list[str]:
         """The nodes that a node name or a bare stage name means.
@@ -84,7 +102,7 @@ class Recipe:
         """
         names = [n.name for n in self.nodes.values() if wanted in (n.name, n.stage)]
         if not names:
-            raise RecipeError(f"{wanted}: the recipe {self.name} has no such node; it has {', '.join(self.nodes)}")
+            raise RecipeError(f"{wanted}: the recipe {self.name} has no such node{nearest(wanted, self.nodes)}")
         return names
 
 
@@ -100,7 +118,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         with fsspec.open(str(path), "rb") as file:
             document = parse(text_of(file.read()))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file") from None
+        beside = (file.name for file in Path(path).parent.glob("*.y*ml"))
+        raise RecipeError(f"{path}: no such recipe file{nearest(Path(path).name, beside)}") from None
     except TextError as error:
         raise RecipeError(f"{path}: {error}") from None
     except DocumentError as error:
@@ -109,7 +128,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: expected a mapping with `name` and `subsets`")
     for override in overrides:
         _override(document, override)
-    return parse_recipe(document, Path(path).parent)
+    file = str(path) if "://" in str(path) else os.path.abspath(path)
+    return replace(parse_recipe(document, Path(path).parent), file=file)
 
 
 def _override(document: dict[str, Any], override: str) -> None:
@@ -135,7 +155,7 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
         RecipeError: as `load_recipe`.
     """
     try:
-        outer = _Document.model_validate(document)
+        outer = Document.model_validate(document)
     except ValidationError as error:
         raise RecipeError(explain(error, "")) from None
     _check_name(outer.name, "name")
@@ -150,7 +170,7 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
 class _Builder:
     """Turns the document into nodes; keeps the order of the file except where an input must come first."""
 
-    def __init__(self, document: _Document, folder: Path):
+    def __init__(self, document: Document, folder: Path):
         self.document = document
         self.folder = folder
         self.nodes: dict[str, Node] = {}

@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
-from pathlib import Path
 from typing import Any
 
+from infra.commit import git_commit
 from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
@@ -55,7 +54,7 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
     if (found := find(store, planned.stage, planned.fingerprint)) is not None:
         return found
     job = make_job(planned, store)
-    _check_disk(stage, job)
+    check_disk(stage, job)
     start = time.perf_counter()
     records: dict[str, list[UnitRecord]] = {}
     for phase in stage.phases:
@@ -97,8 +96,8 @@ def _forget(records: list[UnitRecord], job: Job) -> None:
             job.store.remove(f"{job.unit_folder(record.key)}/unit.json")
 
 
-def make_job(planned: Planned, store: Store) -> Job:
-    """The job with its input datasets.
+def make_job(planned: Planned, store: Store, missing_ok: bool = False) -> Job:
+    """The job with its input datasets; with `missing_ok`, with those that are there.
 
     Raises:
         StageError: an input is not committed yet.
@@ -106,6 +105,8 @@ def make_job(planned: Planned, store: Store) -> Job:
     inputs = {}
     for name, reference in planned.inputs.items():
         dataset = find(store, reference.stage, reference.fingerprint)
+        if dataset is None and missing_ok:
+            continue
         if dataset is None:
             # A parent belongs to no node of its own: without it only a fresh start is left.
             way = f"--from {planned.input_nodes[name]}" if name in planned.input_nodes else f"--force {planned.name}"
@@ -115,7 +116,7 @@ def make_job(planned: Planned, store: Store) -> Job:
         inputs[name] = dataset
     return Job(
         store=store, stage=planned.stage, node=planned.name, config=planned.config, inputs=inputs,
-        sources=planned.sources, weights=planned.weights, lists=planned.lists,
+        sources=planned.sources, weights=planned.weights, lists=planned.lists, recipe=planned.recipe,
     )  # fmt: skip
 
 
@@ -307,16 +308,13 @@ def code_identity(stage: type[Stage]) -> dict[str, Any]:
     }
 
 
-def git_commit() -> str | None:
-    root = Path(__file__).parent.parent.parent
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None
+def check_disk(stage: type[Stage], job: Job) -> None:
+    """Whether the store has room for what a node will take, as well as can be told.
 
-
-def _check_disk(stage: type[Stage], job: Job) -> None:
+    Raises:
+        StageError: it has not.
+        KeyError: the job lacks an input without which that cannot be told.
+    """
     free = job.store.free_bytes()
     needed = stage.bytes_needed(job) + DISK_RESERVE
     if free is not None and free < needed:

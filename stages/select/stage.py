@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
@@ -99,8 +100,8 @@ class SelectConfig(StageConfig):
     max_pwatermark: float | None = Field(None, description="probability of a watermark")
     min_aesthetic: float | None = Field(None, description="LAION's aesthetic score, 0 to 10")
     languages: list[str] | None = Field(None, min_length=1, description="language codes to keep")
-    min_caption_chars: int | None = Field(None, ge=1)
-    max_caption_chars: int | None = Field(None, ge=1)
+    min_caption_chars: int | None = Field(None, ge=1, description="characters of the caption, at least")
+    max_caption_chars: int | None = Field(None, ge=1, description="characters of the caption, at most")
     min_caption_words: int | None = Field(None, ge=1, description=WORDS)
     max_caption_words: int | None = Field(None, ge=1, description="counted likewise")
     where: tuple[str, ...] = Field(
@@ -322,6 +323,19 @@ def _resources(config: SelectConfig) -> Resources:
     return Resources(cpus=config.cpus)
 
 
+# Footers that are read before a run begins, of a pattern and in all.
+CHECKED = 4
+MOST_CHECKED = 64
+
+
+def by_pattern(patterns: Sequence[str], addresses: Iterable[str]) -> list[list[str]]:
+    """The addresses that each pattern means, sorted; and those that none is seen to mean, such as one that ends in capitals."""
+    found: dict[str, list[str]] = {}
+    for address in sorted(addresses):
+        found.setdefault(next((p for p in patterns if p == address or fnmatchcase(address, p)), ""), []).append(address)
+    return list(found.values())
+
+
 # What a phase does not name counts through the content of the files that it reads.
 _PICK = frozenset(SelectConfig.model_fields) - {"shard_rows", "allow_by", "deny_by"}
 _READ = frozenset({"laion_schema", "columns"})
@@ -331,6 +345,7 @@ class Select(Stage):
     name = "select"
     version = 4
     Config = SelectConfig
+    check_refuses = False
     phases = (
         Phase("pick", _pick_units, Pick, fields=_PICK, resources=_resources),
         Phase("lists", list_units, ReadList, fields=frozenset({"columns", "allow_by", "deny_by"}), resources=_resources),
@@ -347,6 +362,13 @@ class Select(Stage):
     @classmethod
     def lists(cls, config: SelectConfig) -> dict[str, list[str]]:
         return {part: files for part in ("allow", "deny") if (files := getattr(config, part))}
+
+    @classmethod
+    def check(cls, config: SelectConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        """The footers of the first few files of every pattern; `pick` is planned from all of them."""
+        reading = conditions_of(config)[1]
+        some = [address for group in by_pattern(config.metadata, sources) for address in group[:CHECKED]]
+        check_metadata(some[:MOST_CHECKED], reading)
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

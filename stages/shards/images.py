@@ -33,7 +33,7 @@ class ImageConfig(StageConfig):
     )
     resize_only_if_bigger: bool = Field(True, description="never enlarge")
     skip_reencode: bool = Field(True, description="keep the bytes as they came where nothing changes the image")
-    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    encode_format: Literal["jpg", "png", "webp"] = Field("jpg", description="how stored images are compressed")
     encode_quality: int = Field(95, ge=0, le=100, description="0 to 100; for png the compression level, 0 to 9")
     min_image_size: int = Field(0, ge=0, description="pixels of the shorter side as it came")
     max_pixels: int = Field(

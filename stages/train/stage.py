@@ -20,12 +20,13 @@ from pydantic import Field, field_validator
 from infra.dataset import VERIFY, FileEntry, fetch_files
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
-from stages.runner.contract import Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
+from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.preview import PreviewConfig, Previews
 from training.config import DataConfig, TrainConfig
+from training.footprint import parameters
 from training.names import column_of
 from training.where import Comparison
 
@@ -118,7 +119,7 @@ def train_chain(chain: Chain) -> None:
     Raises:
         StageError: the workers failed, or the run was asked to stop before its last step.
     """
-    from training.job import TrainingError, TrainJob
+    from training.job import TrainingBug, TrainingError, TrainJob
     from training.launch import train
 
     job, done = chain.job, chain.done()
@@ -152,6 +153,8 @@ def train_chain(chain: Chain) -> None:
         )
         try:
             outcome = train(run, on_row=on_row)
+        except TrainingBug as error:
+            raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:
             raise StageError(f"{job.node}: {error}") from error
     if outcome.stopped:
@@ -177,9 +180,7 @@ class Train(Stage):
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
         # fp32 weights, moving average and two moments, for two checkpoints: the one being written and the one before.
-        model = job.config.model
-        weights = 12 * model.width**2 * (model.depth + 1) + 2 * model.width**2 * (model.depth // 2)
-        return 2 * 4 * 4 * weights
+        return 2 * 4 * 4 * parameters(job.config.model)
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:

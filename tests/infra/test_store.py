@@ -6,11 +6,13 @@ import socket
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from infra.external import resolve
 from infra.store import Store, StoreError
+from infra.store_access import check_access, store_error
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,62 @@ def bucket():
 @pytest.fixture(params=["local", "s3"])
 def store(request, tmp_path):
     return Store(str(tmp_path / "store") if request.param == "local" else request.getfixturevalue("bucket"))
+
+
+def refused(root, write=True):
+    with pytest.raises(StoreError) as raised:
+        check_access(Store(root), write)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_a_bucket_is_looked_for_and_written_to_and_one_that_is_not_there_is_named(bucket):
+    check_access(Store(bucket), write=False)
+    assert not Store(bucket).exists(".state/checked")
+    check_access(Store(bucket), write=True)
+    assert Store(bucket).exists(".state/checked")
+    assert refused("s3://nowhere/store") == "s3://nowhere/store: there is no bucket nowhere; create it, or name another --store"
+
+
+def test_no_credentials_is_one_line_that_says_which_to_set(bucket, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    S3FileSystem.clear_instance_cache()
+    said = refused(bucket)
+    S3FileSystem.clear_instance_cache()
+    assert said.startswith(f"{bucket}: no credentials (") and "AWS_ACCESS_KEY_ID" in said
+
+
+def test_what_a_bucket_of_another_region_and_a_key_without_rights_answer_has_its_fix():
+    region = OSError(22, "the region 'us-east-1' is wrong; expecting 'eu-west-1'")
+    region.__cause__ = ClientError({"Error": {"Code": "AuthorizationHeaderMalformed"}}, "ListObjectsV2")
+    assert str(store_error("s3://a/b", region)).endswith("set AWS_DEFAULT_REGION to the bucket's")
+    said = str(store_error("s3://a/b", PermissionError("Access Denied")))
+    assert said.startswith("s3://a/b: access is refused (Access Denied); set AWS_ACCESS_KEY_ID")
+    assert "gcloud" in str(store_error("gs://a/b", PermissionError("403")))
+
+
+def test_a_file_system_that_is_not_installed_or_not_known_is_one_line(monkeypatch):
+    def missing(name):
+        raise ImportError("Please install gcsfs") from ModuleNotFoundError("No module named 'gcsfs'", name="gcsfs")
+
+    monkeypatch.setattr("fsspec.core.get_filesystem_class", missing)
+    assert refused("gs://a/b") == "gs://a/b: gcsfs is not installed, which such a store needs; pip install gcsfs"
+    monkeypatch.undo()
+    assert "Protocol not known: foo; expected a folder or an fsspec URL" in refused("foo://a/b")
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    assert (
+        refused(str(tmp_path / "file" / "store"))
+        == f"{tmp_path}/file/store: {tmp_path}/file is a file; name a folder with --store"
+    )
+    check_access(Store(str(tmp_path / "new" / "store")), write=True)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_written_is_read(store, tmp_path):

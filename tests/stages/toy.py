@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.runner.chain import Gang
-from stages.runner.contract import Phase, Stage, StageConfig, Unit, operational, scratch_output
+from stages.runner.contract import Phase, Stage, StageConfig, StageError, Unit, operational, scratch_output
 from stages.runner.graph import Planned
 
 
@@ -21,6 +21,11 @@ class SquaresConfig(StageConfig):
 class Square:
     def __init__(self, job):
         self.job = job
+        trap = Path(job.config.trap, "built") if job.config.trap else None
+        if trap and trap.exists():
+            with trap.with_name("count").open("a") as file:
+                file.write(".")
+            raise {"stage": StageError, "bug": KeyError}[trap.read_text()]("no encoder")
 
     def run(self, unit, out):
         number = unit.payload["number"]
@@ -30,6 +35,8 @@ class Square:
             trap.write_text(str(left - 1))
             if left > 0:
                 os._exit(1)
+            if left < -99:
+                raise MemoryError
             if left < 0:
                 raise ValueError("number is cursed")
         out.path("square.txt", rows=1).write_text(f"{number * number}\n")
@@ -56,7 +63,7 @@ class Squares(Stage):
     version = 1
     Config = SquaresConfig
     phases = (
-        Phase("square", lambda job, _: _units(job), worker=Square, fields=frozenset()),
+        Phase("square", lambda job, _: _units(job), worker=Square, fields=frozenset(), memory=("speed",)),
         Phase("keep", lambda job, records: _kept(records["square"]), worker=Keep, fields=frozenset({"limit"})),
     )
 

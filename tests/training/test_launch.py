@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from infra.store import StoreError
 from tests.training.synthetic import KeepIn, config, write_shards
 from training.history import Row
-from training.job import TrainingError, TrainJob
-from training.launch import _reason, train
+from training.job import TrainingBug, TrainingError, TrainJob
+from training.launch import _failure, _work, train
 
 
 def test_progress_checkpoints_and_a_request_to_stop(ray_cluster: None, tmp_path: Path) -> None:
@@ -37,7 +39,28 @@ def test_a_damaged_file_is_a_reason() -> None:
     told._base_exc = StoreError("step.safetensors: damaged; delete it")  # type: ignore[attr-defined]
     failed = Exception("workers failed")
     failed.worker_failures = {0: told}  # type: ignore[attr-defined]
-    assert _reason(failed) == "step.safetensors: damaged; delete it"
+    assert str(_failure(failed)) == "step.safetensors: damaged; delete it"
+
+
+def test_a_worker_whose_memory_is_not_enough_names_micro_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setitem(sys.modules, "training.loop", SimpleNamespace(run=full))
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr("training.launch.Reporter", lambda _: SimpleNamespace(stop_requested=None, add=None, close=lambda: None))
+    job = TrainJob(config(global_batch=8, micro_batch=4), (), str(tmp_path), KeepIn(str(tmp_path)))
+    with pytest.raises(TrainingError, match=r"^memory is not enough; lower micro_batch \(now 4\) or the model$"):
+        _work({"job": job, "board": None})
+
+
+def test_a_bug_is_a_line_that_is_caused_by_the_workers_traceback() -> None:
+    told = Exception("a traceback of many lines")
+    told._base_exc = KeyError("step")  # type: ignore[attr-defined]
+    failed = Exception("workers failed")
+    failed.worker_failures = {0: told}  # type: ignore[attr-defined]
+    error = _failure(failed)
+    assert (type(error), str(error), error.__cause__) == (TrainingBug, "KeyError: 'step'", told)
 
 
 def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(ray_cluster: None, tmp_path: Path) -> None:

@@ -156,6 +156,13 @@ def test_pictures_are_pictures_and_the_export_samples(world: World, tmp_path: Pa
     (result,) = model.generate("joint", steps=2)
     assert result.image is not None and result.image.size == (512, 512) and isinstance(result.caption, str)
 
+    told, made = model.provenance, world.dataset("train-512").manifest
+    assert (told["recipe"], told["node"], told["step"]) == (load_recipe(world.recipe).name, "train-512", 3)
+    assert (told["fingerprint"], told["commit"]) == (made.fingerprint, made.code["git"]) and made.code["git"]
+    counted = {each["node"]: (each["rows_in"], each["rows_out"]) for each in told["datasets"]}
+    stats = world.dataset("large-filter").manifest.stats
+    assert counted["large-filter"] == (stats.rows_in, stats.rows_out) and list(counted)[0] == "little-select"
+
     # The checkpoint behind the export is found to be the same model, from its lineage alone.
     with opened(world.dataset("train-512").manifest.fingerprint[:10], world.store, Named()) as assembled:
         for part in ("uvit/model.safetensors", "text_codec/codec.safetensors", "vae/config.json"):
@@ -247,11 +254,14 @@ SAID = {
     "lineage": "little-select",
     "inspect": "schema",
     "verify": "files are as the manifest says",
+    "list": "little-filter",
+    "keep": "stays, with all that it was made from",
     "gc": "nothing to remove",
     "sample": "a large red apple on the left of a blue background",
     "convert": "diffusers: ",
     "up": "started",
     "deploy": "small-train-512",
+    "undeploy": "small-train-512: removed",
     "ui": "/sign-in#unidiffuser:",
     "down": "stopped",
 }

@@ -190,6 +190,10 @@ def test_misuse_is_one_line_with_the_path_of_the_field_and_starts_nothing(
     assert capsys.readouterr().err == "error: subsets.good.select.min_widht: unknown field\n"
     assert run_main(monkeypatch, "run", tmp_path / "none.yaml", "--store", store) == 2
     assert "none.yaml: no such recipe file" in capsys.readouterr().err
+    assert run_main(monkeypatch, "gc", tmp_path / "tyni.yaml", "--store", store) == 2
+    assert capsys.readouterr().err.endswith("there is no store; --store or UNIDIFFUSER_STORE names another\n")
+    assert run_main(monkeypatch, "status", tmp_path / "tyni.yaml", "--store", store) == 2
+    assert capsys.readouterr().err.endswith("tyni.yaml: no such recipe file; nearest is tiny.yaml\n")
     assert not store.exists()
 
 
@@ -210,6 +214,29 @@ def test_a_dry_run_says_why_and_begins_no_generation(
     said = capsys.readouterr().out
     assert "never made; forced" in said and "input rows (bad-select) is forced" in said
     assert not (store / "nodes").exists()
+
+
+def test_the_newest_kept_log_of_a_node_is_printed_and_what_has_none_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, store = write_recipe(tmp_path), tmp_path / "store"
+    assert run_main(monkeypatch, "logs", recipe, "good-select", "--store", store) == 1
+    assert capsys.readouterr().err.endswith("store: no such store; name the one of the run with --store\n") and not store.exists()
+    folder = store / ".state" / "logs" / "tiny"
+    folder.mkdir(parents=True)
+    names = [f"good-select-{'a' * 24}-2", f"good-select-{'b' * 24}-1", f"other-good-select-{'c' * 24}-9"]
+    for moment, name in enumerate(names):
+        (folder / f"{name}.log").write_text(f"{name} ä\n")
+        os.utime(folder / f"{name}.log", (moment, moment))
+    run_main(monkeypatch, "logs", recipe, "good-select", "--store", store)
+    assert capsys.readouterr().out == f"{names[1]} ä\n"
+    assert run_main(monkeypatch, "logs", recipe, "bad-select", "--store", store) == 1
+    assert capsys.readouterr().err.startswith("error: bad-select: no job was at it in ")
+    assert run_main(monkeypatch, "logs", recipe, "select", "--store", store) == 2
+    assert capsys.readouterr().err == "error: select: means good-select, bad-select; name one\n"
+    assert run_main(monkeypatch, "logs", recipe, "god-select", "--store", store) == 2
+    said = "error: god-select: the recipe tiny has no such node; nearest are good-select, bad-select, bad-download\n"
+    assert capsys.readouterr().err == said
 
 
 def test_verify_names_what_is_damaged_and_what_is_missing(

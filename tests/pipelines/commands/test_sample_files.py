@@ -18,7 +18,7 @@ RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 def writer(folder: Path) -> Writer:
-    return Writer(Request("export", "t2i", prompts=[PROMPT]), folder)
+    return Writer(Request("export", "t2i", prompts=[PROMPT]), folder, {})
 
 
 def draw(folder: Path, colour: tuple[int, int, int], by: Writer | None = None) -> None:

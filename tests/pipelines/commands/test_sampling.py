@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from infra.dataset import point
 from infra.store import Store
 from pipelines.commands import sampling
 from tests.pipelines.commands.test_plain import run_main
@@ -149,6 +151,14 @@ def test_a_prompt_that_is_cut_says_what_is_left(export, tmp_path, say):  # noqa:
         (("--task", "t", "--device", "abacus"), "--device abacus: not usable here"),
         (("--task", "t", "--dtype", "fp8"), "--dtype fp8: expected fp32, bf16, fp16"),
         (("--task", "i", "--out", "x", "--size", 50), "size 50: this model needs a multiple of 8 pixels"),
+        (("--task", "i", "--out", "x", "--size", 8192), "'--size': Input should be less than or equal to 4096"),
+        (("--task", "t", "--seed", -1), "'--seed': Input should be greater than or equal to 0"),
+        (("--task", "t", "--seed", 2**63 - 1, "--count", 2), f"a seed must be in 0 .. {2**63 - 1}, not {2**63}"),
+        (("--task", "t", "--guidance", "nan"), "'--guidance': Input should be"),
+        (("--task", "t", "--guidance", "inf"), "'--guidance': Input should be less than or equal to 100"),
+        (("--task", "t", "--count", 10**9), "'--count': Input should be less than or equal to 1000000"),
+        (("--task", "t", "--stepss", 5), "No such option: --stepss"),
+        ((), "Missing option '--task'"),
     ],
 )
 def test_misuse_is_one_line(export, arguments, message, tmp_path, monkeypatch, say):  # noqa: F811
@@ -157,6 +167,34 @@ def test_misuse_is_one_line(export, arguments, message, tmp_path, monkeypatch, s
     assert code == 2 and printed == ""
     assert complaint.startswith("error: ") and message in complaint and complaint.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(export, tmp_path, say, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("unidiffuser.generation.UniDiffuser.load", lambda *_: pytest.fail("loaded"))
+    (tmp_path / "file").touch()
+    for out, message in (
+        (tmp_path / "file", f"--out {tmp_path}/file: there is a file of that name; name a folder"),
+        (tmp_path / "file" / "new" / "out", f"--out {tmp_path}/file/new/out: {tmp_path}/file is a file; name a folder"),
+        (Path("/proc/out"), "--out /proc/out: /proc cannot be written ("),
+    ):
+        code, _, complaint = say("sample", export, "--task", "i", "--out", out)
+        assert code == 2 and complaint.startswith(f"error: {message}") and complaint.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("full", [MemoryError(), torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_memory_that_is_not_enough_names_what_to_lower(export, tmp_path, say, monkeypatch, full):  # noqa: F811
+    def fail(*_, **__):
+        raise full
+
+    which = "memory" if isinstance(full, MemoryError) else "the GPU's memory"
+    monkeypatch.setattr("unidiffuser.generation.sample", fail)
+    code, _, complaint = say("sample", export, "--task", "i", "--size", 64, "--out", tmp_path / "out")
+    assert (code, complaint) == (1, f"error: {which} is not enough to draw; lower --batch (now 16) or --size (now 64)\n")
+    monkeypatch.setattr("unidiffuser.generation.load_native", fail)
+    code, _, complaint = say("sample", export, "--task", "t")
+    assert (code, complaint) == (1, f"error: {which} is not enough to load the model; take --dtype bf16, or another --device\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_checkpoint_is_named(export, tmp_path, say):  # noqa: F811
@@ -189,7 +227,8 @@ def store(export, tmp_path) -> Store:  # noqa: F811
     (tmp_path / "train").mkdir()
     shutil.copy(export / "uvit" / "config.json", tmp_path / "train")
     shutil.copy(export / "uvit" / "model.safetensors", tmp_path / "train" / "ema.safetensors")
-    dataset_of(store, "train", tmp_path / "train", {"data.little": encode.manifest.reference()})
+    train = dataset_of(store, "train", tmp_path / "train", {"data.little": encode.manifest.reference()})
+    point(store, "mine", "x-train", train.manifest.reference())
     return store
 
 

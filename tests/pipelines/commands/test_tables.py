@@ -15,9 +15,10 @@ from rich.console import Console, RenderableType
 
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, by_prefix, commit
 from infra.store import Store
+from pipelines.commands.brief import moment
 from pipelines.commands.inspection import inspect_dataset, lineage_tree, show_paths, status_rows, status_view
 from pipelines.commands.sampling import results_table
-from pipelines.commands.terminal import Words, closing_table, funnel_table, moment, plan_table
+from pipelines.commands.terminal import Words, closing_table, funnel_table, plan_table
 from pipelines.flows.run import Outcome, Run
 from pipelines.pages.lineage import ancestors
 from pipelines.servers.servers import Servers

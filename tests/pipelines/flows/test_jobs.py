@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from infra import ray_jobs, ray_log
@@ -21,7 +22,7 @@ from infra.processes import ServerError, recorded
 from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.flows.deployed import Unwatched
-from pipelines.flows.jobs import ATTACHED, SUBMITTED, make_as_job
+from pipelines.flows.jobs import ATTACHED, SUBMITTED, make_as_job, submit_or_attach
 from pipelines.flows.run import Run, plan_run
 from pipelines.servers.servers import Servers
 from stages.runner.recipe import load_recipe
@@ -148,6 +149,30 @@ def test_of_two_commands_at_one_ray_the_slower_one_attaches(jobs: RayJobs, tmp_p
     assert attached == [[], [job]] and said[SUBMITTED.format(job)] == said[ATTACHED.format(job)] == 1
     assert [name for name in jobs.statuses() if planned[NODE].fingerprint in name] == [job]
     assert find(store, "select", planned[NODE].fingerprint) is not None
+
+
+def test_memory_of_the_machines_that_work_is_told(jobs: RayJobs) -> None:
+    machines, gpus = jobs.memory()
+    # Or what a container may have of it.
+    assert len(machines) == 1 and 2**28 < machines[0] <= psutil.virtual_memory().total
+    assert all(gpu > 2**30 for gpu in gpus)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_reaches_the_job(tmp_path: Path, debug: bool) -> None:
+    recipe, store = load_recipe(write_recipe(tmp_path)), Store(str(tmp_path / "store"))
+    run = Run(recipe, store, plan_run(recipe, store), [NODE], Servers(tmp_path), Unwatched(), debug=debug)
+    commands: list[str] = []
+
+    class Ray(RayJobs):
+        def statuses(self) -> dict[str, str]:
+            return {}
+
+        def submit(self, job: str, entrypoint: str, *_: object) -> None:
+            commands.append(entrypoint)
+
+    submit_or_attach(Ray("http://127.0.0.1:9"), run, run.planned[NODE], lambda *_: None, lambda _: None)
+    assert [("--debug" in shlex.split(command)) for command in commands] == [debug]
 
 
 def test_a_refusal_of_a_submission_says_why(jobs: RayJobs) -> None:

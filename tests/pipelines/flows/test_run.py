@@ -7,7 +7,7 @@ from typing import Any
 
 from infra.dataset import all_datasets
 from infra.store import Store
-from tests.pipelines.conftest import Kept, ask
+from tests.pipelines.conftest import Kept, ask, start
 
 
 def tasks_by_node(kept: Kept) -> dict[str, Any]:
@@ -61,3 +61,11 @@ def test_the_log_of_the_job_is_in_the_ui_with_its_levels(kept: Kept) -> None:
     said = [(line["level"], line["message"]) for line in lines]
     assert any(level == 20 and "60 rows in, 44 out" in text for level, text in said), said
     assert not any(text.startswith("@progress") for _, text in said)
+
+
+def test_logs_prints_the_log_of_a_nodes_newest_job_and_the_store_keeps_it(kept: Kept) -> None:
+    for node, last in (("good-select", "60 rows in, 44 out"), ("bad-select", "no-url.parquet")):
+        code, printed = start("logs", kept.recipe, node, "--follow", "--store", kept.store).finish()
+        assert code == 0 and last in printed.splitlines()[-1] and "@progress" not in printed
+        (log,) = (kept.store / ".state" / "logs" / "tiny").glob(f"{node}-*-1.log")
+        assert log.read_text() == printed

@@ -194,6 +194,16 @@ def test_deploy_registers_the_recipe_and_every_node_with_its_form(machine: Machi
     assert "select" in node["tags"]
 
 
+def test_another_user_of_the_server_and_the_store_does_not_take_the_deployment(machine: Machine) -> None:
+    theirs = machine.folder / "theirs" / "tiny.yaml"
+    write_metadata(theirs.parent / "metadata" / "part-0.parquet", first=300)
+    theirs.parent.joinpath("tiny.yaml").write_text(TINY)
+    code, printed = start("deploy", theirs, "--store", machine.store).finish()
+    assert code == 2 and printed.count("\n") == 1 and printed.endswith("--replace\n"), printed
+    assert f"of {machine.folder / 'tiny.yaml'} with" in printed and "cron 0 2 * * * (Europe/Berlin)" in printed
+    assert machine.deployment("recipe/tiny")["schedules"]
+
+
 @pytest.mark.parametrize(
     ("parameters", "field"),
     [
@@ -224,18 +234,15 @@ def dead_run(machine: Machine) -> str:
     machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "RUNNING"}, "force": True})
     resource = {"prefect.resource.id": f"prefect.flow-run.{run}"}
     mark = next(a for a in machine.api("POST", "automations/filter", {}) if "mark runs" in a["name"])
-    assert mark["trigger"]["within"] == 3 * HEARTBEAT_SECONDS
-    impatient = {"name": "impatient", "trigger": {**mark["trigger"], "match": resource, "within": 12}, "actions": mark["actions"]}
-    machine.api("POST", "automations/", impatient)
+    assert mark["trigger"]["within"] == 3 * HEARTBEAT_SECONDS and mark["trigger"]["after"] == ["prefect.flow-run.heartbeat"]
+    # It waits for the first attempt alone: the second one says only every half a minute that it is alive.
+    last = "last-heartbeat-of-the-first-attempt"
+    impatient = {**mark["trigger"], "after": [last], "match": resource, "within": 12}
+    machine.api("POST", "automations/", {"name": "impatient", "trigger": impatient, "actions": mark["actions"]})
     flow = machine.api("GET", f"flow_runs/{run}")["flow_id"]
     related = [{"prefect.resource.id": f"prefect.flow.{flow}", "prefect.resource.role": "flow", "prefect.resource.name": "node"}]
-    heartbeat = {
-        "id": str(uuid4()),
-        "event": "prefect.flow-run.heartbeat",
-        "occurred": datetime.now(UTC).isoformat(),
-        "related": related,
-    }
-    machine.api("POST", "events", [{**heartbeat, "resource": resource}])
+    said = {"id": str(uuid4()), "event": last, "occurred": datetime.now(UTC).isoformat(), "resource": resource}
+    machine.api("POST", "events", [{**said, "related": related}])
     return run
 
 
@@ -286,10 +293,6 @@ def test_a_run_with_a_changed_field_makes_that_and_the_next_run_waits_for_it(
 
 
 def test_a_run_whose_process_died_is_marked_and_started_again(machine: Machine, dead_run: str) -> None:
-    wait_for(lambda: "Crashed" in machine.states(dead_run))
-    # Else the second attempt has seconds to live, too: it says only every half a minute that it is alive.
-    (impatient,) = [each for each in machine.api("POST", "automations/filter", {}) if each["name"] == "impatient"]
-    machine.api("DELETE", f"automations/{impatient['id']}")
     wait_for(lambda: "RetryingAfterCrash" in machine.states(dead_run))
     names = machine.states(dead_run)
     assert names.index("Running") < names.index("Crashed") < names.index("RetryingAfterCrash")
@@ -325,10 +328,16 @@ def test_a_node_gets_the_gpu_slots_that_a_dead_one_held(machine: Machine, waitin
     assert machine.api("GET", "v2/concurrency_limits/gpu")["active_slots"] == 0
 
 
-def test_run_starts_the_deployment_and_a_cancel_in_the_ui_stops_the_ray_job(machine: Machine) -> None:
+def test_run_makes_one_deployment_of_a_recipe_that_has_none_and_a_cancel_in_the_ui_stops_the_ray_job(machine: Machine) -> None:
+    def deployed() -> set[str]:
+        return {deployment["name"] for deployment in machine.api("POST", "deployments/filter", {})}
+
+    before = deployed()
     command = start(
         "run",
         machine.recipe(TINY),
+        "--set",
+        "name=tried",
         "--only",
         "good-select",
         "--store",
@@ -343,9 +352,9 @@ def test_run_starts_the_deployment_and_a_cancel_in_the_ui_stops_the_ray_job(mach
     job, ray = f"good-select-{node.fingerprint}-1", machine.server("ray")
     jobs = RayJobs(ray.address, ray.token)
     wait_for(lambda: jobs.statuses().get(job) == "RUNNING")
-    assert machine.api("GET", f"flow_runs/{run}")["deployment_id"] == machine.deployment("recipe/tiny")["id"], (
-        "no Retry in the UI"
-    )
+    whole = machine.deployment("recipe/tried")
+    assert machine.api("GET", f"flow_runs/{run}")["deployment_id"] == whole["id"], "no Retry in the UI"
+    assert deployed() == {*before, "tried"} and not whole["schedules"]
     machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
     code, printed = command.finish()
     assert code == 130 and re.search(r"good-select {2,}stopped", printed), printed
@@ -359,6 +368,8 @@ def test_run_starts_the_deployment_and_a_cancel_in_the_ui_stops_the_ray_job(mach
     wait_for(lambda: machine.states(run).count("Running") == 2)
     assert machine.end(run) == ("COMPLETED", "1 datasets made, 0 reused")
     assert machine.rows(TINY, "good-select", "subsets.good.select.min_width=350") == 35
+    code, printed = start("undeploy", "tried", "--store", machine.store).finish()
+    assert code == 0 and printed == f"tried: removed\nwhat it has made stays in {machine.store}\n" and deployed() == before
 
 
 def test_up_starts_a_dead_worker_again_and_down_interrupts_its_run_and_leaves_nothing(machine: Machine) -> None:
@@ -372,8 +383,10 @@ def test_up_starts_a_dead_worker_again_and_down_interrupts_its_run_and_leaves_no
 
     servers = [machine.server(name) for name in names]
     width = "subsets.good.select.min_width=400"
+    before = len(machine.runs("tiny"))
     command = start("run", machine.recipe(TINY), "--only", "good-select", "--store", machine.store, "--set", width)
     command.read_until("pick")
+    assert len(machine.runs("tiny")) == before + 1, "not a run of the recipe's deployment"
     code, printed = start("down", "--store", machine.store).finish()
     assert code == 0 and "interrupting a run" in printed
     command.finish(signal.SIGKILL)

@@ -45,8 +45,10 @@ def api(kept: Kept) -> Iterator[Callable[..., Any]]:
         api("DELETE", f"deployments/{deployment['id']}")
     for automation in api("POST", "automations/filter", {}):
         api("DELETE", f"automations/{automation['id']}")
-    api("DELETE", "v2/concurrency_limits/gpu")
-    api("DELETE", "work_pools/local")
+    for limit in api("POST", "v2/concurrency_limits/filter", {}):
+        api("DELETE", f"v2/concurrency_limits/{limit['name']}")
+    for pool in api("POST", "work_pools/filter", {}):
+        api("DELETE", f"work_pools/{pool['name']}")
 
 
 def test_deploying_again_leaves_what_was_changed_on_the_server(

@@ -36,11 +36,22 @@ def exported(export: Path, store: Store, make: Callable[..., Dataset], in_proces
 def test_every_layout_is_there_whole_and_in_the_manifest(export: Path, exported: Dataset, tmp_path: Path) -> None:  # noqa: F811
     assert verify(exported) == []
     names = {entry.name for entry in exported.files}
-    assert {"uvit/model.safetensors", "export.json", "diffusers/model_index.json", "official/uvit_v0.pth"} <= names
+    assert {
+        "uvit/model.safetensors",
+        "provenance.json",
+        "README.md",
+        "diffusers/model_index.json",
+        "official/uvit_v0.pth",
+    } <= names
     folder = exported.fetch(tmp_path / "folder")
     assert [set_layout(folder / name) for name in ("", "diffusers", "official")] == ["native", "diffusers", "official"]
     assert (folder / "uvit" / "model.safetensors").read_bytes() == (export / "uvit" / "model.safetensors").read_bytes()
-    assert json.loads((folder / "export.json").read_text())["made_by"]["checkpoint"]["stage"] == "train"
+    told = json.loads((folder / "provenance.json").read_text())
+    checkpoint, codec = (exported.manifest.inputs[name].fingerprint for name in ("checkpoint", "codec"))
+    assert (told["stage"], told["fingerprint"], told["recipe"], told["weights"]) == ("train", checkpoint, "test", "ema")
+    assert told["made_from"] == {"codec": codec} and [each["fingerprint"] for each in told["datasets"]] == [codec]
+    for layout in ("diffusers", "official"):
+        assert json.loads((folder / layout / "provenance.json").read_text()) == told
 
     assert UniDiffuser.load(folder).generate("i", steps=2)[0].image is not None
     pipeline = UniDiffuserPipeline.from_pretrained(folder / "diffusers")

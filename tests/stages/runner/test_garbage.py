@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from infra.dataset import Dataset, find, point, verify
-from infra.store import Store
+from infra.pins import pin, unpin
+from infra.store import Store, StoreError
 from pipelines.command import app
 from stages.catalog import stage_class
-from stages.runner.garbage import collect, find_garbage
+from stages.runner import garbage as rules
+from stages.runner.contract import StageError
+from stages.runner.garbage import Garbage, collect, find_garbage
 from stages.runner.graph import plan
 from stages.runner.recipe import Recipe, load_recipe
 from stages.runner.run import run_stage
@@ -47,6 +51,28 @@ def files(store: Store) -> dict[str, float]:
     return {path: moment.timestamp() for path, _, moment in store.walk("select/units")}
 
 
+def fingerprint(dataset: Dataset) -> str:
+    return dataset.manifest.fingerprint
+
+
+def going(garbage: Garbage) -> list[str]:
+    return [fingerprint(dataset) for dataset, _ in garbage.datasets]
+
+
+def using(dataset: Dataset, before: Dataset, store: Store) -> Dataset:
+    """The dataset, as if it had been made from another one."""
+    manifest = dataset.manifest.model_copy(update={"inputs": {"rows": before.manifest.reference()}})
+    store.write_json(f"{dataset.folder}/manifest.json", manifest.model_dump(mode="json", by_alias=True))
+    return Dataset(store, manifest)
+
+
+def made_from(before: Dataset, store: Store, stage: str, created: datetime | None = None) -> Dataset:
+    """A dataset of a later stage, without files."""
+    moment = created.isoformat() if created else before.manifest.created
+    update = {"stage": stage, "node": f"{stage}-x", "fingerprint": f"{len(stage):x}" * 24, "files": [], "created": moment}
+    return using(Dataset(store, before.manifest.model_copy(update=update)), before, store)
+
+
 def test_what_no_recipe_refers_to_goes_and_the_rest_is_reused_to_the_last_unit(folder: Path, store: Store) -> None:
     wanted = recipe(folder, 300)
     kept, _ = run(wanted, store), (only_kept := files(store))
@@ -75,15 +101,96 @@ def test_what_no_recipe_refers_to_goes_and_the_rest_is_reused_to_the_last_unit(f
     assert only_kept.items() <= files(store).items()
 
 
-def test_all_recipes_that_are_named_keep_their_datasets_and_those_that_are_not_are_said(folder: Path, store: Store) -> None:
+def test_all_recipes_that_are_named_keep_their_datasets_and_those_of_others_go_only_if_asked_for(
+    folder: Path, store: Store
+) -> None:
     ours, theirs = recipe(folder, 300), recipe(folder, 400, "theirs")
     run(ours, store)
     other = run(theirs, store)
     both = find_garbage([ours, theirs], store, TOMORROW)
     assert not both.datasets and not both.leftovers and not both.strangers
     alone = find_garbage([ours], store, TOMORROW)
-    assert [d.manifest.fingerprint for d, _ in alone.datasets] == [other.manifest.fingerprint]
-    assert alone.strangers == ["theirs"]
+    assert not alone.datasets and alone.strangers == ["theirs"]
+    assert [(each.recipe, fingerprint(each.dataset)) for each in alone.others] == [("theirs", fingerprint(other))]
+    collect(alone, store)
+    assert verify(other) == []
+    asked = find_garbage([ours], store, TOMORROW, others=True)
+    assert going(asked) == [fingerprint(other)] and not asked.others
+
+
+def test_what_a_recipe_that_is_not_named_has_made_is_its_own_also_when_nothing_refers_to_it(folder: Path, store: Store) -> None:
+    old, new = run(recipe(folder, 400, "theirs"), store), run(recipe(folder, 500, "theirs"), store)
+    ours = recipe(folder, 300)
+    before = run(recipe(folder, 350), store)
+    run(ours, store)
+    for dataset, name in ((old, "theirs"), (new, "theirs"), (before, "kept")):
+        store.write_json(f"nodes/announced/select-{fingerprint(dataset)}.json", {"recipe": name})
+    found = find_garbage([ours], store, TOMORROW)
+    assert going(found) == [fingerprint(before)], "what our own recipe no longer refers to goes"
+    assert sorted(fingerprint(each.dataset) for each in found.others) == sorted(map(fingerprint, (old, new)))
+    # Somebody else's dataset needs it now.
+    using(new, before, store)
+    assert not going(find_garbage([ours], store, TOMORROW))
+    # Who made it, nobody has written down: it may be theirs.
+    store.remove(f"nodes/announced/select-{fingerprint(old)}.json")
+    assert [each.recipe for each in find_garbage([ours], store, TOMORROW).others if each.dataset.folder == old.folder] == [None]
+
+
+def test_a_checkpoint_of_a_recipe_that_is_not_named_goes_only_if_it_is_named_itself(folder: Path, store: Store) -> None:
+    ours, theirs = recipe(folder, 300), recipe(folder, 400, "theirs")
+    run(ours, store)
+    data = run(theirs, store)
+    checkpoint = made_from(data, store, "train")
+    point(store, "theirs", "train-x", checkpoint.manifest.reference())
+    found = find_garbage([ours], store, TOMORROW, others=True)
+    assert not going(found) and [fingerprint(each.dataset) for each in found.precious] == [fingerprint(checkpoint)]
+    with pytest.raises(StageError, match=rf"^select/\w+: not removed: train-x {fingerprint(checkpoint)[:12]}, which stays, was "):
+        find_garbage([ours], store, TOMORROW, remove=[data])
+    assert going(find_garbage([ours], store, TOMORROW, remove=[checkpoint])) == [fingerprint(checkpoint)]
+    named = find_garbage([ours], store, TOMORROW, remove=[checkpoint], others=True)
+    assert sorted(going(named)) == sorted(map(fingerprint, (data, checkpoint)))
+    with pytest.raises(StageError, match="not removed: a recipe that is named refers to it"):
+        find_garbage([theirs], store, TOMORROW, remove=[data, checkpoint])
+
+
+def test_a_dataset_younger_than_a_day_is_left_alone_with_what_it_was_made_from(folder: Path, store: Store) -> None:
+    old = run(recipe(folder, 400), store)
+    wanted = recipe(folder, 300)
+    run(wanted, store)
+    now = find_garbage([wanted], store)
+    assert not now.datasets and now.young_datasets == 1
+    assert going(find_garbage([wanted], store, remove=[old])) == [fingerprint(old)], "it was named"
+    made_from(old, store, "filter", created=TOMORROW)
+    later = find_garbage([wanted], store, TOMORROW)
+    assert not later.datasets and later.young_datasets == 1
+
+
+def test_what_is_pinned_stays_with_what_it_was_made_from_until_it_is_unpinned(folder: Path, store: Store) -> None:
+    first = run(recipe(folder, 400), store)
+    wanted = recipe(folder, 300)
+    run(wanted, store)
+    second = made_from(first, store, "filter")
+    name = (second.manifest.stage, fingerprint(second))
+    pin(store, *name)
+    found = find_garbage([wanted], store, TOMORROW, others=True)
+    assert not found.datasets and [fingerprint(dataset) for dataset in found.pinned] == [fingerprint(second)]
+    with pytest.raises(StageError, match="not removed: it is pinned; `unidiffuser keep --remove` unpins it"):
+        find_garbage([wanted], store, TOMORROW, remove=[second])
+    assert unpin(store, *name) and not unpin(store, *name)
+    assert sorted(going(find_garbage([wanted], store, TOMORROW))) == sorted(map(fingerprint, (first, second)))
+
+
+def test_units_of_no_dataset_are_others_where_there_are_other_recipes(folder: Path, store: Store) -> None:
+    wanted = recipe(folder, 300)
+    run(wanted, store)
+    run(recipe(folder, 400, "theirs"), store)
+    for stage in ("select", "train"):
+        store.write(f"{stage}/units/cd/cdone/unit.json", b"{}")
+    found = find_garbage([wanted], store, TOMORROW)
+    assert not found.leftovers and [left.stage for left in found.others_leftovers] == ["select", "train"]
+    # A training that is not at its end yet has no dataset that could be named.
+    asked = find_garbage([wanted], store, TOMORROW, others=True)
+    assert [left.stage for left in asked.leftovers] == ["select"] and [left.stage for left in asked.others_leftovers] == ["train"]
 
 
 def test_the_last_dataset_of_a_changed_node_stays_until_it_has_a_new_one(folder: Path, store: Store) -> None:
@@ -144,11 +251,14 @@ def test_a_dataset_that_is_kept_stays_with_what_it_was_made_from(folder: Path, s
     assert verify(before) == []
 
 
-def test_the_command_keeps_what_run_with_set_gave_and_what_is_named(folder: Path, store: Store) -> None:
+def test_the_command_keeps_what_run_with_set_gave_and_what_is_named(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from typer.testing import CliRunner
 
     from stages.runner.recipe import RecipeError
 
+    monkeypatch.setattr(rules, "GRACE", timedelta(0))
     run(recipe(folder, 300), store)
     others = {width: run(recipe(folder, width), store).manifest.fingerprint for width in (400, 500)}
     # Another recipe, without such a field, does not stand in the way.
@@ -158,7 +268,7 @@ def test_the_command_keeps_what_run_with_set_gave_and_what_is_named(folder: Path
     def doomed(*more: str) -> list[int]:
         done = CliRunner().invoke(app, ["gc", *named, "--store", store.root, *more])
         assert done.exit_code == 0, done.output
-        return [width for width, fingerprint in others.items() if fingerprint in done.output]
+        return [width for width, fingerprint in others.items() if fingerprint[:12] in done.output]
 
     assert doomed() == [400, 500]
     assert doomed(*set_400) == [500]
@@ -168,7 +278,7 @@ def test_the_command_keeps_what_run_with_set_gave_and_what_is_named(folder: Path
     assert isinstance(failed.exception, RecipeError)
 
 
-def test_the_command_lists_first_and_removes_when_told_to(folder: Path, store: Store) -> None:
+def test_the_command_lists_first_and_removes_when_told_to(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
     def gc(*more: str) -> str:
@@ -179,8 +289,47 @@ def test_the_command_lists_first_and_removes_when_told_to(folder: Path, store: S
     run(recipe(folder, 300), store)
     assert gc() == "nothing to remove\n"
     old = run(recipe(folder, 400), store)
+    young = gc("--delete")
+    assert young.startswith("1 datasets that no recipe refers to are younger than a day") and "nothing to remove" in young
+    monkeypatch.setattr(rules, "GRACE", timedelta(0))
     listed = gc()
-    assert f"a-select {old.manifest.fingerprint}" in listed and "would be removed; --delete removes it" in listed
-    assert find(store, "select", old.manifest.fingerprint) is not None
+    assert f"a-select {fingerprint(old)[:12]}" in listed and "would be removed; --delete removes it" in listed
+    assert find(store, "select", fingerprint(old)) is not None
     assert '"deleted": true' in gc("--delete", "--json")
-    assert find(store, "select", old.manifest.fingerprint) is None
+    assert find(store, "select", fingerprint(old)) is None
+
+
+def test_the_command_refuses_while_nobody_has_said_what_becomes_of_others(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from pipelines.commands.checkpoints import Misuse
+    from pipelines.commands.garbage import Wanted, gc
+
+    monkeypatch.setattr(rules, "GRACE", timedelta(0))
+    old, theirs = run(recipe(folder, 350), store), run(recipe(folder, 400, "theirs"), store)
+    store.write_json(f"nodes/announced/select-{fingerprint(old)}.json", {"recipe": "kept"})
+    run(recipe(folder, 300), store)
+    pin(store, "select", fingerprint(run(recipe(folder, 320), store)))
+    run(recipe(folder, 300), store)
+    console = Console(width=80, record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115
+    wanted = Wanted([folder / "kept-300.yaml"], delete=True)
+
+    with pytest.raises(Misuse, match=r"^nothing was removed: 1 datasets and .* \(theirs\); .*--others.*--no-others"):
+        gc(wanted, store, console, None)
+    listed = console.export_text()
+    assert all(
+        word in listed for word in ("theirs", "a-select", "pinned, and stays", fingerprint(theirs)[:12], fingerprint(old)[:12])
+    )
+    assert find(store, "select", fingerprint(old)) and find(store, "select", fingerprint(theirs))
+    asked: list[str] = []
+    gc(wanted, store, console, lambda question: bool(asked.append(question)))
+    assert len(asked) == 1 and find(store, "select", fingerprint(old)) is None and find(store, "select", fingerprint(theirs))
+    found = gc(replace(wanted, others=False), store, console, None)
+    assert not found["datasets"] and [each["recipe"] for each in found["others"]] == ["theirs"]
+    gc(wanted, store, console, lambda question: True)
+    assert find(store, "select", fingerprint(theirs)) is None
+    with pytest.raises(StoreError, match="there is no store"):
+        gc(wanted, Store(str(folder / "none")), console, None)
+    assert not (folder / "none").exists()

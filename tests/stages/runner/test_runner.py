@@ -11,7 +11,7 @@ import pytest
 
 from infra.dataset import find, verify
 from infra.store import Store
-from stages.runner.contract import StageError, result_fields
+from stages.runner.contract import Bug, StageError, result_fields
 from stages.runner.run import chain_of, make_job, phase_states, run_stage
 from tests.stages.toy import Count, Squares, planned
 
@@ -97,6 +97,22 @@ def test_an_error_in_a_unit_is_one_line_with_its_name(store, tmp_path):
     (trap / "n1").write_text("-1")
     with pytest.raises(StageError, match="^toy-squares: square n1 failed: ValueError: number is cursed$"):
         run_stage(planned(Squares, trap=str(trap)), store, Squares)
+
+
+@pytest.mark.parametrize(("kind", "line"), [("stage", "no encoder"), ("bug", "toy-squares: KeyError: 'no encoder'")])
+def test_a_worker_that_cannot_be_built_has_not_died_and_is_built_once(store, tmp_path, kind, line, caplog):
+    (tmp_path / "built").write_text(kind)
+    with pytest.raises(StageError) as raised:
+        run_stage(planned(Squares, trap=str(tmp_path), numbers=[1]), store, Squares)
+    assert (str(raised.value), type(raised.value)) == (line, Bug if kind == "bug" else StageError)
+    assert (tmp_path / "count").read_text() == "." and "died" not in caplog.text
+    assert "in built" in str(raised.value.__cause__), "the worker's traceback is there to be logged"
+
+
+def test_a_unit_for_which_memory_is_not_enough_names_the_field_to_lower(store, tmp_path):
+    (tmp_path / "n1").write_text("-100")
+    with pytest.raises(StageError, match=r"^toy-squares: memory is not enough for square n1; lower speed \(now 1\)$"):
+        run_stage(planned(Squares, trap=str(tmp_path)), store, Squares)
 
 
 def test_no_row_left_shows_the_reasons(store):

@@ -1,0 +1,207 @@
+"""What can be known of a run before anything starts: `run`, `deploy` and `--dry-run` ask it all at once, and say it in lines."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from pydantic import BaseModel
+
+from infra.loopback import is_loopback
+from infra.machine_memory import gpu_bytes, machine_bytes
+from infra.processes import ServerError
+from infra.ray_cluster import configured_ray
+from infra.ray_jobs import RayJobs, user_token
+from infra.store import Store, StoreError
+from infra.store_access import check_access
+from stages.catalog import stage_class
+from stages.runner.contract import StageError, in_words
+from stages.runner.graph import Planned
+from stages.runner.recipe import Node, Recipe, RecipeError
+from stages.runner.run import check_disk, make_job
+from training.config import TrainConfig
+from training.footprint import worker_bytes
+from unidiffuser.availability import unavailable
+from unidiffuser.references import Kind
+
+# What has not answered after this many seconds is not waited for.
+SECONDS = 10.0
+KINDS: dict[str, Kind] = {"vae": "vae", "clip": "clip", "text": "clip", "gpt2": "gpt2"}
+# A machine that cannot hold this much could not run the program itself.
+SMALL = 2**30
+
+
+class Doubt(Exception):
+    """Something that stands in the way of some nodes, and of the others not: it is said, and the run goes on."""
+
+
+Problem = RecipeError | StageError | StoreError | ServerError | Doubt
+Check = Callable[[], Iterable[Problem]]
+
+
+def check_store(store: Store, write: bool = True) -> None:
+    """Whether the store can be used, and lies where the cluster can reach it; before it is looked into.
+
+    Raises:
+        StoreError: it cannot be used, or does not answer in time.
+        ServerError: Ray is on other machines, and the store on this one.
+    """
+    address = configured_ray()
+    if address is not None and store.local and not is_loopback(address):
+        raise ServerError(
+            f"RAY_ADDRESS={address} is another machine, which cannot see {store.root}: name a store that both can, such as "
+            "--store s3://BUCKET/runs, or unset RAY_ADDRESS"
+        )
+    if store.local:
+        check_access(store, write)
+        return
+
+    def access() -> list[Problem]:
+        try:
+            check_access(store, write)
+        except StoreError as error:
+            return [error]
+        return []
+
+    late = StoreError(f"{store.root}: no answer in {SECONDS:.0f} s; check the address and the network")
+    for problem in _at_once({"store": access}, {"store": late}):
+        raise problem
+
+
+def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], chosen: Sequence[str], refuse: bool = True) -> None:
+    """Look at all that the chosen nodes need besides the store, unless they are made; nothing that is near takes time.
+
+    Prints a line for each thing that is doubtful, and for each but the last that is wrong; all are doubts unless they `refuse`.
+
+    Raises:
+        RecipeError, StageError: something is wrong, with one line that names it and the fix.
+    """
+    work = [name for name in chosen if planned[name].state != "hit"]
+    nodes = {name: recipe.nodes[name] for name in work}
+    checks: dict[str, Check] = {
+        "space": lambda: _space(store, planned, work),
+        "metadata": lambda: _outside(planned, work),
+        **{f"encoder {ref}": _encoder(fields, ref, kind) for (ref, kind), fields in _encoders(recipe, nodes.values()).items()},
+    }
+    if large := {name: node.config for name, node in nodes.items() if isinstance(node.config, TrainConfig)}:
+        checks["memory"] = lambda: _memory(large)
+    wrong = []
+    for problem in _at_once(checks):
+        if isinstance(problem, Doubt) or not refuse:
+            print(f"warning: {problem}", file=sys.stderr)
+        else:
+            wrong.append(problem)
+    for problem in wrong[:-1]:
+        print(f"error: {problem}", file=sys.stderr)
+    if wrong:
+        raise wrong[-1]
+
+
+def _at_once(checks: Mapping[str, Check], late: Mapping[str, Problem] | None = None) -> Iterator[Problem]:
+    """What the checks find, in their order; each has a thread of its own, which is left behind when it is late."""
+    found: dict[str, list[Problem]] = {}
+
+    def look(name: str, check: Check) -> None:
+        try:
+            found[name] = list(check())
+        # A look that breaks must not keep the run from doing better.
+        except Exception as error:
+            found[name] = [Doubt(f"{name} could not be looked at before the run: {in_words(error)}")]
+
+    threads = [threading.Thread(target=look, args=item, daemon=True) for item in checks.items()]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + SECONDS
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    for name in checks:
+        yield from found.get(name, [late[name]] if late else [])
+
+
+def _space(store: Store, planned: Mapping[str, Planned], work: Sequence[str]) -> Iterator[Problem]:
+    """Of the nodes whose inputs are there already, or not needed to tell; the others look when their turn comes."""
+    for name in work:
+        node = planned[name]
+        try:
+            check_disk(stage_class(node.stage), make_job(node, store, missing_ok=True))
+        except StageError as error:
+            yield error
+        except KeyError:
+            continue
+
+
+def _outside(planned: Mapping[str, Planned], work: Sequence[str]) -> Iterator[Problem]:
+    for name in work:
+        node = planned[name]
+        stage = stage_class(node.stage)
+        if stage.check_refuses:
+            continue
+        try:
+            stage.check(node.config, node.sources, node.lists)
+        except StageError as error:
+            yield Doubt(f"{name}: {error}")
+
+
+def _encoders(recipe: Recipe, nodes: Iterable[Node]) -> dict[tuple[str, Kind], list[str]]:
+    """Reference and kind -> the fields of the recipe that name it."""
+    found: dict[tuple[str, Kind], list[str]] = {}
+
+    def walk(config: BaseModel, place: str, said: object) -> None:
+        for field, value in config:
+            own = said.get(field) if isinstance(said, dict) else None
+            if isinstance(value, BaseModel):
+                walk(value, f"{place}.{field}", own)
+            elif field in KINDS and isinstance(value, str) and value != "embedded":
+                fields = found.setdefault((value, KINDS[field]), [])
+                name = f"encoders.{field}" if own is None else f"{place}.{field}"
+                fields += [name] if name not in fields else []
+
+    for node in nodes:
+        said: object = recipe.document
+        for part in node.place.split("."):
+            said = said.get(part) if isinstance(said, dict) else None
+        walk(node.config, node.place, said)
+    return found
+
+
+def _encoder(fields: list[str], ref: str, kind: Kind) -> Check:
+    def check() -> Iterator[Problem]:
+        try:
+            why = unavailable(ref, kind)
+        except FileNotFoundError as error:
+            why = str(error)
+        if why is not None:
+            yield RecipeError(f"{', '.join(fields)}: {why}")
+
+    return check
+
+
+def _memory(nodes: Mapping[str, TrainConfig]) -> Iterator[Problem]:
+    """Weights, gradients and the optimizer's states against the smallest worker's memory."""
+    if all(worker_bytes(config, half=True) < SMALL for config in nodes.values()):
+        return
+    try:
+        where, machine, gpus = _workers()
+    except ServerError:
+        # Whether the cluster answers at all is asked when it is needed.
+        return
+    for name, config in nodes.items():
+        half = config.precision == "bf16" or (config.precision == "auto" and bool(gpus))
+        needed, have, what = worker_bytes(config, half), min(gpus, default=machine), "a GPU" if gpus else "the machine"
+        if not gpus and where == "here":
+            needed *= config.workers
+        if needed > have:
+            yield StageError(
+                f"{name}: weights, gradients and optimizer take {needed / 2**30:.1f} GiB at least, {what} {where} has "
+                f"{have / 2**30:.1f}; lower model.width or model.depth, or raise zero_stage and workers"
+            )
+
+
+def _workers() -> tuple[str, int, list[int]]:
+    """Where the workers will be, the memory of the smallest machine there, and that of every GPU."""
+    if (address := configured_ray()) is None:
+        return "here", machine_bytes(), gpu_bytes()
+    machines, gpus = RayJobs(address, user_token()).memory()
+    return f"at {address}", min(machines), gpus

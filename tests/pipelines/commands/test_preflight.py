@@ -1,0 +1,195 @@
+"""What is said before a run starts: the store, encoders, memory, space, metadata; one line each, and soon."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from pipelines.commands import preflight
+from stages.runner.recipe import load_recipe
+from tests.pipelines.commands.test_plain import run_main
+from tests.pipelines.conftest import write_metadata, write_recipe
+from training.config import ModelConfig, TrainConfig
+from training.footprint import parameters, worker_bytes
+from unidiffuser.uvit import UViT, UViTConfig
+
+FILE = "/{repo_id}/resolve/{revision}/{filename}"
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process; returns its exit code and stderr's lines."""
+
+    def run(*arguments: object) -> tuple[int, list[str]]:
+        capsys.readouterr()
+        code = run_main(monkeypatch, *(str(argument) for argument in arguments))
+        return code, capsys.readouterr().err.splitlines()
+
+    return run
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[str]]:
+    """A hub on loopback that has the model someone/vae and nothing else; the requests that it got."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            there = self.path.startswith("/someone/vae/")
+            self.send_response(200 if there else 404)
+            for name, value in (
+                {"X-Repo-Commit": "c" * 40, "ETag": '"1"'}.items() if there else {"X-Error-Code": "RepoNotFound"}.items()
+            ):
+                self.send_header(name, value)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def with_encoder(folder: Path, encoders: str = "") -> Path:
+    write_recipe(folder)
+    recipe = folder / "encoded.yaml"
+    recipe.write_text(
+        f"name: encoded\n{encoders}\n"
+        "text-codec: {captions: good}\n"
+        "subsets: {good: {select: {metadata: [metadata/*.parquet]}, download: {}, filter: {}, encode: {}}}\n"
+    )
+    return recipe
+
+
+def test_an_encoder_that_the_hub_has_takes_one_request_and_one_that_it_lacks_is_named_by_its_field(
+    tmp_path: Path, hub: list[str], say
+) -> None:
+    recipe = with_encoder(tmp_path, "encoders: {vae: someone/vae}")
+    assert say("run", recipe, "--dry-run", "--store", tmp_path / "store") == (0, [])
+    assert hub == ["/someone/vae/resolve/main/config.json"]
+    recipe = with_encoder(tmp_path, "encoders: {vae: someone/other}")
+    code, lines = say("run", recipe, "--store", tmp_path / "store", "--set", "subsets.good.encode.vae=no/where")
+    assert code == 2 and not (tmp_path / "store" / ".state" / "prefect").exists()
+    (line,) = lines
+    assert line.startswith("error: subsets.good.encode.vae: no/where is no public model of http://127.0.0.1:")
+    (line,) = say("run", recipe, "--dry-run", "--store", tmp_path / "store")[1]
+    assert line.startswith("error: encoders.vae: someone/other is no public model")
+
+
+def test_an_encoder_in_the_cache_asks_nobody_and_offline_says_what_is_not_there(
+    tmp_path: Path, hub: list[str], say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    arguments = ("run", with_encoder(tmp_path, "encoders: {vae: someone/vae}"), "--dry-run", "--store", tmp_path / "store")
+    code, (line,) = say(*arguments)
+    assert code == 2 and line.startswith("error: encoders.vae: someone/vae is not in the cache, and HF_HUB_OFFLINE is set")
+    folder = tmp_path / "cache" / "models--someone--vae"
+    (folder / "snapshots" / ("c" * 40)).mkdir(parents=True)
+    (folder / "snapshots" / ("c" * 40) / "diffusion_pytorch_model.safetensors").touch()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("c" * 40)
+    assert say(*arguments) == (0, []) and hub == []
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch, hub: list[str]) -> None:
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
+    recipe = with_encoder(tmp_path, "encoders: {gpt2: someone/gpt}")
+    code, (line,) = say("run", recipe, "--dry-run", "--store", tmp_path / "store")
+    assert code == 2 and line.startswith("error: encoders.gpt2: someone/gpt is not in the cache, and ")
+    assert line.endswith("mend the network, or name a local folder or `embedded`")
+
+
+def test_the_numbers_of_a_model_are_those_of_the_network() -> None:
+    with torch.device("meta"):
+        network = UViT(UViTConfig())
+    counted = sum(parameter.numel() for parameter in network.parameters())
+    assert 0.99 * counted < parameters(ModelConfig()) < counted
+
+
+@pytest.mark.parametrize(
+    ("zero", "workers", "half", "each"), [(0, 1, False, 20), (1, 2, False, 16), (1, 4, True, 8), (3, 4, True, 5)]
+)
+def test_what_a_worker_holds_of_each_number(zero: int, workers: int, half: bool, each: float) -> None:
+    """Weights and gradients, and shared out from ZeRO 1 on 16 bytes of masters, average and moments; by hand."""
+    config = TrainConfig(steps=1, global_batch=8, workers=workers, zero_stage=zero)  # type: ignore[arg-type]
+    assert worker_bytes(config, half) == parameters(config.model) * each
+
+
+def test_a_model_that_no_worker_can_hold_is_refused(tmp_path: Path, say) -> None:
+    recipe = with_encoder(tmp_path)
+    model = "{width: 24000, depth: 100, heads: 8}"
+    recipe.write_text(f"{recipe.read_text()}train: {{huge: {{data: [good], steps: 1, global_batch: 1, model: {model}}}}}\n")
+    code, (space, memory) = say("run", recipe, "--store", tmp_path / "store")
+    needed = (12 * 101 + 2 * 50) * 24000**2 * 24 / 2**30
+    assert code == 1 and space.startswith("error: train-huge: needs about ")
+    assert memory.startswith(
+        f"error: train-huge: weights, gradients and optimizer take {needed:.1f} GiB at least, the machine here"
+    )
+
+
+def test_too_little_space_is_said_before_anything_starts(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1000))
+    code, lines = say("run", write_recipe(tmp_path), "--only", "good-select", "--store", tmp_path / "store")
+    assert code == 1 and len(lines) == 1 and lines[0].startswith("error: good-select: needs about 0.5 GiB")
+
+
+def test_a_cluster_elsewhere_and_a_store_here_is_refused(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = write_recipe(tmp_path)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head.example:8265")
+    for command in (("run", recipe), ("run", recipe, "--dry-run"), ("deploy", recipe)):
+        code, (line,) = say(*command, "--store", tmp_path / "store")
+        assert code == 1 and line.startswith("error: RAY_ADDRESS=http://head.example:8265 is another machine")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    assert say("run", recipe, "--dry-run", "--only", "good-select", "--store", tmp_path / "store") == (0, [])
+
+
+def test_metadata_that_cannot_be_used_is_a_warning_at_once_of_the_first_files_of_every_pattern(tmp_path: Path, say) -> None:
+    recipe = write_recipe(tmp_path)
+    arguments = ("run", recipe, "--dry-run", "--store", tmp_path / "store")
+    code, (line,) = say(*arguments)
+    assert code == 0 and line.startswith(f"warning: bad-select: {tmp_path}/no-url.parquet: ")
+    for number in range(1, 6):
+        write_metadata(tmp_path / "metadata" / f"part-{number}.parquet", 100 * number)
+    (tmp_path / "metadata" / "part-5.parquet").write_text("too late to be looked at")
+    assert len(say(*arguments)[1]) == 1
+    (tmp_path / "metadata" / "part-3.parquet").write_text("no Parquet")
+    assert [line.split(": ")[1] for line in say(*arguments)[1]] == ["good-select", "bad-select"]
+
+
+def test_what_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "SECONDS", 0.05)
+    answer, late = threading.Event(), preflight.Doubt("late")
+
+    def silent() -> list[preflight.Problem]:
+        answer.wait(30)
+        return []
+
+    assert list(preflight._at_once({"a": silent, "b": lambda: [preflight.Doubt("b")]}, {"a": late, "b": late}))[0] is late
+    answer.set()
+
+
+def test_a_quick_look_imports_nothing_heavy_and_looks_into_encoders_of_sections(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        with_encoder(tmp_path, "encoders: {clip: ViT-B-32/openai}"), ["subsets.good.filter.clip=ViT-L-14/openai"]
+    )
+    found = preflight._encoders(recipe, recipe.nodes.values())
+    assert found == {
+        ("ViT-L-14/openai", "clip"): ["subsets.good.filter.clip"],
+        ("ViT-B-32/openai", "clip"): ["encoders.clip"],
+    }
