@@ -25,8 +25,8 @@ from pipelines.commands.inspection import inspect_dataset, status_rows, status_v
 from pipelines.commands.terminal import plan_table
 from pipelines.flows.jobs import parse_line
 from pipelines.flows.selection import select_nodes
+from pipelines.pages.artifacts import PICTURE_BYTES, data_uri, thumbnails
 from pipelines.pages.lineage import ancestors, descendants
-from pipelines.pages.pictures import PICTURE_BYTES, data_uri, thumbnails
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.shards.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe
@@ -63,9 +63,7 @@ def test_only_from_and_until_choose_along_the_edges(
 
 
 def test_a_node_that_the_recipe_lacks_is_misuse(recipe: Recipe) -> None:
-    with pytest.raises(
-        RecipeError, match="nothing: the recipe three has no such node; nearest are a-download, b-filter, a-select"
-    ):
+    with pytest.raises(RecipeError, match="nothing: the recipe three has no such node; nearest are .*a-select"):
         select_nodes(recipe, ("nothing",))
 
 
