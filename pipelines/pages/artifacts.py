@@ -66,6 +66,7 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome, before: ArtifactC
     """
     assert outcome.dataset is not None
     dataset, manifest = outcome.dataset, outcome.dataset.manifest
+    reasons = _reasons(run, planned, outcome, before)
     parts = [
         f"# {planned.name}",
         _made(run, manifest, outcome),
@@ -82,13 +83,14 @@ def dataset_page(run: Run, planned: Planned, outcome: Outcome, before: ArtifactC
                 ("where", f"`{run.store.url(dataset.folder)}`"),
             ],
         ),
+        *_changed(reasons, before),
         "## Made from, used by",
         own_graph(run, planned, manifest),
         *funnel(run, dataset),
         "## Dropped",
         _drops(manifest),
         "## Versions",
-        "\n".join(_versions(run, planned, outcome, before)),
+        "\n".join(_versions(manifest, reasons, before)),
         "## Inputs",
         inputs(run, planned),
         *pictures(dataset),
@@ -157,24 +159,33 @@ def _code(manifest: Manifest) -> str:
     return f"stage version {code['stage_version']}, package {code['package']}, commit {code.get('git') or 'unknown'}"
 
 
-def _versions(run: Run, planned: Planned, outcome: Outcome, before: ArtifactCollection | None) -> list[str]:
+def _reasons(run: Run, planned: Planned, outcome: Outcome, before: ArtifactCollection | None) -> list[str]:
+    """What differs from the dataset that the node had before: fields, inputs, files, the stage's version."""
+    if outcome.result == "made" and planned.state == "stale":
+        return planned.reasons
+    # Made by a run that was killed before it could publish, or made long ago and now returned to.
+    stage, _, fingerprint = ((before.description if before is not None else None) or "").partition(" ")
+    earlier = find(run.store, stage, fingerprint) if fingerprint else None
+    return changes(planned, earlier, stage_class(planned.stage).version) if earlier is not None else []
+
+
+def _changed(reasons: list[str], before: ArtifactCollection | None) -> list[str]:
+    if not reasons:
+        return []
+    against = f"Against [the version before]({version_link(str(before.latest_id))}):\n\n" if before is not None else ""
+    return ["## Changed", against + "\n".join(f"- `{reason}`" for reason in reasons)]
+
+
+def _versions(manifest: Manifest, reasons: list[str], before: ArtifactCollection | None) -> list[str]:
     """A line for every version that the node has had, the newest first: what made it another one than that before it.
 
     Older versions link to their own pages; the newest is the page itself.
     """
-    assert outcome.dataset is not None
     listed = re.search(r"^## Versions\n\n((?:- .*\n)+)", str(before.data), re.MULTILINE) if before is not None else None
     older = listed[1].splitlines() if listed is not None else []
     if before is not None and older:
         older[0] = re.sub(r"^- (`[0-9a-f]+`)", rf"- [\1]({version_link(str(before.latest_id))})", older[0])
-    reasons = planned.reasons if outcome.result == "made" and planned.state == "stale" else []
-    if before is not None and not reasons:
-        # Made by a run that was killed before it could publish, or made long ago and now returned to.
-        stage, _, fingerprint = (before.description or "").partition(" ")
-        earlier = find(run.store, stage, fingerprint)
-        reasons = changes(planned, earlier, stage_class(planned.stage).version) if earlier is not None else []
     because = f": {', '.join(f'`{reason}`' for reason in reasons)}" if reasons else ""
-    manifest = outcome.dataset.manifest
     return [f"- `{manifest.fingerprint}`, {manifest.stats.rows_out:,} rows, {manifest.created}{because}", *older][:VERSIONS]
 
 

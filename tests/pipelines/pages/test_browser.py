@@ -170,7 +170,7 @@ def failed(page: Any, world: World) -> str:
     """A run that was started through the form with one field changed, and failed since the web is down."""
 
     def fill() -> None:
-        picture(page, "prefect-form", height=1000)
+        picture(page, "prefect-form", height=860)
         change(page, "128", "200")
 
     run = start_by_form(page, world, fill)

@@ -86,7 +86,7 @@ def test_a_made_version_says_what_differs_from_the_version_before(tmp_path: Path
     before = a_run(recipe(tmp_path, 256), store)
     point(store, "pages", "a-select", made(before).manifest.reference())
     run = a_run(recipe(tmp_path, 300), store)
-    assert "`min_width: 256 -> 300`" in page_of(run, "made", made(run))
+    assert "## Changed\n\n- `min_width: 256 -> 300`\n" in page_of(run, "made", made(run))
 
 
 def picture(size: tuple[int, int]) -> bytes:
@@ -185,6 +185,7 @@ def test_a_version_has_one_page_whichever_runs_reuse_it_and_older_ones_are_linke
     line_of_new = (new.manifest.fingerprint, "`min_width: 256 -> 300`")
     (page, _) = pages()
     assert versions(str(page.data)) == [line_of_new, (old.manifest.fingerprint, "")]
+    assert f"Against [the version before](/v2/artifacts/artifact/{page_of_old}):\n\n- `min_width: 256 -> 300`" in str(page.data)
     assert f"- [`{old.manifest.fingerprint}`](/v2/artifacts/artifact/{page_of_old})," in str(page.data)
     back = a_run(recipe(tmp_path, 256), store)
     publish(back, old, "reused")

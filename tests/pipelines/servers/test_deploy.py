@@ -189,11 +189,13 @@ def test_deploy_registers_the_recipe_and_every_node_with_its_form(machine: Machi
 
     form = whole["parameter_openapi_schema"]["properties"]
     assert form["nodes"]["properties"]["only"]["items"]["enum"] == ["good-select", "more-download"]
-    width = form["config"]["properties"]["good-select"]["properties"]["min_width"]
+    (accepted,), shown = form["config"]["allOf"], form["config"]["anyOf"][1]["properties"]
+    width = accepted["properties"]["good-select"]["properties"]["min_width"]
     assert width["default"] == 256 and width["description"] == "pixels" and width["anyOf"][0]["minimum"] == 1
-    node = machine.deployment("node/tiny-good-select")
-    assert node["parameter_openapi_schema"]["properties"]["config"]["properties"]["min_width"]["default"] == 256
-    assert "select" in node["tags"]
+    assert set(shown["good-select"]["properties"]) == {"metadata", "min_width"}
+    node = machine.deployment("node/tiny-good-select")["parameter_openapi_schema"]["properties"]
+    assert node["config"]["anyOf"][1]["properties"]["min_width"]["default"] == 256 and node["follow"]["type"] == "boolean"
+    assert "select" in machine.deployment("node/tiny-good-select")["tags"]
 
 
 def test_another_user_of_the_server_and_the_store_does_not_take_the_deployment(machine: Machine) -> None:
