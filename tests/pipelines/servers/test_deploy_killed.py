@@ -23,7 +23,7 @@ from pipelines.servers.machine import _is_flow
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Command, survivors, write_recipe
-from tests.pipelines.servers.test_deploy import AFTER, TINY, Machine, machine, wait_for  # noqa: F401
+from tests.pipelines.servers.machine import AFTER, TINY, Machine, wait_for
 
 pytestmark = pytest.mark.slow
 
