@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -12,7 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from examples.little_web.compose import all_scenes, caption
 from tests.unidiffuser.test_generation import noise_image
-from unidiffuser.clip_towers import clip_tokenizer, image_tower, text_tower
+from unidiffuser.clip_towers import clip_tokenizer, image_processor, image_tower, text_tower
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.tensors import WeightsError
 
@@ -96,3 +97,41 @@ def test_padding_changes_no_pooled_embedding():
 def test_what_transformers_cannot_compute_is_refused(settings, message):
     with pytest.raises(WeightsError, match=message):
         text_tower(public_clip(quick_gelu=False, **settings), clip_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timm_model_name": "vit_base_patch16_224"}, "image tower of timm"),
+        ({"pool_type": "avg"}, "pool_type avg, transformers' CLIP takes the class token"),
+        ({"final_ln_after_pool": True}, "takes the class token"),
+        ({"image_size": (32, 40)}, "pictures of 40 x 32 pixels, transformers' CLIP takes squares"),
+    ],
+)
+def test_an_image_tower_that_transformers_does_not_have_is_refused(settings, message):
+    clip = public_clip()
+    # timm itself is not needed to know its towers.
+    told = {name: value for name, value in settings.items() if not name.startswith("timm")}
+    model = open_clip.model.CustomTextCLIP(**clip.settings | {"vision_cfg": clip.settings["vision_cfg"] | told})
+    model.visual.preprocess_cfg = {"size": told.get("image_size", 32), "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.3, 0.3)}
+    other = ClipEncoder(
+        model, SimpleTokenizer(), "small/none", clip.settings | {"vision_cfg": clip.settings["vision_cfg"] | settings}
+    )
+    with pytest.raises(WeightsError, match=message):
+        image_tower(other)
+
+
+def test_a_tokenizer_with_settings_of_its_own_is_refused():
+    clip = public_clip()
+    clip.settings["text_cfg"]["tokenizer_kwargs"] = {"clean": "canonicalize"}
+    with pytest.raises(
+        WeightsError, match="text tower with tokenizer_kwargs .*, which a tokenizer of transformers does not have"
+    ):
+        text_tower(clip, clip_tokenizer())
+
+
+def test_pictures_that_are_padded_to_a_square_are_refused():
+    clip = public_clip()
+    clip.preprocess = replace(clip.preprocess, resize_mode="longest")
+    with pytest.raises(WeightsError, match="resize_mode longest"):
+        image_processor(clip)
