@@ -12,6 +12,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -138,7 +140,7 @@ def test_a_disk_that_is_really_full(tmp_path, small_disk, monkeypatch, make, dig
 
 
 def test_a_read_only_store_is_one_line(tmp_path, monkeypatch, capsys):
-    (tmp_path / "m.parquet").write_bytes(b"")
+    pq.write_table(pa.table({"URL": ["http://a.example/1.png"], "TEXT": ["a picture of light"]}), tmp_path / "m.parquet")
     (tmp_path / "x.yaml").write_text("name: x\nsubsets: {a: {select: {metadata: [m.parquet]}}}\n")
 
     def refuse(self, *_, **__):
