@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import open_clip
@@ -13,7 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 
 from examples.little_web.compose import all_scenes, caption
 from tests.unidiffuser.test_generation import noise_image
-from unidiffuser.clip_towers import clip_tokenizer, image_processor, image_tower, text_tower
+from unidiffuser.clip_towers import clip_tokenizer, image_tower, text_tower
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.tensors import WeightsError
 
@@ -128,10 +127,3 @@ def test_a_tokenizer_with_settings_of_its_own_is_refused():
         WeightsError, match="text tower with tokenizer_kwargs .*, which a tokenizer of transformers does not have"
     ):
         text_tower(clip, clip_tokenizer())
-
-
-def test_pictures_that_are_padded_to_a_square_are_refused():
-    clip = public_clip()
-    clip.preprocess = replace(clip.preprocess, resize_mode="longest")
-    with pytest.raises(WeightsError, match="resize_mode longest"):
-        image_processor(clip)

@@ -16,6 +16,7 @@ from tests.unidiffuser.test_generation import export  # noqa: F401
 from unidiffuser.clip_towers import image_processor, image_tower, write_image_tower
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.layouts import convert, load_uvit
+from unidiffuser.pipeline_import import import_pipeline
 from unidiffuser.tensors import WeightsError
 
 
@@ -65,6 +66,8 @@ def test_bars_are_nothing_that_transformers_has(tmp_path):
         ("clip_image_processor/preprocessor_config.json", {"do_normalize": False}, "do_normalize False"),
         ("clip_image_processor/preprocessor_config.json", {"resample": 0}, "resample"),
         ("clip_image_processor/preprocessor_config.json", {"size": {"shortest_edge": 300}}, "for an image_size of 96"),
+        ("image_encoder/config.json", {"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06"),
+        ("image_encoder/config.json", {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
         ("unet/config.json", {"norm_type": "ada_norm"}, "norm_type is 'ada_norm'"),
         ("vae/config.json", {"shift_factor": 0.5}, "shift_factor 0.5"),
     ],
@@ -75,6 +78,18 @@ def test_what_is_not_computed_here_is_refused_by_name(pipeline, file, settings, 
         convert(folder, tmp_path / "back", "native")
     assert str(folder / file.split("/")[0]).removesuffix("clip_image_processor") in str(error.value)
     assert not (tmp_path / "back").exists()
+
+
+def test_another_pipeline_of_diffusers_is_refused_by_its_name(pipeline, tmp_path):
+    folder = changed(shutil.copytree(pipeline, tmp_path / "pipeline"), "model_index.json", _class_name="StableDiffusionPipeline")
+    with pytest.raises(WeightsError, match=f"{folder}: a StableDiffusionPipeline, expected a UniDiffuserPipeline"):
+        import_pipeline(folder, tmp_path / "back")
+
+
+def test_a_text_decoder_without_the_projection_of_the_latent_is_refused(pipeline, tmp_path):
+    folder = changed(shutil.copytree(pipeline, tmp_path / "pipeline"), "text_decoder/config.json", prefix_hidden_dim=None)
+    with pytest.raises(WeightsError, match="text_decoder: has no projection of the text latent"):
+        convert(folder, tmp_path / "back", "native")
 
 
 def test_a_file_that_comes_to_be_there_meanwhile_is_kept(export, tmp_path, monkeypatch):  # noqa: F811
