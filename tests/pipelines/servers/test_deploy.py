@@ -172,7 +172,7 @@ def test_a_run_with_a_changed_field_makes_that_and_the_next_run_waits_for_it(
     assert machine.end(first) == ("COMPLETED", "1 datasets made, 0 reused")
     assert machine.rows(TINY, "good-select", "subsets.good.select.min_width=300") == 40
     assert machine.end(second) == ("COMPLETED", "nothing new: all 1 nodes reused")
-    assert machine.api("GET", f"flow_runs/{second}")["name"] == "tiny"
+    assert machine.api("GET", f"flow_runs/{second}")["name"] == "min_width 300"
 
 
 def test_a_run_whose_process_died_is_marked_and_started_again(machine: Machine, dead_run: str) -> None:
