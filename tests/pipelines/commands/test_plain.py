@@ -25,8 +25,8 @@ from pipelines.commands.inspection import inspect_dataset, status_rows, status_v
 from pipelines.commands.terminal import plan_table
 from pipelines.flows.jobs import parse_line
 from pipelines.flows.selection import select_nodes
-from pipelines.pages.artifacts import PICTURE_BYTES, data_uri, thumbnails
 from pipelines.pages.lineage import ancestors, descendants
+from pipelines.pages.pictures import PICTURE_BYTES, data_uri, thumbnails
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.shards.tar import Sample, ShardWriter
 from tests.pipelines.conftest import write_recipe
