@@ -12,12 +12,13 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from httpx import ConnectError
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Running, State
 
 from infra.processes import ServerError
 from infra.store import Store
-from pipelines.flows import deployed, flow
+from pipelines.flows import deployed, flow, jobs
 from pipelines.flows.jobs import ATTACHED, FLOW_RUN, SUBMITTED, make_as_job, stop_jobs_of, stop_orphans
 from pipelines.flows.parameters import values_of
 from pipelines.flows.run import Run, plan_run, snapshot
@@ -49,7 +50,9 @@ class Client:
     def read_flow_run(self, flow_run: UUID) -> Any:
         if flow_run not in self.flow_runs:
             raise ObjectNotFound(Exception())
-        return self.flow_runs[flow_run]
+        if isinstance(found := self.flow_runs[flow_run], Exception):
+            raise found
+        return found
 
     def read_flow_run_states(self, flow_run: UUID) -> list[State[Any]]:
         return self.states
@@ -97,6 +100,12 @@ class Ray:
     def follow(self, job: str) -> Iterator[str]:
         yield from self.lines
         self.jobs[job] = "SUCCEEDED"
+
+    def log(self, job: str, patient: bool = True) -> str:
+        for line in self.lines:
+            if isinstance(line, ServerError):
+                raise line
+        return "\n".join(self.lines)
 
 
 @pytest.fixture
@@ -176,7 +185,7 @@ def test_a_run_that_attaches_to_its_job_again_sends_each_line_once(recipe: Recip
 
 def test_only_jobs_that_no_run_will_come_back_to_are_orphans(recipe: Recipe, store: Store, client: Client) -> None:
     now = datetime.now(UTC)
-    mine, running, crashed, long_ago, ended, command = (uuid4() for _ in range(6))
+    mine, running, crashed, long_ago, ended, command, unsaid = (uuid4() for _ in range(7))
     client.flow_runs = {
         mine: SimpleNamespace(state=Running(), deployment_id=uuid4()),
         running: SimpleNamespace(state=Running(), deployment_id=uuid4()),
@@ -184,14 +193,17 @@ def test_only_jobs_that_no_run_will_come_back_to_are_orphans(recipe: Recipe, sto
         long_ago: SimpleNamespace(state=Crashed(timestamp=now - timedelta(hours=1)), deployment_id=uuid4()),
         ended: SimpleNamespace(state=Cancelled(), deployment_id=uuid4()),
         command: SimpleNamespace(state=Running(), deployment_id=None),
+        # The server is starting again: a job is stopped only where it is known that nobody comes back to it.
+        unsaid: ConnectError("nobody there"),
     }
     owners = {"mine": mine, "running": running, "crashed": crashed, "old": long_ago, "ended": ended, "command": command}
+    owners["unsaid"] = unsaid
     ray = Ray(**{f"{name}_f_1": str(owner) for name, owner in owners.items()}, unknown_f_1=str(uuid4()), bare_f_1=None)
     planned = plan_run(recipe, store)
     wanted = f"{NODE}-{planned[NODE].fingerprint}-1"
     ray.jobs[wanted], ray.metadata[wanted] = "RUNNING", {}
     stop_orphans(ray, planned, 0.0, lambda *_: None, lambda owner: deployed._goes_on(mine, owner))  # type: ignore[arg-type]
-    assert sorted(ray.running()) == sorted(["crashed-f-1", "running-f-1", wanted])
+    assert sorted(ray.running()) == sorted(["crashed-f-1", "running-f-1", "unsaid-f-1", wanted])
     # What a command finds where nobody else uses the servers has lost its own.
     stop_orphans(ray, planned, 0.0, lambda *_: None)  # type: ignore[arg-type]
     assert list(ray.running()) == [wanted]
@@ -201,6 +213,34 @@ def test_a_cancelled_run_s_jobs_are_found_whatever_its_files_have_become(client:
     ray = Ray(good_select_f_1="ours", good_select_g_1="theirs", other_f_1=None)
     assert stop_jobs_of(ray, "ours") == ["good-select-f-1"]  # type: ignore[arg-type]
     assert sorted(ray.running()) == ["good-select-g-1", "other-f-1"]
+
+
+class SlowToStop(Ray):
+    """Its jobs end when they have been asked for a few times since they were told to stop; `asked` counts."""
+
+    def __init__(self, ends_at: int, **owners: str | None) -> None:
+        super().__init__(**owners)
+        self.ends_at, self.asked = ends_at, 0
+
+    def stop(self, job: str) -> None:
+        self.jobs[job] = "STOPPING"
+
+    def status(self, job: str) -> str:
+        self.asked += 1
+        if self.asked >= self.ends_at and self.jobs[job] == "STOPPING":
+            super().stop(job)
+        return super().status(job)
+
+
+def test_a_job_is_stopped_when_it_has_ended_or_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+    ray = SlowToStop(4, a_f_1=None)
+    jobs.stop_job(ray, "a-f-1")  # type: ignore[arg-type]
+    assert (ray.jobs, ray.asked) == ({"a-f-1": "STOPPED"}, 4), "its last checkpoint is whole"
+    monkeypatch.setattr(jobs, "STOP_SECONDS", 0.0)
+    never = SlowToStop(1000, a_f_1=None)
+    jobs.stop_job(never, "a-f-1")  # type: ignore[arg-type]
+    assert (never.jobs, never.asked) == ({"a-f-1": "STOPPING"}, 1)
 
 
 def width(parameters: dict[str, Any], store: Store) -> tuple[int, int]:
