@@ -234,6 +234,7 @@ class SlowToStop(Ray):
 
 def test_a_job_is_stopped_when_it_has_ended_or_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(jobs, "STOP_SECONDS", 5.0)
     ray = SlowToStop(4, a_f_1=None)
     jobs.stop_job(ray, "a-f-1")  # type: ignore[arg-type]
     assert (ray.jobs, ray.asked) == ({"a-f-1": "STOPPED"}, 4), "its last checkpoint is whole"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from openlineage.client.naming.dataset import GCS, S3, LocalFileSystem
 
-from infra.dataset import commit
+from infra.dataset import Dataset, commit
 from infra.store import Store
 from pipelines.flows.run import Run, plan_run
 from pipelines.pages import openlineage
@@ -119,6 +120,13 @@ def test_a_dataset_is_an_edge_from_the_version_that_it_was_made_from(sent: Any, 
         # No flow run has made it.
         assert "parent" not in event.run.facets
     assert not start.outputs and [output.name for output in complete.outputs] == ["tiny-good-download"]
+    # The metadata of the same select, from a bucket.
+    bucket = planned["good-select"].config.model_copy(update={"metadata": ["s3://bucket/laion/*.parquet", "/data/more.parquet"]})
+    run.planned = {**planned, "good-select": replace(planned["good-select"], config=bucket)}
+    (_, complete) = events(run, Dataset(store, manifest))
+    assert [(source.namespace, source.name) for source in complete.inputs] == [
+        ("s3://bucket", "laion/*.parquet"), ("file", "/data/more.parquet"),
+    ]  # fmt: skip
 
 
 def test_files_from_outside_are_called_as_other_producers_call_them() -> None:

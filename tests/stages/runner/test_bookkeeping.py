@@ -10,7 +10,8 @@ import pytest
 
 from infra.store import Store, StoreError
 from stages.runner.contract import StageError, digest_of
-from stages.runner.run import make_job, run_stage, unit_keys
+from stages.runner.run import DISK_RESERVE, check_disk, make_job, run_stage, unit_keys
+from tests.stages.committed import dataset_of
 from tests.stages.toy import Keep, Squares, planned
 
 MANY = 60
@@ -38,6 +39,29 @@ def test_many_units_are_found_again_and_committed_alike(store, in_process, capsy
     assert again.files == first.files and len(again.files) == MANY and again.manifest.stats == first.manifest.stats
     assert [entry.name for entry in first.files] == [f"n{number}.txt" for number in numbers]
     assert run_stage(planned(Squares, "e" * 24), store, Squares).manifest == again.manifest, "read back from the store"
+
+
+def test_what_a_stage_will_take_must_be_free_beside_a_reserve(tmp_path, store, monkeypatch):
+    class Large(Squares):
+        @classmethod
+        def bytes_needed(cls, job):
+            return 3 * 2**30
+
+    (tmp_path / "rows").mkdir()
+    for number, size in enumerate((1000, 234)):
+        (tmp_path / "rows" / str(number)).write_bytes(bytes(size))
+    plan = planned(Squares)
+    job = replace(make_job(plan, store), inputs={"rows": dataset_of(store, "select", tmp_path / "rows", {})})
+    # A stage that says nothing of its own takes as much as what it reads.
+    for stage, needed, said in ((Large, 3 * 2**30, "3.5"), (Squares, 1234, "0.5")):
+        monkeypatch.setattr(Store, "free_bytes", lambda self, free=needed + DISK_RESERVE: free)
+        check_disk(stage, job)
+        monkeypatch.setattr(Store, "free_bytes", lambda self, free=needed + DISK_RESERVE - 1: free)
+        with pytest.raises(StageError, match=rf"^toy-squares: needs about {said} GiB, .* GiB free; free some space or point"):
+            check_disk(stage, job)
+    # An object store has no end.
+    monkeypatch.setattr(Store, "free_bytes", lambda self: None)
+    check_disk(Large, job)
 
 
 def test_a_damaged_record_is_named(store, in_process):

@@ -101,6 +101,29 @@ def test_what_no_recipe_refers_to_goes_and_the_rest_is_reused_to_the_last_unit(f
     assert only_kept.items() <= files(store).items()
 
 
+def test_whoever_reads_meanwhile_finds_a_whole_dataset_or_none(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(folder, 300)
+    run(wanted, store)
+    going = [run(recipe(folder, width), store) for width in (400, 500)]
+    run(wanted, store)
+    store.write("select/units/cd/cdone/unit.json", b"{}")
+    garbage, remove, there = find_garbage([wanted], store, TOMORROW), Store.remove, []
+
+    def watched(self: Store, path: str) -> None:
+        remove(self, path)
+        found = [dataset for each in going if (dataset := find(store, "select", fingerprint(each)))]
+        there.append(len(found))
+        assert [damage for dataset in found for damage in verify(dataset)] == [], f"after {path}"
+
+    monkeypatch.setattr(Store, "remove", watched)
+    collect(garbage, store)
+    # Were the process to die in between, no dataset would be half of one.
+    assert there[:2] == [1, 0] and not any(there[2:]) and len(there) > 4
+    assert not any(store.exists(each.folder) for each in going) and not store.exists("select/units/cd/cdone")
+
+
 def test_all_recipes_that_are_named_keep_their_datasets_and_those_of_others_go_only_if_asked_for(
     folder: Path, store: Store
 ) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import ray
 
+from infra.dataset import FileEntry
 from infra.store import Store
 from stages.runner.chain import Chain
 from stages.runner.contract import RECORD, Job, Stats, UnitRecord
-from stages.train.preview import Previews
+from stages.train.preview import PATIENCE, Previews
 from stages.train.stage import TrainStageConfig
 
 
@@ -37,11 +38,13 @@ def previews(tmp_path: Path, begun: list[int], count: int = 2) -> Previews:
     )
     chain = Chain(Job(Store(str(tmp_path)), "train", "train-256", config, {}, {}, {}), "k" * 24, config.steps)
     for step in (100, 200, 300):
-        record = UnitRecord(key=chain.key_of(step), name=f"step-{step}", files=[], stats=Stats())
+        file = FileEntry(path=f"train/step-{step}", rows=1, bytes=1, sha256="0" * 64, unit=chain.key_of(step))
+        record = UnitRecord(key=chain.key_of(step), name=f"step-{step}", files=[file], stats=Stats())
         chain.job.store.write(f"{chain.job.unit_folder(record.key)}/unit.json", RECORD.dump_json(record))
     found = Previews(chain)
 
-    def begin(step: int, files: list) -> None:
+    def begin(step: int, files: list[FileEntry]) -> None:
+        assert [entry.path for entry in files] == [f"train/step-{step}"], "a sheet is of the checkpoint that it names"
         begun.append(step)
         found.last, found.drawing = step, object()
 
@@ -65,8 +68,27 @@ def test_one_sheet_at_a_time_of_the_newest_checkpoint_but_the_last(
     fields = json.loads(capsys.readouterr().out.removeprefix("@progress "))
     assert (fields["phase"], fields["done"], fields["total"]) == ("preview", 100, 300) and fields["picture"] == sheets.path
     assert begun == [100, 200]
+    sheets.seen(300)
+    assert '"done": 200' in capsys.readouterr().out
+    sheets.seen(300)
     sheets.close()
-    assert '"done": 200' in capsys.readouterr().out and begun == [100, 200]
+    assert begun == [100, 200], "evaluate draws the last one, and none is drawn twice"
+
+
+def test_training_waits_for_a_sheet_that_is_being_drawn_but_not_for_ever(
+    tmp_path: Path, drawing: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    patience: list[float] = []
+    answer = ray.wait
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (patience.append(timeout), answer(refs, timeout))[1])
+    begun: list[int] = []
+    sheets = previews(tmp_path, begun)
+    sheets.close()
+    assert patience == [], "nothing was begun"
+    sheets.seen(150)
+    sheets.seen(160)
+    sheets.close()
+    assert (patience, begun) == ([0.0, PATIENCE], [100]) and capsys.readouterr().out == ""
 
 
 def test_a_sheet_that_fails_is_a_warning_and_the_next_is_drawn(
