@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
+from infra.dataset import FileEntry, Stats
 from infra.store import Store
-from stages.evaluate.stage import Draw, EvaluateConfig, Model, Report, plan_draws
-from stages.runner.contract import Job, Output, Unit
+from stages.evaluate.stage import Draw, EvaluateConfig, Model, Report, plan_draws, plan_report
+from stages.runner.contract import Job, Output, Unit, UnitRecord
+from tests.stages.committed import dataset_of
 from unidiffuser.modalities import paper_modalities
 from unidiffuser.uvit import UViT, UViTConfig
 
@@ -103,3 +106,75 @@ def test_a_preference_is_what_a_count_by_hand_finds_of_pairs_half_the_list_apart
     score = report.preference([str(n) for n in range(count)], list(range(count)))
     assert score == round(preferred(half), 4)
     assert len({preferred(apart) for apart in (1, half, count - 1)}) > 1, "neighbours would give the same: the test shows nothing"
+
+
+def solid(shade: int) -> Image.Image:
+    return Image.new("RGB", (8, 8), (shade, 0, 0))
+
+
+@pytest.fixture
+def reported(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], list[Any]]:
+    """The report on four prompts, of which the untrained network has drawn two, and the rows of its sheet.
+
+    Every picture has a shade of its own, and scores are what is compared, as ``CAPTIONS of SHADES``.
+    """
+
+    def table(kind: str, number: int, column: str, values: list[Any]) -> UnitRecord:
+        (tmp_path / "drawn").mkdir(exist_ok=True)
+        pq.write_table(pa.table({column: values}), place := tmp_path / "drawn" / f"{kind}-{number:05d}.parquet")
+        store.publish(place, path := f"drawn/{place.name}")
+        return UnitRecord(f"k{number}", place.stem, [FileEntry(path, len(values), 1, f"{kind}{number}", "u")], Stats())
+
+    records = [
+        table("model", 0, "image", [png(solid(shade)) for shade in (10, 11, 12)]),
+        table("model", 3, "image", [png(solid(13))]),
+        table("untrained", 0, "image", [png(solid(shade)) for shade in (20, 21)]),
+        table("captions", 0, "caption", ["w0", "w1", "w2", "w3"]),
+    ]
+    (tmp_path / "losses").mkdir()
+    rows = [{"kind": kind, "step": step, "loss": 1 / step} for step in (1, 3) for kind in ("train", "validation")]
+    (tmp_path / "losses" / "history.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    checkpoint = dataset_of(store, "train", tmp_path / "losses", {})
+    config = EvaluateConfig(prompts="prompts.txt", count=4, untrained=2)
+    inputs = {"checkpoint": checkpoint, "history.train-x": checkpoint}
+    job = Job(store, "evaluate", "evaluate", config, inputs, {}, {})
+    report = Report.__new__(Report)
+    report.job, report.config = job, config
+    report.prompts = pa.table({"caption": ["p0", "p1", "p2", "p3"], "image": [png(solid(shade)) for shade in (30, 31, 32, 33)]})
+
+    def preference(captions: list[str], images: list[Image.Image]) -> str:
+        return f"{' '.join(captions)} of {' '.join(str(image.getpixel((0, 0))[0]) for image in images)}"  # type: ignore[index]
+
+    monkeypatch.setattr(report, "preference", preference)
+    monkeypatch.setattr(report, "generate", lambda task, count: [SimpleNamespace(image=solid(90), caption=task)] * count)
+    (unit,) = plan_report(job, {"draw": records})
+    assert unit.digests == (checkpoint.manifest.fingerprint, "model0", "model3", "untrained0", "captions0")
+
+    sheet: list[Any] = []
+    monkeypatch.setattr("stages.evaluate.stage.sample_sheet", lambda file, rows: sheet.extend(rows))
+    monkeypatch.setattr("stages.evaluate.stage.loss_curve", lambda file, histories: None)
+    report.run(unit, out := Output(tmp_path / "report"))
+    return json.loads((out.folder / "report.json").read_text()), sheet
+
+
+def test_a_report_compares_floor_score_and_ceiling_each_with_its_own_pictures(reported: tuple[dict[str, Any], list[Any]]) -> None:
+    facts, _ = reported
+    assert facts["prompts"] == 4 and facts["preference"] == {
+        "text_to_image": "p0 p1 p2 p3 of 10 11 12 13",
+        "text_to_image_untrained": "p0 p1 of 20 21",
+        "text_to_image_real": "p0 p1 p2 p3 of 30 31 32 33",
+        "image_to_text": "w0 w1 w2 w3 of 30 31 32 33",
+    }
+    assert facts["validation_loss"] == {"train-x": [[1, 1.0], [3, 0.33333]]}
+
+
+def test_the_sheet_of_a_report_shows_pictures_under_their_own_words(reported: tuple[dict[str, Any], list[Any]]) -> None:
+    _, sheet = reported
+    shown = [(title, [(image and image.getpixel((0, 0))[0], words) for image, words in cells]) for title, cells in sheet]
+    assert shown == [
+        ("Text to image", [(10, "p0"), (11, "p1"), (12, "p2"), (13, "p3")]),
+        ("Image to text", [(30, "w0"), (31, "w1"), (32, "w2"), (33, "w3")]),
+        ("Joint: image and text together", [(90, "joint")] * 6),
+        ("Image only", [(90, "")] * 6),
+        ("Text only", [(None, "t")] * 6),
+    ]
