@@ -18,7 +18,7 @@ from prefect.states import Cancelled, Crashed, Running, State
 
 from infra.processes import ServerError
 from infra.store import Store
-from pipelines.flows import deployed, flow, jobs
+from pipelines.flows import deployed, flow
 from pipelines.flows.jobs import ATTACHED, FLOW_RUN, SUBMITTED, make_as_job, stop_jobs_of, stop_orphans
 from pipelines.flows.parameters import values_of
 from pipelines.flows.run import Run, plan_run, snapshot
@@ -27,7 +27,6 @@ from pipelines.servers.machine import find_machine
 from pipelines.servers.servers import KEPT, Servers
 from stages.runner.recipe import Recipe, load_recipe
 from tests.infra.test_servers import standing
-from tests.pipelines.conftest import write_metadata
 
 NODE = "good-select"
 
@@ -106,19 +105,6 @@ class Ray:
             if isinstance(line, ServerError):
                 raise line
         return "\n".join(self.lines)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    write_metadata(tmp_path / "metadata" / "part-0.parquet")
-    path = tmp_path / "tiny.yaml"
-    path.write_text("name: tiny\nsubsets:\n  good: {select: {metadata: [metadata/*.parquet], min_width: 256, min_height: 256}}\n")
-    return load_recipe(path)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
 
 
 def a_run(recipe: Recipe, store: Store, ray: Any = None, flow_run: UUID | None = None) -> Run:
@@ -213,35 +199,6 @@ def test_a_cancelled_run_s_jobs_are_found_whatever_its_files_have_become(client:
     ray = Ray(good_select_f_1="ours", good_select_g_1="theirs", other_f_1=None)
     assert stop_jobs_of(ray, "ours") == ["good-select-f-1"]  # type: ignore[arg-type]
     assert sorted(ray.running()) == ["good-select-g-1", "other-f-1"]
-
-
-class SlowToStop(Ray):
-    """Its jobs end when they have been asked for a few times since they were told to stop; `asked` counts."""
-
-    def __init__(self, ends_at: int, **owners: str | None) -> None:
-        super().__init__(**owners)
-        self.ends_at, self.asked = ends_at, 0
-
-    def stop(self, job: str) -> None:
-        self.jobs[job] = "STOPPING"
-
-    def status(self, job: str) -> str:
-        self.asked += 1
-        if self.asked >= self.ends_at and self.jobs[job] == "STOPPING":
-            super().stop(job)
-        return super().status(job)
-
-
-def test_a_job_is_stopped_when_it_has_ended_or_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(jobs, "STOP_SECONDS", 5.0)
-    ray = SlowToStop(4, a_f_1=None)
-    jobs.stop_job(ray, "a-f-1")  # type: ignore[arg-type]
-    assert (ray.jobs, ray.asked) == ({"a-f-1": "STOPPED"}, 4), "its last checkpoint is whole"
-    monkeypatch.setattr(jobs, "STOP_SECONDS", 0.0)
-    never = SlowToStop(1000, a_f_1=None)
-    jobs.stop_job(never, "a-f-1")  # type: ignore[arg-type]
-    assert (never.jobs, never.asked) == ({"a-f-1": "STOPPING"}, 1)
 
 
 def width(parameters: dict[str, Any], store: Store) -> tuple[int, int]:

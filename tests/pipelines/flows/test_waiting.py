@@ -54,6 +54,35 @@ def test_a_limit_of_none_at_all_makes_a_node_wait(monkeypatch: pytest.MonkeyPatc
         assert asked == [2]
 
 
+@pytest.mark.parametrize(("taken", "said"), [(2, []), (3, [2])])
+def test_a_node_says_that_it_waits_where_too_few_slots_are_free_and_gives_its_own_back(
+    monkeypatch: pytest.MonkeyPatch, taken: int, said: list[int]
+) -> None:
+    limit = SimpleNamespace(limit=4, active_slots=taken, active=True)
+    client = SimpleNamespace(read_global_concurrency_limit_by_name=lambda name: limit)
+    asked: list[dict[str, Any]] = []
+
+    @contextmanager
+    def concurrency(name: str, wanted: int, **how: Any) -> Iterator[None]:
+        asked.append(how)
+        limit.active_slots += wanted
+        try:
+            yield
+        finally:
+            limit.active_slots -= wanted
+
+    monkeypatch.setattr(slots, "get_client", contextmanager(lambda sync_client: iter([client])))
+    monkeypatch.setattr(slots, "concurrency", concurrency)
+    node: Any = SimpleNamespace(stage="train", config=SimpleNamespace(workers=2))
+    waited: list[int] = []
+    with pytest.raises(RuntimeError, match="the job failed"), slots.gpu_slots(node, threading.Event(), waited.append):
+        assert limit.active_slots == taken + 2
+        raise RuntimeError("the job failed")
+    assert (waited, limit.active_slots) == (said, taken)
+    # A server that is starting again costs no training run its work.
+    assert asked[0]["raise_on_lease_renewal_failure"] is False and asked[0]["lease_duration"] == slots.LEASE
+
+
 def test_the_nodes_that_wait_for_gpus_are_those_whose_workers_take_some(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 3.0})
     client = SimpleNamespace(
