@@ -171,19 +171,20 @@ def test_a_run_that_attaches_to_its_job_again_sends_each_line_once(recipe: Recip
 
 def test_only_jobs_that_no_run_will_come_back_to_are_orphans(recipe: Recipe, store: Store, client: Client) -> None:
     now = datetime.now(UTC)
-    mine, running, crashed, long_ago, ended, command, unsaid = (uuid4() for _ in range(7))
+    mine, running, crashed, long_ago, ended, command, unsaid, stateless = (uuid4() for _ in range(8))
     client.flow_runs = {
         mine: SimpleNamespace(state=Running(), deployment_id=uuid4()),
         running: SimpleNamespace(state=Running(), deployment_id=uuid4()),
-        crashed: SimpleNamespace(state=Crashed(timestamp=now), deployment_id=uuid4()),
-        long_ago: SimpleNamespace(state=Crashed(timestamp=now - timedelta(hours=1)), deployment_id=uuid4()),
+        crashed: SimpleNamespace(state=Crashed(timestamp=now - timedelta(minutes=1)), deployment_id=uuid4()),
+        long_ago: SimpleNamespace(state=Crashed(timestamp=now - timedelta(minutes=3)), deployment_id=uuid4()),
         ended: SimpleNamespace(state=Cancelled(), deployment_id=uuid4()),
         command: SimpleNamespace(state=Running(), deployment_id=None),
+        stateless: SimpleNamespace(state=None, deployment_id=uuid4()),
         # The server is starting again: a job is stopped only where it is known that nobody comes back to it.
         unsaid: ConnectError("nobody there"),
     }
     owners = {"mine": mine, "running": running, "crashed": crashed, "old": long_ago, "ended": ended, "command": command}
-    owners["unsaid"] = unsaid
+    owners |= {"unsaid": unsaid, "stateless": stateless}
     ray = Ray(**{f"{name}_f_1": str(owner) for name, owner in owners.items()}, unknown_f_1=str(uuid4()), bare_f_1=None)
     planned = plan_run(recipe, store)
     wanted = f"{NODE}-{planned[NODE].fingerprint}-1"
@@ -263,9 +264,10 @@ def test_an_attempt_that_died_before_it_forced_anything_leaves_that_to_the_next_
     parameters = {"recipe": str(recipe.folder / "tiny.yaml"), "store": store.root, "nodes": {"force": [NODE]}}
     for attempt in (2, 3):
         client.states = [Running()] * attempt
-        flow_run: Any = SimpleNamespace(id=uuid4(), run_count=attempt, labels=dict(client.labels), name="tiny")
+        labels = client.labels | ({deployed.DEBUGGED: True} if attempt == 3 else {})
+        flow_run: Any = SimpleNamespace(id=uuid4(), run_count=attempt, labels=labels, name="tiny")
         with deployed.open_run(flow_run, parameters) as run:
-            assert run.planned[NODE].generation == 1
+            assert run.planned[NODE].generation == 1 and run.debug == (attempt == 3)
 
 
 def states(*names: str) -> list[State[Any]]:

@@ -62,17 +62,21 @@ def test_a_node_says_that_it_waits_where_too_few_slots_are_free_and_gives_its_ow
     client = SimpleNamespace(read_global_concurrency_limit_by_name=lambda name: limit)
     asked: list[dict[str, Any]] = []
 
-    @contextmanager
-    def concurrency(name: str, wanted: int, **how: Any) -> Iterator[None]:
-        asked.append(how)
-        limit.active_slots += wanted
-        try:
-            yield
-        finally:
-            limit.active_slots -= wanted
+    class Held:
+        """Not a generator, which would give them back when nobody holds it any more."""
+
+        def __init__(self, name: str, wanted: int, **how: Any):
+            asked.append(how)
+            self.wanted = wanted
+
+        def __enter__(self) -> None:
+            limit.active_slots += self.wanted
+
+        def __exit__(self, *_: object) -> None:
+            limit.active_slots -= self.wanted
 
     monkeypatch.setattr(slots, "get_client", contextmanager(lambda sync_client: iter([client])))
-    monkeypatch.setattr(slots, "concurrency", concurrency)
+    monkeypatch.setattr(slots, "concurrency", Held)
     node: Any = SimpleNamespace(stage="train", config=SimpleNamespace(workers=2))
     waited: list[int] = []
     with pytest.raises(RuntimeError, match="the job failed"), slots.gpu_slots(node, threading.Event(), waited.append):

@@ -13,7 +13,7 @@ from infra.dataset import Dataset, Stats, commit
 from infra.store import Store
 from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Run, plan_run
-from pipelines.pages.lineage import mermaid
+from pipelines.pages.lineage import ancestors, mermaid, words
 from pipelines.servers.servers import Servers
 from stages.runner.recipe import load_recipe
 from tests.pipelines.commands.test_plain import a_dataset
@@ -90,3 +90,23 @@ def test_the_arrows_lead_from_what_was_made_first_and_every_box_to_its_page(run:
 
 def test_a_graph_of_some_nodes_has_their_inputs_and_nothing_else(run: Run) -> None:
     assert set(boxes(mermaid(run, ["b-filter", "d-filter"]))) == {"a-download", "b-filter", "d-filter"}
+
+
+def test_a_long_name_takes_two_lines_and_loses_nothing() -> None:
+    assert words("twelve-of-it-xyz") == "twelve-of-it-xyz"
+    assert words("thirteen-it-xyzw") == "thirteen-it-xyzw" and words("thirteen-of-it-xyz") == "thirteen-of-it-<br/>xyz"
+    assert words("laion-aesthetic-filter").replace("<br/>", "") == "laion-aesthetic-filter"
+
+
+def test_what_made_a_dataset_is_told_down_to_what_is_gone(run: Run) -> None:
+    made = {node: outcome.dataset for node, outcome in run.outcomes.items() if outcome.dataset}
+    run.store.remove(f"select/{run.planned['a-select'].fingerprint}")
+    tree = ancestors(run.store, made["a-filter"])
+    (download,) = tree.branches
+    (select,) = download.branches
+    start = {node: planned.fingerprint[:12] for node, planned in run.planned.items()}
+    assert tree.label.startswith(f"a-filter {start['a-filter']} (20 rows, ")
+    assert download.label.startswith(f"a-download {start['a-download']} (1,234 rows, ")
+    assert select.label == f"select {start['a-select']} (removed)" and select.branches == []
+    told = tree.as_json("made_from")["made_from"][0]
+    assert (told["node"], told["rows"], told["made_from"][0]["rows"]) == ("a-download", 1234, None)
