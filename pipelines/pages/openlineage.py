@@ -76,8 +76,7 @@ def events(run: Run, dataset: Dataset) -> list:
             key = artifact_key(recipe, planned.input_nodes.get(name, before.manifest.node))
             inputs.append(InputDataset(place, key, facets=described(before)))
     for pattern in stage_class(planned.stage).sources(planned.config):
-        scheme, found, path = pattern.partition("://")
-        inputs.append(InputDataset(scheme, path) if found else InputDataset("file", pattern))
+        inputs.append(InputDataset(*outside(pattern)))
     statistics = output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(
         manifest.stats.rows_out, sum(entry.bytes for entry in manifest.files), len(manifest.files)
     )
@@ -110,6 +109,22 @@ def events(run: Run, dataset: Dataset) -> list:
             (RunState.COMPLETE, ended),
         )
     ]
+
+
+def outside(pattern: str) -> tuple[str, str]:
+    """Namespace and name of files from outside, so that they are the same datasets to other producers of events.
+
+    Of members of an archive it is the archive.
+
+    Example:
+        >>> outside("s3://bucket/metadata/*.parquet")
+        ('s3://bucket', 'metadata/*.parquet')
+    """
+    scheme, _, place = pattern.rpartition("::")[2].rpartition("://")
+    if scheme in ("", "file"):
+        return "file", place
+    host, _, path = place.partition("/")
+    return f"{scheme}://{host}", path
 
 
 def _namespace(store: Store) -> str:

@@ -58,6 +58,7 @@ class EvaluateConfig(StageConfig):
     clip: str = encoder("embedded", "open_clip model that judges, and embeds images")
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
     batch: int = operational(25, "samples drawn at once", ge=1)
+    workers: int | None = operational(None, "drawing processes at most; as many as the cluster holds when not given", ge=1)
 
 
 class Model:
@@ -242,10 +243,11 @@ def plan_report(job: Job, records: Records) -> Iterator[Unit]:
     yield Unit("report", (*history, *(r.files[0].sha256 for r in records["draw"])), {"drawn": drawn})
 
 
-def sampler_resources(_: EvaluateConfig) -> Resources:
+def sampler_resources(config: EvaluateConfig) -> Resources:
+    """One worker a GPU where there are GPUs, else one a core."""
     from stages.runner.pool import gpus_each
 
-    return Resources(cpus=1, gpus=gpus_each())
+    return Resources(cpus=1, gpus=gpus_each(), workers=config.workers)
 
 
 class Evaluate(Stage):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from infra.dataset import Dataset, Stats, commit, find
 from infra.store import Store
@@ -16,7 +18,7 @@ from pipelines import command
 from pipelines.cli.options import console
 from pipelines.commands import conduct, retry
 from pipelines.commands.terminal import TerminalView
-from pipelines.flows.run import Outcome, Run, plan_run, snapshot
+from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
 from pipelines.pages.artifacts import dataset_page
 from pipelines.servers.servers import Servers
 from stages.runner.graph import Planned
@@ -114,6 +116,33 @@ def test_one_that_was_retried_names_its_newest_and_a_begun_retry_goes_on(
     second = made(store, begun)
     assert run_main(monkeypatch, first.manifest.fingerprint, *chosen) == 1
     assert f"has been retried already; its newest is download/{second.manifest.fingerprint}" in capsys.readouterr().err
+
+
+def test_it_says_how_many_of_how_many_rows_have_healed_and_how_many_may_still(
+    recipe: Recipe, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = made(store, plan_run(recipe, store)["a-download"], can_heal=3500)
+    result: Result = "made"
+
+    def run_recipe(recipe: Recipe, store: Store, wish: conduct.Wish, console: Console, after: Callable[[Run], None]) -> int:
+        run = Run(recipe, store, plan_run(recipe, store), list(wish.only), Servers(recipe.folder), TerminalView(console))
+        if result == "made":
+            second = made(store, run.planned["a-download"], retried=3500, healed=1200, can_heal=2200)
+            run.finish(Outcome("a-download", "made", 1.0, second))
+        else:
+            run.outcomes["a-download"] = Outcome("a-download", "failed")
+        after(run)
+        return 0
+
+    monkeypatch.setattr(retry, "run_recipe", run_recipe)
+    assert run_main(monkeypatch, first.manifest.fingerprint, "--recipe", recipe.folder / "web.yaml", "--store", store.root) == 0
+    newest = plan_run(recipe, store)["a-download"].fingerprint
+    said = "a-download: 1,200 of 3,500 rows healed, 2,200 may still; the next run of web goes on from "
+    assert f"{said}{newest}\n" in capsys.readouterr().out and newest != first.manifest.fingerprint
+    # What failed has healed nothing.
+    result = "failed"
+    assert run_main(monkeypatch, newest, "--recipe", recipe.folder / "web.yaml", "--store", store.root) == 0
+    assert "healed" not in capsys.readouterr().out
 
 
 def test_nothing_to_heal_and_no_download_are_said(

@@ -12,6 +12,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from httpx import ConnectError
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Running, State
 
@@ -26,7 +27,6 @@ from pipelines.servers.machine import find_machine
 from pipelines.servers.servers import KEPT, Servers
 from stages.runner.recipe import Recipe, load_recipe
 from tests.infra.test_servers import standing
-from tests.pipelines.conftest import write_metadata
 
 NODE = "good-select"
 
@@ -49,7 +49,9 @@ class Client:
     def read_flow_run(self, flow_run: UUID) -> Any:
         if flow_run not in self.flow_runs:
             raise ObjectNotFound(Exception())
-        return self.flow_runs[flow_run]
+        if isinstance(found := self.flow_runs[flow_run], Exception):
+            raise found
+        return found
 
     def read_flow_run_states(self, flow_run: UUID) -> list[State[Any]]:
         return self.states
@@ -98,18 +100,11 @@ class Ray:
         yield from self.lines
         self.jobs[job] = "SUCCEEDED"
 
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
-    write_metadata(tmp_path / "metadata" / "part-0.parquet")
-    path = tmp_path / "tiny.yaml"
-    path.write_text("name: tiny\nsubsets:\n  good: {select: {metadata: [metadata/*.parquet], min_width: 256, min_height: 256}}\n")
-    return load_recipe(path)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path / "store"))
+    def log(self, job: str, patient: bool = True) -> str:
+        for line in self.lines:
+            if isinstance(line, ServerError):
+                raise line
+        return "\n".join(self.lines)
 
 
 def a_run(recipe: Recipe, store: Store, ray: Any = None, flow_run: UUID | None = None) -> Run:
@@ -176,22 +171,26 @@ def test_a_run_that_attaches_to_its_job_again_sends_each_line_once(recipe: Recip
 
 def test_only_jobs_that_no_run_will_come_back_to_are_orphans(recipe: Recipe, store: Store, client: Client) -> None:
     now = datetime.now(UTC)
-    mine, running, crashed, long_ago, ended, command = (uuid4() for _ in range(6))
+    mine, running, crashed, long_ago, ended, command, unsaid, stateless = (uuid4() for _ in range(8))
     client.flow_runs = {
         mine: SimpleNamespace(state=Running(), deployment_id=uuid4()),
         running: SimpleNamespace(state=Running(), deployment_id=uuid4()),
-        crashed: SimpleNamespace(state=Crashed(timestamp=now), deployment_id=uuid4()),
-        long_ago: SimpleNamespace(state=Crashed(timestamp=now - timedelta(hours=1)), deployment_id=uuid4()),
+        crashed: SimpleNamespace(state=Crashed(timestamp=now - timedelta(minutes=1)), deployment_id=uuid4()),
+        long_ago: SimpleNamespace(state=Crashed(timestamp=now - timedelta(minutes=3)), deployment_id=uuid4()),
         ended: SimpleNamespace(state=Cancelled(), deployment_id=uuid4()),
         command: SimpleNamespace(state=Running(), deployment_id=None),
+        stateless: SimpleNamespace(state=None, deployment_id=uuid4()),
+        # The server is starting again: a job is stopped only where it is known that nobody comes back to it.
+        unsaid: ConnectError("nobody there"),
     }
     owners = {"mine": mine, "running": running, "crashed": crashed, "old": long_ago, "ended": ended, "command": command}
+    owners |= {"unsaid": unsaid, "stateless": stateless}
     ray = Ray(**{f"{name}_f_1": str(owner) for name, owner in owners.items()}, unknown_f_1=str(uuid4()), bare_f_1=None)
     planned = plan_run(recipe, store)
     wanted = f"{NODE}-{planned[NODE].fingerprint}-1"
     ray.jobs[wanted], ray.metadata[wanted] = "RUNNING", {}
     stop_orphans(ray, planned, 0.0, lambda *_: None, lambda owner: deployed._goes_on(mine, owner))  # type: ignore[arg-type]
-    assert sorted(ray.running()) == sorted(["crashed-f-1", "running-f-1", wanted])
+    assert sorted(ray.running()) == sorted(["crashed-f-1", "running-f-1", "unsaid-f-1", wanted])
     # What a command finds where nobody else uses the servers has lost its own.
     stop_orphans(ray, planned, 0.0, lambda *_: None)  # type: ignore[arg-type]
     assert list(ray.running()) == [wanted]
@@ -265,9 +264,10 @@ def test_an_attempt_that_died_before_it_forced_anything_leaves_that_to_the_next_
     parameters = {"recipe": str(recipe.folder / "tiny.yaml"), "store": store.root, "nodes": {"force": [NODE]}}
     for attempt in (2, 3):
         client.states = [Running()] * attempt
-        flow_run: Any = SimpleNamespace(id=uuid4(), run_count=attempt, labels=dict(client.labels), name="tiny")
+        labels = client.labels | ({deployed.DEBUGGED: True} if attempt == 3 else {})
+        flow_run: Any = SimpleNamespace(id=uuid4(), run_count=attempt, labels=labels, name="tiny")
         with deployed.open_run(flow_run, parameters) as run:
-            assert run.planned[NODE].generation == 1
+            assert run.planned[NODE].generation == 1 and run.debug == (attempt == 3)
 
 
 def states(*names: str) -> list[State[Any]]:

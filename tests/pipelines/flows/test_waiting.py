@@ -20,6 +20,8 @@ from pipelines.flows.deployed import Unwatched
 from pipelines.flows.jobs import NodeStopped
 from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.servers.servers import Servers
+from stages.catalog import STAGES, stage_class
+from stages.runner.pool import pool_size
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Kept, ask, write_recipe
 
@@ -50,6 +52,66 @@ def test_a_limit_of_none_at_all_makes_a_node_wait(monkeypatch: pytest.MonkeyPatc
     limits[0] = SimpleNamespace(limit=0, active_slots=0, active=False)
     with slots.gpu_slots(node, threading.Event(), waited.append):
         assert asked == [2]
+
+
+@pytest.mark.parametrize(("taken", "said"), [(2, []), (3, [2])])
+def test_a_node_says_that_it_waits_where_too_few_slots_are_free_and_gives_its_own_back(
+    monkeypatch: pytest.MonkeyPatch, taken: int, said: list[int]
+) -> None:
+    limit = SimpleNamespace(limit=4, active_slots=taken, active=True)
+    client = SimpleNamespace(read_global_concurrency_limit_by_name=lambda name: limit)
+    asked: list[dict[str, Any]] = []
+
+    class Held:
+        """Not a generator, which would give them back when nobody holds it any more."""
+
+        def __init__(self, name: str, wanted: int, **how: Any):
+            asked.append(how)
+            self.wanted = wanted
+
+        def __enter__(self) -> None:
+            limit.active_slots += self.wanted
+
+        def __exit__(self, *_: object) -> None:
+            limit.active_slots -= self.wanted
+
+    monkeypatch.setattr(slots, "get_client", contextmanager(lambda sync_client: iter([client])))
+    monkeypatch.setattr(slots, "concurrency", Held)
+    node: Any = SimpleNamespace(stage="train", config=SimpleNamespace(workers=2))
+    waited: list[int] = []
+    with pytest.raises(RuntimeError, match="the job failed"), slots.gpu_slots(node, threading.Event(), waited.append):
+        assert limit.active_slots == taken + 2
+        raise RuntimeError("the job failed")
+    assert (waited, limit.active_slots) == (said, taken)
+    # A server that is starting again costs no training run its work.
+    assert asked[0]["raise_on_lease_renewal_failure"] is False and asked[0]["lease_duration"] == slots.LEASE
+
+
+def test_the_nodes_that_wait_for_gpus_are_those_whose_workers_take_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 3.0})
+    client = SimpleNamespace(
+        read_global_concurrency_limit_by_name=lambda name: SimpleNamespace(limit=3, active_slots=0, active=True)
+    )
+    monkeypatch.setattr(slots, "get_client", contextmanager(lambda sync_client: iter([client])))
+    held: list[int] = []
+    monkeypatch.setattr(slots, "concurrency", lambda name, wanted, **_: nullcontext(held.append(wanted)))
+    waited, taken = {}, {}
+    for name in STAGES:
+        stage = stage_class(name)
+        # Of the fields that must be given, none decides about workers.
+        config = stage.Config.model_construct()
+        node: Any = SimpleNamespace(stage=name, config=config)
+        with slots.gpu_slots(node, threading.Event(), lambda _: pytest.fail("slots are free")):
+            waited[name] = held.pop() if held else 0
+        # A phase of independent units, of which there are many; or a gang, each of whose workers takes a GPU.
+        taken[name] = max(
+            config.workers if phase.gang else (pool_size(found, 100) if (found := phase.resources(config)).gpus else 0)
+            for phase in stage.phases
+        )
+    assert waited == taken == {
+        "select": 0, "download": 0, "folder": 0, "filter": 3, "text-codec": 1, "encode": 3,
+        "train": 1, "evaluate": 3, "export": 0,
+    }  # fmt: skip
 
 
 def a_run(tmp_path: Path) -> Run:

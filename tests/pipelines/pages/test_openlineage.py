@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from openlineage.client.naming.dataset import GCS, S3, LocalFileSystem
 
+from infra.dataset import Dataset, commit
 from infra.store import Store
 from pipelines.flows.run import Run, plan_run
-from pipelines.pages.openlineage import send
+from pipelines.pages import openlineage
+from pipelines.pages.openlineage import events, outside, send
 from stages.catalog import stage_class
 from stages.runner.recipe import load_recipe
 from stages.runner.run import run_stage
+from tests.pipelines.commands.test_plain import a_dataset
 from tests.pipelines.conftest import ROWS, write_metadata
 from tests.stages import killed
 
@@ -96,3 +101,47 @@ def test_a_server_gets_them_and_one_that_is_down_fails_nothing(
 def test_without_configuration_nothing_is_sent(sent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("openlineage.client.OpenLineageClient.emit", lambda *_: pytest.fail("sent"))
     sent()
+
+
+def test_a_dataset_is_an_edge_from_the_version_that_it_was_made_from(sent: Any, tmp_path: Path) -> None:
+    manifest = sent()
+    recipe, store = load_recipe(tmp_path / "tiny.yaml"), Store(str(tmp_path / "store"))
+    planned = plan_run(recipe, store)
+    made = a_dataset(store, "download", planned["good-download"].fingerprint, {"rows": manifest.reference()}).manifest
+    dataset = commit(store, made.model_copy(update={"node": "good-download", "created": "2026-01-01T00:00:00+00:00"}))
+    run = Run(recipe, store, planned, ["good-download"], SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    start, complete = events(run, dataset)
+    place = f"file://{tmp_path / 'store'}"
+    for event in (start, complete):
+        ((source,), job) = (event.inputs, event.job)
+        assert (source.namespace, source.name, job.name) == (place, "tiny-good-select", "tiny-good-download")
+        assert source.facets["version"].datasetVersion == manifest.fingerprint
+        assert {field.name: field.type for field in source.facets["schema"].fields} == manifest.columns
+        # No flow run has made it.
+        assert "parent" not in event.run.facets
+    assert not start.outputs and [output.name for output in complete.outputs] == ["tiny-good-download"]
+    # The metadata of the same select, from a bucket.
+    bucket = planned["good-select"].config.model_copy(update={"metadata": ["s3://bucket/laion/*.parquet", "/data/more.parquet"]})
+    run.planned = {**planned, "good-select": replace(planned["good-select"], config=bucket)}
+    (_, complete) = events(run, Dataset(store, manifest))
+    assert [(source.namespace, source.name) for source in complete.inputs] == [
+        ("s3://bucket", "laion/*.parquet"), ("file", "/data/more.parquet"),
+    ]  # fmt: skip
+
+
+def test_files_from_outside_are_called_as_other_producers_call_them() -> None:
+    """By the library's own rules of naming."""
+    for pattern, naming in {
+        "s3://bucket/metadata/*.parquet": S3("bucket", "metadata/*.parquet"),
+        "gs://bucket/one.parquet": GCS("bucket", "one.parquet"),
+        "/data/mine/*.jpg": LocalFileSystem("/data/mine/*.jpg"),
+        "file:///data/mine/*.jpg": LocalFileSystem("/data/mine/*.jpg"),
+        "zip://*.jpg::/data/mine.zip": LocalFileSystem("/data/mine.zip"),
+        "zip://*.jpg::s3://bucket/mine.zip": S3("bucket", "mine.zip"),
+    }.items():
+        assert outside(pattern) == (naming.get_namespace(), naming.get_name())
+
+
+@pytest.mark.parametrize(("root", "place"), [("{folder}", "file://{folder}"), ("memory://bucket/runs", "memory://bucket/runs")])
+def test_a_store_is_a_place_wherever_it_lies(tmp_path: Path, root: str, place: str) -> None:
+    assert openlineage._namespace(Store(root.format(folder=tmp_path))) == place.format(folder=tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from infra.dataset import Manifest, Stats, commit
@@ -18,8 +19,8 @@ from infra.store import Store
 from pipelines.commands.inspection import status_rows
 from pipelines.commands.terminal import Words, funnel_table
 from pipelines.flows.run import plan_run
-from pipelines.pages.scores import scores_section
-from stages.filter.histogram import count, histogram_of
+from pipelines.pages.scores import draw, scores_section
+from stages.filter.histogram import BINS, count, histogram_of
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import write_recipe
 
@@ -43,6 +44,31 @@ def test_a_filters_page_has_a_picture_and_the_rows_that_each_threshold_keeps(tmp
         assert int(rows) == kept and float(share) == round(100 * kept / len(values[name]), 1)
     assert "**aesthetic** (asked for: 5) | 400 rows; 1 rows without it" in table and "**punsafe** (not asked for)" in table
     assert scores_section({}, {}, tmp_path) == []
+
+
+def test_the_curve_says_which_share_of_the_rows_each_threshold_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *place, **how: (figures.append(figure), save(figure, *place, **how)))
+    chance = np.random.default_rng(0)
+    values = {name: chance.beta(2, 5, 400) for name in ("punsafe", "pwatermark", "similarity")}
+    scores = {name: histogram_of(name, count(name, pa.chunked_array([pa.array(found)]))) for name, found in values.items()}
+    draw(scores, {"max_punsafe": 0.3, "min_similarity": 0.1, "max_pwatermark": None})
+    (figure,) = figures
+    shown = {axes.get_title(loc="left"): axes for axes in figure.axes if axes.get_ylabel() == "rows"}
+    curves = [axes for axes in figure.axes if axes.get_ylabel() == "share kept"]
+    assert list(shown) == ["punsafe, at most 0.3", "pwatermark", "similarity, at least 0.1"] and len(curves) == 3
+    for (title, rows), curve, (name, found) in zip(shown.items(), curves, values.items(), strict=True):
+        assert rows.bbox.bounds == curve.bbox.bounds
+        thresholds, shares = curve.lines[0].get_xydata().T
+        assert len(thresholds) == BINS + 1
+        for threshold, share in zip(thresholds, shares, strict=True):
+            # A hair below: an edge belongs to the bin above it.
+            below = (found < threshold - 1e-12).mean()
+            assert share == pytest.approx(1 - below if name == "similarity" else below)
+        assert sum(bar.get_height() for bar in rows.patches) == 400
+        chosen = [line.get_xdata()[0] for line in rows.lines]
+        assert chosen == [float(number) for number in re.findall(r"[\d.]+", title)]
 
 
 def test_a_picture_is_drawn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

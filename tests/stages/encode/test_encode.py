@@ -17,7 +17,7 @@ from infra.dataset import FileEntry, Manifest, Stats, commit
 from infra.store import Store
 from stages.encode.stage import SCORES, Encode
 from stages.filter.stage import Filter
-from stages.runner.contract import StageError
+from stages.runner.contract import Job, StageError
 from stages.train.stage import COLUMNS
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
 from tests.unidiffuser.test_clip_preprocess import clip_with
@@ -117,6 +117,8 @@ def columns_with_dictionary(address):
 
 def test_a_heads_score_is_a_threshold_at_training_and_binaries_have_no_dictionary(store, make, inputs):
     latents = make(Encode, store, inputs, size=SIZE)
+    job = Job(store, "encode", "x-encode", Encode.Config(size=SIZE), inputs, {}, {})
+    assert sum(os.path.getsize(latents.url(entry)) for entry in latents.files) <= Encode.bytes_needed(job), "room was asked for"
     columns = {"key", "caption", "width", "height", *SCORES}
     assert columns_with_dictionary(latents.url(latents.files[0])) == columns
     assert columns_with_dictionary(file_of(inputs["rows"], ".parquet")).isdisjoint({"clip", "phash", "colours"})

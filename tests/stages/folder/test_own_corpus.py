@@ -220,6 +220,19 @@ def test_names_with_brackets_endings_in_capitals_and_archives_are_read(tmp_path,
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_file_of_more_bytes_than_allowed_is_counted_and_not_packed(tmp_path, store, make):
+    for name in ("just.jpg", "over.jpg"):
+        (tmp_path / name).write_bytes(different(0) + bytes(name == "over.jpg"))
+        (tmp_path / name).with_suffix(".txt").write_text(f"caption of {name}")
+    dataset = make(Folder, store, images=[str(tmp_path / "*.jpg")], max_bytes=(tmp_path / "just.jpg").stat().st_size)
+    assert [sample.caption for sample in samples_of(dataset)] == ["caption of just.jpg"]
+    assert dataset.manifest.stats.dropped == {"too_large": 1}
+    (over,) = [row for row in table_of(dataset).to_pylist() if row["status"] != "success"]
+    found = hashlib.sha256((tmp_path / "over.jpg").read_bytes()).hexdigest()
+    assert (over["file"], over["caption"], over["sha256"]) == ("over.jpg", "caption of over.jpg", found)
+
+
+@pytest.mark.usefixtures("in_process")
 def test_what_is_damaged_in_an_archive_is_counted(tmp_path, store, make):
     """Of a ZIP only the list of its members is read before the work begins."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:

@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from infra.dataset import Stats, find
 from infra.store import Store, StoreError
-from stages.runner.contract import StageError, digest_of
-from stages.runner.run import make_job, run_stage, unit_keys
+from stages.download.stage import Download
+from stages.folder.stage import Folder
+from stages.runner.contract import Job, StageError, UnitRecord, digest_of
+from stages.runner.run import DISK_RESERVE, add_up, check_disk, describe_drops, make_job, run_stage, unit_keys
+from stages.select.stage import Select
+from tests.stages.committed import dataset_of
+from tests.stages.killed import in_process
 from tests.stages.toy import Keep, Squares, planned
 
 MANY = 60
@@ -38,6 +44,70 @@ def test_many_units_are_found_again_and_committed_alike(store, in_process, capsy
     assert again.files == first.files and len(again.files) == MANY and again.manifest.stats == first.manifest.stats
     assert [entry.name for entry in first.files] == [f"n{number}.txt" for number in numbers]
     assert run_stage(planned(Squares, "e" * 24), store, Squares).manifest == again.manifest, "read back from the store"
+
+
+def test_what_a_stage_will_take_must_be_free_beside_a_reserve(tmp_path, store, monkeypatch):
+    class Large(Squares):
+        @classmethod
+        def bytes_needed(cls, job):
+            return 3 * 2**30
+
+    (tmp_path / "rows").mkdir()
+    for number, size in enumerate((1000, 234)):
+        (tmp_path / "rows" / str(number)).write_bytes(bytes(size))
+    plan = planned(Squares)
+    job = replace(make_job(plan, store), inputs={"rows": dataset_of(store, "select", tmp_path / "rows", {})})
+    # A stage that says nothing of its own takes as much as what it reads.
+    for stage, needed, said in ((Large, 3 * 2**30, "3.5"), (Squares, 1234, "0.5")):
+        monkeypatch.setattr(Store, "free_bytes", lambda self, free=needed + DISK_RESERVE: free)
+        check_disk(stage, job)
+        monkeypatch.setattr(Store, "free_bytes", lambda self, free=needed + DISK_RESERVE - 1: free)
+        with pytest.raises(StageError, match=rf"^toy-squares: needs about {said} GiB, .* GiB free; free some space or point"):
+            check_disk(stage, job)
+    # An object store has no end.
+    monkeypatch.setattr(Store, "free_bytes", lambda self: None)
+    check_disk(Large, job)
+
+
+def test_what_stages_will_take_grows_with_the_rows_and_with_the_area_of_their_pictures(tmp_path, store):
+    def needed(stage, inputs, sources, **fields):
+        return stage.bytes_needed(Job(store, stage.name, "x", stage.Config(**fields), inputs, sources, {}))
+
+    (tmp_path / "rows").mkdir()
+    for number in range(10):
+        (tmp_path / "rows" / str(number)).write_bytes(bytes(1000))
+    rows = {"rows": dataset_of(store, "select", tmp_path / "rows", {})}
+    pairs = {f"{number}.{ending}": "d" for number in range(10) for ending in ("jpg", "txt")}
+    for side, each in ((512, 50_000), (1024, 200_000), (256, 12_500)):
+        assert needed(Download, rows, {}, image_size=side) == 10 * each
+        assert needed(Folder, {}, pairs, images=["*.jpg"], image_size=side) == 10 * each
+    # Files on another machine have no size that can be asked for here.
+    metadata = {str(tmp_path / "rows" / str(number)): "d" for number in range(4)} | {"s3://bucket/more.parquet": "d"}
+    assert needed(Select, {}, metadata, metadata=["*.parquet"]) == 6000
+
+
+def test_rows_come_in_with_the_first_phase_and_out_with_the_last_and_are_dropped_in_any():
+    def record(rows_in, rows_out, **dropped):
+        return UnitRecord("k", "n", [], Stats(rows_in, rows_out, dropped))
+
+    records = {
+        "square": [record(10, 7, small=3), record(5, 1, small=1, wide=3)],
+        "keep": [record(7, 2, wide=1, twin=4), record(1, 1)],
+    }
+    stats = add_up(Squares, records)
+    assert (stats.rows_in, stats.rows_out, stats.dropped) == (15, 3, {"small": 4, "wide": 4, "twin": 4}) and stats.adds_up()
+    assert describe_drops(Stats(9, 0, {"few": 1, "b": 3, "many": 5, "a": 3})) == "5 many, 3 a, 3 b, 1 few"
+    assert describe_drops(Stats()) == "nothing dropped"
+
+
+def test_a_phase_that_ends_without_a_unit_makes_nothing(store, monkeypatch):
+    def forgetful(job, phase, pending, units, done):
+        in_process(job, phase, list(pending)[:-2], units - 2, done)
+
+    monkeypatch.setattr("stages.runner.pool.run_pool", forgetful)
+    with pytest.raises(StageError, match=r"^toy-squares: square ended without n2 \(2 units missing\)$"):
+        run_stage(planned(Squares, numbers=[1, 2, 3]), store, Squares)
+    assert find(store, "squares", "f" * 24) is None
 
 
 def test_a_damaged_record_is_named(store, in_process):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.dataset import Dataset, find, point, verify
+from infra.dataset import Dataset, commit, find, point, verify
 from infra.pins import pin, unpin
 from infra.store import Store, StoreError
 from pipelines.command import app
@@ -101,6 +101,29 @@ def test_what_no_recipe_refers_to_goes_and_the_rest_is_reused_to_the_last_unit(f
     assert only_kept.items() <= files(store).items()
 
 
+def test_whoever_reads_meanwhile_finds_a_whole_dataset_or_none(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(folder, 300)
+    run(wanted, store)
+    going = [run(recipe(folder, width), store) for width in (400, 500)]
+    run(wanted, store)
+    store.write("select/units/cd/cdone/unit.json", b"{}")
+    garbage, remove, there = find_garbage([wanted], store, TOMORROW), Store.remove, []
+
+    def watched(self: Store, path: str) -> None:
+        remove(self, path)
+        found = [dataset for each in going if (dataset := find(store, "select", fingerprint(each)))]
+        there.append(len(found))
+        assert [damage for dataset in found for damage in verify(dataset)] == [], f"after {path}"
+
+    monkeypatch.setattr(Store, "remove", watched)
+    collect(garbage, store)
+    # Were the process to die in between, no dataset would be half of one.
+    assert there[:2] == [1, 0] and not any(there[2:]) and len(there) > 4
+    assert not any(store.exists(each.folder) for each in going) and not store.exists("select/units/cd/cdone")
+
+
 def test_all_recipes_that_are_named_keep_their_datasets_and_those_of_others_go_only_if_asked_for(
     folder: Path, store: Store
 ) -> None:
@@ -136,15 +159,20 @@ def test_what_a_recipe_that_is_not_named_has_made_is_its_own_also_when_nothing_r
     assert [each.recipe for each in find_garbage([ours], store, TOMORROW).others if each.dataset.folder == old.folder] == [None]
 
 
-def test_a_checkpoint_of_a_recipe_that_is_not_named_goes_only_if_it_is_named_itself(folder: Path, store: Store) -> None:
+@pytest.mark.parametrize("stage", ["train", "export"])
+def test_a_checkpoint_of_a_recipe_that_is_not_named_goes_only_if_it_is_named_itself(
+    folder: Path, store: Store, stage: str
+) -> None:
     ours, theirs = recipe(folder, 300), recipe(folder, 400, "theirs")
     run(ours, store)
     data = run(theirs, store)
-    checkpoint = made_from(data, store, "train")
+    checkpoint = made_from(data, store, stage)
     point(store, "theirs", "train-x", checkpoint.manifest.reference())
     found = find_garbage([ours], store, TOMORROW, others=True)
     assert not going(found) and [fingerprint(each.dataset) for each in found.precious] == [fingerprint(checkpoint)]
-    with pytest.raises(StageError, match=rf"^select/\w+: not removed: train-x {fingerprint(checkpoint)[:12]}, which stays, was "):
+    with pytest.raises(
+        StageError, match=rf"^select/\w+: not removed: {stage}-x {fingerprint(checkpoint)[:12]}, which stays, was "
+    ):
         find_garbage([ours], store, TOMORROW, remove=[data])
     assert going(find_garbage([ours], store, TOMORROW, remove=[checkpoint])) == [fingerprint(checkpoint)]
     named = find_garbage([ours], store, TOMORROW, remove=[checkpoint], others=True)
@@ -217,13 +245,34 @@ def test_units_of_no_dataset_are_left_alone_for_a_day(folder: Path, store: Store
     # Of a run that was killed: files without a record, and a finished unit of a configuration that nobody has any more.
     store.write("select/units/ab/abandoned/.00000.parquet.0.part", b"12345")
     store.write("select/units/cd/cdone/unit.json", b"{}")
+    # The last file of a unit says how old it is.
+    store.write("select/units/ef/eff/00000.parquet", b"1234567")
+    store.write("select/units/ef/eff/.00001.parquet.0.part", b"")
+    os.utime(store.url("select/units/ef/eff/00000.parquet"), (0, 0))
     young = find_garbage([wanted], store)
-    assert (young.young, young.bytes, young.leftovers) == (2, 0, [])
+    assert (young.young, young.bytes, young.leftovers) == (3, 0, [])
+    store.remove("select/units/ef/eff")
     later = find_garbage([wanted], store, TOMORROW)
     (left,) = later.leftovers
     assert (left.stage, len(left.folders), left.bytes, later.young) == ("select", 2, 7, 0)
     collect(later, store)
     assert not store.exists("select/units/ab/abandoned") and not store.exists("select/units/cd/cdone")
+
+
+def test_a_download_whose_retry_has_begun_stays_whatever_its_node_gave_since(folder: Path, store: Store) -> None:
+    selected = run(recipe(folder, 300), store)
+    (folder / "web.yaml").write_text(
+        "name: web\nsubsets:\n  a: {select: {metadata: [metadata/*.parquet], min_width: 300}, download: {}}\n"
+    )
+    web = load_recipe(folder / "web.yaml")
+    first = plan(web, store)["a-download"]
+    known = {"stage": "download", "node": first.name, "fingerprint": first.fingerprint, "inputs": first.inputs, "files": []}
+    parent = commit(store, selected.manifest.model_copy(update=known))
+    begun = plan(web, store, retry=frozenset({"a-download"}))["a-download"]
+    assert begun.state != "hit" and begun.inputs["parent"] == parent.manifest.reference()
+    # Of another configuration, which nobody wants any more.
+    point(store, "web", "a-download", made_from(selected, store, "filter").manifest.reference())
+    assert fingerprint(parent) not in going(find_garbage([web], store, TOMORROW, others=True))
 
 
 def test_an_unfinished_run_keeps_what_it_has(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

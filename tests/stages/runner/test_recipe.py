@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,10 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.dataset import InputRef, commit, point
 from infra.store import Store
+from stages.catalog import stage_class
 from stages.evaluate.stage import EvaluateConfig
+from stages.runner.contract import result_fields
 from stages.runner.graph import plan
 from stages.runner.recipe import RecipeError, load_recipe
+from tests.stages.committed import dataset_of
 
 GOOD = """
 name: good
@@ -184,11 +189,57 @@ def test_force_begins_a_generation_that_stays(recipe: Path) -> None:
     store = Store(str(recipe.parent / "store"))
     loaded = load_recipe(recipe)
     before = plan(loaded, store)
+    (recipe.parent / "nothing").mkdir()
+    point(store, "good", "a-filter", dataset_of(store, "filter", recipe.parent / "nothing", {}).manifest.reference())
     forced = plan(loaded, store, force=frozenset({"a-filter"}))
+    assert forced["a-filter"].reasons[-1] == "forced (generation 1)" and forced["b-filter"].reasons == ["never made"]
     assert forced["a-filter"].generation == 1 and forced["a-filter"].fingerprint != before["a-filter"].fingerprint
     assert forced["a-encode"].fingerprint != before["a-encode"].fingerprint
     assert forced["b-filter"].fingerprint == before["b-filter"].fingerprint
     assert {n: p.fingerprint for n, p in plan(loaded, store).items()} == {n: p.fingerprint for n, p in forced.items()}
+
+
+OTHER = InputRef(stage="download", fingerprint="0" * 24)
+
+
+@pytest.mark.parametrize(
+    ("node", "before", "reasons"),
+    [
+        ("a-select", lambda known: {"code": {"stage_version": 2}}, ["stage version 2 -> {version}"]),
+        ("a-select", lambda known: {"config": {**known["config"], "min_width": 17}}, ["min_width: 17 -> None"]),
+        ("a-select", lambda known: {"sources": {"there/old.parquet": "d"}}, ["new file 0.parquet", "file old.parquet is gone"]),
+        ("a-select", lambda known: {"sources": {"there/0.parquet": "d"}}, ["0.parquet has other content"]),
+        ("a-filter", lambda known: {"sources": {"clip": "d"}}, ["clip has other content"]),
+        ("a-filter", lambda known: {"inputs": {"rows": OTHER}}, ["input rows (a-download) is another dataset"]),
+        (
+            "a-filter",
+            lambda known: {"inputs": {**known["inputs"], "heads": OTHER}},
+            ["input heads (gone) is another dataset"],
+        ),
+        # It lies elsewhere by now, and is the same.
+        (
+            "a-select",
+            lambda known: {"sources": {f"there/{name.rsplit('/', 1)[-1]}": digest for name, digest in known["sources"].items()}},
+            ["its dataset was removed"],
+        ),
+    ],
+)
+def test_a_plan_says_what_differs_from_the_dataset_that_a_node_gave_last(
+    recipe: Path, node: str, before: Callable[[dict[str, Any]], dict[str, Any]], reasons: list[str]
+) -> None:
+    store, loaded = Store(str(recipe.parent / "store")), load_recipe(recipe)
+    planned, version = plan(loaded, store)[node], stage_class(node.removeprefix("a-")).version
+    assert (planned.state, planned.reasons) == ("miss", ["never made"])
+    known: dict[str, Any] = {
+        "config": result_fields(planned.config), "inputs": dict(planned.inputs), "generation": planned.generation,
+        "sources": {**planned.all_sources, **planned.weights}, "code": {"stage_version": version},
+    }  # fmt: skip
+    (recipe.parent / "nothing").mkdir()
+    dataset = dataset_of(store, planned.stage, recipe.parent / "nothing", {})
+    last = commit(store, dataset.manifest.model_copy(update=known | before(known)))
+    point(store, loaded.name, node, last.manifest.reference())
+    found = plan(loaded, store)[node]
+    assert (found.state, found.reasons) == ("stale", [reason.format(version=version) for reason in reasons])
 
 
 def test_the_recipes_that_we_ship_are_good() -> None:

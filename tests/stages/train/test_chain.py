@@ -13,13 +13,14 @@ import torch
 from infra.dataset import Dataset, Stats, commit, verify
 from infra.store import Store, StoreError
 from stages.runner.chain import Chain
-from stages.runner.contract import StageError
+from stages.runner.contract import Job, StageError
 from stages.runner.graph import Planned
 from stages.runner.run import chain_of, make_job, phase_states, run_stage
 from stages.train.stage import Train, TrainStageConfig
 from tests.stages.committed import dataset_of, flip
 from tests.training.synthetic import write_shards
 from training.loop import run
+from unidiffuser.uvit import UViT, UViTConfig
 
 TENSORS = ("model", "ema", "exp_avg", "exp_avg_sq")
 
@@ -138,3 +139,11 @@ def test_a_damaged_checkpoint_is_named_and_without_it_training_goes_on_from_the_
     shutil.rmtree(unit)
     training(steps=12)
     assert training.began == [0, 5, 5]
+
+
+def test_training_asks_for_room_for_two_checkpoints_of_the_paper() -> None:
+    with torch.device("meta"):
+        numbers = sum(parameter.numel() for parameter in UViT(UViTConfig()).parameters())
+    job = Job(Store("memory://room"), "train", "train-x", TrainStageConfig(steps=1, global_batch=1), {}, {}, {})
+    # The weights, their moving average and Adam's two moments, in fp32.
+    assert Train.bytes_needed(job) == pytest.approx(2 * len(TENSORS) * 4 * numbers, rel=0.01)
