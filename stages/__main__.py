@@ -13,6 +13,7 @@ from importlib.metadata import version
 import fsspec
 
 from infra.dataset import Dataset, find, point
+from infra.nearest import nearest
 from infra.store import Store, StoreError
 from stages.catalog import stage_class
 from stages.runner.contract import Bug, StageError, in_words
@@ -34,7 +35,7 @@ def run_node(recipe: Recipe, node: str, store: Store, outside: Outside | None = 
         RecipeError, StageError, StoreError: with one line that says what to do.
     """
     if node not in recipe.nodes:
-        raise RecipeError(f"{node}: the recipe {recipe.name} has no such node; it has {', '.join(recipe.nodes)}")
+        raise RecipeError(f"{node}: the recipe {recipe.name} has no such node{nearest(node, recipe.nodes)}")
     planned = plan(recipe, store, outside=outside)[node]
     if expected is not None and planned.fingerprint != expected:
         raise StageError(

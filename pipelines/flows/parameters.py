@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from infra.nearest import nearest
 from stages.runner.recipe import Node, Recipe, RecipeError, explain, parse_recipe
 
 
@@ -43,7 +44,7 @@ def changed(recipe: Recipe, config: Mapping[str, Mapping[str, Any]]) -> Recipe:
     document, fresh = deepcopy(recipe.document), False
     for name, values in config.items():
         if name not in recipe.nodes:
-            raise RecipeError(f"config.{name}: the recipe {recipe.name} has no such node; it has {', '.join(recipe.nodes)}")
+            raise RecipeError(f"config.{name}: the recipe {recipe.name} has no such node{nearest(name, recipe.nodes)}")
         if not isinstance(values, Mapping):
             raise RecipeError(f"config.{name}: expected a mapping of fields, got {values!r}")
         if differences := _differences(recipe.nodes[name].config, values):

@@ -240,7 +240,7 @@ def run_example(world: World, command: str, folder: Path) -> str:
     words = [here(word) for word in example_of(command)]
     if command in ("run", "deploy"):
         words += ["--set", world.hosts]
-    if "--store" not in words:
+    if "--store" not in words and command != "fields":
         words += ["--store", world.store.root]
     code, printed = start(*words).finish()
     assert code == 0, printed
@@ -251,13 +251,15 @@ def run_example(world: World, command: str, folder: Path) -> str:
 SAID = {
     "run": "nothing new: all 11 nodes reused",
     "status": '"node": "train-512"',
+    "fields": "train.NAME",
+    "logs": "step 6",
     "lineage": "little-select",
     "inspect": "schema",
     "verify": "files are as the manifest says",
     "list": "little-filter",
     "keep": "stays, with all that it was made from",
     "gc": "nothing to remove",
-    "sample": "a large red apple on the left of a blue background",
+    "sample": "a large red apple on a blue background",
     "convert": "diffusers: ",
     "up": "started",
     "deploy": "small-train-512",

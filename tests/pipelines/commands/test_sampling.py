@@ -202,7 +202,7 @@ def test_what_is_no_checkpoint_is_named(export, tmp_path, say):  # noqa: F811
     (tmp_path / "empty").mkdir()
     for checkpoint, message in (
         (tmp_path / "empty", "no whole checkpoint; expected an export folder"),
-        ("0123abcd", "0123abcd: no dataset in"),
+        ("0123abcd", "there is no store; --store or UNIDIFFUSER_STORE names another (CHECKPOINT is a folder or a dataset)"),
     ):
         code, _, complaint = say("sample", checkpoint, "--task", "t", *store)
         assert code == 2 and message in complaint and complaint.count("\n") == 1

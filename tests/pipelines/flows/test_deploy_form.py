@@ -161,7 +161,10 @@ def test_a_mapping_that_is_a_value_is_replaced_and_keeps_none_of_its_old_keys(pa
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"best-filter": {}}, r"^config\.best-filter: the recipe demo has no such node; nearest are little-filter, "),
+        (
+            {"best-filter": {}},
+            r"^config\.best-filter: the recipe demo has no such node; nearest are large-filter, little-filter, ",
+        ),
         ({"little-filter": 3}, r"^config\.little-filter: expected a mapping of fields, got 3$"),
         ({"little-filter": {"min_side": "wide"}}, r"^subsets\.little\.filter\.min_side: input should be a valid integer"),
         ({"train-256": {"model": {"depth": 3}}}, r"^train\.256\.model: depth is 3; it must be even"),

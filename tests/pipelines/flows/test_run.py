@@ -51,7 +51,7 @@ def test_a_made_node_leaves_its_page_with_counts_and_reasons(kept: Kept) -> None
     assert f"select/{dataset.manifest.fingerprint}" in page
     assert "| rows in | 60 |" in page and "| rows out | 44 |" in page
     assert re.search(r"\| min_width \| 16 \| 26\.7% \|", page)
-    assert "```mermaid\ngraph LR" in pages["tiny-lineage"]
+    assert "\ngraph TD\n" in pages["tiny-lineage"]
     assert "n_bad_select --> n_bad_download" in pages["tiny-lineage"]
 
 

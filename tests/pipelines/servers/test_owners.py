@@ -141,7 +141,7 @@ def test_undeploy_removes_what_deploy_has_made_and_nothing_else(api: Api, tmp_pa
     assert names(api) == {"copy-of-mine"} and not triggers(api)
     assert {one["name"] for one in api("POST", "automations/filter", {})} == shared
     assert not [limit for limit in api("POST", "v2/concurrency_limits/filter", {}) if "deployment" in limit["name"]]
-    with pytest.raises(NotThere, match=r"^mnie: no recipe file, and no recipe is deployed .*; nearest are copy-of-mine"):
+    with pytest.raises(NotThere, match=r"^mnie: no recipe file, and no recipe is deployed .*; nearest is copy-of-mine"):
         undeploy("mnie", store)
 
 
