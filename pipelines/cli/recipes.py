@@ -120,6 +120,7 @@ def deploy(
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the name over from another recipe file or store; its schedules go.")
     ] = False,
+    as_json: JsonOption = False,
     store: StoreOption = "runs",
 ) -> None:
     """Register a recipe on the Prefect server: a deployment of all and one of every node, with its schedules.
@@ -128,11 +129,14 @@ def deploy(
     """
     from infra.external import state_folder
     from infra.store import Store
-    from pipelines.commands.conduct import deploy_recipe
+    from pipelines.commands.deployment import deploy_recipe
     from stages.runner.recipe import load_recipe
 
     place = Store(store)
-    deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), console, replace)
+    view = Console(stderr=True) if as_json else console
+    done = deploy_recipe(load_recipe(recipe, overrides or ()), place, state_folder(place), view, replace)
+    if as_json:
+        print(json.dumps(done, indent=1))
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser undeploy configs/demo.yaml")
@@ -143,7 +147,7 @@ def undeploy(
 ) -> None:
     """Remove a recipe's deployments from the Prefect server, with their schedules and triggers; its datasets stay."""
     from infra.store import Store
-    from pipelines.commands.withdraw import undeploy_recipe
+    from pipelines.commands.deployment import undeploy_recipe
 
     undeploy_recipe(recipe, Store(store), others, console)
 

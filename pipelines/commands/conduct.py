@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,11 +24,10 @@ from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
 from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.flows.selection import check_inputs, select_nodes
-from pipelines.servers.machine import command_for, find_api, find_machine, say_address, say_sign_in
+from pipelines.servers.machine import command_for, find_machine, say_address, say_sign_in
 from pipelines.servers.servers import Servers, use_servers
-from stages.runner.deployment import Schedule
 from stages.runner.graph import Planned
-from stages.runner.recipe import Recipe, RecipeError
+from stages.runner.recipe import Recipe
 
 if TYPE_CHECKING:
     # Prefect reads its settings when it is first imported, and that must wait until a server is chosen.
@@ -142,58 +139,6 @@ def run_recipe(recipe: Recipe, store: Store, wish: Wish, console: Console, at_en
     if run.failures():
         return 1
     return 130 if run.stopping.is_set() else 0
-
-
-def deploy_recipe(recipe: Recipe, store: Store, state: Path, console: Console, replace: bool = False) -> None:
-    """Register a recipe on the server that `unidiffuser up` keeps or PREFECT_API_URL names, and say what is there now.
-
-    Args:
-        replace: although the name is another recipe file's or another store's.
-
-    Raises:
-        RecipeError, ServerError: with one line that says what to do.
-    """
-    recipe.check_named()
-    check_store(store)
-    address = find_api(state)
-    try:
-        check_plan(recipe, store, plan_run(recipe, store), list(recipe.nodes), refuse=False)
-    except RecipeError as error:
-        # Files may come later than the deployment that will look for them.
-        print(f"warning: {error}", file=sys.stderr)
-    os.environ.update(QUIET_PREFECT)
-    from pipelines.servers.deployments import deploy
-    from pipelines.servers.schedules import next_dates
-
-    with server_errors(address):
-        done = deploy(recipe, store, replace)
-    for name, deployment in done.deployments.items():
-        console.print(f"{name}: {address}/v2/deployments/deployment/{deployment}", soft_wrap=True)
-    for name in done.removed:
-        console.print(f"{name}: removed, as the recipe has no such node any more", soft_wrap=True)
-    for number, (schedule, there) in enumerate(zip(recipe.deploy.schedules, done.schedules, strict=True)):
-        words = describe_schedule(schedule.model_copy(update={"active": there.active}))
-        if there.active and not done.paused:
-            words += f"; next {', '.join(f'{date:%Y-%m-%d %H:%M}' for date in next_dates(there))}"
-        console.print(f"schedule {number}: {words}", soft_wrap=True)
-    if done.gpus is not None:
-        words = f"gpus: the server has {done.gpus} slots, as somebody else has set them, and not {recipe.deploy.gpus}"
-        console.print(words, soft_wrap=True)
-    if done.paused:
-        console.print(
-            "paused: somebody has paused this deployment; no schedule starts it until it is resumed in the UI",
-            soft_wrap=True,
-        )
-    say_sign_in(state, address, console)
-
-
-def describe_schedule(schedule: Schedule) -> str:
-    """``cron 0 2 * * * (Europe/Berlin), until little-encode``"""
-    kind = next(kind for kind in ("cron", "interval", "rrule") if getattr(schedule, kind) is not None)
-    chosen = {"only": ", ".join(schedule.only), "from": schedule.start, "until": schedule.until}
-    parts = [f"{kind} {getattr(schedule, kind)} ({schedule.timezone})"]
-    parts += [f"{name} {nodes}" for name, nodes in chosen.items() if nodes]
-    return ", ".join(parts if schedule.active else [*parts, "switched off"])
 
 
 def run_deployed(

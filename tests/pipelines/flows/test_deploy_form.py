@@ -11,7 +11,7 @@ import yaml
 from prefect.utilities.schema_tools.validation import validate
 
 from infra.store import Store
-from pipelines.commands.conduct import describe_schedule
+from pipelines.commands.deployment import describe_schedule
 from pipelines.flows.forms import node_fields, node_form, recipe_form
 from pipelines.flows.parameters import changed, choice, values_of
 from pipelines.flows.run import snapshot

@@ -12,7 +12,7 @@ from prefect.settings import temporary_settings
 from rich.console import Console
 
 from infra.store import Store
-from pipelines.commands import conduct
+from pipelines.commands import deployment
 from pipelines.servers import automations, schedules
 from pipelines.servers.deployments import deploy
 from pipelines.servers.schedules import next_dates, prefect_schedules
@@ -41,8 +41,8 @@ def api(kept: Kept) -> Iterator[Callable[..., Any]]:
 
     with temporary_settings(kept.settings()):
         yield api
-    for deployment in api("POST", "deployments/filter", {}):
-        api("DELETE", f"deployments/{deployment['id']}")
+    for found in api("POST", "deployments/filter", {}):
+        api("DELETE", f"deployments/{found['id']}")
     for automation in api("POST", "automations/filter", {}):
         api("DELETE", f"automations/{automation['id']}")
     for limit in api("POST", "v2/concurrency_limits/filter", {}):
@@ -113,12 +113,14 @@ def test_deploying_again_leaves_what_was_changed_on_the_server(
 def test_only_what_will_start_is_said_to_come(
     kept: Kept, api: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conduct, "find_api", lambda _: kept.address)
-    monkeypatch.setattr(conduct, "QUIET_PREFECT", {})
+    monkeypatch.setattr(deployment, "find_api", lambda _: kept.address)
+    monkeypatch.setattr(deployment, "QUIET_PREFECT", {})
     wanted = recipe(tmp_path, NIGHTLY, {**NIGHTLY, "active": False}, gpus=1)
 
+    told: list[dict[str, Any]] = []
+
     def said() -> list[str]:
-        conduct.deploy_recipe(wanted, Store(str(tmp_path / "store")), tmp_path / "state", Console(width=200))
+        told.append(deployment.deploy_recipe(wanted, Store(str(tmp_path / "store")), tmp_path / "state", Console(width=200)))
         return [line for line in capsys.readouterr().out.splitlines() if not line.startswith("weekly")]
 
     awake, asleep = said()
@@ -126,6 +128,9 @@ def test_only_what_will_start_is_said_to_come(
     api("POST", f"deployments/{api('GET', 'deployments/name/recipe/weekly')['id']}/pause_deployment", {})
     *paused, why = said()
     assert paused == [awake.partition("; next")[0], asleep] and why.startswith("paused: ")
+    # A script reads the same.
+    assert [[len(each["next"]) for each in one["schedules"]] for one in told] == [[3, 0], [0, 0]]
+    assert [one["paused"] for one in told] == [False, True] and set(told[0]["deployments"]) == {"weekly", "weekly-a-select"}
 
 
 @pytest.mark.parametrize(

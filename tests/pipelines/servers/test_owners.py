@@ -194,7 +194,7 @@ def test_what_nobody_wrote_down_is_nobody_s_to_take(api: Api, tmp_path: Path, st
 def test_a_template_must_be_given_a_name(template: str, tmp_path: Path, store: Store) -> None:
     from rich.console import Console
 
-    from pipelines.commands.conduct import deploy_recipe
+    from pipelines.commands.deployment import deploy_recipe
 
     loaded = load_recipe(CONFIGS / template)
     for start in (
