@@ -252,7 +252,7 @@ SAID = {
     "run": "nothing new: all 11 nodes reused",
     "status": '"node": "train-512"',
     "fields": "train.NAME",
-    "logs": "step 6",
+    "logs": "step 3 validation loss",
     "lineage": "little-select",
     "inspect": "schema",
     "verify": "files are as the manifest says",
