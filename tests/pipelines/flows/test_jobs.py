@@ -100,7 +100,8 @@ def test_a_quiet_job_takes_one_connection_and_its_log_is_read_once(
     relayed: tuple[RayJobs, Relay], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs, relay = relayed
-    monkeypatch.setattr(ray_log, "SILENCE", 1.0)
+    # Shorter than the silence in the middle; longer than Ray takes to end a log, some 2 seconds.
+    monkeypatch.setattr(ray_log, "SILENCE", 3.0)
     say = "print(*[f'line {{n}}: é and 🙂' for n in range({}, {})], sep=chr(10), flush=True)"
     jobs.submit("quiet-1", python(f"import time; {say.format(0, 10_000)}; time.sleep(5); {say.format(10_000, 20_000)}"))
     lines = [line for line in jobs.follow("quiet-1") if line is not None]
