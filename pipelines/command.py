@@ -12,7 +12,9 @@ import typer
 
 from pipelines import DEBUG
 from pipelines.cli import data, machine, models, recipes
-from pipelines.cli.options import app
+from pipelines.cli.options import app, console
+
+__all__ = ["app", "console", "main"]
 
 # New objects between two looks for garbage; Python's own 700 costs a reused run a tenth of its time.
 GARBAGE_EVERY = 20_000

@@ -189,8 +189,8 @@ class Writer:
     nothing is written over.
     """
 
-    def __init__(self, request: Request, out: Path | None, lineage: Mapping[str, Any]):
-        self.request, self.out, self.lineage, self.rows = request, out, lineage, list[dict[str, Any]]()
+    def __init__(self, request: Request, out: Path | None, lineage: Mapping[str, Any] | None = None):
+        self.request, self.out, self.lineage, self.rows = request, out, lineage or {}, list[dict[str, Any]]()
         self.sources = request.sources
         self.number = 0 if out is None else _first_free(out)
 
