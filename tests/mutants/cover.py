@@ -1,0 +1,117 @@
+"""Runs all tests once under coverage, in a clean copy of the last commit; and answers which tests run a line."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from tests.mutants.follow import FOLDER
+
+ROOMS = ("pipelines", "stages", "training", "unidiffuser", "infra")
+SETTINGS = """[run]
+branch = False
+parallel = True
+sigterm = True
+data_file = {folder}/coverage
+plugins = tests.mutants.follow
+source_pkgs = {rooms}
+disable_warnings = no-data-collected,module-not-measured,module-not-imported,already-imported
+"""
+
+
+def copy_of_head(folder: Path) -> Path:
+    """A worktree of the last commit in `folder`: what runs there is altered, or watched, and never what a person is editing."""
+    if not folder.exists():
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(folder), "HEAD"], check=True)
+    return folder
+
+
+def collect(work: Path, groups: list[list[str]], threads: int = 1) -> None:
+    """Runs each group of pytest's arguments as a process of its own, all at once; a group that was done is not run again."""
+    running = []
+    for place, arguments in enumerate(groups):
+        folder = work / f"coverage-{place}"
+        if (folder / "done").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "now").write_text("")
+        (folder / "coveragerc").write_text(SETTINGS.format(folder=folder, rooms=",".join(ROOMS)))
+        copy = copy_of_head(work / f"watched-{place}")
+        command = [
+            sys.executable,
+            "-m",
+            "coverage",
+            "run",
+            f"--rcfile={folder}/coveragerc",
+            "-m",
+            "pytest",
+            "-p",
+            "tests.mutants.tell",
+        ]
+        environment = {**os.environ, FOLDER: str(folder), "PYTHONPATH": str(copy), "OMP_NUM_THREADS": str(threads)}
+        log = open(folder / "log", "w")
+        running.append((folder, subprocess.Popen([*command, *arguments], cwd=copy, env=environment, stdout=log, stderr=log)))
+    for folder, process in running:
+        process.wait()
+        subprocess.run([sys.executable, "-m", "coverage", "combine", f"--rcfile={folder}/coveragerc", "-q"], cwd=folder)
+        (folder / "done").touch()
+
+
+class Covered:
+    """Which tests run which line: `tests` has the seconds of each test that passed, `at` the tests of some lines of a file."""
+
+    def __init__(self, work: Path) -> None:
+        from coverage import CoverageData
+
+        self.seconds: dict[str, float] = {}
+        self.lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for folder in sorted(work.glob("coverage-*")):
+            copy = work / folder.name.replace("coverage", "watched")
+            tests = {}
+            for file in folder.glob("tests-*.json"):
+                tests.update(json.loads(file.read_text()))
+            passed = {name for name, test in tests.items() if test["passed"]}
+            self.seconds.update({name: tests[name]["seconds"] for name in passed})
+            users = defaultdict(set)
+            for name in passed:
+                for fixture in tests[name]["fixtures"]:
+                    users[f"fixture:{fixture}"].add(name)
+            data = CoverageData(str(folder / "coverage"))
+            data.read()
+            for file in data.measured_files():
+                if not Path(file).is_relative_to(copy):
+                    continue
+                lines = self.lines[str(Path(file).relative_to(copy))]
+                for line, contexts in data.contexts_by_lineno(file).items():
+                    for context in contexts:
+                        lines[line] |= users[context] if context.startswith("fixture:") else {context} & passed
+
+    def at(self, file: str, start: int, end: int, source: str) -> set[str]:
+        """The tests that run what stands in these lines. What runs at import counts for every test of the file's other lines."""
+        lines = self.lines.get(file, {})
+        statement = _innermost(ast.parse(source), start)
+        if statement is None:
+            return set().union(*lines.values()) if lines else set()
+        direct = set().union(*(lines.get(line, set()) for line in range(start, end + 1)))
+        return direct or set().union(*(lines.get(line, set()) for line in statement))
+
+
+def _innermost(tree: ast.Module, line: int) -> range | None:
+    """The lines of the smallest statement of a function's body that `line` belongs to; None where it runs at import."""
+    found: ast.stmt | None = None
+    inside = False
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside |= node.body[0].lineno <= line <= (node.end_lineno or 0)
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0):
+            if found is None or node.lineno >= found.lineno:
+                found = node
+    if not inside or found is None:
+        return None
+    body = getattr(found, "body", None)
+    return range(found.lineno, max(found.lineno + 1, body[0].lineno) if body else (found.end_lineno or 0) + 1)
