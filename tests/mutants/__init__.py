@@ -1,1 +1,1 @@
-"""How many small faults the tests notice: one seeded sample of mutants over the rooms (`make mutants`, docs/results/mutants.json)."""
+"""How many small faults the tests notice: one seeded sample of mutants (`make mutants`, docs/results/mutants.json)."""

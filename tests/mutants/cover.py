@@ -72,9 +72,11 @@ class Covered:
         self.lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for folder in sorted(work.glob("coverage-*")):
             copy = work / folder.name.replace("coverage", "watched")
-            tests = {}
+            tests, fixtures = {}, {}
             for file in folder.glob("tests-*.json"):
-                tests.update(json.loads(file.read_text()))
+                told = json.loads(file.read_text())
+                tests.update(told["tests"])
+                fixtures.update(told["fixtures"])
             passed = {name for name, test in tests.items() if test["passed"]}
             self.seconds.update({name: tests[name]["seconds"] for name in passed})
             users = defaultdict(set)

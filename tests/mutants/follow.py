@@ -1,7 +1,7 @@
 """A plugin of coverage: lines count for the test that runs now, in every process that the test started.
 
-`tests.mutants.tell` writes the test's name to a file. Every process below it, Ray's and Prefect's too, runs coverage with a thread that
-follows that file, and saves what it has seen so far: such processes are killed, and tell nothing at their end.
+`tests.mutants.tell` writes the test's name to a file. Every process below it, Ray's and Prefect's too, runs coverage with a
+thread that follows that file, and saves what it has seen so far: such processes are killed, and tell nothing at their end.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class Tests:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tests: dict[str, dict[str, Any]] = {}
+        self.fixtures: dict[str, float] = {}
         self.names: list[str] = [""]
 
     def say(self) -> None:
@@ -45,9 +47,11 @@ class Tests:
             return (yield)
         self.names.append(f"fixture:{fixturedef.argname}")
         self.say()
+        started = time.monotonic()
         try:
             return (yield)
         finally:
+            self.fixtures[fixturedef.argname] = time.monotonic() - started
             self.names.pop()
             self.say()
 
@@ -57,7 +61,7 @@ class Tests:
         test["passed"] &= report.passed
 
     def pytest_sessionfinish(self) -> None:
-        (self.folder / f"tests-{os.getpid()}.json").write_text(json.dumps(self.tests))
+        (self.folder / f"tests-{os.getpid()}.json").write_text(json.dumps({"tests": self.tests, "fixtures": self.fixtures}))
 
 
 def pytest_configure(config: pytest.Config) -> None:
