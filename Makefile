@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow chaos lint encoders text-decoder shapes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow chaos mutants lint encoders text-decoder shapes findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,10 @@ test-slow: setup
 chaos: setup
 	$(PY) -m tests.pipelines.chaos data $$(mktemp -d) --kills 50 --json docs/results/chaos-data.json
 	$(PY) -m tests.pipelines.chaos deployed $$(mktemp -d) --kills 32 --json docs/results/chaos-deployed.json
+
+# Three hundred small faults, drawn by a seed, each against the tests that run its line: hours on 2 cores, resumable.
+mutants: setup
+	$(PY) -m tests.mutants runs/mutants --json docs/results/mutants.json
 
 lint: setup
 	$(VENV)/bin/ruff check .

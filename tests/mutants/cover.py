@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -24,61 +25,70 @@ disable_warnings = no-data-collected,module-not-measured,module-not-imported,alr
 """
 
 
-def copy_of_head(folder: Path) -> Path:
-    """A worktree of the last commit in `folder`: what runs there is altered, or watched, and never what a person is editing."""
+def worktree(folder: Path, commit: str, tests_of: str | None = None) -> Path:
+    """A copy of a commit in `folder`, with the tests of another where asked: what runs there is not what a person is editing."""
     if not folder.exists():
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(folder), "HEAD"], check=True)
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(folder), commit], check=True)
+    # Also what a run that was cut has altered.
+    subprocess.run(["git", "checkout", "--quiet", commit, "--", "."], cwd=folder, check=True)
+    if tests_of is not None:
+        subprocess.run(["git", "checkout", "--quiet", tests_of, "--", "tests"], cwd=folder, check=True)
     return folder
 
 
-def collect(work: Path, groups: list[list[str]], threads: int = 1) -> None:
+def collect(work: Path, groups: list[list[str]], commit: str, tests_of: str | None = None) -> None:
     """Runs each group of pytest's arguments as a process of its own, all at once; a group that was done is not run again."""
     running = []
     for place, arguments in enumerate(groups):
         folder = work / f"coverage-{place}"
         if (folder / "done").exists():
             continue
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         (folder / "now").write_text("")
         (folder / "coveragerc").write_text(SETTINGS.format(folder=folder, rooms=",".join(ROOMS)))
-        copy = copy_of_head(work / f"watched-{place}")
-        command = [
-            sys.executable,
-            "-m",
-            "coverage",
-            "run",
-            f"--rcfile={folder}/coveragerc",
-            "-m",
-            "pytest",
-            "-p",
-            "tests.mutants.tell",
-        ]
-        environment = {**os.environ, FOLDER: str(folder), "PYTHONPATH": str(copy), "OMP_NUM_THREADS": str(threads)}
-        log = open(folder / "log", "w")
-        running.append((folder, subprocess.Popen([*command, *arguments], cwd=copy, env=environment, stdout=log, stderr=log)))
+        copy = worktree(work / f"watched-{place}", commit, tests_of)
+        watched = [sys.executable, "-m", "coverage", "run", f"--rcfile={folder}/coveragerc"]
+        command = [*watched, "-m", "pytest", "-p", "tests.mutants.tell"]
+        environment = {**os.environ, FOLDER: str(folder), "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+        with open(folder / "log", "w") as log:
+            started = subprocess.Popen([*command, *arguments], cwd=copy, env=environment, stdout=log, stderr=log)
+        running.append((folder, started))
     for folder, process in running:
         process.wait()
-        subprocess.run([sys.executable, "-m", "coverage", "combine", f"--rcfile={folder}/coveragerc", "-q"], cwd=folder)
+        subprocess.run(
+            [sys.executable, "-m", "coverage", "combine", f"--rcfile={folder}/coveragerc", "-q"], cwd=folder, check=True
+        )
         (folder / "done").touch()
 
 
 class Covered:
-    """Which tests run which line: `tests` has the seconds of each test that passed, `at` the tests of some lines of a file."""
+    """Which tests run which line, and how long they take; of tests that passed.
+
+    Args:
+        work: what `collect` was given.
+    """
 
     def __init__(self, work: Path) -> None:
         from coverage import CoverageData
 
         self.seconds: dict[str, float] = {}
+        self.fixtures: dict[str, dict[str, float]] = {}
         self.lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for folder in sorted(work.glob("coverage-*")):
             copy = work / folder.name.replace("coverage", "watched")
             tests, fixtures = {}, {}
-            for file in folder.glob("tests-*.json"):
-                told = json.loads(file.read_text())
+            for listed in folder.glob("tests-*.json"):
+                told = json.loads(listed.read_text())
                 tests.update(told["tests"])
                 fixtures.update(told["fixtures"])
             passed = {name for name, test in tests.items() if test["passed"]}
-            self.seconds.update({name: tests[name]["seconds"] for name in passed})
+            for name in passed:
+                shared = {fixture: fixtures[fixture] for fixture in tests[name]["fixtures"] if fixture in fixtures}
+                self.fixtures[name] = shared
+                # A shared fixture is part of the time of the first test that uses it.
+                longest = max(shared.values(), default=0.0)
+                self.seconds[name] = tests[name]["seconds"] - (longest if tests[name]["seconds"] > longest else 0.0)
             users = defaultdict(set)
             for name in passed:
                 for fixture in tests[name]["fixtures"]:
@@ -88,8 +98,9 @@ class Covered:
             for file in data.measured_files():
                 if not Path(file).is_relative_to(copy):
                     continue
+                found = data.contexts_by_lineno(file)
                 lines = self.lines[str(Path(file).relative_to(copy))]
-                for line, contexts in data.contexts_by_lineno(file).items():
+                for line, contexts in found.items():
                     for context in contexts:
                         lines[line] |= users[context] if context.startswith("fixture:") else {context} & passed
 
@@ -101,6 +112,24 @@ class Covered:
             return set().union(*lines.values()) if lines else set()
         direct = set().union(*(lines.get(line, set()) for line in range(start, end + 1)))
         return direct or set().union(*(lines.get(line, set()) for line in statement))
+
+    def within(self, tests: list[str], seconds: float) -> list[str]:
+        """As many of these tests as take so long together, with the fixtures that they share."""
+        chosen, paid = [], set[str]()
+        for test in tests:
+            fixtures = self.fixtures[test]
+            cost = self.seconds[test] + max((s for fixture, s in fixtures.items() if fixture not in paid), default=0.0)
+            if cost <= seconds:
+                seconds -= cost
+                paid |= fixtures.keys()
+                chosen.append(test)
+        return chosen
+
+    def forget(self, tests: set[str]) -> None:
+        """Never name these tests again."""
+        for lines in self.lines.values():
+            for line in lines:
+                lines[line] -= tests
 
 
 def _innermost(tree: ast.Module, line: int) -> range | None:
