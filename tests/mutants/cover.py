@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from tests.mutants.follow import FOLDER
 
@@ -37,24 +38,43 @@ def worktree(folder: Path, commit: str, tests_of: str | None = None) -> Path:
 
 
 def collect(work: Path, groups: list[list[str]], commit: str, tests_of: str | None = None) -> None:
-    """Runs each group of pytest's arguments as a process of its own, all at once; a group that was done is not run again."""
-    running = []
-    for place, arguments in enumerate(groups):
+    """Runs each group of pytest's arguments as a process of its own, all at once; then what failed beside others again, alone.
+
+    A group that was done is not run again.
+    """
+    running = {place: _start(work, place, arguments, commit, tests_of) for place, arguments in enumerate(groups)}
+    for place, process in running.items():
+        _finish(work, place, process)
+    failed = [name for place in running for name, test in told(work / f"coverage-{place}")["tests"].items() if not test["passed"]]
+    if failed:
+        _finish(work, len(groups), _start(work, len(groups), failed, commit, tests_of))
+
+
+def told(folder: Path) -> dict[str, Any]:
+    """What `tests.mutants.tell` wrote of a run: `tests` and `fixtures` by name."""
+    files = [json.loads(file.read_text()) for file in sorted(folder.glob("tests-*.json"))]
+    return {kind: {name: value for file in files for name, value in file[kind].items()} for kind in ("tests", "fixtures")}
+
+
+def _start(work: Path, place: int, arguments: list[str], commit: str, tests_of: str | None) -> subprocess.Popen | None:
+    folder = work / f"coverage-{place}"
+    if (folder / "done").exists():
+        return None
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "now").write_text("")
+    (folder / "coveragerc").write_text(SETTINGS.format(folder=folder, rooms=",".join(ROOMS)))
+    copy = worktree(work / f"watched-{place}", commit, tests_of)
+    watched = [sys.executable, "-m", "coverage", "run", f"--rcfile={folder}/coveragerc"]
+    command = [*watched, "-m", "pytest", "-p", "tests.mutants.tell", *arguments]
+    environment = {**os.environ, FOLDER: str(folder), "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    with open(folder / "log", "w") as log:
+        return subprocess.Popen(command, cwd=copy, env=environment, stdout=log, stderr=log)
+
+
+def _finish(work: Path, place: int, process: subprocess.Popen | None) -> None:
+    if process is not None:
         folder = work / f"coverage-{place}"
-        if (folder / "done").exists():
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "now").write_text("")
-        (folder / "coveragerc").write_text(SETTINGS.format(folder=folder, rooms=",".join(ROOMS)))
-        copy = worktree(work / f"watched-{place}", commit, tests_of)
-        watched = [sys.executable, "-m", "coverage", "run", f"--rcfile={folder}/coveragerc"]
-        command = [*watched, "-m", "pytest", "-p", "tests.mutants.tell"]
-        environment = {**os.environ, FOLDER: str(folder), "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        with open(folder / "log", "w") as log:
-            started = subprocess.Popen([*command, *arguments], cwd=copy, env=environment, stdout=log, stderr=log)
-        running.append((folder, started))
-    for folder, process in running:
         process.wait()
         subprocess.run(
             [sys.executable, "-m", "coverage", "combine", f"--rcfile={folder}/coveragerc", "-q"], cwd=folder, check=True
@@ -77,11 +97,7 @@ class Covered:
         self.lines: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
         for folder in sorted(work.glob("coverage-*")):
             copy = work / folder.name.replace("coverage", "watched")
-            tests, fixtures = {}, {}
-            for listed in folder.glob("tests-*.json"):
-                told = json.loads(listed.read_text())
-                tests.update(told["tests"])
-                fixtures.update(told["fixtures"])
+            tests, fixtures = told(folder).values()
             passed = {name for name, test in tests.items() if test["passed"]}
             for name in passed:
                 shared = {fixture: fixtures[fixture] for fixture in tests[name]["fixtures"] if fixture in fixtures}
