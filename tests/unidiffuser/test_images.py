@@ -62,6 +62,7 @@ ODD = {
     "a directory elsewhere": [turn(6), (34665, 4, 1, ELSEWHERE)],
     "a directory of letters": [turn(6), (34665, 2, 2, b"a\0\0\0")],
     "a resolution of whole numbers": [turn(6), (282, 3, 1, b"\x48\0\0\0"), (283, 5, 1, ELSEWHERE)],
+    "the last of thirteen": [*((tag, 3, 1, bytes(4)) for tag in range(0x0100, 0x010C)), turn(6)],
     "a long orientation": [(0x0112, 4, 1, struct.pack("<I", 6))],
 }
 

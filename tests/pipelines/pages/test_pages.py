@@ -74,6 +74,9 @@ def test_a_page_says_which_code_made_how_much_of_what_and_what_was_dropped(tmp_p
     (tmp_path / "rows.parquet").write_bytes(bytes(2_300_000))
     files = a_dataset(store, "select", "ab" * 12, {}, tmp_path / "rows.parquet").files
     page = page_of(run, "made", made(run, files=files))
+    assert "made by" not in page, "nobody knows which run"
+    run.flow_run = "0f" * 16
+    assert f"made by [this run](/v2/runs/flow-run/{run.flow_run})" in page_of(run, "made", made(run, files=files))
     assert f"| code | stage version {SELECT}, package 0.1.0, commit 0123456789ab+ |" in page
     assert "| files | 1, 2.3 MB |" in page
     assert "| rows in | 60 |" in page and "| rows out | 44 |" in page

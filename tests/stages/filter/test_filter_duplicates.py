@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +59,13 @@ def test_plain_pictures_that_share_a_key_are_told_apart_by_their_colours():
     shades = np.repeat(chance.integers(0, 64, (40, 1)) * 4, COLOUR_BYTES, axis=1).astype(np.uint8)
     truth = all_pairs((hashes, shades), 12)
     assert by_bands((hashes, shades), 12).tolist() == truth.tolist() and 0 < truth.sum() < 40
+
+
+def test_shards_are_compared_together_up_to_so_many_rows(monkeypatch):
+    monkeypatch.setattr(duplicates, "ROWS", 30)
+    records = [SimpleNamespace(files=[SimpleNamespace(rows=rows)]) for rows in (10, 10, 10, 1, 29, 30, 31, 3)]
+    found = [[record.files[0].rows for record in group] for group in duplicates.groups(records)]
+    assert found == [[10, 10, 10], [1, 29], [30], [31], [3]]
 
 
 def test_every_bit_belongs_to_one_band():

@@ -60,6 +60,7 @@ ABSENT = [
     ({"min_similarity": 0.3}, "min_similarity; leave min_similarity out"),
     ({"languages": ["en"]}, "languages; leave languages out"),
     ({"preset": "datacomp-basic", "languages": ["de"]}, "languages; leave languages out"),
+    ({"preset": "datacomp-basic", "languages": ["fr"]}, "languages; leave languages out"),
     (
         {"min_similarity": 0.3, "min_aesthetic": 5},
         "min_similarity, min_aesthetic; set heads.aesthetic.weights or leave min_similarity, min_aesthetic out",

@@ -1,12 +1,16 @@
 """Shards as webdataset, the format's own library, reads them."""
 
+import hashlib
 import json
 import random
 from dataclasses import replace
 
+import pytest
 import webdataset
 
-from stages.shards.tar import ShardWriter, read_samples
+from infra.store import Store
+from stages.runner.contract import StageError
+from stages.shards.tar import ShardWriter, read_samples, whole
 from tests.stages.packed import blots, encoded, sample
 
 
@@ -37,3 +41,13 @@ def test_webdataset_decodes_them_as_its_users_do(tmp_path):
         tar.add(replace(sample(7, encoded(picture, "PNG"), "a caption", similarity=0.31), extension="png"))
     ((image, text, meta),) = webdataset.WebDataset(str(path), shardshuffle=False).decode("pil").to_tuple("png", "txt", "json")
     assert (image.tobytes(), text, meta["similarity"]) == (picture.tobytes(), "a caption", 0.31)
+
+
+def test_the_digest_is_of_the_whole_file_however_little_of_it_is_read(tmp_path):
+    data = random.Random(0).randbytes(3_000_000)
+    (tmp_path / "file").write_bytes(data)
+    for size in (0, 1, len(data)):
+        with whole(Store(str(tmp_path)), "file", hashlib.sha256(data).hexdigest()) as file:
+            assert file.read(size) == data[:size]
+    with pytest.raises(StageError, match="file: damaged"), whole(Store(str(tmp_path)), "file", "0" * 64) as file:
+        file.read(1)
