@@ -130,16 +130,18 @@ class Covered:
         return direct or set().union(*(lines.get(line, set()) for line in statement))
 
     def within(self, tests: list[str], seconds: float) -> list[str]:
-        """As many of these tests as take so long together, with the fixtures that they share."""
+        """As many of these tests as take so long together, with the fixtures that they share; one at least."""
         chosen, paid = [], set[str]()
+
+        def cost(test: str) -> float:
+            return self.seconds[test] + max((s for name, s in self.fixtures[test].items() if name not in paid), default=0.0)
+
         for test in tests:
-            fixtures = self.fixtures[test]
-            cost = self.seconds[test] + max((s for fixture, s in fixtures.items() if fixture not in paid), default=0.0)
-            if cost <= seconds:
-                seconds -= cost
-                paid |= fixtures.keys()
+            if (taken := cost(test)) <= seconds:
+                seconds -= taken
+                paid |= self.fixtures[test].keys()
                 chosen.append(test)
-        return chosen
+        return chosen or sorted(tests, key=cost)[:1]
 
     def forget(self, tests: set[str]) -> None:
         """Never name these tests again."""

@@ -64,6 +64,7 @@ def test_a_shared_fixture_is_paid_once(covered: Covered) -> None:
     covered.fixtures = {"a": {"server": 30.0}, "b": {"server": 30.0}, "c": {}, "d": {}}
     assert covered.within(["a", "b", "c", "d"], 33.5) == ["a", "b", "c"]
     assert covered.within(["a", "b", "c", "d"], 30.5) == ["c", "d"]
+    assert covered.within(["a", "d"], 10.0) == ["d"] and covered.within([], 10.0) == []
 
 
 def test_who_killed() -> None:

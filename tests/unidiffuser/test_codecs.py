@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import open_clip
 import pytest
 
 from tests.unidiffuser.test_generation import export, model  # noqa: F401
+from unidiffuser.codecs import CaptionCodec, PromptCut
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.generation import UniDiffuser
 from unidiffuser.modalities import Modality, Part, paper_modalities, resized
@@ -59,3 +63,16 @@ def test_captions_are_written_with_as_many_beams_as_asked_for(model, monkeypatch
     assert asked == [5, 1]
     with pytest.raises(ValueError, match="count, batch, beams and rounds must be 1 or more, not 1, 16, 0 and 4"):
         model.generate("t", beams=0)
+
+
+@pytest.mark.parametrize("length", [16, 77, 84])
+def test_a_prompt_is_cut_behind_what_the_encoder_reads(length):
+    # Every word is one token; the begin and the end of a text take two more.
+    clip = SimpleNamespace(context_length=length, tokenizer=open_clip.SimpleTokenizer(context_length=length))
+    codec = CaptionCodec(clip, None, 1)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptCut)
+        codec._warn_if_cut(" ".join(["red"] * (length - 2)))
+    with pytest.warns(PromptCut, match=f"more than the {length} tokens") as caught:
+        codec._warn_if_cut(" ".join(["red"] * (length + 3)))
+    assert str(caught[0].message).split("cut after: ")[1].strip("' ") == " ".join(["red"] * (length - 2))

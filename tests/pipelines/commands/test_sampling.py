@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -11,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from infra.dataset import point
 from infra.store import Store
 from pipelines.commands import sampling
+from pipelines.commands.checkpoints import Named
 from tests.pipelines.commands.test_plain import run_main
 from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
@@ -333,3 +336,38 @@ def test_a_damaged_file_of_a_checkpoint_is_named_in_a_line(export, file, text, t
     code, printed, complaint = say("sample", tmp_path / "damaged", "--task", "t", *FEW)
     assert code == 1 and printed == ""
     assert complaint.startswith(f"error: {damaged}: ") and complaint.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("joint", {}),
+        ("t2i", {"prompts": [PROMPT] * 3, "batch": 2}),
+        ("i2t2i", {"images": 1}),
+        ("gibbs", {"count": 2}),
+        ("gibbs", {"prompts": [PROMPT]}),
+        ("gibbs", {"images": 1}),
+        ("interpolate", {"images": 2, "count": 3, "batch": 1}),
+        ("interpolate", {"images": 2, "count": 5, "batch": 2}),
+    ],
+)
+def test_the_bar_is_full_when_all_is_drawn_and_not_before(export, tmp_path, monkeypatch, task, given):  # noqa: F811
+    bars = []
+
+    class Watched(sampling._Bar):
+        def chunk_done(self) -> None:
+            bars.append((self, self.calls, self.bars.tasks[0].percentage))
+            super().chunk_done()
+
+    monkeypatch.setattr(sampling, "_Bar", Watched)
+    pictures = [tmp_path / f"{number}.png" for number in range(given.pop("images", 0))]
+    for number, path in enumerate(pictures):
+        noise_image(number).save(path)
+    settings = sampling.Settings(steps=2, beams=1, rounds=2)
+    request = sampling.Request(str(export), task, images=pictures, settings=settings, **given)
+    sampling.run(request, Store(str(tmp_path)), Named(), tmp_path / "out", Console(file=io.StringIO()))
+    chunks = len(request.chunks)
+    for done, (bar, calls, percentage) in enumerate(bars, start=1):
+        assert calls == bar.expected
+        assert percentage == pytest.approx(100 * done / chunks)
+    assert len(bars) == chunks and bars[-1][0].bars.tasks[0].percentage == 100

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from infra.store import Store
 from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Result, Run, plan_run
 from pipelines.pages import artifacts, progress
-from pipelines.pages.artifacts import dataset_page, publish_page
+from pipelines.pages.artifacts import _reasons, dataset_page, publish_page
 from pipelines.pages.results import losses
 from pipelines.pages.versions import add_user, find_others
 from pipelines.servers.servers import Servers
@@ -90,6 +92,18 @@ def test_a_made_version_says_what_differs_from_the_version_before(tmp_path: Path
     point(store, "pages", "a-select", made(before).manifest.reference())
     run = a_run(recipe(tmp_path, 300), store)
     assert "## Changed\n\n- `min_width: 256 -> 300`\n" in page_of(run, "made", made(run))
+
+
+def test_a_version_that_a_killed_run_made_says_what_differs_as_well(tmp_path: Path, store: Store) -> None:
+    """Its dataset is there, so the plan has nothing to say; the page before it names what it differs from."""
+    before = made(a_run(recipe(tmp_path, 256), store)).manifest
+    run = a_run(recipe(tmp_path, 300), store)
+    planned = replace(run.planned["a-select"], state="hit", reasons=[])
+    page = SimpleNamespace(description=f"select {before.fingerprint}")
+    for result in ("made", "reused"):
+        outcome = Outcome("a-select", result, 2.0, made(run))  # type: ignore[arg-type]
+        assert _reasons(run, planned, outcome, page) == ["min_width: 256 -> 300"]  # type: ignore[arg-type]
+        assert _reasons(run, planned, outcome, None) == []
 
 
 def picture(size: tuple[int, int]) -> bytes:
