@@ -368,7 +368,7 @@ def test_wrong_requests_are_named(network):
         draw(condition={"text": torch.zeros(1, 2, 3)})
     with pytest.raises(ValueError, match="condition caption: no such part; there are latent, clip, text"):
         draw(condition={"caption": torch.zeros(1, 2, 2)})
-    for interval in ((700, 300), (0, 1001)):
+    for interval in ((700, 300), (0, 1001), (-1, 5)):
         with pytest.raises(ValueError, match=r"guidance_interval must be two timesteps in 0 .. 1000, the lower one first"):
             draw(guidance_interval=interval)
     with pytest.raises(ValueError, match="batch and rounds of 1 or more, not 1, 1 and 0"):

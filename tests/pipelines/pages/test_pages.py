@@ -94,6 +94,13 @@ def test_a_made_version_says_what_differs_from_the_version_before(tmp_path: Path
     assert "## Changed\n\n- `min_width: 256 -> 300`\n" in page_of(run, "made", made(run))
 
 
+def test_the_page_of_a_run_begins_with_what_its_recipe_says_it_is(tmp_path: Path, store: Store) -> None:
+    run = a_run(recipe(tmp_path, 256), store)
+    assert "\n\nThe datasets of this run and what they were made from.\n\n" in artifacts.run_page(run)
+    run.recipe = replace(run.recipe, description="Sunsets over water.")
+    assert "\n\nSunsets over water.\n\n" in artifacts.run_page(run)
+
+
 def test_a_version_that_a_killed_run_made_says_what_differs_as_well(tmp_path: Path, store: Store) -> None:
     """Its dataset is there, so the plan has nothing to say; the page before it names what it differs from."""
     before = made(a_run(recipe(tmp_path, 256), store)).manifest

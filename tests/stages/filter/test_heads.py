@@ -109,6 +109,14 @@ def test_a_head_for_another_clip_is_named_with_both_widths(tmp_path, store, make
         make(Filter, store, {"rows": download(store, shards)}, heads={"aesthetic": config})
 
 
+@pytest.mark.parametrize(
+    ("clip_scores", "clip", "own"), [(True, "six", True), (False, None, True), (False, "six", False), (False, ..., False)]
+)
+def test_the_filters_own_clip_counts_where_something_is_computed_with_it(tmp_path, clip_scores, clip, own):
+    heads = {} if clip is ... else {"aesthetic": {**head(tmp_path, 3)[1], "clip": clip}}
+    assert ("clip" in Filter.weights(FilterConfig(clip_scores=clip_scores, heads=heads))) == own
+
+
 def test_a_file_that_is_no_head_is_named(tmp_path, store, make, in_process, shards):
     torch.save({"conv": torch.zeros(3, 3, 3)}, tmp_path / "conv.pth")
     config = {"weights": str(tmp_path / "conv.pth"), "architecture": "mlp"}

@@ -54,6 +54,13 @@ def decodes(monkeypatch):
     return given
 
 
+@pytest.mark.parametrize(("encode_format", "most"), [("png", 9), ("jpg", 100), ("webp", 100)])
+def test_png_has_compression_levels_up_to_9_in_place_of_qualities(encode_format, most):
+    assert ImageConfig(encode_format=encode_format, encode_quality=most).encode_quality == most
+    with pytest.raises(ValueError, match="encode_quality"):
+        ImageConfig(encode_format=encode_format, encode_quality=most + 1)
+
+
 def test_what_is_stored_is_what_a_person_sees():
     for name, (data, seen, off) in PICTURES.items():
         for fields in (LOSSLESS, {**LOSSLESS, "skip_reencode": False}, {**LOSSLESS, "resize_mode": "no"}):
