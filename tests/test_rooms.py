@@ -1,6 +1,7 @@
 """The rooms' rules: which may import which, and that a stage's code does not change without a new version."""
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -118,6 +119,25 @@ def test_a_change_of_code_is_noticed_and_one_of_comments_is_not(project):
     assert versions.code_digest("select") == before
     stage.write_text(original + "\nCHANGED = 1\n")
     assert versions.code_digest("select") != before
+
+
+def test_a_waiver_keeps_the_version_and_is_written_down_with_its_reason(tmp_path, monkeypatch, capsys):
+    record = tmp_path / "versions.json"
+    record.write_text(versions.RECORD.read_text(encoding="utf-8"), encoding="utf-8")
+    known = json.loads(record.read_text(encoding="utf-8"))
+    known["select"]["digest"] = "0" * 64
+    record.write_text(json.dumps(known), encoding="utf-8")
+    monkeypatch.setattr(versions, "RECORD", record)
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["versions", *arguments])
+        return versions.main()
+
+    assert run() == 1 and "select" in capsys.readouterr().out
+    assert run("--waive", "select", "a loop was unrolled") == 0 and capsys.readouterr().out == ""
+    found = json.loads(record.read_text(encoding="utf-8"))
+    assert found["select"]["version"] == known["select"]["version"]
+    assert found["select"]["waivers"] == [*known["select"]["waivers"], "a loop was unrolled"]
 
 
 def test_code_that_only_moves_keeps_its_digest(project):

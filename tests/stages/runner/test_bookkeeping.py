@@ -12,7 +12,7 @@ from infra.dataset import Stats, find
 from infra.store import Store, StoreError
 from stages.download.stage import Download
 from stages.folder.stage import Folder
-from stages.runner.contract import Job, StageError, UnitRecord, digest_of
+from stages.runner.contract import Job, StageError, UnitRecord, canonical, digest_of
 from stages.runner.run import DISK_RESERVE, add_up, check_disk, describe_drops, make_job, run_stage, unit_keys
 from stages.select.stage import Select
 from tests.stages.committed import dataset_of
@@ -20,6 +20,12 @@ from tests.stages.killed import in_process
 from tests.stages.toy import Keep, Squares, planned
 
 MANY = 60
+
+
+def test_a_digest_does_not_know_the_order_in_which_fields_were_written():
+    one, other = {"b": [1, 2], "a": {"d": 1, "c": "ä"}}, {"a": {"c": "ä", "d": 1}, "b": [1, 2]}
+    assert canonical(one) == canonical(other) == '{"a":{"c":"ä","d":1},"b":[1,2]}'
+    assert digest_of(one) == digest_of(other) != digest_of({**one, "b": [2, 1]})
 
 
 def test_a_unit_key_is_the_digest_of_all_that_decides_it(store):
