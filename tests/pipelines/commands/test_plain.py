@@ -268,6 +268,11 @@ def test_inspect_and_lineage_show_a_dataset(
     assert run_main(monkeypatch, "lineage", "aaaa", "--json", "--store", tmp_path / "store") == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["fingerprint"] == "aa" * 12 and tree["made"][0]["fingerprint"] == "bb" * 12
+    for fingerprint, nothing in (("aaaa", "made from nothing"), ("bbbb", "used by nothing")):
+        assert run_main(monkeypatch, "lineage", fingerprint, "--store", tmp_path / "store") == 0
+        lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+        assert [line for line in lines if line.endswith("nothing")] == [line for line in lines if line.endswith(nothing)] != []
+        assert len([line for line in lines if line.endswith(("made from", "used by"))]) == 1
 
 
 def test_inspect_says_in_a_line_what_is_damaged(
