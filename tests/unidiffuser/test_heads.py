@@ -80,6 +80,11 @@ def test_weights_in_half_precision_compute_in_fp32(tmp_path: Path) -> None:
         (nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4), nn.Linear(4, 1)), "mlp", r"1.weight \(4,\).*is no Linear layer"),
         (nn.Sequential(nn.Linear(8, 4), nn.Linear(5, 1)), "mlp", "1 takes 5 numbers, the layer before it gives 4"),
         (nn.ParameterDict(OrderedDict(a=nn.Parameter(torch.zeros(2)))), "mlp", r"a \(2,\) is no Linear layer"),
+        (
+            nn.ParameterDict(OrderedDict(weight=torch.zeros(1, 2), scale=torch.ones(2))),
+            "mlp",
+            r"scale \(2,\).*is no Linear layer",
+        ),
         (nn.Sequential(), "mlp", "holds no tensors"),
     ],
 )

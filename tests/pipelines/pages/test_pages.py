@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from infra.store import Store
 from pipelines.commands.terminal import TerminalView
 from pipelines.flows.run import Outcome, Result, Run, plan_run
 from pipelines.pages import artifacts, progress
+from pipelines.pages import pictures as page_pictures
 from pipelines.pages.artifacts import _reasons, dataset_page, publish_page
 from pipelines.pages.results import losses
 from pipelines.pages.versions import add_user, find_others
@@ -117,6 +119,20 @@ def picture(size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (250, 0, 10)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_a_picture_is_made_no_smaller_than_a_page_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.effect_noise((200, 200), 90).convert("RGB")
+    buffers = {kind: io.BytesIO() for kind in ("PNG", "JPEG")}
+    noise.save(buffers["PNG"], "PNG")
+    noise.save(buffers["JPEG"], "JPEG", quality=85)
+    sizes = {kind: len(buffer.getvalue()) * 4 / 3 for kind, buffer in buffers.items()}
+    assert sizes["JPEG"] + 1 < sizes["PNG"]
+    for most, kind, width in ((sizes["PNG"], "png", 200), (sizes["JPEG"], "jpeg", 200), (sizes["JPEG"] - 1, "jpeg", 150)):
+        monkeypatch.setattr(page_pictures, "PICTURE_BYTES", most)
+        head, _, data = page_pictures.picture_uri(buffers["PNG"].getvalue()).partition(",")
+        assert head == f"data:image/{kind};base64" and len(data) <= most + 4
+        assert Image.open(io.BytesIO(base64.b64decode(data))).width == width
 
 
 def test_pictures_that_cannot_be_shown_leave_a_page_without_them(
