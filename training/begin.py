@@ -14,12 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
-
-from training.order import Growth
+from typing import Literal, NamedTuple, Protocol, get_args
 
 Kept = Literal["weights", "optimizer", "ema", "schedule", "order"]
 ALL: tuple[Kept, ...] = get_args(Kept)
+
+
+class Growth(NamedTuple):
+    """From the first epoch that begins at `place` or after it, the first `parts` of the data are read."""
+
+    place: int
+    parts: int
 
 
 class Stood(Protocol):

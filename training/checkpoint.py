@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.begin import Growth
 from training.ema import Ema
 from training.history import Meter, read_history, write_history
 from training.masters import MOMENTS, Masters
-from training.order import Growth
 from unidiffuser.uvit import UViTConfig, resize_positions
 
 

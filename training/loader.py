@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.begin import Growth
 from training.config import TrainConfig
 from training.latents import LatentReader, LatentSpec, Rows, Selection, ShardIndex
-from training.order import Growth, Order
+from training.order import Order
 from training.where import Comparison
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 

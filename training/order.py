@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from training.begin import Growth
+
 Ints = NDArray[np.int64]
 
 
@@ -77,13 +79,6 @@ class Epoch:
             at = index[chosen] - self.starts[window * self.window]
             groups[chosen], rows[chosen] = window_groups[at], window_rows[at]
         return groups, rows
-
-
-class Growth(NamedTuple):
-    """From the first epoch that begins at `place` or after it, the first `parts` of the data are read."""
-
-    place: int
-    parts: int
 
 
 class _Stretch(NamedTuple):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.training.synthetic import config, write_shards
+from training.begin import Growth
 from training.loader import Loader
-from training.order import Epoch, Growth, Order
+from training.order import Epoch, Order
 
 
 def reference(counts: list[int], seed: int, number: int, window: int, lanes: int, batch: int) -> list[tuple[int, int]]:

@@ -268,8 +268,8 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(alone: None, shards: tupl
     wild = config(gradient_clip=0.0, optimizer={"lr": 1.0, "betas": (0.0, 0.0)}).model_copy(
         update={"optimizer": OptimizerConfig.model_construct(lr=1e30, weight_decay=0.0, betas=(0.0, 0.0))}
     )
-    with pytest.raises(TrainingError, match=r"step [23]: \w+ is (nan|inf)"):
-        run(job(tmp_path, shards, wild), CPU)
+    with pytest.raises(TrainingError, match=r"step [23]: \w+ is (nan|inf).*, and go on from there with `from: x`, or"):
+        run(job(tmp_path, shards, wild, fork="`from: x`"), CPU)
     assert not (tmp_path / "3").exists()
 
 
