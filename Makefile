@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow chaos mutants lint encoders text-decoder shapes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer chaos mutants lint encoders text-decoder shapes findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,10 @@ test-killed: setup
 # Deployments whose processes are killed, which is mostly waiting; a forced run; benchmarks at tiny sizes.
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# Every change of a training from which it must go on without losing a step.
+test-trainer: setup
+	$(PY) -m pytest -m trainer
 
 # Kills at random moments, fifty over select, download and filter, 32 over whole recipes as deployments: an hour.
 chaos: setup

@@ -26,7 +26,8 @@ from infra.store import Store
 from stages.runner import pool
 from stages.runner.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
 from stages.runner.graph import Planned
-from stages.runner.run import make_job, run_stage, unit_keys
+from stages.runner.keys import unit_keys
+from stages.runner.run import make_job, run_stage
 
 SHARD_ROWS = 10_000
 

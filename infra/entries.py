@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from infra.store import NotThere, Store
 
 # Folders at the root of a store that hold no datasets; and what a person is told at most of what comes nearest.
-NO_STAGES = frozenset({"nodes", "pins"})
+NO_STAGES = frozenset({"nodes", "pins", "chains"})
 NEAREST = 3
 
 

@@ -12,7 +12,6 @@ time, so it holds one fp32 copy of the model in memory (3.8 GB for the paper's).
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.begin import Growth
 from training.ema import Ema
 from training.history import Meter, read_history, write_history
 from training.masters import MOMENTS, Masters
@@ -32,7 +32,8 @@ class CheckpointError(ValueError):
 
 
 class TrainerState(BaseModel):
-    """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same."""
+    """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same; `growth`
+    says how many shards there were, by place of the order, which began at step `order_from`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -42,6 +43,9 @@ class TrainerState(BaseModel):
     global_batch: int
     seed: int
     rows: int
+    schedule_from: int
+    order_from: int
+    growth: list[Growth]
     pending: dict[str, float]
     pending_steps: int
     workers: int
@@ -65,6 +69,25 @@ def write_checkpoint(folder: Path, model: UViTConfig, masters: Masters, ema: Ema
         (folder / "trainer.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read; is this a checkpoint folder?") from error
+
+
+def read_state(folder: str | Path) -> TrainerState:
+    """`trainer.json` of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return TrainerState.model_validate_json(_read(Path(folder, "trainer.json")))
+    except ValidationError as error:
+        raise CheckpointError(f"{folder}: trainer.json is damaged: {error.errors()[0]['msg']}") from error
+
+
 class Checkpoint:
     """A checkpoint opened for reading, for a model whose grids may have other sizes.
 
@@ -79,10 +102,10 @@ class Checkpoint:
     def __init__(self, folder: str | Path, model: UViTConfig) -> None:
         self.folder, self.model = Path(folder), model
         try:
-            self.saved = UViTConfig.model_validate_json(self._read("config.json"))
-            self.state = TrainerState.model_validate_json(self._read("trainer.json"))
+            self.saved = UViTConfig.model_validate_json(_read(self.folder / "config.json"))
         except ValidationError as error:
-            raise CheckpointError(f"{self.folder}: config.json or trainer.json is damaged: {error.errors()[0]['msg']}") from error
+            raise CheckpointError(f"{self.folder}: config.json is damaged: {error.errors()[0]['msg']}") from error
+        self.state = read_state(self.folder)
         for field in ("width", "depth", "heads", "mlp_ratio"):
             ours, theirs = getattr(model, field), getattr(self.saved, field)
             if ours != theirs:
@@ -91,12 +114,6 @@ class Checkpoint:
             self.tensor("model", "position")
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: its model does not fit the shards: {error}") from error
-
-    def _read(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text(encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"{self.folder / name}: cannot be read; is this a checkpoint folder?") from error
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """One fp32 tensor of `model`, `ema`, `exp_avg` or `exp_avg_sq`; the position table in this run's size."""
@@ -113,18 +130,21 @@ class Checkpoint:
         with safe_open(self.folder / "model.safetensors", framework="pt") as file:
             return list(file.keys())
 
-    def check_same_run(self, global_batch: int, seed: int, rows: int) -> None:
+    def check_same_order(self, global_batch: int, seed: int, rows: int) -> None:
         """Raise CheckpointError unless a run with these values reads the data in the order of the one that was saved."""
         for field, ours in (("global_batch", global_batch), ("seed", seed), ("rows", rows)):
             theirs = getattr(self.state, field)
             if ours != theirs:
                 raise CheckpointError(
-                    f"{self.folder}: saved with {field} {theirs}, this run has {ours}; start from it as a new stage instead"
+                    f"{self.folder}: saved with {field} {theirs}, this run has {ours}; leave order out of what is kept"
                 )
 
-    def restore_masters(self, masters: Masters, ema: Ema) -> None:
-        """Set master weights and moving average exactly."""
+    def restore_weights(self, masters: Masters) -> None:
+        """Set the master weights exactly."""
         masters.scatter(lambda name: self.tensor("model", name), masters.vectors)
+
+    def restore_average(self, masters: Masters, ema: Ema) -> None:
+        """Set the moving average exactly."""
         masters.scatter(lambda name: self.tensor("ema", name), ema.vectors)
         ema.updates = self.state.ema_updates
 
@@ -139,8 +159,3 @@ class Checkpoint:
         """Set the history and the sums of the interval that was interrupted."""
         meter.rows = read_history(self.folder / "history.jsonl")
         meter.pending, meter.pending_steps = dict(self.state.pending), self.state.pending_steps
-
-
-def read_state(folder: str | Path) -> dict:
-    """`trainer.json` of a checkpoint as a dictionary, without importing the model."""
-    return json.loads((Path(folder) / "trainer.json").read_text(encoding="utf-8"))

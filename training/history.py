@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,16 @@ def read_history(path: str | Path) -> list[Row]:
 
 
 class Meter:
-    """Adds up steps into rows. Its `pending` sums are part of a checkpoint, so that an interrupted interval goes on."""
+    """Adds up steps into rows. Its `pending` sums are part of a checkpoint, so that an interrupted interval goes on.
 
-    def __init__(self, global_batch: int, rows_an_epoch: int, log_every: int) -> None:
-        self.global_batch, self.rows_an_epoch, self.log_every = global_batch, rows_an_epoch, log_every
+    Args:
+        global_batch: samples a step.
+        epochs: steps done -> epochs of the data that they have read.
+        log_every: steps of an interval.
+    """
+
+    def __init__(self, global_batch: int, epochs: Callable[[int], float], log_every: int) -> None:
+        self.global_batch, self.epochs, self.log_every = global_batch, epochs, log_every
         self.rows: list[Row] = []
         self.pending: dict[str, float] = {}
         self.pending_steps = 0
@@ -72,4 +78,4 @@ class Meter:
 
     def _place(self, kind: str, steps_done: int) -> Row:
         samples = steps_done * self.global_batch
-        return {"kind": kind, "step": steps_done, "epoch": round(samples / self.rows_an_epoch, 6), "samples": samples}
+        return {"kind": kind, "step": steps_done, "epoch": round(self.epochs(steps_done), 6), "samples": samples}

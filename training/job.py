@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from training.begin import Kept
 from training.config import TrainConfig
 from training.history import Row
 
@@ -31,9 +32,10 @@ class TrainJob:
             `metrics` is the newest row of the history (see `training.history`). Training goes on when it returns.
         resume: checkpoint of this run to go on from: a folder, or a function that fetches the newest one and gives the
             folder, or None when there is none. It is called once on every machine.
-        init_from: checkpoint of another run to take weights and moving average from, in the same forms; the position
-            table is interpolated when the grid has another size. The step count starts at 0. Not read when resuming.
-        init_optimizer: take Adam's moments from `init_from` as well.
+        init_from: checkpoint of another run to begin from, in the same forms; the position table is interpolated when the grid
+            has another size. Not read when resuming.
+        keep: what to take of `init_from`, see `training.begin`.
+        fork: what a person writes into the recipe to go on from the newest checkpoint with another value.
     """
 
     config: TrainConfig
@@ -42,7 +44,8 @@ class TrainJob:
     publish: Callable[[str, int, Row], None]
     resume: Source = None
     init_from: Source = None
-    init_optimizer: bool = False
+    keep: tuple[Kept, ...] = ("weights", "ema")
+    fork: str = "`from`"
 
 
 @dataclass(frozen=True)

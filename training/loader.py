@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training.begin import Growth
 from training.config import TrainConfig
 from training.latents import LatentReader, LatentSpec, Rows, Selection, ShardIndex
 from training.order import Order
@@ -78,6 +79,8 @@ class Loader:
         rank, world: this worker takes the `rank`-th of `world` equal slices of every global batch.
         gather: see `LatentReader.index`.
         timesteps: N of the noise schedule; timesteps are drawn from 1 .. N.
+        order_from: the step that reads place 0 of the order.
+        growth: how many of the shards there were, by place; by default all of them from place 0 on.
 
     Raises:
         ShardError: a shard cannot be used.
@@ -92,15 +95,19 @@ class Loader:
         world: int = 1,
         gather=None,
         timesteps: int = 1000,
+        order_from: int = 0,
+        growth: Sequence[Growth] = (),
     ) -> None:
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
+        self.order_from = order_from
         where = tuple(Comparison.parse(text) for text in config.data.where)
         lanes_here = -(-config.lanes // world) + 1
         self.reader = LatentReader(
             shards, Selection(where, config.validation.fraction), cache=(lanes_here + 1) * config.data.shuffle_window
         )
         self.index: ShardIndex = self.reader.index(rank, world, gather)
-        self.order = Order(self.index.train, config.seed, config.data.shuffle_window, config.lanes, config.global_batch)
+        grown = [Growth(place, int(np.searchsorted(self.index.file, parts))) for place, parts in growth]
+        self.order = Order(self.index.train, config.seed, config.data.shuffle_window, config.lanes, config.global_batch, grown)
         self.modalities = modalities_of(self.index.spec, config)
 
     @property
@@ -108,10 +115,18 @@ class Loader:
         """Training rows, over all workers: an epoch."""
         return self.order.rows
 
+    def rows_of(self, shards: int) -> int:
+        """Training rows of the first shards."""
+        return int(self.index.train[self.index.file < shards].sum())
+
+    def epochs(self, step: int) -> float:
+        """Epochs that are read when `step` steps are done."""
+        return self.order.epochs((step - self.order_from) * self.config.global_batch)
+
     def places(self, step: int) -> NDArray[np.int64]:
         """Places in the training that this worker computes in optimizer step `step` (from 0)."""
         size = self.config.global_batch // self.world
-        start = step * self.config.global_batch + self.rank * size
+        start = (step - self.order_from) * self.config.global_batch + self.rank * size
         return np.arange(start, start + size, dtype=np.int64)
 
     def keys(self, step: int) -> list[str]:

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.checkpoint import Checkpoint, TrainerState, write_checkpoint
+from training.begin import ALL, begin, counts_on
+from training.checkpoint import Checkpoint, TrainerState, read_state, write_checkpoint
 from training.config import TrainConfig
 from training.ema import Ema
 from training.engine import compiled, initialise_engine
@@ -81,14 +82,21 @@ class _Run:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        folder = fetched(job.resume)
+        self.keep = job.keep if folder is None else ALL
+        folder = folder if folder is not None else fetched(job.init_from)
+        state = read_state(folder) if folder is not None else None
+        self.begin = begin(state, self.keep, len(job.shards), self.config.global_batch)
         schedule = NoiseSchedule().to(device)
-        self.loader = Loader(self.config, job.shards, self.rank, self.world, _gathered, schedule.steps)
+        self.loader = Loader(
+            self.config, job.shards, self.rank, self.world, _gathered, schedule.steps, self.begin.order_from, self.begin.growth
+        )
         self.model_config = uvit_config(self.config, self.loader.modalities)
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
         self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
-        self.meter = Meter(self.config.global_batch, self.loader.rows, self.config.log_every)
-        self.step, self.optimizer_steps = 0, 0
-        self._start()
+        self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every)
+        self.step, self.optimizer_steps = self.begin.step, 0
+        self._start(folder)
         held_out = self.loader.validation()
         self.held_out = held_out.split(self.config.micro_batch or len(held_out)) if held_out else []
 
@@ -96,13 +104,10 @@ class _Run:
         """The objective on timesteps and noise that the loader drew for each sample by its place."""
         return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise)
 
-    def _start(self) -> None:
-        """Model, engine, moving average and counters: new, resumed, or from another run's checkpoint."""
+    def _start(self, folder: str | None) -> None:
+        """Model, engine and moving average: new, or with what is kept of a checkpoint."""
         torch.manual_seed(self.config.seed)
         model = UViT(self.model_config)
-        folder = fetched(self.job.resume)
-        resumed = folder is not None
-        folder = folder if resumed else fetched(self.job.init_from)
         saved = Checkpoint(folder, self.model_config) if folder is not None else None
         if saved is not None:
             model.load_state_dict({name: saved.tensor("model", name) for name in saved.names()})
@@ -110,17 +115,24 @@ class _Run:
             log.info("training with torch.compile")
         self.engine, self.precision = initialise_engine(model, self.config, self.world, self.device)
         self.masters = Masters(self.engine, self.config.zero_stage)
+        if saved is not None:
+            saved.restore_weights(self.masters)
         self.ema = Ema(self.masters, self.config.ema)
-        if saved is None:
-            return
-        saved.restore_masters(self.masters, self.ema)
-        if resumed:
-            saved.check_same_run(self.config.global_batch, self.config.seed, self.loader.rows)
-            saved.restore_history(self.meter)
-            self.step = saved.state.step
-        if resumed or self.job.init_optimizer:
+        if saved is not None:
+            self._take(saved)
+
+    def _take(self, saved: Checkpoint) -> None:
+        """What else is kept of a checkpoint; see `training.begin`."""
+        if "order" in self.keep:
+            rows = self.loader.rows_of(saved.state.growth[-1].parts)
+            saved.check_same_order(self.config.global_batch, self.config.seed, rows)
+        if "ema" in self.keep:
+            saved.restore_average(self.masters, self.ema)
+        if "optimizer" in self.keep:
             saved.restore_optimizer(self.masters)
             self.optimizer_steps = saved.state.optimizer_steps
+        if counts_on(self.keep):
+            saved.restore_history(self.meter)
 
     def run(self, stop_requested: Callable[[], bool], on_row: Callable[[Row], None]) -> Outcome:
         config, stopped = self.config, False
@@ -143,7 +155,7 @@ class _Run:
 
     def _train_step(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""
-        lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule)
+        lr = learning_rate(self.step - self.begin.schedule_from, self.config.optimizer.lr, self.config.schedule)
         for group in self.masters.optimizer.param_groups:
             group["lr"] = lr
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
@@ -166,8 +178,8 @@ class _Run:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise TrainingError(
-                    f"step {self.step}: {name} is {value}; the last checkpoint is good: lower optimizer.lr, set gradient_clip, "
-                    "or check the latents of this step"
+                    f"step {self.step}: {name} is {value}; the last checkpoint is good: lower optimizer.lr or set gradient_clip, "
+                    f"and go on from there with {self.job.fork}, or check the latents of this step"
                 )
         return self.meter.step(self.step, lr, values), bool(stop)
 
@@ -201,7 +213,7 @@ class _Run:
                 on_row(row)
 
     def _held_out(self, number: int) -> Batch:
-        return self.held_out[number] if number < len(self.held_out) else self.loader.batch(0).split(1)[0]
+        return self.held_out[number] if number < len(self.held_out) else self.loader.batch(self.begin.order_from).split(1)[0]
 
     def _checkpoint(self) -> None:
         """Write a checkpoint, hand it to `publish` on rank 0, and wait until that is done."""
@@ -213,6 +225,9 @@ class _Run:
             global_batch=self.config.global_batch,
             seed=self.config.seed,
             rows=self.loader.rows,
+            schedule_from=self.begin.schedule_from,
+            order_from=self.begin.order_from,
+            growth=list(self.begin.growth),
             pending=self.meter.pending,
             pending_steps=self.meter.pending_steps,
             workers=self.world,

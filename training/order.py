@@ -10,14 +10,21 @@ reads only its share of the files and needs L / W windows in memory at a time:
 
 Epochs follow each other without a gap: place g of the training is place g % N of epoch g // N, and step s reads the places
 s * B to (s + 1) * B - 1. So resuming at a step needs that step alone, and every row comes exactly once an epoch.
+
+Data that grows while a training is at place g: the epoch that is under way ends first, over the rows that it began with, so
+that every old row is read once in it. The next epoch, and all after it, are permutations of all rows, old and new.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from training.begin import Growth
 
 Ints = NDArray[np.int64]
 
@@ -74,24 +81,61 @@ class Epoch:
         return groups, rows
 
 
+class _Stretch(NamedTuple):
+    """Epochs over the same rows: the place and the number of the first one, and the rows of each."""
+
+    start: int
+    number: int
+    groups: int
+    rows: int
+
+
 class Order:
     """The sequence of the whole training.
+
+    Args:
+        counts, seed, window, lanes, batch: as of `Epoch`.
+        growth: how many row groups there were, by place, ascending; by default all of them from place 0 on.
 
     Raises:
         ValueError: there is no row.
     """
 
-    def __init__(self, counts: Ints, seed: int, window: int, lanes: int, batch: int) -> None:
+    def __init__(self, counts: Ints, seed: int, window: int, lanes: int, batch: int, growth: Sequence[Growth] = ()) -> None:
         self.rows = int(counts.sum())
         if self.rows == 0:
             raise ValueError("no row is left to train on: loosen data.where or give other shards")
-        self.epoch = lru_cache(maxsize=2)(lambda number: Epoch(counts, seed, number, window, lanes, batch))
+        self.stretches: list[_Stretch] = []
+        for place, groups in growth or [Growth(0, len(counts))]:
+            start, number = self._next_epoch(place)
+            if self.stretches and self.stretches[-1].start == start:
+                # It has grown again before the first epoch over what came before.
+                self.stretches.pop()
+            self.stretches.append(_Stretch(start, number, groups, int(counts[:groups].sum())))
+        self.epoch = lru_cache(maxsize=2)(lambda groups, number: Epoch(counts[:groups], seed, number, window, lanes, batch))
+
+    def _next_epoch(self, place: int) -> tuple[int, int]:
+        """Place and number of the first epoch that begins at a place or after it."""
+        if not self.stretches:
+            return 0, 0
+        last = self.stretches[-1]
+        ended = max(0, -(-(place - last.start) // last.rows))
+        return last.start + ended * last.rows, last.number + ended
+
+    def epochs(self, place: int) -> float:
+        """How many epochs have been read when the training is at a place; the last one counts as a fraction."""
+        stretch = next(s for s in reversed(self.stretches) if s.start <= place)
+        return stretch.number + (place - stretch.start) / stretch.rows
 
     def locate(self, places: Ints) -> tuple[Ints, Ints]:
         """Row group and training row in it, both (n,), at places (n,) of the training."""
-        epochs, within = np.divmod(places, self.rows)
         groups, rows = np.empty_like(places), np.empty_like(places)
-        for number in np.unique(epochs):
-            chosen = epochs == number
-            groups[chosen], rows[chosen] = self.epoch(int(number)).locate(within[chosen])
+        which = np.searchsorted([s.start for s in self.stretches], places, side="right") - 1
+        for at in np.unique(which):
+            stretch = self.stretches[at]
+            epochs, within = np.divmod(places - stretch.start, stretch.rows)
+            for number in np.unique(epochs[which == at]):
+                chosen = (which == at) & (epochs == number)
+                epoch = self.epoch(stretch.groups, stretch.number + int(number))
+                groups[chosen], rows[chosen] = epoch.locate(within[chosen])
         return groups, rows

@@ -18,7 +18,7 @@ from infra.external import state_folder
 from infra.processes import ServerError
 from infra.ray_jobs import RayJobs
 from infra.store import Store
-from pipelines.commands.preflight import check_plan, check_store
+from pipelines.commands.preflight import chain_lines, check_plan, check_store
 from pipelines.commands.terminal import TerminalView, closing_table, funnel_table, plan_table
 from pipelines.flows.jobs import stop_orphans
 from pipelines.flows.parameters import Choice
@@ -62,6 +62,8 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> list[
     check_store(store, write=False)
     planned, nodes = foresee(recipe, store, wish), select_nodes(recipe, wish.only, wish.start, wish.until)
     console.print(plan_table(planned, nodes))
+    for line in chain_lines(store, planned, nodes):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
     check_plan(recipe, store, planned, nodes)
     return [
         {"node": node, "stage": plan.stage, "fingerprint": plan.fingerprint, "state": plan.state, "reasons": plan.reasons}
@@ -72,14 +74,21 @@ def dry_run(recipe: Recipe, store: Store, wish: Wish, console: Console) -> list[
 
 def foresee(recipe: Recipe, store: Store, wish: Wish) -> dict[str, Planned]:
     """The plan; a forced node is shown as such without beginning its new generation."""
-    forced = {node for wanted in wish.force for node in recipe.select(wanted)}
+    told = {node for wanted in wish.force for node in recipe.select(wanted)}
+    forced = set(told)
     planned: dict[str, Planned] = {}
     for name, node in plan_run(recipe, store).items():
         reasons = ["forced"] if name in forced else []
         reasons += [f"input {key} ({n}) is forced" for key, n in node.input_nodes.items() if n in forced]
         if reasons:
             forced.add(name)
-            node = changed(node, state="stale" if node.state == "hit" else node.state, reasons=[*node.reasons, *reasons])
+            # A forced chain is begun anew: nobody need be warned of that.
+            node = changed(
+                node,
+                generation=node.generation + (name in told),
+                state="stale" if node.state == "hit" else node.state,
+                reasons=[*node.reasons, *reasons],
+            )
         planned[name] = node
     return planned
 

@@ -40,7 +40,6 @@ WIRING: dict[str, list[tuple[str, str, str | None, str]]] = {
             None,
             "the subsets to train on, or a mapping with them as `subsets` and the fields below",
         ),
-        ("from", "text", "null", "the training that this one goes on from"),
     ],
 }
 _SIGNS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}

@@ -21,6 +21,7 @@ from infra.dataset import VERIFY, Dataset, FileEntry, Stats, find
 from infra.store import Store, StoreError
 from pipelines.commands.brief import moment, short
 from pipelines.commands.histograms import histogram_table
+from pipelines.commands.preflight import chain_problems
 from pipelines.commands.terminal import PLAN_STYLES, ReportTable, funnel_table
 from pipelines.flows.run import plan_run
 from pipelines.pages.lineage import Branch
@@ -43,8 +44,8 @@ WATCH_EVERY = 2.0
 
 def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
     """A dictionary a node: fingerprint, state and why, rows, when made, where."""
-    rows = []
-    for node, planned in plan_run(recipe, store).items():
+    rows, plans = [], plan_run(recipe, store)
+    for node, planned in plans.items():
         dataset = find(store, planned.stage, planned.fingerprint)
         manifest = dataset.manifest if dataset else None
         rows.append(
@@ -53,7 +54,7 @@ def status_rows(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
                 "stage": planned.stage,
                 "fingerprint": planned.fingerprint,
                 "state": planned.state,
-                "reasons": planned.reasons,
+                "reasons": [*planned.reasons, *(map(str, chain_problems(store, plans, [node])) if dataset is None else ())],
                 "done": None if dataset else _done(planned, store),
                 "rows_in": manifest.stats.rows_in if manifest else None,
                 "rows_out": manifest.stats.rows_out if manifest else None,

@@ -19,6 +19,7 @@ from infra.store_access import check_access
 from stages.catalog import stage_class
 from stages.runner.contract import StageError, in_words
 from stages.runner.graph import Planned
+from stages.runner.ledger import chain_of, where_it_begins
 from stages.runner.recipe import Node, Recipe, RecipeError
 from stages.runner.run import check_disk, make_job
 from training.config import TrainConfig
@@ -83,6 +84,7 @@ def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], cho
     checks: dict[str, Check] = {
         "space": lambda: _space(store, planned, work),
         "metadata": lambda: _outside(planned, work),
+        "steps": lambda: chain_problems(store, planned, work),
         **{f"encoder {ref}": _encoder(fields, ref, kind) for (ref, kind), fields in _encoders(recipe, nodes.values()).items()},
     }
     if large := {name: node.config for name, node in nodes.items() if isinstance(node.config, TrainConfig)}:
@@ -142,6 +144,35 @@ def _outside(planned: Mapping[str, Planned], work: Sequence[str]) -> Iterator[Pr
             stage.check(node.config, node.sources, node.lists)
         except StageError as error:
             yield Doubt(f"{name}: {error}")
+
+
+def chain_lines(store: Store, planned: Mapping[str, Planned], chosen: Sequence[str]) -> list[str]:
+    """For each chosen node that would begin or go on with a chain: at which step, and from what."""
+    work = [name for name in chosen if planned[name].state != "hit"]
+    return [line for line in _chains(store, planned, work) if isinstance(line, str)]
+
+
+def chain_problems(store: Store, planned: Mapping[str, Planned], work: Sequence[str]) -> list[StageError]:
+    """Why the chains of these nodes would not begin."""
+    return [problem for problem in _chains(store, planned, work) if not isinstance(problem, str)]
+
+
+def _chains(store: Store, planned: Mapping[str, Planned], work: Sequence[str]) -> Iterator[str | StageError]:
+    """Where each chain would begin, as a line, or why it would not; nothing where that is not known before an input is made."""
+    for name in work:
+        node = planned[name]
+        stage, job = stage_class(node.stage), make_job(node, store, missing_ok=True)
+        for phase in stage.phases:
+            if phase.gang is None:
+                continue
+            try:
+                chain = chain_of(stage, phase, phase.gang, job, node)
+            except StageError as error:
+                yield error
+            except KeyError as missing:
+                yield f"{name}: where it begins is known once its input {missing.args[0]} is made"
+            else:
+                yield f"{name}: {where_it_begins(chain)}"
 
 
 def _encoders(recipe: Recipe, nodes: Iterable[Node]) -> dict[tuple[str, Kind], list[str]]:

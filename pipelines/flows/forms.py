@@ -184,7 +184,8 @@ def _filled(schema: Mapping[str, Any], value: Any) -> dict[str, Any]:
         return {**schema, "default": value}
     properties: Mapping[str, Any] = schema["properties"]
     kept = {name: part for name, part in schema.items() if name not in ("required", "default")}
-    filled = {name: {**_filled(field, value[name]), "title": _title(name)} for name, field in properties.items()}
+    # What a node begins from is wiring, as its inputs are, and no value of it.
+    filled = {name: {**_filled(field, value[name]), "title": _title(name)} for name, field in properties.items() if name in value}
     return {**kept, "properties": filled}
 
 

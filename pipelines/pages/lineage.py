@@ -25,7 +25,9 @@ class Branch:
         if self.dataset is None:
             return f"{self.reference.stage} {short(self.reference.fingerprint)} (removed)"
         manifest = self.dataset.manifest
-        return f"{manifest.node} {short(manifest.fingerprint)} ({manifest.stats.rows_out:,} rows, {moment(manifest.created)})"
+        began = manifest.summary.get("began")
+        of = f", from step {began['step']:,} of {began['node']}" if began else ""
+        return f"{manifest.node} {short(manifest.fingerprint)} ({manifest.stats.rows_out:,} rows, {moment(manifest.created)}{of})"
 
     def as_json(self, below: str) -> dict[str, Any]:
         manifest = self.dataset.manifest if self.dataset else None

@@ -20,15 +20,19 @@ def own_graph(run: Run, planned: Planned, manifest: Manifest) -> str:
     for name, reference in manifest.inputs.items():
         before = find(run.store, reference.stage, reference.fingerprint)
         if before is not None:
-            lines.append(version_box(before.manifest, link_of(run, _node(planned, name), reference)))
+            lines.append(version_box(before.manifest, link_of(run, _node(run, planned, name), reference)))
             lines.append(f"  {box(reference.fingerprint)} --> {box(manifest.fingerprint)}")
     lines += [f"  {line}" for line in CLASSES]
     return "```mermaid\n" + "\n".join(dict.fromkeys(lines)) + "\n```"
 
 
-def _node(planned: Planned, name: str) -> str:
-    """The node of an input; a parent is an earlier dataset of the node itself."""
-    return planned.input_nodes.get(name, planned.name)
+def _node(run: Run, planned: Planned, name: str) -> str:
+    """The node of an input, also of one that is no node of this recipe."""
+    if name in planned.input_nodes:
+        return planned.input_nodes[name]
+    reference = planned.inputs[name]
+    found = find(run.store, reference.stage, reference.fingerprint)
+    return found.manifest.node if found is not None else planned.name
 
 
 def funnel(run: Run, dataset: Dataset) -> list[str]:
@@ -72,7 +76,7 @@ def _chains(store: Store, dataset: Dataset) -> list[list[Manifest]]:
 def inputs(run: Run, planned: Planned) -> str:
     lines = []
     for name, reference in planned.inputs.items():
-        node = _node(planned, name)
+        node = _node(run, planned, name)
         made = maker(run.store, reference)
         by = f", made by [this run](/v2/runs/flow-run/{made})" if made else ""
         lines.append(f"- {name}: [{node}]({link_of(run, node, reference)}) `{reference.stage}/{reference.fingerprint}`{by}")

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from infra.dataset import Dataset, FileEntry, Stats
+from infra.dataset import Dataset, FileEntry, InputRef, Stats
 from infra.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -53,12 +53,13 @@ def _is_operational(model: type[BaseModel], name: str) -> bool:
 
 
 def result_fields(config: BaseModel) -> dict[str, Any]:
-    """The configuration as JSON values, nested models included, without the operational fields."""
+    """The configuration as JSON values, nested models included, without the operational fields; under the names of a recipe."""
     values: dict[str, Any] = {}
-    for name in type(config).model_fields:
+    for name, info in type(config).model_fields.items():
         if not _is_operational(type(config), name):
             value = getattr(config, name)
-            values[name] = result_fields(value) if isinstance(value, BaseModel) else config.model_dump(mode="json")[name]
+            told = result_fields(value) if isinstance(value, BaseModel) else TypeAdapter(Any).dump_python(value, mode="json")
+            values[info.alias or name] = told
     return values
 
 
@@ -280,6 +281,15 @@ class Stage:
     @classmethod
     def lists(cls, config: Any) -> dict[str, list[str]]:
         """Further files from outside by the part they play, which decides too; `Job.lists` holds what they resolved to."""
+        return {}
+
+    @classmethod
+    def datasets(cls, config: Any, store: Store) -> dict[str, InputRef]:
+        """Datasets of the store that a configuration names itself, by input name.
+
+        Raises:
+            NotThere: there is no such dataset.
+        """
         return {}
 
     @classmethod

@@ -13,8 +13,9 @@ from infra.store import Store
 from stages.catalog import STAGES, stage_class
 from stages.runner.contract import StageError
 from stages.runner.graph import Planned, plan
+from stages.runner.ledger import ledger_of
 from stages.runner.recipe import Recipe
-from stages.runner.run import phase_states
+from stages.runner.run import make_job, phase_states
 
 # What belongs to no recipe that is named is left alone for so long: a run may be making it, or somebody about to use it.
 GRACE = timedelta(hours=24)
@@ -87,7 +88,7 @@ def find_garbage(
     """What none of these recipes refers to.
 
     Kept are the datasets of their nodes, where a node has none yet the one that it gave last, what is pinned, all that these were
-    made from, and the finished units that a run of them would reuse.
+    made from, the finished units that a run of them would reuse, and the newest step of every chain.
 
     Args:
         keep: datasets that are kept as well, with all that they were made from.
@@ -117,6 +118,9 @@ def find_garbage(
     for node in planned:
         # The finished units that a run of it would reuse.
         live |= {key for state in phase_states(node, store, stage_class(node.stage)) for key in state.keys}
+        # The newest step of its chains stays whatever today's plan says: a changed run may be told to go on from it.
+        if (head := ledger_of(store, node).head(make_job(node, store, missing_ok=True))) is not None:
+            live.add(head.record.key)
     units = _sort_units(store, doomed, live, oldest)
     mine = [left for left in units.leftovers if not owners.strangers or (others and left.stage not in PRECIOUS)]
     return Garbage(

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from infra.dataset import Dataset, InputRef, find, pointed
 from infra.external import member, resolve
 from infra.listing import OutsideError
-from infra.store import Store
+from infra.store import NotThere, Store
 from stages.catalog import stage_class
 from stages.runner.contract import StageError, digest_of, result_fields
 from stages.runner.recipe import Node, Recipe, RecipeError
@@ -86,9 +86,14 @@ def plan(
         except FileNotFoundError as error:
             raise RecipeError(f"{node.name}: {error}") from None
         inputs = {name: InputRef(stage=planned[n].stage, fingerprint=planned[n].fingerprint) for name, n in node.inputs.items()}
+        try:
+            inputs |= stage.datasets(node.config, store)
+        except NotThere as error:
+            raise RecipeError(f"{node.place}.from: {error}") from None
         identity = [
             stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in inputs.items()},
             _by_content(sources), weights, *([{part: _by_content(found) for part, found in lists.items()}] if lists else []),
+            *([recipe.name, node.name] if node.forks_itself else []),
         ]  # fmt: skip
         base = digest_of(identity)
         generation, parent = _generation(store, base, node.name in force, node.name in retry)
@@ -166,7 +171,7 @@ def _with_state(draft: Planned, recipe: Recipe, store: Store, version: int) -> P
 def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
     """What differs between a planned node and the dataset that it gave last, a line each."""
     manifest = before.manifest
-    lines = _config_changes("", manifest.config, result_fields(planned.config))
+    lines = config_changes("", manifest.config, result_fields(planned.config))
     if manifest.code["stage_version"] != version:
         lines.append(f"stage version {manifest.code['stage_version']} -> {version}")
     for name in sorted({*planned.inputs, *manifest.inputs} - {"parent"}):
@@ -188,10 +193,11 @@ def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
     return lines or ["its dataset was removed"]
 
 
-def _config_changes(place: str, old: Any, new: Any) -> list[str]:
+def config_changes(place: str, old: Any, new: Any) -> list[str]:
+    """What differs between two configurations, as ``field: old -> new``, a line each."""
     if isinstance(old, dict) and isinstance(new, dict):
         lines = []
         for key in sorted({*old, *new}):
-            lines += _config_changes(f"{place}.{key}" if place else key, old.get(key), new.get(key))
+            lines += config_changes(f"{place}.{key}" if place else key, old.get(key), new.get(key))
         return lines
     return [] if old == new else [f"{place}: {old!r} -> {new!r}"]

@@ -21,6 +21,8 @@ from stages.runner.document import DocumentError, parse
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 # The name of those recipes below `configs/` that are there to be copied.
 TEMPLATE = "change-me"
+# How a dataset is written where a training may also be named by its node or its folder.
+DATASET = re.compile(r"(train/)?[0-9a-f]{8,24}")
 CREDENTIALS = re.compile(r"://\S*@")
 
 
@@ -31,13 +33,14 @@ class RecipeError(Exception):
 @dataclass(frozen=True)
 class Node:
     """A stage in a recipe, written at `place` there. `inputs` maps the stage's input names to nodes; several of a kind are
-    `data.SUBSET`."""
+    `data.SUBSET`. With `forks_itself` it begins from a step that the same node of the same recipe has reached."""
 
     name: str
     stage: str
     config: BaseModel
     place: str
     inputs: dict[str, str] = field(default_factory=dict)
+    forks_itself: bool = False
 
 
 class Encoders(BaseModel):
@@ -246,13 +249,28 @@ class _Builder:
             if f"{subset}-encode" not in self.nodes:
                 raise RecipeError(f"{place}.data: the subset {subset} has no encode")
             inputs[f"data.{subset}"] = f"{subset}-encode"
+        node = f"train-{name}"
         if before is not None:
-            if f"train-{before}" not in self.nodes:
-                raise RecipeError(f"{place}.from: no training stage {before} before it")
-            inputs["init"] = f"train-{before}"
-        return self.add(f"train-{name}", "train", values, place, inputs)
+            values["from"] = before = self.origin(node, f"{place}.from", before)
+            if before["run"] in self.nodes:
+                inputs["init"] = before["run"]
+        return self.add(node, "train", values, place, inputs, bool(before) and before["run"] == node)
 
-    def add(self, name: str, stage: str, values: Any, place: str, inputs: dict[str, str]) -> str:
+    def origin(self, node: str, place: str, value: Any) -> dict[str, Any]:
+        """What a training begins from, with its `run` as the name of a node, a dataset, or the address of a folder."""
+        value = dict(value) if isinstance(value, dict) else {"run": value}
+        run = str(value.get("run"))
+        names = [name for name in (run, f"train-{run}") if name == node or getattr(self.nodes.get(name), "stage", "") == "train"]
+        if names:
+            value["run"] = names[0]
+        elif "/" in run and not DATASET.fullmatch(run):
+            value["run"] = self.absolute(run)
+        elif not DATASET.fullmatch(run):
+            trainings = [name for name, before in self.nodes.items() if before.stage == "train"]
+            raise RecipeError(f"{place}: no training stage {run} before it, nor a dataset or a folder{nearest(run, trainings)}")
+        return value
+
+    def add(self, name: str, stage: str, values: Any, place: str, inputs: dict[str, str], forks_itself: bool = False) -> str:
         model = stage_class(stage).Config
         values = {} if values is None else values
         if not isinstance(values, dict):
@@ -265,7 +283,7 @@ class _Builder:
             raise RecipeError(explain(error, place)) from None
         if name in self.nodes:
             raise RecipeError(f"{place}: there is a node {name} already")
-        self.nodes[name] = Node(name, stage, config, place, inputs)
+        self.nodes[name] = Node(name, stage, config, place, inputs, forks_itself)
         return name
 
     def with_paths(self, model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -31,11 +31,11 @@ from stages.runner.contract import (
     StageError,
     Unit,
     UnitRecord,
-    canonical,
-    digest_of_text,
     result_fields,
 )
 from stages.runner.graph import Planned
+from stages.runner.keys import unit_keys
+from stages.runner.ledger import chain_of, entered, where_it_begins
 
 log = logging.getLogger("stages")
 
@@ -120,27 +120,11 @@ def make_job(planned: Planned, store: Store, missing_ok: bool = False) -> Job:
     )  # fmt: skip
 
 
-def unit_keys(stage: type[Stage], phase: Phase, job: Job, generation: int) -> Callable[[Unit], str]:
-    """Unit -> hash(stage, version, phase, the config fields that decide it, weights, whole inputs, the unit's own digests)."""
-    config = result_fields(job.config)
-    if phase.fields is not None:
-        config = {name: value for name, value in config.items() if name in phase.fields}
-    whole = {name: d.manifest.fingerprint for name, d in job.inputs.items() if name.split(".")[0] in stage.whole}
-    # The digest of one list: what the units share is written out once, not once a unit.
-    shared = canonical([stage.name, stage.version, phase.name, config, dict(job.weights), whole, generation])[:-1]
-    return lambda unit: digest_of_text(f"{shared},{canonical([unit.name, *unit.digests])[1:]}")
-
-
 def keyed_units(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> tuple[list[Unit], list[str]]:
     """The units of a phase in the order of the plan, and their keys."""
     units = list(phase.plan(job, earlier))
     key_of = unit_keys(stage, phase, job, planned.generation)
     return units, [unit.shared or key_of(unit) for unit in units]
-
-
-def chain_of(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned) -> Chain:
-    """The chain that a phase grows."""
-    return Chain(job, unit_keys(stage, phase, job, planned.generation)(Unit("chain", ())), gang.end(job.config))
 
 
 @dataclass(frozen=True)
@@ -164,7 +148,7 @@ def phase_states(planned: Planned, store: Store, stage: type[Stage]) -> Iterator
     records: dict[str, list[UnitRecord]] = {}
     for phase in stage.phases:
         if phase.gang is not None:
-            state, records[phase.name] = _chain_state(phase, phase.gang, chain_of(stage, phase, phase.gang, job, planned))
+            state, records[phase.name] = _chain_state(stage, phase, phase.gang, job, planned)
         else:
             _, keys = keyed_units(stage, phase, job, planned, records)
             found = job.units_done(keys)
@@ -175,19 +159,27 @@ def phase_states(planned: Planned, store: Store, stage: type[Stage]) -> Iterator
             return
 
 
-def _chain_state(phase: Phase, gang: Gang, chain: Chain) -> tuple[PhaseState, list[UnitRecord]]:
+def _chain_state(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned) -> tuple[PhaseState, list[UnitRecord]]:
+    try:
+        chain = chain_of(stage, phase, gang, job, planned)
+    except StageError:
+        # A run is refused, and says why.
+        return PhaseState(phase.name, gang.end(job.config, None), 0, frozenset(), "steps"), []
     there = chain.done()
     start = chain.start(there)
     # A chain that is asked for fewer steps than it has may be asked for more again.
-    useful = {step for step in there if step in (start, max(there)) or gang.keeps(chain.job.config, step)}
-    keys = frozenset(there[step].key for step in useful)
-    return PhaseState(phase.name, chain.end, start, keys, "steps"), [there[start]] if start else []
+    keys = {record.key for step, record in there.items() if step in (start, max(there)) or gang.keeps(job.config, step)}
+    if not there and chain.parent is not None:
+        keys.add(chain.parent.unit)
+    records = [there[start]] if start in there else []
+    return PhaseState(phase.name, chain.end, start, frozenset(keys), "steps"), records
 
 
 def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> list[UnitRecord]:
     """Do what is not done of one phase; returns the records in the order of the plan."""
     if phase.gang is not None:
-        return [_run_chain(phase, phase.gang, chain_of(stage, phase, phase.gang, job, planned))]
+        chain = chain_of(stage, phase, phase.gang, job, planned)
+        return [_run_chain(phase, phase.gang, entered(chain, phase.gang, planned))]
     units, keys = keyed_units(stage, phase, job, planned, earlier)
     if not units:
         return []
@@ -202,16 +194,8 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
 
 def _run_chain(phase: Phase, gang: Gang, chain: Chain) -> UnitRecord:
     """The chain's unit at its end, which stands for all before it: they may have given way to it."""
-    there, node = chain.done(), chain.job.node
-    start = chain.start(there)
-    if there:
-        reached = f"of a run that reached {max(there)}"
-        if start == chain.end:
-            log.info("%s: step %d %s is there already", node, start, reached)
-        elif start:
-            log.info("%s: goes on at step %d %s", node, start, reached)
-        else:
-            log.info("%s: begins at step 0: no step up to %d is left %s", node, chain.end, reached)
+    node, start = chain.job.node, chain.start(chain.done())
+    log.info("%s: %s", node, where_it_begins(chain))
     emit_progress(node, phase.name, start, chain.end, "steps")
     if start < chain.end:
         gang.run(chain)

@@ -2,29 +2,47 @@
 
 A unit is a checkpoint: a step of a chain whose key says what is trained, not how long nor when it is saved. So a run goes on
 from the greatest checkpoint that is there, whether it died, was stopped, or was asked for fewer steps or for another rhythm. One
-that is asked to stop leaves a checkpoint of the step that it has reached. The dataset is the checkpoint at `steps`.
+that is asked to stop leaves a checkpoint of the step that it has reached. The dataset is the checkpoint at `steps`. Where a run
+begins that has none of its own is in `stages.train.origin`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from pydantic import Field, field_validator
+import fsspec
+from pydantic import ConfigDict, Field, field_validator
 
-from infra.dataset import VERIFY, FileEntry, fetch_files
-from infra.store import Store
+from infra.dataset import VERIFY, FileEntry, InputRef, by_prefix, fetch_files
+from infra.store import NotThere, Store, StoreError, sha256_of
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
 from stages.runner.recipe import encoder
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
+from stages.train.origin import (
+    LENGTH,
+    ORDER_FILE,
+    Origin,
+    arrived,
+    begins,
+    end,
+    fork,
+    order_of,
+    order_told,
+    outside,
+    shards,
+)
 from stages.train.preview import PreviewConfig, Previews
+from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
 from training.names import column_of
@@ -36,10 +54,22 @@ log = logging.getLogger("stages")
 COLUMNS = (*SCORES, "width", "height")
 # Name of the record of a checkpoint that a stop left between two planned ones.
 STOPPED = "stopped"
+# Files without which a folder is no checkpoint to begin from, and the length of a digest of content in hexadecimal.
+NEEDED = frozenset({"config.json", "model.safetensors", "ema.safetensors", "trainer.json", ORDER_FILE})
+SHA256 = 64
 
 
 class TrainStageConfig(TrainConfig):
-    init_optimizer: bool = Field(False, description="start with Adam's moments of the stage that this one starts `from`")
+    model_config = ConfigDict(validate_by_alias=True)
+
+    origin: Origin | None = Field(
+        None, alias="from", exclude=True, description="what it begins from, in place of nothing; a name alone is a `run`"
+    )
+    growth_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps to go further each time that the data has grown when `steps` are done, as with new data every week.",
+    )
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
@@ -66,6 +96,7 @@ class Publisher:
 
     chain: Chain
     started: float
+    shards: tuple[str, ...]
 
     def __call__(self, folder: str, step: int, metrics: dict[str, Any]) -> None:
         # Another run of the chain may have been here first: what is done stays as it is.
@@ -81,9 +112,13 @@ class Publisher:
         with scratch_output(job.store) as out:
             for path in sorted(Path(folder).iterdir()):
                 path.rename(out.path(path.name))
+            told = order_told(job.config, list(self.shards))
+            out.path(ORDER_FILE).write_text(json.dumps(told) + "\n", encoding="utf-8")
             out.stats.rows_in, out.stats.rows_out = rows, state["rows"]
             out.stats.drop("validation_or_where" if job.config.data.where else "validation", rows - state["rows"])
             out.notes |= {"step": step, "metrics": metrics}
+            if self.chain.parent is not None:
+                out.notes["began"] = self.chain.parent.model_dump(mode="json")
             name = f"step-{step:08d}" if planned else STOPPED
             out.publish(job, self.chain.key_of(step), name, time.time() - self.started)
 
@@ -108,9 +143,50 @@ class Fetched:
         return str(fetch_files(self.store, self.files, Path(self.folder), self.fix))
 
 
+@dataclass(frozen=True)
+class Outside:
+    """Fetches a checkpoint from outside the store, likewise; `files` are address -> digest."""
+
+    files: dict[str, str]
+    folder: str
+
+    def __call__(self) -> str:
+        folder = Path(self.folder)
+        folder.mkdir(parents=True)
+        for address, digest in self.files.items():
+            target = folder / address.rsplit("/", 1)[-1]
+            with fsspec.open(address, "rb") as source, target.open("wb") as file:
+                shutil.copyfileobj(source, file)
+            if len(digest) == SHA256 and sha256_of(target) != digest:
+                raise StoreError(f"{address}: has changed since the run was planned; run again")
+        return self.folder
+
+
 def _resume(chain: Chain, record: UnitRecord, folder: str) -> Fetched:
     unit = chain.job.store.url(chain.job.unit_folder(record.key))
     return Fetched(chain.job.store, record.files, f"{folder}/resume", f"delete {unit} to go on from the one before")
+
+
+def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[str]]:
+    """What fetches the checkpoint that a chain without steps begins from, and the shards whose order goes on, by digest.
+
+    Raises:
+        StageError: it is no longer there.
+    """
+    job, parent = chain.job, chain.parent
+    if parent is None:
+        return None, []
+    if not parent.chain:
+        before = outside(job.sources, ORDER_FILE)["shards"] if "order" in parent.keep else []
+        return Outside(dict(job.sources), f"{folder}/init"), before
+    record = job.unit_done(parent.unit)
+    if record is None:
+        raise StageError(
+            f"{job.node}: step {parent.step} of {parent.node}, from which it begins, was removed ({parent.unit}); name another "
+            f"with `from`, or begin anew with --force {job.node}"
+        )
+    before = order_of(job.store, record)["shards"] if "order" in parent.keep else []
+    return Fetched(job.store, record.files, f"{folder}/init", VERIFY), before
 
 
 def train_chain(chain: Chain) -> None:
@@ -124,32 +200,28 @@ def train_chain(chain: Chain) -> None:
 
     job, done = chain.job, chain.done()
     start, previews = chain.start(done), Previews(chain)
-    # Several inputs are one list of shards, in the order of the recipe.
-    shards = [
-        job.store.url(entry.path)
-        for name, dataset in job.inputs.items()
-        if name.startswith("data.")
-        for entry in dataset.files
-        if entry.name.endswith(".parquet")
-    ]
 
     def on_row(row: dict[str, Any]) -> None:
         more: dict[str, Any] = {name: round(row[name], 5) for name in ("loss", "samples_per_s", "lr") if name in row}
-        more |= time_left(job.config.steps - row["step"], row.get("samples_per_s", 0) / job.config.global_batch)
-        emit_progress(job.node, row["kind"], row["step"], job.config.steps, "steps", more)
+        more |= time_left(chain.end - row["step"], row.get("samples_per_s", 0) / job.config.global_batch)
+        emit_progress(job.node, row["kind"], row["step"], chain.end, "steps", more)
         previews.seen(row["step"])
         if row["kind"] == "validation":
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
     with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
+        resume = _resume(chain, done[start], folder) if start in done else None
+        init, before = _begin(chain, folder) if resume is None else (None, order_of(job.store, done[start])["shards"])
+        data = arrived(shards(job, job.inputs), before)
         run = TrainJob(
-            config=job.config,
-            shards=tuple(shards),
+            config=job.config.model_copy(update={"steps": chain.end}),
+            shards=tuple(address for _, address in data),
             work_folder=folder,
-            publish=Publisher(chain, time.time()),
-            resume=_resume(chain, done[start], folder) if start else None,
-            init_from=Fetched(job.store, job.inputs["init"].files, f"{folder}/init", VERIFY) if "init" in job.inputs else None,
-            init_optimizer=job.config.init_optimizer,
+            publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data)),
+            resume=resume,
+            init_from=init,
+            keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
+            fork=f"`{fork(job.node)}`",
         )
         try:
             outcome = train(run, on_row=on_row)
@@ -158,7 +230,7 @@ def train_chain(chain: Chain) -> None:
         except TrainingError as error:
             raise StageError(f"{job.node}: {error}") from error
     if outcome.stopped:
-        raise StageError(f"{job.node}: stopped at step {outcome.step} of {job.config.steps}; run again to go on")
+        raise StageError(f"{job.node}: stopped at step {outcome.step} of {chain.end}; run again to go on")
     previews.close()
 
 
@@ -166,16 +238,39 @@ class Train(Stage):
     """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 3
+    version = 4
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (
         Phase(
             "train",
-            gang=Gang(train_chain, lambda config: config.steps, keeps),
-            fields=frozenset(TrainStageConfig.model_fields) - {"steps"},
+            gang=Gang(train_chain, end, begins, keeps),
+            fields=frozenset(info.alias or name for name, info in TrainStageConfig.model_fields.items()) - LENGTH,
         ),
     )
+
+    @classmethod
+    def sources(cls, config: TrainStageConfig) -> list[str]:
+        folder = config.origin.folder if config.origin is not None else None
+        return [f"{folder}/*"] if folder is not None else []
+
+    @classmethod
+    def datasets(cls, config: TrainStageConfig, store: Store) -> dict[str, InputRef]:
+        named = config.origin.dataset if config.origin is not None else None
+        if named is None:
+            return {}
+        found = by_prefix(store, named).manifest
+        if found.stage != cls.name:
+            raise NotThere(f"{named}: is a dataset of {found.stage}; name one of {cls.name}")
+        return {"init": found.reference()}
+
+    @classmethod
+    def check(cls, config: TrainStageConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        names = {address.rsplit("/", 1)[-1] for address in sources}
+        if config.origin is not None and sources and (missing := sorted(NEEDED - names)):
+            raise StageError(
+                f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote"
+            )
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit
 from infra.store import Store, sha256_of
+from stages.catalog import stage_class
+from stages.runner.chain import unit_key
+from stages.runner.contract import scratch_output
+from stages.runner.graph import Planned
+from stages.runner.keys import chain_key, decisive
+from stages.runner.ledger import Entry, ledger_of
+from stages.runner.run import make_job
+from stages.train.origin import ORDER_FILE, begins, order_told
 
 
 def dataset_of(
@@ -24,6 +33,25 @@ def dataset_of(
         created="2026-01-01T00:00:00+00:00", files=entries,
     )  # fmt: skip
     return commit(store, manifest)
+
+
+def trained(store: Store, planned: Planned, *steps: int) -> str:
+    """A chain of checkpoints without tensors, as if this training had reached these steps; gives its key."""
+    stage = stage_class("train")
+    (phase,) = stage.phases
+    key, config = chain_key(stage, phase, planned), decisive(phase, planned.config)
+    job = make_job(planned, store, missing_ok=True)
+    for step in steps:
+        with scratch_output(store) as out:
+            out.path(ORDER_FILE).write_text(json.dumps(order_told(planned.config, [])), encoding="utf-8")
+            out.publish(job, unit_key(key, step), "step", 0.0)
+    start = begins(stage, job, planned, ledger_of(store, planned))
+    entry = Entry(
+        base=key, key=key, root=start.root, version=stage.version, config=config, inputs=planned.inputs, created="2026-01-01",
+        parent=None,
+    )  # fmt: skip
+    ledger_of(store, planned).enter(entry)
+    return key
 
 
 def flip(path: str | Path, where: bytes | int) -> None:

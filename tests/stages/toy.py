@@ -9,6 +9,7 @@ from pydantic import Field
 from stages.runner.chain import Gang
 from stages.runner.contract import Phase, Stage, StageConfig, StageError, Unit, operational, scratch_output
 from stages.runner.graph import Planned
+from stages.runner.ledger import Start
 
 
 class SquaresConfig(StageConfig):
@@ -94,13 +95,15 @@ def _count(chain):
             out.publish(job, chain.key_of(value), f"step-{value}", time.process_time())
 
 
+def _end(config, parent):
+    return config.steps
+
+
 class Count(Stage):
     name = "count"
     version = 1
     Config = CountConfig
-    phases = (
-        Phase("count", gang=Gang(_count, lambda config: config.steps, lambda config, step: step % 2 == 0), fields=frozenset()),
-    )
+    phases = (Phase("count", gang=Gang(_count, _end, lambda *_: Start(), lambda _, step: step % 2 == 0), fields=frozenset()),)
 
 
 def planned(stage, fingerprint="f" * 24, **fields):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.training.synthetic import config, write_shards
+from training.begin import Growth
 from training.loader import Loader
 from training.order import Epoch, Order
 
@@ -54,6 +55,42 @@ def test_every_row_once_an_epoch_and_another_order_in_the_next() -> None:
         epochs.append(list(zip(groups.tolist(), rows.tolist(), strict=True)))
         assert len(epochs[-1]) == 28 and set(epochs[-1]) == everything
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(
+    "growths",
+    [
+        [(0, 3), (30, 5)],  # in the second epoch of the first three groups
+        [(0, 3), (20, 5)],  # just at an epoch's end
+        [(0, 3), (25, 4), (27, 6)],  # twice in one epoch
+        [(0, 2), (40, 4), (100, 6)],
+        [(0, 2), (0, 6)],  # before anything was read
+    ],
+)
+def test_what_grows_ends_its_epoch_and_goes_on_with_all_rows(growths: list[tuple[int, int]]) -> None:
+    """Against a walk from place to place: an epoch is chosen when it begins, over the groups that are there at that moment."""
+    counts, seed, window, lanes, batch = [8, 5, 7, 4, 0, 6], 3, 2, 2, 4
+    expected: list[tuple[int, int]] = []
+    number, starts = 0, []
+    while len(expected) < 200:
+        there = [groups for place, groups in growths if place <= len(expected)][-1]
+        starts.append((len(expected), there))
+        expected += reference(counts[:there], seed, number, window, lanes, batch)
+        number += 1
+    order = Order(np.array(counts), seed, window, lanes, batch, [Growth(*growth) for growth in growths])
+    groups, rows = order.locate(np.arange(200))
+    assert list(zip(groups.tolist(), rows.tolist(), strict=True)) == expected[:200]
+    # Until a growth, what is read is what it would be without.
+    before = Order(np.array(counts[: growths[0][1]]), seed, window, lanes, batch)
+    assert np.array_equal(before.locate(np.arange(growths[1][0]))[0], groups[: growths[1][0]])
+    for place in (0, 26, 99, 150):
+        number = max(n for n, (start, _) in enumerate(starts) if start <= place)
+        start, there = starts[number]
+        assert order.epochs(place) == pytest.approx(number + (place - start) / sum(counts[:there]))
+    # Every old row is read once in the epoch that a growth met, and every row, old or new, once in the next.
+    for start, there in starts[: len(starts) - 1]:
+        everything = {(group, row) for group in range(there) for row in range(counts[group])}
+        assert sorted(expected[start : start + len(everything)]) == sorted(everything)
 
 
 def test_no_row_is_an_error() -> None:

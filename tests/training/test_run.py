@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.training.synthetic import KeepIn, config, history, losses, write_shards
+from training.begin import ALL, Kept
 from training.checkpoint import CheckpointError, read_state
 from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
 from training.job import TrainingError, TrainJob
@@ -175,7 +178,7 @@ def test_next_stage_takes_weights_average_and_moments(every_step: Path, shards: 
     """At the same size with moments, the first step of the new stage is the seventh step of the old optimizer."""
     settings = config(steps=1, seed=6, schedule={"warmup_steps": 0})
     previous = str(every_step / "6")
-    run(job(tmp_path / "next", shards, settings, init_from=previous, init_optimizer=True), CPU)
+    run(job(tmp_path / "next", shards, settings, init_from=previous, keep=("weights", "optimizer", "ema")), CPU)
 
     model = load_native(previous).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.9), weight_decay=0.03)
@@ -190,7 +193,7 @@ def test_next_stage_takes_weights_average_and_moments(every_step: Path, shards: 
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-5)
 
     state = read_state(tmp_path / "next/1")
-    assert (state["step"], state["optimizer_steps"], state["ema_updates"]) == (1, 7, 7)
+    assert (state.step, state.optimizer_steps, state.ema_updates) == (1, 7, 7)
     old_average = load_file(every_step / "6/ema.safetensors")
     new_average = load_file(tmp_path / "next/1/ema.safetensors")
     for name, tensor in old_average.items():  # update number 6: decay 7 / 16
@@ -211,12 +214,62 @@ def test_next_stage_at_another_resolution_starts_from_the_trained_weights(
     assert losses(tmp_path / "next/1")[0] < losses(tmp_path / "new/1")[0]
 
 
+def test_a_fork_that_keeps_all_is_the_same_run_and_each_thing_left_out_begins_anew(
+    every_step: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    def forked(name: str, *keep: Kept, **changes: Any) -> Path:
+        run(job(tmp_path / name, shards, config(**changes), init_from=str(every_step / "3"), keep=("weights", *keep)), CPU)
+        return tmp_path / name
+
+    same = forked("same", "optimizer", "ema", "schedule", "order")
+    for name in ("model", "ema", "exp_avg", "exp_avg_sq"):
+        assert (same / f"6/{name}.safetensors").read_bytes() == (every_step / f"6/{name}.safetensors").read_bytes()
+    assert read_state(same / "6") == read_state(every_step / "6") and history(same / "6") == history(every_step / "6")
+
+    def trained(folder: Path) -> list[Any]:
+        return [row for row in history(folder) if row["kind"] == "train"]
+
+    later, whole = trained(every_step / "6"), {"optimizer", "ema", "schedule", "order"}
+    # The warm-up comes again, on the rows that are next; the count of steps goes on.
+    warm = trained(forked("schedule", *sorted(whole - {"schedule"})) / "6")
+    assert [row["lr"] for row in warm] == [2.5e-3, 5e-3, 5e-3, 2.5e-3, 5e-3, 5e-3]
+    assert [row["step"] for row in warm] == [1, 2, 3, 4, 5, 6] and warm[3]["loss"] == later[3]["loss"]
+    # The first rows again, at the full rate.
+    again = forked("order", *sorted(whole - {"order"}))
+    first = trained(again / "6")[3]
+    assert (first["step"], first["lr"]) == (4, 5e-3) and first["loss"] != later[3]["loss"]
+    assert read_state(again / "6").order_from == 3
+    anew = trained(forked("neither", "ema", steps=3) / "3")
+    assert [row["step"] for row in anew] == [1, 2, 3] and anew[0]["loss"] == pytest.approx(first["loss"], abs=1e-6)
+    states = {name: read_state(forked(name, *sorted(whole - {name})) / "6") for name in ("optimizer", "ema")}
+    assert (states["optimizer"].optimizer_steps, states["optimizer"].ema_updates) == (3, 6)
+    assert (states["ema"].optimizer_steps, states["ema"].ema_updates) == (6, 3)
+
+
+def test_data_that_grows_goes_on_with_the_same_rows_until_their_epoch_ends(
+    every_step: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    more = write_shards(tmp_path / "more", files=4)
+    grown = job(tmp_path, more, config(steps=12, checkpoint_every=5), init_from=str(every_step / "3"), keep=ALL)
+    run(grown, CPU)
+    told, before = history(tmp_path / "12"), history(every_step / "6")
+    assert [row["loss"] for row in told if row["step"] <= 6 and row["kind"] == "train"] == [
+        row["loss"] for row in before if row["kind"] == "train"
+    ]
+    # Interrupted after it has grown, it goes on as if it had not been.
+    run(replace(grown, work_folder=str(tmp_path / "w"), publish=KeepIn(str(tmp_path / "again")), resume=str(tmp_path / "5")), CPU)
+    assert history(tmp_path / "again/12") == told and read_state(tmp_path / "12").growth == [(0, 2), (24, 4)]
+    fewer = replace(grown, shards=more[:1], publish=KeepIn(str(tmp_path / "fewer")))
+    with pytest.raises(CheckpointError, match="saved with rows .*; leave order out of what is kept"):
+        run(fewer, CPU)
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_step(alone: None, shards: tuple[str, ...], tmp_path: Path) -> None:
     wild = config(gradient_clip=0.0, optimizer={"lr": 1.0, "betas": (0.0, 0.0)}).model_copy(
         update={"optimizer": OptimizerConfig.model_construct(lr=1e30, weight_decay=0.0, betas=(0.0, 0.0))}
     )
-    with pytest.raises(TrainingError, match=r"step [23]: \w+ is (nan|inf)"):
-        run(job(tmp_path, shards, wild), CPU)
+    with pytest.raises(TrainingError, match=r"step [23]: \w+ is (nan|inf).*, and go on from there with `from: x`, or"):
+        run(job(tmp_path, shards, wild, fork="`from: x`"), CPU)
     assert not (tmp_path / "3").exists()
 
 

@@ -30,8 +30,9 @@ from infra.store import Store
 from pipelines.command import app
 from pipelines.commands.checkpoints import Named, opened
 from stages.runner.graph import Planned, plan
+from stages.runner.ledger import chain_of
 from stages.runner.recipe import Recipe, load_recipe
-from stages.runner.run import chain_of, make_job
+from stages.runner.run import make_job
 from stages.train.stage import Train
 from tests.pipelines.conftest import CHROMIUM, ask, picture, sign_in, start, survivors
 

@@ -12,10 +12,13 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from infra.store import Store
 from pipelines.commands import preflight
+from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
 from tests.pipelines.commands.test_plain import run_main
 from tests.pipelines.conftest import write_metadata, write_recipe
+from tests.stages.committed import trained
 from training.config import ModelConfig, TrainConfig
 from training.footprint import parameters, worker_bytes
 from unidiffuser.uvit import UViT, UViTConfig
@@ -112,6 +115,31 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, say, monkeypat
     code, (line,) = say("run", recipe, "--dry-run", "--store", tmp_path / "store")
     assert code == 2 and line.startswith("error: encoders.gpt2: someone/gpt is not in the cache, and ")
     assert line.endswith("mend the network, or name a local folder or `embedded`")
+
+
+def test_a_training_that_would_throw_steps_away_is_refused_before_anything_begins(
+    tmp_path: Path, say, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, store = with_encoder(tmp_path), tmp_path / "store"
+    recipe.write_text(
+        recipe.read_text() + "train: {x: {data: [good], steps: 1000, global_batch: 8, model: {width: 16, heads: 2}}}\n"
+    )
+    trained(Store(str(store)), plan(load_recipe(recipe), Store(str(store)))["train-x"], 900, 950)
+    assert say("run", recipe, "--dry-run", "--store", store) == (0, [])
+    slower = ("--set", "train.x.optimizer.lr=1e-5", "--store", store)
+    expected = (
+        "error: train-x: would begin at step 0; 950 steps are there (optimizer.lr: 0.0002 -> 1e-05): fork with `from: {run: "
+        "train-x, step: newest, keep: [weights, optimizer, ema, schedule, order]}`, or begin anew with --force train-x"
+    )
+    for words in (("run", recipe, "--dry-run"), ("run", recipe)):
+        assert say(*words, *slower) == (1, [expected])
+    assert not (store / ".state" / "prefect").exists()
+    assert say("run", recipe, "--dry-run", *slower, "--force", "train-x") == (0, [])
+    # What is told is what can be written.
+    fork = expected.split("`")[1].removeprefix("from: ")
+    run_main(monkeypatch, "run", str(recipe), "--dry-run", *map(str, slower), "--set", f"train.x.from={fork}")
+    printed = capsys.readouterr().out
+    assert "train-x: where it begins is known once its input data.good is made" in printed
 
 
 def test_the_numbers_of_a_model_are_those_of_the_network() -> None:

@@ -13,7 +13,8 @@ from infra.store import Store, StoreError
 from stages.download.stage import Download
 from stages.folder.stage import Folder
 from stages.runner.contract import Job, StageError, UnitRecord, canonical, digest_of
-from stages.runner.run import DISK_RESERVE, add_up, check_disk, describe_drops, make_job, run_stage, unit_keys
+from stages.runner.keys import unit_keys
+from stages.runner.run import DISK_RESERVE, add_up, check_disk, describe_drops, make_job, run_stage
 from stages.select.stage import Select
 from tests.stages.committed import dataset_of
 from tests.stages.killed import in_process

@@ -15,12 +15,14 @@ from infra.store import Store, StoreError
 from pipelines.command import app
 from stages.catalog import stage_class
 from stages.runner import garbage as rules
+from stages.runner.chain import unit_key
 from stages.runner.contract import StageError
 from stages.runner.garbage import Garbage, collect, find_garbage
 from stages.runner.graph import plan
 from stages.runner.recipe import Recipe, load_recipe
 from stages.runner.run import run_stage
 from tests.pipelines.conftest import write_metadata
+from tests.stages.committed import trained
 
 TOMORROW = datetime.now(UTC) + timedelta(hours=25)
 
@@ -282,6 +284,21 @@ def test_an_unfinished_run_keeps_what_it_has(folder: Path, store: Store, monkeyp
         run(wanted, store)
     garbage = find_garbage([wanted], store, TOMORROW)
     assert files(store) and not garbage.leftovers and not garbage.datasets
+
+
+def test_the_newest_step_of_a_training_stays_when_its_recipe_has_changed_since(folder: Path, store: Store) -> None:
+    """Also while the data of the changed recipe is not made, and nothing can be told of what a run would reuse."""
+
+    def changed(lr: float) -> Recipe:
+        path = folder / "trained.yaml"
+        stages = "{select: {metadata: [metadata/*.parquet]}, download: {}, filter: {}, encode: {}}"
+        training = f"{{data: [a], steps: 9, global_batch: 4, optimizer: {{lr: {lr}}}}}"
+        path.write_text(f"name: trained\nsubsets:\n  a: {stages}\ntext-codec: {{captions: a}}\ntrain:\n  x: {training}\n")
+        return load_recipe(path)
+
+    key = trained(store, plan(changed(0.1), store)["train-x"], 3, 6)
+    (left,) = find_garbage([changed(0.2)], store, TOMORROW).leftovers
+    assert [path.rsplit("/", 1)[-1] for path in left.folders] == [unit_key(key, 3)]
 
 
 def test_a_dataset_that_is_kept_stays_with_what_it_was_made_from(folder: Path, store: Store) -> None:

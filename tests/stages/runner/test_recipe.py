@@ -94,6 +94,13 @@ def test_nodes_and_their_inputs(recipe: Path) -> None:
         ("train.small.model.depth=3", "train.small.model: depth is 3; it must be even"),
         ("train.small.optimizer.lr=fast", "train.small.optimizer.lr: input should be a valid number"),
         ("train.large.from=none", "train.large.from: no training stage none before it"),
+        ("train.large.from=smal", "train.large.from: no training stage smal before it, nor a dataset or a folder"),
+        (
+            "train.large.from={run: small, step: 0}",
+            "train.large.from.step: a step that is kept is 1 at least .got 0.",
+        ),
+        ("train.large.from={run: small, keep: [order]}", "train.large.from.keep: without the weights nothing else fits"),
+        ("train.large.from={run: small, keep: [weights, moments]}", "train.large.from.keep.1: input should be 'weights'"),
         ("text-codec.captions=c", "text-codec.captions: expected a subset that has a select"),
         ("encoders.vea=embedded", "encoders.vea: unknown field"),
         ("trian={}", "trian: unknown field"),
@@ -103,6 +110,41 @@ def test_a_mistake_is_one_line_with_the_path_of_the_field(recipe: Path, override
     with pytest.raises(RecipeError, match=message) as raised:
         load_recipe(recipe, [override])
     assert "\n" not in str(raised.value)
+
+
+def test_a_training_begins_from_a_node_itself_a_dataset_or_a_folder(recipe: Path, tmp_path: Path) -> None:
+    def node(value: str) -> Any:
+        return load_recipe(recipe, [f"train.large.from={value}"]).nodes["train-large"]
+
+    for value in ("small", "train-small", "{run: small}"):
+        assert node(value) == node("small") and node(value).inputs["init"] == "train-small"
+    itself = node("{run: large, keep: [order, weights]}")
+    assert "init" not in itself.inputs and itself.forks_itself
+    assert (itself.config.origin.run, itself.config.origin.keep) == ("train-large", ("weights", "order"))
+    assert node("0123456789ab").config.origin.dataset == node("train/0123456789ab").config.origin.dataset.removeprefix("train/")
+    assert node("checkpoints/x").config.origin.folder == str(tmp_path / "checkpoints" / "x")
+    assert node("s3://bucket/x").config.origin.folder == "s3://bucket/x"
+
+
+def test_what_a_training_begins_from_must_be_there(recipe: Path, tmp_path: Path, store: Store) -> None:
+    def planned(value: str) -> Any:
+        return plan(load_recipe(recipe, [f"train.large.from={value}"]), store)["train-large"]
+
+    (tmp_path / "x").mkdir()
+    with pytest.raises(RecipeError, match="train.large.*x/.*: "):
+        planned("./x")
+    (tmp_path / "x" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"train-large: from: .*/x has no ema.safetensors; name the folder of a checkpoint"):
+        planned("./x")
+    store.write("note", b"")
+    with pytest.raises(RecipeError, match="train.large.from: 0123456789ab: no dataset in .* has this fingerprint"):
+        planned("0123456789ab")
+    # A fork of itself belongs to the recipe that it is written in.
+    prints = set()
+    for name in ("good", "better"):
+        recipe.write_text(recipe.read_text().replace(recipe.read_text().split("\n")[1], f"name: {name}"))
+        prints.add(planned("{run: large}").fingerprint)
+    assert len(prints) == 2
 
 
 def test_training_data_is_a_list_of_subsets_or_a_section(recipe: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from infra.dataset import find, verify
 from infra.store import Store
 from stages.runner.contract import Bug, StageError, result_fields
-from stages.runner.run import chain_of, make_job, phase_states, run_stage
+from stages.runner.ledger import chain_of
+from stages.runner.run import make_job, phase_states, run_stage
 from tests.stages.toy import Count, Squares, planned
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -184,6 +185,7 @@ def test_a_chain_is_found_by_what_is_there_whatever_length_is_asked_for(store, c
     assert contents(run_stage(planned(Count, "d" * 24, steps=4, die_at=3), store, Count)) == ["4\n"]
     assert contents(run_stage(planned(Count, "c" * 24, steps=6, die_at=5), store, Count)) == ["6\n"]
     assert caplog.messages == [
+        "toy-count: begins at step 0",
         "toy-count: step 3 of a run that reached 5 is there already",
         "toy-count: goes on at step 3 of a run that reached 5",
         "toy-count: goes on at step 5 of a run that reached 5",
@@ -196,7 +198,7 @@ def test_a_chain_that_has_only_later_steps_says_that_it_begins_anew(store, caplo
     for step in (1, 2):
         store.remove(make_job(planned(Count), store).unit_folder(steps_of(planned(Count), store)[step].key))
     run_stage(planned(Count, "e" * 24, steps=2), store, Count)
-    assert caplog.messages == ["toy-count: begins at step 0: no step up to 2 is left of a run that reached 3"]
+    assert caplog.messages[1:] == ["toy-count: begins at step 0: no step up to 2 is left of a run that reached 3"]
 
 
 def test_of_a_chain_stay_what_its_stage_keeps_the_newest_and_what_a_run_would_go_on_from(store):

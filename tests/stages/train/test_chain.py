@@ -3,86 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from infra.dataset import Dataset, Stats, commit, verify
+from infra.dataset import verify
 from infra.store import Store, StoreError
-from stages.runner.chain import Chain
 from stages.runner.contract import Job, StageError
-from stages.runner.graph import Planned
-from stages.runner.run import chain_of, make_job, phase_states, run_stage
+from stages.runner.run import phase_states
 from stages.train.stage import Train, TrainStageConfig
-from tests.stages.committed import dataset_of, flip
-from tests.training.synthetic import write_shards
-from training.loop import run
+from tests.stages.committed import flip
+from tests.stages.train.trainings import TENSORS, Trainings, same_tensors
 from unidiffuser.uvit import UViT, UViTConfig
-
-TENSORS = ("model", "ema", "exp_avg", "exp_avg_sq")
-
-
-class Trainings:
-    """Real trainings in this process, in place of Ray's gang; `began` are the steps of their first rows."""
-
-    def __init__(self, root: Path) -> None:
-        self.began: list[int] = []
-        self.stop_at: int | None = None
-        self.store = Store(str(root / "store"))
-        write_shards(root / "latents")
-        data = dataset_of(self.store, "encode", root / "latents", {})
-        data.manifest.stats = Stats(rows_in=80, rows_out=80)
-        self.data = commit(self.store, data.manifest)
-
-    def train(self, job: Any, on_row: Callable[[Any], None] = lambda row: None, stop: Any = None) -> Any:
-        rows: list[int] = []
-        steps: list[int] = []
-
-        def stopping() -> bool:
-            steps.append(1)
-            return rows[0] + len(steps) == self.stop_at
-
-        def seen(row: dict[str, Any]) -> None:
-            # The first row of a training is the validation of step 0, or that of the step after the one it goes on from.
-            rows.append(row["step"] if row["kind"] == "validation" and not rows else row["step"] - 1)
-            on_row(row)
-
-        outcome = run(job, torch.device("cpu"), lambda: bool(rows) and stopping(), seen)
-        self.began.append(rows[0])
-        return outcome
-
-    def planned(self, **changes: Any) -> Planned:
-        fields = {
-            "global_batch": 8, "precision": "fp32", "log_every": 1, "checkpoint_every": 5, "schedule": {"warmup_steps": 2},
-            "model": {"width": 16, "depth": 2, "heads": 2}, "validation": {"fraction": 0.2, "every": 100, "samples": 4},
-            **changes,
-        }  # fmt: skip
-        config = TrainStageConfig.model_validate(fields)
-        inputs = {"data.x": self.data.manifest.reference()}
-        return Planned("r", "train-256", "train", config, inputs, {}, {}, {}, 0, f"{config.steps:024d}")
-
-    def __call__(self, **changes: Any) -> Dataset:
-        return run_stage(self.planned(**changes), self.store, Train)
-
-    def chain(self, **changes: Any) -> Chain:
-        planned, (phase,) = self.planned(**changes), Train.phases
-        assert phase.gang is not None
-        return chain_of(Train, phase, phase.gang, make_job(planned, self.store), planned)
-
-
-@pytest.fixture
-def training(tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch) -> Trainings:
-    found = Trainings(tmp_path)
-    monkeypatch.setattr("training.launch.train", found.train)
-    return found
-
-
-def same_tensors(one: Dataset, other: Dataset) -> bool:
-    digests = [{entry.name: entry.sha256 for entry in dataset.files} for dataset in (one, other)]
-    return all(digests[0][f"{kind}.safetensors"] == digests[1][f"{kind}.safetensors"] for kind in TENSORS)
 
 
 def test_a_longer_run_and_another_rhythm_go_on_from_the_newest_checkpoint(

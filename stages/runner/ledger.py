@@ -1,0 +1,240 @@
+"""The ledger of a node: every chain that it ever grew, with what each was grown with and where it began.
+
+A chain's key says what grows, so another configuration or other data is another chain, and what the first one reached would be
+out of sight. The ledger keeps it in sight. A node of a recipe is a line of chains:
+
+    chains/STAGE/RECIPE/NODE/BASE.json    one chain, written once, when it begins; BASE is the digest of what it is grown with
+    chains/STAGE/RECIPE/NODE/last.json    the chain that was grown last
+
+Which steps a chain has is no part of it: they are what lies in the store. A chain that begins from a step of another has a key
+that names that step, so two recipes that give a chain the same configuration and another start never meet in one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from infra.dataset import InputRef
+from infra.store import Store, StoreError
+from stages.runner.chain import Chain, Gang, unit_key
+from stages.runner.contract import Job, Phase, Stage, StageError, UnitRecord, digest_of
+from stages.runner.graph import Planned
+from stages.runner.keys import chain_key, decisive
+
+FOLDER = "chains"
+LAST = "last.json"
+
+
+class Parent(BaseModel):
+    """The step that a chain begins from.
+
+    Attributes:
+        node: whose step it is: a node, or the address of a folder.
+        chain: its key; empty for a folder, which belongs to no chain.
+        step: of that chain.
+        begins: the step at which the count of the new chain begins.
+        keep: what is taken over; a stage's own words.
+        changed: what the new chain has otherwise, a line each.
+        grown: whether nothing but the data is another, and all of the old is in it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    node: str
+    chain: str
+    step: int
+    begins: int
+    keep: tuple[str, ...]
+    changed: tuple[str, ...] = ()
+    grown: bool = False
+
+    @property
+    def unit(self) -> str:
+        """Key of the unit that the step is."""
+        return unit_key(self.chain, self.step)
+
+
+class Entry(BaseModel):
+    """One chain of a line; `root` tells lines apart that were begun from different things outside it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str
+    key: str
+    root: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, InputRef]
+    created: str
+    parent: Parent | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a chain that is not in the ledger yet begins: from nothing, or from a step; `root` as of `Entry`."""
+
+    parent: Parent | None = None
+    root: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest step of a line, and the chain that it belongs to."""
+
+    entry: Entry
+    step: int
+    record: UnitRecord
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The chains of one node of one recipe, in one store."""
+
+    store: Store
+    stage: str
+    recipe: str
+    node: str
+
+    @property
+    def folder(self) -> str:
+        return f"{FOLDER}/{self.stage}/{self.recipe}/{self.node}"
+
+    def entry(self, base: str) -> Entry | None:
+        """The chain that is grown with just this.
+
+        Raises:
+            StoreError: its record is damaged.
+        """
+        (found,) = self._read([f"{base}.json"]) or (None,)
+        return found
+
+    def entries(self) -> list[Entry]:
+        """All chains, in the order in which they began.
+
+        Raises:
+            StoreError: a record is damaged.
+        """
+        names = [name for name in self.store.list(self.folder) if name.endswith(".json") and name != LAST]
+        return sorted(self._read(names), key=lambda entry: (entry.created, entry.base))
+
+    def _read(self, names: list[str]) -> list[Entry]:
+        found = []
+        for name, data in zip(names, self.store.read_many([f"{self.folder}/{name}" for name in names]), strict=True):
+            try:
+                found += [Entry.model_validate_json(data)] if data is not None else []
+            except ValidationError:
+                path = self.store.url(f"{self.folder}/{name}")
+                raise StoreError(f"{path}: no record of a chain; delete the file and run again") from None
+        return found
+
+    def enter(self, entry: Entry) -> Entry:
+        """Write a chain down, unless another run was the first to do so; gives what is written."""
+        path = f"{self.folder}/{entry.base}.json"
+        with self.store.claimed(path):
+            found = self.entry(entry.base)
+            if found is not None:
+                return found
+            if self.store.write_json(path, entry.model_dump(mode="json"), once=not self.store.local):
+                return entry
+        return self.entry(entry.base) or entry
+
+    def grows(self, base: str) -> None:
+        """Remember which chain is grown last."""
+        self.store.write_json(f"{self.folder}/{LAST}", {"base": base})
+
+    def head(self, job: Job, root: str | None = None) -> Head | None:
+        """The newest step of the line: of the chain that was grown last, or, while that has none, of the one that has come
+        furthest. None when no step of any is there.
+
+        Args:
+            job: of the stage.
+            root: only of chains with this root.
+        """
+        heads = {}
+        for entry in self.entries():
+            done = Chain(job, entry.key, 0).done() if root in (None, entry.root) else {}
+            if done:
+                heads[entry.base] = Head(entry, max(done), done[max(done)])
+        last = self.store.read_json(f"{self.folder}/{LAST}") or {"base": ""}
+        furthest = max(heads.values(), key=lambda head: (head.step, head.entry.created), default=None)
+        return heads.get(last["base"], furthest)
+
+    def at(self, job: Job, step: int, head: Head) -> Head | None:
+        """A certain step of the line: that of the head's chain, of those before it, or of any other; None when there is none."""
+        entries = {entry.key: entry for entry in self.entries()}
+        before: Entry | None = head.entry
+        ahead: dict[str, Entry] = {}
+        while before is not None and before.key not in ahead:
+            ahead[before.key] = before
+            before = entries.get(before.parent.chain) if before.parent else None
+        for key, entry in (ahead | dict(reversed(entries.items()))).items():
+            if (record := job.unit_done(unit_key(key, step))) is not None:
+                return Head(entry, step, record)
+        return None
+
+
+def where_it_begins(chain: Chain) -> str:
+    """For people: the step at which a run of the chain begins, and from what."""
+    there = chain.done()
+    start = chain.start(there)
+    if start in there:
+        step = f"step {start} of a run that reached {max(there)}"
+        return f"{step} is there already" if start == chain.end else f"goes on at {step}"
+    if there:
+        return f"begins at step {start}: no step up to {chain.end} is left of a run that reached {max(there)}"
+    if (parent := chain.parent) is None:
+        return "begins at step 0"
+    changed = f" ({'; '.join(parent.changed)})" if parent.changed else ""
+    return f"begins at step {parent.begins} from step {parent.step} of {parent.node} with its {', '.join(parent.keep)}{changed}"
+
+
+def ledger_of(store: Store, planned: Planned) -> Ledger:
+    return Ledger(store, planned.stage, planned.recipe, planned.name)
+
+
+def chain_of(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned) -> Chain:
+    """The chain that a phase grows, as the ledger has it, or as it would be entered there; nothing is written.
+
+    Raises:
+        StageError: it would begin anew although its line has steps, what it is to begin from is not there, or it would end there.
+        KeyError: the job lacks an input without which that cannot be told.
+    """
+    base, ledger = chain_key(stage, phase, planned), ledger_of(job.store, planned)
+    entry = ledger.entry(base)
+    if entry is None:
+        begun = bool(Chain(job, base, 0).done())
+        start = Start() if begun else gang.begins(stage, job, planned, ledger)
+        entry = Entry(
+            base=base,
+            key=base if start.parent is None else digest_of([base, start.parent.chain, start.parent.step]),
+            root=start.root,
+            version=stage.version,
+            config=decisive(phase, planned.config),
+            inputs=planned.inputs,
+            created=datetime.now(UTC).isoformat(),
+            parent=start.parent,
+        )
+    return _chain(gang, job, entry)
+
+
+def _chain(gang: Gang, job: Job, entry: Entry) -> Chain:
+    chain = Chain(job, entry.key, gang.end(job.config, entry.parent), entry)
+    if entry.parent is not None and chain.end <= chain.begins:
+        raise StageError(
+            f"{job.node}: steps {chain.end} are not beyond step {chain.begins} of {entry.parent.node}, at which it begins; "
+            "raise steps"
+        )
+    return chain
+
+
+def entered(chain: Chain, gang: Gang, planned: Planned) -> Chain:
+    """The chain as the ledger has it from now on, and as the one that is grown last."""
+    assert chain.entry is not None
+    ledger = ledger_of(chain.job.store, planned)
+    entry = ledger.enter(chain.entry)
+    ledger.grows(entry.base)
+    return chain if entry == chain.entry else _chain(gang, chain.job, entry)

@@ -1,0 +1,286 @@
+"""Where a training begins: from nothing, from another run's step, or from a step of its own that another configuration reached.
+
+A run goes on from the newest step of its own chain, whatever its length and rhythm (`stages.runner.chain`). Where it has none,
+because a field, an input or the code is another, this decides:
+
+- Only the data is another, and every shard of before is in it: it goes on from the newest step with all that it had. The epoch
+  that is under way ends first, so every old row is read in it; all after it are of all rows, old and new (`training.order`). New
+  shards come behind the old ones. With `growth_steps` it goes so many steps further than it was, if `steps` are done.
+- `from` is written: it begins from that.
+- Else, where the node has steps with the same start, it is refused: nobody throws them away unawares.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import fsspec
+from pydantic import ConfigDict, Field, field_validator
+
+from infra.dataset import Dataset
+from stages.runner.chain import Chain, unit_key
+from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
+from stages.runner.graph import Planned, config_changes
+from stages.runner.keys import outside_digests
+from stages.runner.ledger import Head, Ledger, Parent, Start
+from stages.runner.recipe import DATASET
+from training.begin import ALL, Kept, counts_on
+from training.config import Section
+
+# Fields that say how far a training goes, not what it is.
+LENGTH = frozenset({"steps", "growth_steps"})
+# Of the model, what decides the shapes of its weights.
+SHAPE = ("width", "depth", "heads", "patch")
+ORDER_FILE = "order.json"
+
+
+class Origin(Section):
+    """What a training begins from."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+    run: str = operational(
+        ..., "a training of this recipe, also this one itself; a dataset by its fingerprint; or the folder of a checkpoint"
+    )
+    step: int | Literal["newest"] = Field("newest", description="the step to begin from; of another run, the newest is its last")
+    keep: tuple[Kept, ...] = Field(
+        ("weights", "ema"),
+        description="what is taken over: weights; optimizer (its state), ema, schedule (the learning rate goes on at its step), "
+        "order (rows, timesteps and noise go on at their place). With schedule or order, the count of steps goes on",
+    )
+
+    @field_validator("step")
+    @classmethod
+    def _counted(cls, step: int | str) -> int | str:
+        if isinstance(step, int) and step < 1:
+            raise ValueError("a step that is kept is 1 at least")
+        return step
+
+    @field_validator("keep")
+    @classmethod
+    def _with_weights(cls, keep: tuple[Kept, ...]) -> tuple[Kept, ...]:
+        if "weights" not in keep:
+            raise ValueError("without the weights nothing else fits; add weights")
+        return tuple(kind for kind in ALL if kind in keep)
+
+    @property
+    def folder(self) -> str | None:
+        """The address of the folder that it names."""
+        return self.run if "/" in self.run and not DATASET.fullmatch(self.run) else None
+
+    @property
+    def dataset(self) -> str | None:
+        """The fingerprint, or its first characters, of the dataset that it names."""
+        return self.run if DATASET.fullmatch(self.run) else None
+
+
+def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> Start:
+    """Where a chain of this plan begins, as the module says.
+
+    Raises:
+        StageError: what it is to begin from is not there, does not fit, or steps would be left behind unawares.
+        KeyError: an input that decides is not made yet.
+    """
+    origin: Origin | None = job.config.origin
+    itself = origin is not None and "init" not in planned.inputs and not planned.sources
+    root = None if itself else _root(planned)
+    head = ledger.head(job, root)
+    if head is not None and not planned.generation and (parent := _grown(stage, job, planned, head)) is not None:
+        return Start(parent, head.entry.root)
+    if itself and origin is not None:
+        found = head if head is None or origin.step == "newest" else ledger.at(job, origin.step, head)
+        if head is None or found is None:
+            step = "step" if origin.step == "newest" else f"step {origin.step}"
+            raise StageError(f"{job.node}: from: no {step} of it is there; {_those(head)}")
+        order, changed = order_of(job.store, found.record), _changes(stage, job, planned, found)
+        return Start(_parent(job, planned, found.entry.key, found.step, planned.name, order, changed), found.entry.root)
+    if head is not None and not planned.generation:
+        raise StageError(_refusal(stage, job, planned, head))
+    return Start(_elsewhere(job, planned) if origin is not None else None, root or "")
+
+
+def _root(planned: Planned) -> str:
+    """What a line of chains was begun from, other than from itself."""
+    told = result_fields(planned.config)["from"]
+    return digest_of([told, _references(planned.inputs, data=False), outside_digests(planned)])
+
+
+def _references(inputs: Mapping[str, Any], data: bool) -> dict[str, str]:
+    return {name: reference.fingerprint for name, reference in inputs.items() if name.startswith("data.") == data}
+
+
+def _told(config: Any) -> dict[str, Any]:
+    return {name: value for name, value in result_fields(config).items() if name not in LENGTH}
+
+
+def _grown(stage: type[Stage], job: Job, planned: Planned, head: Head) -> Parent | None:
+    """The newest step, if its training is this one with less data, or just this one, begun by force with another length."""
+    before = head.entry
+    same = (before.config, before.version) == (_told(job.config), stage.version)
+    if not same or _references(before.inputs, data=False) != _references(planned.inputs, data=False):
+        return None
+    changed: tuple[str, ...] = ()
+    if grown := before.inputs != planned.inputs:
+        old, new = order_of(job.store, head.record)["shards"], [digest for digest, _ in shards(job, planned.inputs)]
+        if Counter(old) - Counter(new):
+            return None
+        changed = (f"data: {len(old)} -> {len(new)} shards",)
+        if head.step >= job.config.steps and not job.config.growth_steps:
+            raise StageError(
+                f"{job.node}: its data has grown, and step {head.step} of {job.config.steps} is done; raise steps to go on, or "
+                "set growth_steps to go so many further each time"
+            )
+    return Parent(
+        node=job.node, chain=before.key, step=head.step, begins=head.step, keep=ALL, changed=changed, grown=grown
+    )  # fmt: skip
+
+
+def end(config: Any, parent: Parent | None) -> int:
+    """The step that a training goes to."""
+    if parent is not None and parent.grown and config.growth_steps:
+        return max(config.steps, parent.step + config.growth_steps)
+    return int(config.steps)
+
+
+def _elsewhere(job: Job, planned: Planned) -> Parent:
+    """The step of another run that is named."""
+    origin: Origin = job.config.origin
+    if origin.folder is not None:
+        state = outside(planned.sources, "trainer.json")
+        if origin.step not in ("newest", state["step"]):
+            raise StageError(f"{job.node}: from: {origin.folder} is a checkpoint of step {state['step']}, not {origin.step}")
+        return _parent(job, planned, "", state["step"], origin.folder, outside(planned.sources, ORDER_FILE))
+    dataset: Dataset = job.inputs["init"]
+    chain, _, last = dataset.files[0].unit.rpartition("-")
+    step = int(last) if origin.step == "newest" else origin.step
+    record = job.unit_done(unit_key(chain, step))
+    if record is None:
+        there = ", ".join(map(str, Chain(job, chain, 0).done()))
+        raise StageError(f"{job.node}: from: step {step} of {origin.run} is not there; those that are: {there or 'none'}")
+    config = {name: value for name, value in dataset.manifest.config.items() if name not in LENGTH}
+    changed = config_changes("", config, _told(job.config))
+    return _parent(job, planned, chain, step, dataset.manifest.node, order_of(job.store, record), changed)
+
+
+def _parent(
+    job: Job, planned: Planned, chain: str, step: int, node: str, order: Mapping[str, Any], changed: Sequence[str] = ()
+) -> Parent:
+    """The step to begin from, once it is clear that what is kept of it can go on."""
+    keep = job.config.origin.keep
+    if "order" in keep and (lost := _other_order(job, planned, order)):
+        raise StageError(f"{job.node}: from: the order cannot go on: {lost[0]}; leave order out of keep")
+    # That it begins elsewhere is said already.
+    other = tuple(line for line in changed if not line.startswith("from"))
+    return Parent(node=node, chain=chain, step=step, begins=step if counts_on(keep) else 0, keep=keep, changed=other)
+
+
+def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
+    changed = _changes(stage, job, planned, head)
+    line = f"{job.node}: would begin at step 0; {head.step} steps are there ({'; '.join(changed)})"
+    if other := _other_shape(head.entry.config, _told(job.config)):
+        return f"{line}; a model of another {other} cannot go on from them: begin anew with --force {job.node}"
+    try:
+        keeps_order = not _other_order(job, planned, order_of(job.store, head.record))
+    except KeyError:
+        keeps_order = True
+    keep = [kind for kind in ALL if kind != "order" or keeps_order]
+    return f"{line}: fork with `{fork(job.node, keep)}`, or begin anew with --force {job.node}"
+
+
+def fork(node: str, keep: Any = ALL) -> str:
+    """What a person writes to go on from the newest step with another value."""
+    return f"from: {{run: {node}, step: newest, keep: [{', '.join(keep)}]}}"
+
+
+def _those(head: Head | None) -> str:
+    return "leave `from` out" if head is None else f"the newest is {head.step}"
+
+
+def _changes(stage: type[Stage], job: Job, planned: Planned, head: Head) -> list[str]:
+    """What a chain has otherwise than the one that is planned."""
+    lines = config_changes("", head.entry.config, _told(job.config))
+    if head.entry.version != stage.version:
+        lines.append(f"stage version {head.entry.version} -> {stage.version}")
+    for name in sorted({*head.entry.inputs, *planned.inputs}):
+        if head.entry.inputs.get(name) != planned.inputs.get(name):
+            lines.append(f"input {name} is another dataset")
+    return lines
+
+
+def _other_shape(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
+    return next((name for name in SHAPE if old["model"][name] != new["model"][name]), None)
+
+
+def order_told(config: Any, digests: list[str]) -> dict[str, Any]:
+    """All that decides which row is read when: `order.json` of a checkpoint. The shards are in the order in which they came."""
+    return {
+        "seed": config.seed,
+        "global_batch": config.global_batch,
+        "data.lanes": config.lanes,
+        "data.shuffle_window": config.data.shuffle_window,
+        "data.where": list(config.data.where),
+        "validation.fraction": config.validation.fraction,
+        "shards": digests,
+    }
+
+
+def order_of(store: Any, record: UnitRecord) -> dict[str, Any]:
+    """What a checkpoint says of its order."""
+    return cast(dict[str, Any], store.read_json(record.file(ORDER_FILE).path))
+
+
+def outside(sources: Iterable[str], name: str) -> dict[str, Any]:
+    """A JSON file of the folder that is named."""
+    address = next(address for address in sources if address.rsplit("/", 1)[-1] == name)
+    with fsspec.open(address, "rb") as file:
+        return cast(dict[str, Any], json.loads(file.read()))
+
+
+def _other_order(job: Job, planned: Planned, before: Mapping[str, Any]) -> list[str]:
+    """What keeps the order of another training from going on in this one, a line each.
+
+    Raises:
+        KeyError: the data is not made yet.
+    """
+    now = order_told(job.config, [])
+    lines = [
+        f"{name}: {before[name]!r} -> {value!r}" for name, value in now.items() if name != "shards" and before[name] != value
+    ]
+    digests = [digest for digest, _ in shards(job, planned.inputs)]
+    if gone := sum((Counter(before["shards"]) - Counter(digests)).values()):
+        lines.append(f"data: {gone} of {len(before['shards'])} shards are no longer there")
+    return lines
+
+
+def shards(job: Job, inputs: Iterable[str]) -> list[tuple[str, str]]:
+    """Digest and address of every shard of these inputs; several are one list, in the order of the recipe.
+
+    Raises:
+        KeyError: an input is not made yet.
+    """
+    return [
+        (entry.sha256[:24], job.store.url(entry.path))
+        for name in inputs
+        if name.startswith("data.")
+        for entry in job.inputs[name].files
+        if entry.name.endswith(".parquet")
+    ]
+
+
+def arrived(found: list[tuple[str, str]], before: list[str]) -> list[tuple[str, str]]:
+    """Shards in the order in which they came: those of before first, as they were, then the others."""
+    waiting: dict[str, list[str]] = {}
+    for digest, address in found:
+        waiting.setdefault(digest, []).append(address)
+    first = [(digest, waiting[digest].pop(0)) for digest in before]
+    taken = Counter(before)
+    rest = []
+    for digest, address in found:
+        if taken[digest]:
+            taken[digest] -= 1
+        else:
+            rest.append((digest, address))
+    return first + rest
