@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,3 +71,11 @@ def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(ray_cluster: No
         train(job)
     with pytest.raises(TrainingError, match="workers is 4, but the Ray cluster has 2 CPUs"):
         train(TrainJob(config(workers=4), (missing,), str(tmp_path / "work"), KeepIn(str(tmp_path))))
+
+
+def test_a_cluster_of_nothing_is_told_with_its_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    job = TrainJob(config(), (), str(tmp_path), KeepIn(str(tmp_path)))
+    for resources, words in (({}, "has 0 CPUs"), ({"GPU": 0.0}, "has 0 CPUs"), ({"GPU": 1.0, "CPU": 9.0}, "has 1 GPUs")):
+        monkeypatch.setattr("ray.cluster_resources", lambda resources=resources: resources)
+        with pytest.raises(TrainingError, match=words):
+            train(replace(job, config=config(workers=2, global_batch=8)))

@@ -284,6 +284,11 @@ def test_checkpoints_of_other_runs_are_refused(every_step: Path, shards: tuple[s
         run(job(tmp_path, shards, config(), resume=str(tmp_path)), CPU)
 
 
+def test_lanes_are_the_greatest_divisor_of_the_batch_up_to_16() -> None:
+    found = {batch: TrainConfig(steps=1, global_batch=batch).lanes for batch in (1, 12, 16, 17, 34, 1024)}
+    assert found == {1: 1, 12: 12, 16: 16, 17: 1, 34: 2, 1024: 16}
+
+
 def test_config_errors_say_what_is_expected() -> None:
     for changes, message in (
         ({"global_batch": 9, "workers": 2}, "not divisible by workers 2"),

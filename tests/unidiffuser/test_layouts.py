@@ -58,6 +58,11 @@ def test_nothing_is_overwritten_and_what_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no whole checkpoint; expected an export folder"):
         with export_folder(tmp_path / "a"):
             pass
+    for name in ("AutoencoderKL", "VQModel"):  # settings of another network, whichever way its name is sorted
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(f'{{"_class_name": "{name}"}}')
+        with pytest.raises(FileNotFoundError, match="no U-ViT found"):
+            load_uvit(tmp_path / name)
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match="list.pth: expected a dictionary of tensors, found list"):
         load_uvit(tmp_path / "list.pth")

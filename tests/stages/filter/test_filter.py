@@ -158,6 +158,14 @@ def test_a_threshold_redoes_only_the_writing_and_a_filter_feeds_a_filter(store, 
     assert {one.key for one in second} <= {one.key for one in first} and second
 
 
+def test_histograms_cover_what_a_score_can_be():
+    similarity, probability = (-1.0, 1.0), (0.0, 1.0)
+    assert RANGES == {
+        "clip_similarity": similarity, "similarity": similarity, "punsafe": probability, "pwatermark": probability,
+        "aesthetic": (0.0, 10.0),
+    }  # fmt: skip
+
+
 def test_histograms_count_every_score(store, make, in_process):
     shards = mixed(5)
     rows = [one for shard in shards for one in shard]
