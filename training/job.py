@@ -34,6 +34,7 @@ class TrainJob:
         init_from: checkpoint of another run to take weights and moving average from, in the same forms; the position
             table is interpolated when the grid has another size. The step count starts at 0. Not read when resuming.
         init_optimizer: take Adam's moments from `init_from` as well.
+        weights: native folder of weights that were trained elsewhere, to start from instead of `init_from`, in the same forms.
     """
 
     config: TrainConfig
@@ -43,6 +44,7 @@ class TrainJob:
     resume: Source = None
     init_from: Source = None
     init_optimizer: bool = False
+    weights: Source = None
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,10 @@ from training.engine import compiled, initialise_engine
 from training.history import Meter, Row
 from training.job import Outcome, Source, TrainingError, TrainJob
 from training.loader import Batch, Loader
-from training.masters import Masters
+from training.masters import MOMENTS, Masters
 from training.optimizer import learning_rate
-from unidiffuser.modalities import Modality
+from training.weights import ForeignWeights
+from unidiffuser.modalities import Modality, all_parts, resized
 from unidiffuser.objective import JointObjective
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT, UViTConfig
@@ -36,7 +37,10 @@ log = logging.getLogger(__name__)
 
 def uvit_config(config: TrainConfig, modalities: tuple[Modality, ...]) -> UViTConfig:
     """The model's configuration for the shapes of the shards."""
-    return UViTConfig(modalities=modalities, **config.model.model_dump(exclude={"patch"}))
+    if (side := config.model.position_side) is not None:
+        latent = next(part for part in all_parts(modalities) if part.is_grid)
+        modalities = resized(modalities, {latent.name: (latent.shape[0], side, side)})
+    return UViTConfig(modalities=modalities, **config.model.model_dump(exclude={"patch", "position_side"}))
 
 
 def run(
@@ -54,7 +58,7 @@ def run(
 
     Raises:
         TrainingError: the loss is not finite.
-        ShardError, CheckpointError: an input cannot be used.
+        ShardError, CheckpointError, WeightsMisfit: an input cannot be used.
     """
     return _Run(job, device).run(stop_requested, on_row)
 
@@ -94,23 +98,30 @@ class _Run:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on timesteps and noise that the loader drew for each sample by its place."""
-        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise)
+        data_type = batch.data_type if self.config.model.data_type_token else None
+        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
 
     def _start(self) -> None:
-        """Model, engine, moving average and counters: new, resumed, or from another run's checkpoint."""
+        """Model, engine, moving average and counters: new, resumed, from another run's checkpoint, or from foreign weights."""
         torch.manual_seed(self.config.seed)
         model = UViT(self.model_config)
         folder = fetched(self.job.resume)
         resumed = folder is not None
         folder = folder if resumed else fetched(self.job.init_from)
         saved = Checkpoint(folder, self.model_config) if folder is not None else None
+        foreign = fetched(self.job.weights) if saved is None else None
+        weights = ForeignWeights(foreign, self.model_config) if foreign is not None else None
         if saved is not None:
             model.load_state_dict({name: saved.tensor("model", name) for name in saved.names()})
+        if weights is not None:
+            model.load_state_dict({name: weights.tensor(name) for name in weights.names()})
         if compiled(model, self.config, self.device):
             log.info("training with torch.compile")
         self.engine, self.precision = initialise_engine(model, self.config, self.world, self.device)
         self.masters = Masters(self.engine, self.config.zero_stage)
         self.ema = Ema(self.masters, self.config.ema)
+        if weights is not None:
+            weights.restore(self.masters, self.ema)
         if saved is None:
             return
         saved.restore_masters(self.masters, self.ema)
@@ -126,6 +137,10 @@ class _Run:
         config, stopped = self.config, False
         if self.step == 0:
             self._validate(on_row)
+        if config.steps == 0:
+            # No step has made the moments yet.
+            self.masters.set_moments({kind: self.masters.empty() for kind in MOMENTS}, 0)
+            self._checkpoint()
         batches = self.loader.batches(self.step, config.steps)
         for batch in batches:
             row, stopped = self._train_step(batch.to(self.device), stop_requested)

@@ -249,6 +249,8 @@ class _Builder:
         if before is not None:
             if f"train-{before}" not in self.nodes:
                 raise RecipeError(f"{place}.from: no training stage {before} before it")
+            if values.get("weights") is not None:
+                raise RecipeError(f"{place}.weights: it starts from the training {before} already; leave out one of the two")
             inputs["init"] = f"train-{before}"
         return self.add(f"train-{name}", "train", values, place, inputs)
 

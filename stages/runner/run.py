@@ -139,8 +139,9 @@ def keyed_units(stage: type[Stage], phase: Phase, job: Job, planned: Planned, ea
 
 
 def chain_of(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned) -> Chain:
-    """The chain that a phase grows."""
-    return Chain(job, unit_keys(stage, phase, job, planned.generation)(Unit("chain", ())), gang.end(job.config))
+    """The chain that a phase grows; the files from outside that it starts from decide it too."""
+    outside = tuple(sorted(digest for found in job.lists.values() for digest in found.values()))
+    return Chain(job, unit_keys(stage, phase, job, planned.generation)(Unit("chain", outside)), gang.end(job.config))
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _run_chain(phase: Phase, gang: Gang, chain: Chain) -> UnitRecord:
         else:
             log.info("%s: begins at step 0: no step up to %d is left %s", node, chain.end, reached)
     emit_progress(node, phase.name, start, chain.end, "steps")
-    if start < chain.end:
+    if chain.end not in there:
         gang.run(chain)
     record = chain.record(chain.end)
     if record is None:

@@ -11,6 +11,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,14 @@ from infra.dataset import VERIFY, FileEntry, fetch_files
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
-from stages.runner.recipe import encoder
+from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
+from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.preview import PreviewConfig, Previews
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
 from training.names import column_of
-from training.where import Comparison
 
 log = logging.getLogger("stages")
 
@@ -40,6 +41,11 @@ STOPPED = "stopped"
 
 class TrainStageConfig(TrainConfig):
     init_optimizer: bool = Field(False, description="start with Adam's moments of the stage that this one starts `from`")
+    weights: str | None = external_file(
+        None,
+        "weights to start from instead of a training: uvit_v0.pth or uvit_v1.pth, a folder of diffusers' UniDiffuser, an export, "
+        "a native folder or a lone file of tensors; a path or URL",
+    )
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
@@ -49,9 +55,9 @@ class TrainStageConfig(TrainConfig):
     @classmethod
     def _known_columns(cls, data: DataConfig) -> DataConfig:
         """What encode writes is known before anything runs."""
-        for condition in map(Comparison.parse, data.where):
+        for field, condition in zip((*("where" for _ in data.where), "data_type"), data.conditions, strict=False):
             if column_of(condition.column, COLUMNS) is None:
-                raise ValueError(f"where names {condition.column}; latents have {', '.join(COLUMNS)}")
+                raise ValueError(f"{field} names {condition.column}; latents have {', '.join(COLUMNS)}")
         return data
 
 
@@ -113,6 +119,12 @@ def _resume(chain: Chain, record: UnitRecord, folder: str) -> Fetched:
     return Fetched(chain.job.store, record.files, f"{folder}/resume", f"delete {unit} to go on from the one before")
 
 
+def _foreign(job: Job, folder: str) -> Start | None:
+    if (files := job.lists.get("weights")) is None:
+        return None
+    return Start(job.store, job.config.weights, files, job.config.model.heads, job.config.text, f"{folder}/weights")
+
+
 def train_chain(chain: Chain) -> None:
     """Train from the newest checkpoint to the last step.
 
@@ -150,6 +162,7 @@ def train_chain(chain: Chain) -> None:
             resume=_resume(chain, done[start], folder) if start else None,
             init_from=Fetched(job.store, job.inputs["init"].files, f"{folder}/init", VERIFY) if "init" in job.inputs else None,
             init_optimizer=job.config.init_optimizer,
+            weights=_foreign(job, folder),
         )
         try:
             outcome = train(run, on_row=on_row)
@@ -176,6 +189,23 @@ class Train(Stage):
             fields=frozenset(TrainStageConfig.model_fields) - {"steps"},
         ),
     )
+
+    @classmethod
+    def lists(cls, config: TrainStageConfig) -> dict[str, list[str]]:
+        return {} if config.weights is None else {"weights": files_of(config.weights)}
+
+    @classmethod
+    def check(cls, config: TrainStageConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        if "weights" in lists:
+            check_network(config, lists["weights"], config.text)
+
+    @classmethod
+    def check_before(
+        cls, config: TrainStageConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
+    ) -> None:
+        width = next((codec.latent_width for codec in before.get("text-codec", ())), None)
+        for encode in before.get("encode", ()) if "weights" in lists else ():
+            check_data(config, lists["weights"], config.text, encode, width)
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
