@@ -104,6 +104,16 @@ class OptimizerConfig(Section):
         return betas
 
 
+class LoraConfig(Section):
+    """Adapters of low rank that are trained instead of the weights (arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(16.0, gt=0, description="The adapters count alpha / rank times.")
+    targets: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"], ...] = Field(
+        ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1, description="Linear layers of the blocks that get one."
+    )
+
+
 class ScheduleConfig(Section):
     """Learning rate over the steps: linear warm-up, then constant or half a cosine."""
 
@@ -197,6 +207,9 @@ class TrainConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="Size of the network.")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Weights inside the loss.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW.")
+    lora: LoraConfig | None = Field(
+        None, description="Train adapters of low rank on the weights that the run starts from, and nothing else; needs peft."
+    )
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="Moving average of the weights.")
     data: DataConfig = Field(default_factory=DataConfig, description="Rows and order; a recipe writes the subsets here too.")

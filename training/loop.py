@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.adapters import Adapters, is_adapter
 from training.checkpoint import Checkpoint, TrainerState, write_checkpoint
 from training.config import TrainConfig
 from training.ema import Ema
@@ -92,6 +93,7 @@ class _Run:
         self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
         self.meter = Meter(self.config.global_batch, self.loader.rows, self.config.log_every)
         self.step, self.optimizer_steps = 0, 0
+        self.adapters: Adapters | None = None
         self._start()
         held_out = self.loader.validation()
         self.held_out = held_out.split(self.config.micro_batch or len(held_out)) if held_out else []
@@ -109,18 +111,27 @@ class _Run:
         resumed = folder is not None
         folder = folder if resumed else fetched(self.job.init_from)
         saved = Checkpoint(folder, self.model_config) if folder is not None else None
-        foreign = fetched(self.job.weights) if saved is None else None
+        # What adapters are trained on is frozen, and so the same wherever a run goes on.
+        foreign = fetched(self.job.weights) if saved is None or self.config.lora is not None else None
         weights = ForeignWeights(foreign, self.model_config) if foreign is not None else None
-        if saved is not None:
-            model.load_state_dict({name: saved.tensor("model", name) for name in saved.names()})
         if weights is not None:
             model.load_state_dict({name: weights.tensor(name) for name in weights.names()})
+        elif saved is not None:
+            model.load_state_dict({name: saved.tensor("model", name) for name in saved.names()})
+        if self.config.lora is not None:
+            if weights is None:
+                raise TrainingError("lora trains adapters on given weights: name them in `weights`")
+            self.adapters = Adapters(self.config.lora, weights)
+            self.adapters.inject(model)
+            if saved is not None:
+                adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
+                model.load_state_dict({name: saved.tensor("model", name) for name in adapters}, strict=False)
         if compiled(model, self.config, self.device):
             log.info("training with torch.compile")
         self.engine, self.precision = initialise_engine(model, self.config, self.world, self.device)
         self.masters = Masters(self.engine, self.config.zero_stage)
         self.ema = Ema(self.masters, self.config.ema)
-        if weights is not None:
+        if weights is not None and self.adapters is None:
             weights.restore(self.masters, self.ema)
         if saved is None:
             return
@@ -237,7 +248,7 @@ class _Run:
         with self.meter.excluded():
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-            write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter)
+            write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter, self.adapters)
             if self.rank == 0:
                 self.job.publish(str(folder), self.step, self.meter.rows[-1] if self.meter.rows else {})
                 shutil.rmtree(folder, ignore_errors=True)

@@ -13,10 +13,11 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from infra.dataset import VERIFY, FileEntry, fetch_files
 from infra.store import Store
@@ -50,6 +51,12 @@ class TrainStageConfig(TrainConfig):
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
     preview: PreviewConfig = operational(PreviewConfig(), "sheets of samples in the UI while it trains, one a checkpoint")
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> TrainStageConfig:
+        if self.lora is not None and self.weights is None:
+            raise ValueError("lora trains adapters on given weights, and nothing else: name them in `weights`, or leave out lora")
+        return self
 
     @field_validator("data")
     @classmethod
@@ -198,6 +205,8 @@ class Train(Stage):
     def check(cls, config: TrainStageConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
         if "weights" in lists:
             check_network(config, lists["weights"], config.text)
+        if config.lora is not None and find_spec("peft") is None:
+            raise StageError("lora needs peft, which is not installed: pip install 'unidiffuser[lora]'")
 
     @classmethod
     def check_before(
@@ -209,8 +218,10 @@ class Train(Stage):
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp32 weights, moving average and two moments, for two checkpoints: the one being written and the one before.
-        return 2 * 4 * 4 * parameters(job.config.model)
+        # fp32 weights, moving average and two moments, for two checkpoints: the one being written and the one before. The moments
+        # of adapters are small.
+        kept = 2 if job.config.lora is not None else 4
+        return 2 * kept * 4 * parameters(job.config.model)
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:

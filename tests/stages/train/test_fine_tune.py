@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UniDiffuserPipeline
+from peft import PeftModel
 
 from infra.dataset import Dataset
 from infra.store import Store
@@ -21,7 +22,7 @@ from stages.runner.run import run_stage
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
 from training.loop import run
 from unidiffuser.generation import UniDiffuser
-from unidiffuser.layouts import convert
+from unidiffuser.layouts import convert, load_uvit
 from unidiffuser.tensors import read_tensors
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.uvit import UViT, UViTConfig
@@ -107,6 +108,22 @@ def test_from_own_images_and_published_weights_to_an_export(
     assert np.asarray(picture).shape == (32, 32, 3)
     pipeline = UniDiffuserPipeline.from_pretrained(folder / "diffusers")
     assert pipeline(prompt="a small panda", num_inference_steps=2, height=32, width=32).images[0].size == (32, 32)
+
+
+def test_adapters_are_exported_merged_and_apart(tune: Callable[..., dict[str, Dataset]], published: Path, tmp_path: Path) -> None:
+    made = tune("train.tune.lora={rank: 2}", "train.tune.optimizer.lr=0.1", version="v0")
+    folder = made["export"].fetch(tmp_path / "export")
+    assert sorted(path.name for path in (folder / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    base = load_uvit(published / "v0" / "uvit_v0.pth", heads=2, text_tokens=16)
+    merged, unmerged = load_native(folder / "uvit"), PeftModel.from_pretrained(base, str(folder / "adapter")).eval()
+    x = {part.name: torch.randn(2, *part.shape) for modality in merged.config.modalities for part in modality.parts}
+    with torch.no_grad():
+        ours, theirs = (network(x, {"image": 300, "text": 700}) for network in (merged, unmerged))
+        assert not torch.allclose(ours["latent"], load_uvit(published / "v0", 2, 16)(x, {"image": 300, "text": 700})["latent"])
+    for part in ours:
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=1e-6)
+    with pytest.raises(RecipeError, match="train.tune: lora trains adapters on given weights, and nothing else: name them in"):
+        tune("train.tune.lora={}", "train.tune.weights=null")
 
 
 def test_the_codec_may_come_from_a_pipeline_or_an_export_and_must_fit(
