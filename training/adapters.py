@@ -2,7 +2,7 @@
 
 Only A and B are trained. They are peft's, and so is the form in which they lie in a checkpoint:
 
-    adapter_config.json, adapter_model.safetensors    what `peft.PeftModel.from_pretrained` reads, and diffusers' tools
+    adapter_config.json, adapter_model.safetensors    what `peft.PeftModel.from_pretrained` reads
     adapter_ema.safetensors                           their moving average
 
 Beside them lie model.safetensors and ema.safetensors as of every checkpoint, with the adapters merged in.
