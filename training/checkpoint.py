@@ -92,7 +92,7 @@ class Checkpoint:
             self.state = TrainerState.model_validate_json(self._read("trainer.json"))
         except ValidationError as error:
             raise CheckpointError(f"{self.folder}: config.json or trainer.json is damaged: {error.errors()[0]['msg']}") from error
-        for field in ("width", "depth", "heads", "mlp_ratio"):
+        for field in ("width", "depth", "heads", "mlp_ratio", "data_type_token"):
             ours, theirs = getattr(model, field), getattr(self.saved, field)
             if ours != theirs:
                 raise CheckpointError(f"{self.folder}: its model has {field} {theirs}, this run's has {ours}")

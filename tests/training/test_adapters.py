@@ -83,7 +83,7 @@ def test_its_first_loss_is_that_of_the_weights_and_it_goes_on_bit_identically(
     assert all("lora_" in name for name in moments) and len(moments) == 2 * 7
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, 3])
 def test_zero_stages_agree(adapted: Path, base: str, shards: tuple[str, ...], tmp_path: Path, zero_stage: int) -> None:
     settings = config(lora=LORA, zero_stage=zero_stage, micro_batch=4)
     run(TrainJob(settings, shards, str(tmp_path / "work"), KeepIn(str(tmp_path)), weights=base), CPU)

@@ -91,7 +91,7 @@ def test_from_own_images_and_published_weights_to_an_export(
     tune: Callable[..., dict[str, Dataset]], published: Path, tmp_path: Path, version: str
 ) -> None:
     before = {file: read_tensors(published / version / file) for file in (f"uvit_{version}.pth", "caption_decoder.pth")}
-    untouched = tune("train.tune.steps=0", version=version)
+    untouched = tune("train.tune.steps=0", "export.layouts=[official]", version=version)
     exported = untouched["export"].fetch(tmp_path / "untouched")
     for file, tensors in before.items():
         assert_same(read_tensors(exported / "official" / file), tensors)
@@ -111,7 +111,7 @@ def test_from_own_images_and_published_weights_to_an_export(
 
 
 def test_adapters_are_exported_merged_and_apart(tune: Callable[..., dict[str, Dataset]], published: Path, tmp_path: Path) -> None:
-    made = tune("train.tune.lora={rank: 2}", "train.tune.optimizer.lr=0.1", version="v0")
+    made = tune("train.tune.lora={rank: 2}", "train.tune.optimizer.lr=0.1", "export.layouts=[]", version="v0")
     folder = made["export"].fetch(tmp_path / "export")
     assert sorted(path.name for path in (folder / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     base = load_uvit(published / "v0" / "uvit_v0.pth", heads=2, text_tokens=16)
@@ -131,7 +131,7 @@ def test_the_codec_may_come_from_a_pipeline_or_an_export_and_must_fit(
 ) -> None:
     expected = dict(TextCodec.load(published / "export" / "text_codec").state_dict())
     for source in ("pipeline", "export"):
-        made = tune("train.tune.steps=0", f"text-codec.weights={published}/{source}")["text-codec"]
+        made = tune("train.tune.steps=0", "export=null", f"text-codec.weights={published}/{source}")["text-codec"]
         assert_same(dict(TextCodec.load(made.fetch(tmp_path / source)).state_dict()), expected)
     for override, line in (
         ("text-codec.latent_width=9", r"caption_decoder.pth: set text-codec.latent_width: 8 \(now 9\)$"),
