@@ -29,6 +29,8 @@ def published(data_type_token: bool = False, side: int = MOMENTS[1], **sizes: in
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    if data_type_token:
+        torch.nn.init.normal_(model.data_type_embedding.weight, std=5.0)
     return model.eval()
 
 

@@ -100,14 +100,19 @@ def test_the_first_validation_loss_is_that_of_diffusers_network(training: Traini
     for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
         signal = alpha_bar[batch.timesteps[modality]].view(-1, *[1] * (batch.clean[part].dim() - 1))
         noised[part] = signal.sqrt() * batch.clean[part] + (1 - signal).sqrt() * batch.noise[part]
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def loss(types: torch.Tensor | None) -> float:
         latent, clip, text = peer(
-            noised["latent"], noised["clip"][:, None], noised["text"], batch.timesteps["image"], batch.timesteps["text"],
-            batch.data_type if token else None,
+            noised["latent"], noised["clip"][:, None], noised["text"], batch.timesteps["image"], batch.timesteps["text"], types
         )  # fmt: skip
-    predicted, weights = {"latent": latent, "clip": clip[:, 0], "text": text}, {"latent": 0.75, "clip": 0.02, "text": 0.23}
-    loss = sum(weight * (predicted[part] - batch.noise[part]).square().mean().item() for part, weight in weights.items())
-    assert (told["kind"], told["step"]) == ("validation", 0) and told["loss"] == pytest.approx(loss, abs=1e-5)
+        predicted, weights = {"latent": latent, "clip": clip[:, 0], "text": text}, {"latent": 0.75, "clip": 0.02, "text": 0.23}
+        return sum(weight * (predicted[part] - batch.noise[part]).square().mean().item() for part, weight in weights.items())
+
+    assert (told["kind"], told["step"]) == ("validation", 0)
+    assert told["loss"] == pytest.approx(loss(batch.data_type if token else None), abs=1e-5)
+    if token:
+        assert told["loss"] != pytest.approx(loss(torch.zeros_like(batch.data_type)), abs=1e-4)
 
 
 def test_half_precision_is_trained_on_in_fp32_and_other_images_move_the_table_or_pass_through_it(
