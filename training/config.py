@@ -108,7 +108,7 @@ class LoraConfig(Section):
     """Adapters of low rank that are trained instead of the weights (arXiv 2106.09685)."""
 
     rank: int = Field(16, ge=1, description="Rank of the adapters.")
-    alpha: float = Field(16.0, gt=0, description="The adapters count alpha / rank times.")
+    alpha: int = Field(16, ge=1, description="The adapters count alpha / rank times.")
     targets: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"], ...] = Field(
         ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1, description="Linear layers of the blocks that get one."
     )

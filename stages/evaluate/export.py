@@ -63,8 +63,8 @@ def plan_export(job: Job, _: Records) -> Iterator[Unit]:
 
 
 class Export(Stage):
-    """Folders uvit, vae, clip_image, clip_text and text_codec, provenance.json, a model card, a folder a layout, and the adapter of a
-    training with `lora`; its rows are files."""
+    """Folders uvit, vae, clip_image, clip_text and text_codec, provenance.json, a model card, a folder a layout, and the adapter
+    of a training with `lora`; its rows are files."""
 
     name = "export"
     version = 3

@@ -17,7 +17,7 @@ from training.loop import run
 from unidiffuser.weights import load_native, save_native
 
 CPU = torch.device("cpu")
-LORA = {"rank": 2, "alpha": 3.0, "targets": ("attn.qkv", "mlp.fc2", "skip_linear")}
+LORA = {"rank": 2, "alpha": 3, "targets": ("attn.qkv", "mlp.fc2", "skip_linear")}
 
 
 @pytest.fixture(scope="module")

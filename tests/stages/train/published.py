@@ -27,8 +27,9 @@ def published(data_type_token: bool = False, side: int = MOMENTS[1], **sizes: in
     model = UViT(
         UViTConfig(**{"width": 16, "depth": 2, "heads": 2, **sizes}, modalities=modalities, data_type_token=data_type_token)
     )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in model.named_parameters():
+        norm = name.rpartition(".")[0].endswith(("norm", "norm1", "norm2", "norm3")) and name.endswith("weight")
+        torch.nn.init.normal_(parameter, mean=float(norm), std=0.1)
     if data_type_token:
         torch.nn.init.normal_(model.data_type_embedding.weight, std=5.0)
     return model.eval()

@@ -1,4 +1,4 @@
-"""The shipped recipe that fine-tunes the published weights, from own images to an export, on small weights of the same layouts."""
+"""The shipped recipe that fine-tunes published weights, from own images to an export, on small weights of the same layouts."""
 
 from __future__ import annotations
 
