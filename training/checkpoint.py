@@ -5,6 +5,7 @@
     exp_avg.safetensors, exp_avg_sq.safetensors    Adam's moments
     trainer.json                      step, counters, and what must be the same in the run that resumes
     history.jsonl                     the history so far
+    adapter_...                       of a run with adapters, whose moments are those of the adapters; see `training.adapters`
 
 Nothing random is stored: data order and noise are functions of the step. Rank 0 writes all of it, one kind of tensor at a
 time, so it holds one fp32 copy of the model in memory (3.8 GB for the paper's).
@@ -20,11 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.adapters import Adapters, in_file, is_adapter
 from training.begin import Growth
 from training.ema import Ema
 from training.history import Meter, read_history, write_history
 from training.masters import MOMENTS, Masters
 from unidiffuser.uvit import UViTConfig, resize_positions
+
+# What a run with adapters keeps of each, apart and merged.
+ADAPTED = ("model", "ema")
 
 
 class CheckpointError(ValueError):
@@ -53,7 +58,9 @@ class TrainerState(BaseModel):
     precision: str
 
 
-def write_checkpoint(folder: Path, model: UViTConfig, masters: Masters, ema: Ema, state: TrainerState, meter: Meter) -> None:
+def write_checkpoint(
+    folder: Path, model: UViTConfig, masters: Masters, ema: Ema, state: TrainerState, meter: Meter, adapters: Adapters | None
+) -> None:
     """Write a checkpoint into a new folder. All workers call it; rank 0 writes."""
     writes = dist.get_rank() == 0
     if writes:
@@ -61,7 +68,9 @@ def write_checkpoint(folder: Path, model: UViTConfig, masters: Masters, ema: Ema
     kinds = {"model": masters.vectors, "ema": ema.vectors, **{name: masters.moments(name) for name in MOMENTS}}
     for kind, vectors in kinds.items():
         tensors = masters.gather(vectors)
-        if writes:
+        if writes and adapters is not None and kind in ADAPTED:
+            adapters.write(folder, kind, tensors)
+        elif writes:
             save_file(tensors, folder / f"{kind}.safetensors")
     if writes:
         (folder / "config.json").write_text(model.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -106,7 +115,7 @@ class Checkpoint:
         except ValidationError as error:
             raise CheckpointError(f"{self.folder}: config.json is damaged: {error.errors()[0]['msg']}") from error
         self.state = read_state(self.folder)
-        for field in ("width", "depth", "heads", "mlp_ratio"):
+        for field in ("width", "depth", "heads", "mlp_ratio", "data_type_token"):
             ours, theirs = getattr(model, field), getattr(self.saved, field)
             if ours != theirs:
                 raise CheckpointError(f"{self.folder}: its model has {field} {theirs}, this run's has {ours}")
@@ -118,6 +127,8 @@ class Checkpoint:
     def tensor(self, kind: str, name: str) -> Tensor:
         """One fp32 tensor of `model`, `ema`, `exp_avg` or `exp_avg_sq`; the position table in this run's size."""
         path = self.folder / f"{kind}.safetensors"
+        if kind in ADAPTED and is_adapter(name):
+            path, name = self.folder / f"adapter_{kind}.safetensors", in_file(name)
         try:
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(name)

@@ -35,6 +35,15 @@ class ModelConfig(Section):
         le=10,
         description="Scale of the position table at the start; the paper's is 0.02, small models need 0.5.",
     )
+    position_side: int | None = Field(
+        None,
+        ge=1,
+        description="Side, in latent pixels, of the images that the position table is made for, where that is not the latents' "
+        "own: 64 for the published tables, which are interpolated as latents of another size pass through.",
+    )
+    data_type_token: bool = Field(
+        False, description="A token that tells two types of data apart, as in the published version 1; see data.data_type."
+    )
     activation_checkpointing: bool = Field(
         False,
         description="Compute activations again in the backward pass to save memory.",
@@ -47,6 +56,8 @@ class ModelConfig(Section):
             raise ValueError(f"depth is {self.depth}; it must be even (as many in blocks as out blocks)")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.position_side is not None and self.position_side % self.patch:
+            raise ValueError(f"position_side {self.position_side} is not divisible by patch {self.patch}")
         return self
 
 
@@ -93,6 +104,16 @@ class OptimizerConfig(Section):
         return betas
 
 
+class LoraConfig(Section):
+    """Adapters of low rank that are trained instead of the weights (arXiv 2106.09685)."""
+
+    rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(16, ge=1, description="The adapters count alpha / rank times.")
+    targets: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"], ...] = Field(
+        ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1, description="Linear layers of the blocks that get one."
+    )
+
+
 class ScheduleConfig(Section):
     """Learning rate over the steps: linear warm-up, then constant or half a cosine."""
 
@@ -128,6 +149,11 @@ class DataConfig(Section):
         description='Conditions that a row must meet, for example "AESTHETIC_SCORE >= 5", on scores and sizes by their names '
         "here or in LAION's sets; a null score meets none.",
     )
+    data_type: Literal[0, 1] | str | None = Field(
+        None,
+        description="For a model with model.data_type_token, the type of the rows: 0 or 1 for all, or a condition like those of "
+        "`where`, which rows of type 1 meet. In the published version 1, type 0 is web data and type 1 cleaner pairs.",
+    )
     shuffle_window: int = Field(
         32,
         ge=1,
@@ -141,13 +167,19 @@ class DataConfig(Section):
         "least. Default: the greatest divisor of the global batch up to 16.",
     )
 
-    @field_validator("where")
+    @field_validator("where", "data_type")
     @classmethod
-    def _check_where(cls, where: tuple[str, ...]) -> tuple[str, ...]:
-        for text in where:
-            if Comparison.parse(text).of_text:
+    def _check_conditions(cls, given: Any) -> Any:
+        for text in given if isinstance(given, tuple) else (given,):
+            if isinstance(text, str) and Comparison.parse(text).of_text:
                 raise ValueError(f"{text!r}: latent shards have numbers to compare; write COLUMN OP NUMBER")
-        return where
+        return given
+
+    @property
+    def conditions(self) -> tuple[Comparison, ...]:
+        """Those of `where`, and that of the data type behind them if there is one."""
+        texts = (*self.where, *((self.data_type,) if isinstance(self.data_type, str) else ()))
+        return tuple(map(Comparison.parse, texts))
 
 
 class ValidationConfig(Section):
@@ -161,7 +193,10 @@ class ValidationConfig(Section):
 class TrainConfig(Section):
     """One training stage, the paper's values as defaults (arXiv 2303.06555, section 6.1 and U-ViT)."""
 
-    steps: int = Field(ge=1, description="Optimizer steps in all. A longer run goes on from a shorter one's checkpoint.")
+    steps: int = Field(
+        ge=0,
+        description="Optimizer steps in all. A longer run goes on from a shorter one's checkpoint; 0 keeps what it starts from.",
+    )
     global_batch: int = Field(ge=1, description="Samples an optimizer step, over all workers.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "auto", description="Arithmetic; auto is bf16 where the accelerator has it and fp32 elsewhere."
@@ -172,6 +207,9 @@ class TrainConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="Size of the network.")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Weights inside the loss.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW.")
+    lora: LoraConfig | None = Field(
+        None, description="Train adapters of low rank on the weights that the run starts from, and nothing else; needs peft."
+    )
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="Moving average of the weights.")
     data: DataConfig = Field(default_factory=DataConfig, description="Rows and order; a recipe writes the subsets here too.")
@@ -223,6 +261,10 @@ class TrainConfig(Section):
                 f"micro_batch {self.micro_batch} does not divide the {self.worker_batch} samples of a worker "
                 f"(global_batch {self.global_batch} / workers {self.workers})"
             )
+        if self.model.data_type_token and self.data.data_type is None:
+            raise ValueError("model.data_type_token needs data.data_type: 0, 1, or a condition that the rows of type 1 meet")
+        if not self.model.data_type_token and self.data.data_type is not None:
+            raise ValueError(f"data.data_type is {self.data.data_type!r}, which only model.data_type_token: true reads")
         if self.data.lanes is not None and self.global_batch % self.data.lanes:
             raise ValueError(f"global_batch {self.global_batch} is not divisible by data.lanes {self.data.lanes}")
         return self

@@ -85,7 +85,7 @@ def initialise_engine(model: nn.Module, config: TrainConfig, world: int, device:
     model.to(device)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=adamw(model.parameters(), config.optimizer),
+        optimizer=adamw((parameter for parameter in model.parameters() if parameter.requires_grad), config.optimizer),
         config=deepspeed_config(config, world, precision),
         dist_init_required=False,
     )

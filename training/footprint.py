@@ -28,6 +28,9 @@ def worker_bytes(config: TrainConfig, half: bool) -> int:
         half: whether it computes in bf16.
     """
     each, share = 2 if half else 4, config.workers
+    if config.lora is not None:
+        # Adapters are below a hundredth of what they are trained on, which has neither gradients nor an optimizer.
+        return parameters(config.model) * each // (share if config.zero_stage == 3 else 1)
     weights, gradients, state = float(each), float(each), float(MASTER + AVERAGE + MOMENTS)
     if config.zero_stage == 0:
         # The weights are their own masters, and nothing is shared out.

@@ -74,24 +74,29 @@ def held_out(key: str, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows count, and which of them are held out."""
+    """Which rows count, which of them are held out, and of which type they are: all of one, or those of 1 meet a condition."""
 
     where: tuple[Comparison, ...]
     fraction: float
+    data_type: int | Comparison | None = None
 
     def columns(self, schema: pa.Schema, name: str) -> list[str]:
-        """Columns that the conditions read, by name in the file; a condition may give LAION's name, in upper or lower case.
+        """Columns that the conditions read, by name in the file, that of the data type last; a condition may give LAION's name,
+        in upper or lower case.
 
         Raises:
             ShardError: there is no such column of numbers.
         """
         numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
         found = []
-        for condition in self.where:
+        conditions = [("where", condition) for condition in self.where]
+        if isinstance(self.data_type, Comparison):
+            conditions.append(("data_type", self.data_type))
+        for field, condition in conditions:
             column = column_of(condition.column, numeric)
             if column is None:
                 raise ShardError(
-                    f"{name}: data.where names {condition.column}, numeric columns are {', '.join(numeric) or 'none'}"
+                    f"{name}: data.{field} names {condition.column}, numeric columns are {', '.join(numeric) or 'none'}"
                 )
             found.append(column)
         return found
@@ -99,20 +104,32 @@ class Selection:
     def split(self, table: pa.Table, columns: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the training rows and of the held-out rows of a row group."""
         accepted = np.ones(len(table), dtype=bool)
-        for condition, column in zip(self.where, columns, strict=True):
-            known = pc.if_else(pc.is_nan(table[column]), None, table[column])
-            accepted &= pc.fill_null(condition.passes(known), False).to_numpy()
+        for condition, column in zip(self.where, columns, strict=False):
+            accepted &= _meets(condition, table[column])
         keys = table["key"].to_pylist()
         held = np.array([held_out(key, self.fraction) for key in keys], dtype=bool).reshape(len(keys))
         return np.flatnonzero(accepted & ~held), np.flatnonzero(accepted & held)
 
+    def types(self, table: pa.Table, columns: Sequence[str]) -> NDArray[np.int64]:
+        """The data type of every row, (rows,); 0 where there are none, and where the column is null."""
+        if isinstance(self.data_type, Comparison):
+            return _meets(self.data_type, table[columns[-1]]).astype(np.int64)
+        return np.full(len(table), self.data_type or 0, dtype=np.int64)
+
+
+def _meets(condition: Comparison, column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Which rows meet a condition; neither a null nor a NaN meets any."""
+    known = pc.if_else(pc.is_nan(column), None, column)
+    return pc.fill_null(condition.passes(known), False).to_numpy()
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one row group, fp16, contiguous: each part (rows, *shape)."""
+    """Rows of one row group, contiguous: each part (rows, *shape) fp16, and their data types (rows,)."""
 
     keys: list[str]
     parts: dict[str, NDArray[np.float16]]
+    data_type: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -205,9 +222,10 @@ class LatentReader:
         table = self._read(file, group, ["key", *columns, *PARTS])
         keys = table["key"].to_pylist()
         parts = {part: self._numbers(table, part, getattr(spec, part), file, group) for part in PARTS}
+        types = self.selection.types(table, columns)
 
         def take(chosen: NDArray[np.int64]) -> Rows:
-            return Rows([keys[i] for i in chosen], {part: numbers[chosen] for part, numbers in parts.items()})
+            return Rows([keys[i] for i in chosen], {part: numbers[chosen] for part, numbers in parts.items()}, types[chosen])
 
         train, held = self.selection.split(table, columns)
         return take(train), take(held)

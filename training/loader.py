@@ -21,7 +21,6 @@ from training.begin import Growth
 from training.config import TrainConfig
 from training.latents import LatentReader, LatentSpec, Rows, Selection, ShardIndex
 from training.order import Order
-from training.where import Comparison
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
 TRAIN_STREAM, VALIDATION_STREAM = 2, 3
@@ -31,11 +30,13 @@ PREFETCHED_STEPS = 3
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one forward pass: clean parts and noise (B, *shape) fp32 by part, timesteps (B,) int64 by modality."""
+    """Samples of one forward pass: clean parts and noise (B, *shape) fp32 by part, timesteps (B,) int64 by modality, and data
+    types (B,) int64, which a model without the token for them does not read."""
 
     clean: dict[str, Tensor]
     noise: dict[str, Tensor]
     timesteps: dict[str, Tensor]
+    data_type: Tensor
 
     def __len__(self) -> int:
         return len(next(iter(self.timesteps.values())))
@@ -46,13 +47,17 @@ class Batch:
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        return Batch(moved(self.clean), moved(self.noise), moved(self.timesteps))
+        return Batch(moved(self.clean), moved(self.noise), moved(self.timesteps), self.data_type.to(device, non_blocking=True))
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive batches of `size` samples; the last one may be smaller."""
         columns = [{name: t.split(size) for name, t in part.items()} for part in (self.clean, self.noise, self.timesteps)]
-        count = -(-len(self) // size)
-        return [Batch(*({name: pieces[i] for name, pieces in column.items()} for column in columns)) for i in range(count)]
+        types = self.data_type.split(size)
+
+        def piece(column: int, number: int) -> dict[str, Tensor]:
+            return {name: pieces[number] for name, pieces in columns[column].items()}
+
+        return [Batch(piece(0, i), piece(1, i), piece(2, i), kinds) for i, kinds in enumerate(types)]
 
 
 def modalities_of(spec: LatentSpec, config: TrainConfig) -> tuple[Modality, Modality]:
@@ -100,11 +105,11 @@ class Loader:
     ) -> None:
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
         self.order_from = order_from
-        where = tuple(Comparison.parse(text) for text in config.data.where)
+        conditions, kind = config.data.conditions, config.data.data_type
+        where = conditions[: len(config.data.where)]
+        selection = Selection(where, config.validation.fraction, conditions[-1] if isinstance(kind, str) else kind)
         lanes_here = -(-config.lanes // world) + 1
-        self.reader = LatentReader(
-            shards, Selection(where, config.validation.fraction), cache=(lanes_here + 1) * config.data.shuffle_window
-        )
+        self.reader = LatentReader(shards, selection, cache=(lanes_here + 1) * config.data.shuffle_window)
         self.index: ShardIndex = self.reader.index(rank, world, gather)
         grown = [Growth(place, int(np.searchsorted(self.index.file, parts))) for place, parts in growth]
         self.order = Order(self.index.train, config.seed, config.data.shuffle_window, config.lanes, config.global_batch, grown)
@@ -203,8 +208,8 @@ class Loader:
 
     def _sample(
         self, rows: Rows, row: int, place: tuple[int, int], fixed: Sequence[int] | None
-    ) -> tuple[dict[str, NDArray], dict[str, NDArray], dict[str, int]]:
-        """Clean parts, noise and timesteps of one sample; the order of the draws is part of the result."""
+    ) -> tuple[dict[str, NDArray], dict[str, NDArray], dict[str, int], int]:
+        """Clean parts, noise, timesteps and data type of one sample; the order of the draws is part of the result."""
         generator = np.random.Generator(np.random.Philox(key=[self.config.seed, 0], counter=[0, place[0], 0, place[1]]))
         drawn = generator.integers(1, self.timesteps, size=len(self.modalities), endpoint=True)
         values = fixed if fixed is not None else drawn
@@ -212,7 +217,7 @@ class Loader:
         latent = sample_latent(rows.parts["moments"][row].astype(np.float32), self.index.spec.scaling_factor, generator)
         clean = {"latent": latent, **{part: rows.parts[part][row].astype(np.float32) for part in ("clip", "text")}}
         noise = {part.name: generator.standard_normal(part.shape, dtype=np.float32) for part in all_parts(self.modalities)}
-        return clean, noise, timesteps
+        return clean, noise, timesteps, int(rows.data_type[row])
 
     @staticmethod
     def _stacked(samples: list) -> Batch:
@@ -220,5 +225,6 @@ class Loader:
         def stacked(columns: Sequence[dict[str, NDArray]]) -> dict[str, Tensor]:
             return {name: torch.stack([torch.from_numpy(column[name]) for column in columns]) for name in columns[0]}
 
-        cleans, noises, timesteps = zip(*samples, strict=True)
-        return Batch(stacked(cleans), stacked(noises), {n: torch.tensor([t[n] for t in timesteps]) for n in timesteps[0]})
+        cleans, noises, timesteps, types = zip(*samples, strict=True)
+        times = {name: torch.tensor([t[name] for t in timesteps]) for name in timesteps[0]}
+        return Batch(stacked(cleans), stacked(noises), times, torch.tensor(types))

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.adapters import Adapters, is_adapter
 from training.begin import ALL, begin, counts_on
 from training.checkpoint import Checkpoint, TrainerState, read_state, write_checkpoint
 from training.config import TrainConfig
@@ -25,9 +26,10 @@ from training.engine import compiled, initialise_engine
 from training.history import Meter, Row
 from training.job import Outcome, Source, TrainingError, TrainJob
 from training.loader import Batch, Loader
-from training.masters import Masters
+from training.masters import MOMENTS, Masters
 from training.optimizer import learning_rate
-from unidiffuser.modalities import Modality
+from training.weights import ForeignWeights
+from unidiffuser.modalities import Modality, all_parts, resized
 from unidiffuser.objective import JointObjective
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT, UViTConfig
@@ -37,7 +39,10 @@ log = logging.getLogger(__name__)
 
 def uvit_config(config: TrainConfig, modalities: tuple[Modality, ...]) -> UViTConfig:
     """The model's configuration for the shapes of the shards."""
-    return UViTConfig(modalities=modalities, **config.model.model_dump(exclude={"patch"}))
+    if (side := config.model.position_side) is not None:
+        latent = next(part for part in all_parts(modalities) if part.is_grid)
+        modalities = resized(modalities, {latent.name: (latent.shape[0], side, side)})
+    return UViTConfig(modalities=modalities, **config.model.model_dump(exclude={"patch", "position_side"}))
 
 
 def run(
@@ -55,7 +60,7 @@ def run(
 
     Raises:
         TrainingError: the loss is not finite.
-        ShardError, CheckpointError: an input cannot be used.
+        ShardError, CheckpointError, WeightsMisfit: an input cannot be used.
     """
     return _Run(job, device).run(stop_requested, on_row)
 
@@ -96,21 +101,36 @@ class _Run:
         self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
         self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every)
         self.step, self.optimizer_steps = self.begin.step, 0
+        self.adapters: Adapters | None = None
         self._start(folder)
         held_out = self.loader.validation()
         self.held_out = held_out.split(self.config.micro_batch or len(held_out)) if held_out else []
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on timesteps and noise that the loader drew for each sample by its place."""
-        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise)
+        data_type = batch.data_type if self.config.model.data_type_token else None
+        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
 
     def _start(self, folder: str | None) -> None:
-        """Model, engine and moving average: new, or with what is kept of a checkpoint."""
+        """Model, engine and moving average: new, with what is kept of a checkpoint, or from foreign weights."""
         torch.manual_seed(self.config.seed)
         model = UViT(self.model_config)
         saved = Checkpoint(folder, self.model_config) if folder is not None else None
-        if saved is not None:
+        # What adapters are trained on is frozen, and so the same wherever a run goes on.
+        foreign = fetched(self.job.weights) if saved is None or self.config.lora is not None else None
+        weights = ForeignWeights(foreign, self.model_config) if foreign is not None else None
+        if weights is not None:
+            model.load_state_dict({name: weights.tensor(name) for name in weights.names()})
+        elif saved is not None:
             model.load_state_dict({name: saved.tensor("model", name) for name in saved.names()})
+        if self.config.lora is not None:
+            if weights is None:
+                raise TrainingError("lora trains adapters on given weights: name them in `weights`")
+            self.adapters = Adapters(self.config.lora, weights)
+            self.adapters.inject(model)
+            if saved is not None:
+                adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
+                model.load_state_dict({name: saved.tensor("model", name) for name in adapters}, strict=False)
         if compiled(model, self.config, self.device):
             log.info("training with torch.compile")
         self.engine, self.precision = initialise_engine(model, self.config, self.world, self.device)
@@ -118,6 +138,8 @@ class _Run:
         if saved is not None:
             saved.restore_weights(self.masters)
         self.ema = Ema(self.masters, self.config.ema)
+        if weights is not None and self.adapters is None:
+            weights.restore(self.masters, self.ema)
         if saved is not None:
             self._take(saved)
 
@@ -138,6 +160,10 @@ class _Run:
         config, stopped = self.config, False
         if self.step == 0:
             self._validate(on_row)
+        if config.steps == 0:
+            # No step has made the moments yet.
+            self.masters.set_moments({kind: self.masters.empty() for kind in MOMENTS}, 0)
+            self._checkpoint()
         batches = self.loader.batches(self.step, config.steps)
         for batch in batches:
             row, stopped = self._train_step(batch.to(self.device), stop_requested)
@@ -237,7 +263,7 @@ class _Run:
         with self.meter.excluded():
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-            write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter)
+            write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter, self.adapters)
             if self.rank == 0:
                 self.job.publish(str(folder), self.step, self.meter.rows[-1] if self.meter.rows else {})
                 shutil.rmtree(folder, ignore_errors=True)

@@ -37,7 +37,8 @@ class Masters:
 
     def __init__(self, engine: Any, zero_stage: int) -> None:
         self.places: dict[str, Stretch | None]
-        self.named = [(name, parameter) for name, parameter in engine.module.named_parameters()]
+        # What is frozen has no master weights.
+        self.named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
         self.shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self.named}
         zero = engine.optimizer
         if zero_stage == 0:

@@ -29,7 +29,7 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig) -> float:
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's AdamW over all parameters, biases and position table included, as U-ViT trains them.
+    """torch's AdamW over all that is trained, biases and position table included, as U-ViT trains them.
 
     Fused: one pass over the memory, and no temporaries of the parameters' size.
     """

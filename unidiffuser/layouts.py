@@ -8,6 +8,8 @@ A lone U-ViT, or a whole set with the autoencoder, the CLIP towers and the text 
                                                            caption_decoder.pth; CLIP stands beside it (``references.Encoders``)
     diffusers  folder of a UniDiffuserModel, or ``unet``   folder of a UniDiffuserPipeline
 
+A lone file of tensors, .pth or .safetensors, may have the names of any layout: they tell which.
+
 Tensors are renamed and cut, never computed with: every way there and back is exact. Those of the U-ViT keep their types, those of
 the other parts are written in fp32. What belongs to training alone (the loss weights, the initial scale of the position table) is
 native only, and has its default after a way back.
@@ -25,8 +27,8 @@ from typing import Literal, get_args
 
 import torch
 
-from unidiffuser.convert import from_official, save_diffusers, to_official
-from unidiffuser.encoders import clip_settings
+from unidiffuser.clip_settings import context_length
+from unidiffuser.convert import from_tensors, save_diffusers, to_official
 from unidiffuser.generation import FOLDERS, UniDiffuser
 from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_official, uvit_file
 from unidiffuser.pipeline_export import save_pipeline
@@ -57,8 +59,8 @@ def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 7
     """The U-ViT of a checkpoint in any layout, in evaluation mode, every tensor in its own type.
 
     Args:
-        heads: attention heads of an official file, if not width / 64; the other layouts say it themselves.
-        text_tokens: text tokens of an official file.
+        heads: attention heads of a lone file, if not width / 64; folders say it themselves.
+        text_tokens: text tokens of a lone file.
 
     Raises:
         FileNotFoundError: there is nothing at ``source``, or nothing that is known.
@@ -68,13 +70,13 @@ def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 7
     if place.is_file():
         state = read_tensors(place)
         with named(place):
-            config, native = from_official(state, heads, text_tokens)
+            config, native = from_tensors(state, heads, text_tokens)
         return build(config, native, place)
     return read_native(place) if "modalities" in read_settings(place / "config.json") else load_unet(place)
 
 
 def _place_of_uvit(source: Path) -> Path:
-    """The official file, or the folder with config.json, of the U-ViT of a checkpoint."""
+    """The lone file, or the folder with config.json, of the U-ViT of a checkpoint."""
     if source.is_file():
         return source
     for folder in (source, source / "uvit", source / "unet"):
@@ -153,8 +155,7 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         made = Path(scratch, "made")
         if whole is None:
-            text = clip_settings((encoders or Encoders()).text)["text_cfg"]
-            uvit = load_uvit(source, heads, text.get("context_length", 77))
+            uvit = load_uvit(source, heads, context_length((encoders or Encoders()).text))
             _convert_uvit(uvit, made, to)
             config = uvit.config
         else:

@@ -54,7 +54,7 @@ def import_pipeline(source: Path, folder: Path) -> None:
     tokenizer = _without_tensors(AutoTokenizer, source / "clip_tokenizer")
     text_encoder = pretrained(CLIPTextModel, texts, dtype=torch.float32)
     write_text_tower(folder / "clip_text", text_encoder, tokenizer, str(texts))
-    _codec(source).save(folder / "text_codec")
+    pipeline_codec(source).save(folder / "text_codec")
 
 
 def _check_scheduler(file: Path) -> None:
@@ -94,7 +94,12 @@ def _without_tensors(part_class: Any, folder: Path) -> Any:
         return part_class.from_pretrained(folder, local_files_only=True)
 
 
-def _codec(source: Path) -> TextCodec:
+def pipeline_codec(source: Path) -> TextCodec:
+    """The text codec of the pipeline ``source``.
+
+    Raises:
+        FileNotFoundError, WeightsError: see ``import_pipeline``.
+    """
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = source / "text_decoder"

@@ -252,6 +252,8 @@ class _Builder:
         node = f"train-{name}"
         if before is not None:
             values["from"] = before = self.origin(node, f"{place}.from", before)
+            if values.get("weights") is not None and before["run"] != node:
+                raise RecipeError(f"{place}.weights: it starts from {before['run']} already; leave out one of the two")
             if before["run"] in self.nodes:
                 inputs["init"] = before["run"]
         return self.add(node, "train", values, place, inputs, bool(before) and before["run"] == node)

@@ -33,7 +33,7 @@ from training.config import Section
 # Fields that say how far a training goes, not what it is.
 LENGTH = frozenset({"steps", "growth_steps"})
 # Of the model, what decides the shapes of its weights.
-SHAPE = ("width", "depth", "heads", "patch")
+SHAPE = ("width", "depth", "heads", "patch", "data_type_token")
 ORDER_FILE = "order.json"
 
 
@@ -129,8 +129,9 @@ def _grown(stage: type[Stage], job: Job, planned: Planned, head: Head) -> Parent
             return None
         changed = (f"data: {len(old)} -> {len(new)} shards",)
         if head.step >= job.config.steps and not job.config.growth_steps:
+            what = "has grown" if len(new) > len(old) else "was made again, with the same shards"
             raise StageError(
-                f"{job.node}: its data has grown, and step {head.step} of {job.config.steps} is done; raise steps to go on, or "
+                f"{job.node}: its data {what}, and step {head.step} of {job.config.steps} is done; raise steps to go on, or "
                 "set growth_steps to go so many further each time"
             )
     return Parent(
