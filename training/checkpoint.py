@@ -2,8 +2,9 @@
 
     config.json, model.safetensors    the weights as trained, fp32, a native folder of `unidiffuser.weights`
     ema.safetensors                   their moving average, fp32, which sampling uses
-    exp_avg.safetensors, exp_avg_sq.safetensors    Adam's moments
-    trainer.json                      step, counters, and what must be the same in the run that resumes
+    STATE.safetensors                 what the optimizer keeps, fp32: AdamW's exp_avg and exp_avg_sq, Muon's momentum_buffer of
+                                      its matrices
+    trainer.json                      step, counters, the names STATE, and what must be the same in the run that resumes
     history.jsonl                     the history so far
 
 Nothing random is stored: data order and noise are functions of the step. Rank 0 writes all of it, one kind of tensor at a
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from training.ema import Ema
 from training.history import Meter, read_history, write_history
-from training.masters import MOMENTS, Masters
+from training.masters import Masters
+from training.rates import Plateau
 from unidiffuser.uvit import UViTConfig, resize_positions
 
 
@@ -32,7 +34,10 @@ class CheckpointError(ValueError):
 
 
 class TrainerState(BaseModel):
-    """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same."""
+    """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same.
+
+    `optimizer` names the files of what the optimizer keeps.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -44,6 +49,8 @@ class TrainerState(BaseModel):
     rows: int
     pending: dict[str, float]
     pending_steps: int
+    optimizer: list[str]
+    plateau: Plateau
     workers: int
     zero_stage: int
     precision: str
@@ -54,9 +61,9 @@ def write_checkpoint(folder: Path, model: UViTConfig, masters: Masters, ema: Ema
     writes = dist.get_rank() == 0
     if writes:
         folder.mkdir(parents=True)
-    kinds = {"model": masters.vectors, "ema": ema.vectors, **{name: masters.moments(name) for name in MOMENTS}}
+    kinds = {"model": masters.vectors, "ema": ema.vectors, **{kind: masters.state(kind) for kind in state.optimizer}}
     for kind, vectors in kinds.items():
-        tensors = masters.gather(vectors)
+        tensors = masters.gather(vectors, masters.having(kind) if kind in state.optimizer else None)
         if writes:
             save_file(tensors, folder / f"{kind}.safetensors")
     if writes:
@@ -99,7 +106,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder / name}: cannot be read; is this a checkpoint folder?") from error
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """One fp32 tensor of `model`, `ema`, `exp_avg` or `exp_avg_sq`; the position table in this run's size."""
+        """One fp32 tensor of `model`, `ema` or a kind that the optimizer keeps; the position table in this run's size."""
         path = self.folder / f"{kind}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
@@ -122,18 +129,30 @@ class Checkpoint:
                     f"{self.folder}: saved with {field} {theirs}, this run has {ours}; start from it as a new stage instead"
                 )
 
-    def restore_masters(self, masters: Masters, ema: Ema) -> None:
-        """Set master weights and moving average exactly."""
+    def restore_weights(self, masters: Masters) -> None:
+        """Set the master weights exactly."""
         masters.scatter(lambda name: self.tensor("model", name), masters.vectors)
+
+    def restore_ema(self, masters: Masters, ema: Ema) -> None:
+        """Set the moving average exactly."""
         masters.scatter(lambda name: self.tensor("ema", name), ema.vectors)
         ema.updates = self.state.ema_updates
 
     def restore_optimizer(self, masters: Masters) -> None:
-        """Set Adam's moments and step count exactly."""
-        moments = {kind: masters.empty() for kind in MOMENTS}
-        for kind, vectors in moments.items():
-            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors)  # type: ignore[misc]
-        masters.set_moments(moments, self.state.optimizer_steps)
+        """Set what the optimizer keeps, and its step count, exactly.
+
+        Raises:
+            CheckpointError: another optimizer wrote it.
+        """
+        if masters.state_kinds != self.state.optimizer:
+            raise CheckpointError(
+                f"{self.folder}: its optimizer kept {', '.join(self.state.optimizer)}, this run's keeps "
+                f"{', '.join(masters.state_kinds)}; choose the same optimizer.kind, or start without its state"
+            )
+        tensors = {kind: masters.empty() for kind in masters.state_kinds}
+        for kind, vectors in tensors.items():
+            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors, masters.having(kind))  # type: ignore[misc]
+        masters.set_state(tensors, self.state.optimizer_steps)
 
     def restore_history(self, meter: Meter) -> None:
         """Set the history and the sums of the interval that was interrupted."""

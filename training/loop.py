@@ -25,7 +25,7 @@ from training.history import Meter, Row
 from training.job import Outcome, Source, TrainingError, TrainJob
 from training.loader import Batch, Loader
 from training.masters import Masters
-from training.optimizer import learning_rate
+from training.rates import Plateau, learning_rate
 from unidiffuser.modalities import Modality
 from unidiffuser.objective import JointObjective
 from unidiffuser.schedule import NoiseSchedule
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 def uvit_config(config: TrainConfig, modalities: tuple[Modality, ...]) -> UViTConfig:
     """The model's configuration for the shapes of the shards."""
-    return UViTConfig(modalities=modalities, **config.model.model_dump(exclude={"patch"}))
+    return UViTConfig(modalities=modalities, noise=config.noise, **config.model.model_dump(exclude={"patch"}))
 
 
 def run(
@@ -81,16 +81,19 @@ class _Run:
     def __init__(self, job: TrainJob, device: torch.device) -> None:
         self.job, self.config, self.device = job, job.config, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        schedule = NoiseSchedule().to(device)
+        schedule = NoiseSchedule.of(self.config.noise).to(device)
         self.loader = Loader(self.config, job.shards, self.rank, self.world, _gathered, schedule.steps)
         self.model_config = uvit_config(self.config, self.loader.modalities)
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
         self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
         self.meter = Meter(self.config.global_batch, self.loader.rows, self.config.log_every)
-        self.step, self.optimizer_steps = 0, 0
+        self.step, self.optimizer_steps, self.plateau = 0, 0, Plateau()
         self._start()
-        held_out = self.loader.validation()
-        self.held_out = held_out.split(self.config.micro_batch or len(held_out)) if held_out else []
+        self.held_out = self._held_out(self.config.validation.samples)
+        looks = self.config.schedule.decay == "plateau"
+        if looks and int(self.loader.index.held.sum()) == 0:
+            raise TrainingError("schedule.decay plateau looks at held-out rows, and there are none: raise validation.fraction")
+        self.looked_at = self._held_out(self.config.schedule.look_samples) if looks else []
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on timesteps and noise that the loader drew for each sample by its place."""
@@ -113,8 +116,11 @@ class _Run:
         self.ema = Ema(self.masters, self.config.ema)
         if saved is None:
             return
-        saved.restore_masters(self.masters, self.ema)
+        saved.restore_weights(self.masters)
+        if resumed or self.config.ema.start == "carry":
+            saved.restore_ema(self.masters, self.ema)
         if resumed:
+            self.plateau = saved.state.plateau
             saved.check_same_run(self.config.global_batch, self.config.seed, self.loader.rows)
             saved.restore_history(self.meter)
             self.step = saved.state.step
@@ -134,6 +140,8 @@ class _Run:
             last = stopped or self.step == config.steps
             if self.step % config.validation.every == 0 or self.step == config.steps:
                 self._validate(on_row)
+            if config.schedule.decay == "plateau" and self.step % config.schedule.look_every == 0:
+                self.plateau.look(self._mean_losses(self.looked_at)["loss"], config.schedule.patience)
             if self.step % config.checkpoint_every == 0 or last:
                 self._checkpoint()
             if stopped:
@@ -143,9 +151,10 @@ class _Run:
 
     def _train_step(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""
-        lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule)
+        schedule, drops = self.config.schedule, self.plateau.drops
         for group in self.masters.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(self.step, group["initial_lr"], schedule, drops)
+        lr = learning_rate(self.step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
         totals = torch.zeros(2 + len(self.parts), device=self.device)
         for micro_batch in micro_batches:
@@ -174,34 +183,39 @@ class _Run:
     def _loss_names(self) -> list[str]:
         return ["loss", *(f"loss_{name}" for name in self.parts)]
 
-    @torch.no_grad()
     def _validate(self, on_row: Callable[[Row], None]) -> None:
         """Loss on the held-out samples with the weights as trained, the same samples, timesteps and noise every time."""
         if int(self.loader.index.held.sum()) == 0:
             return
+        row = self.meter.validation(self.step, self._mean_losses(self.held_out))
+        if self.rank == 0:
+            on_row(row)
+
+    @torch.no_grad()
+    def _mean_losses(self, batches: list[Batch]) -> dict[str, float]:
+        """Mean losses over the batches of all workers."""
         with self.meter.excluded():
             self.engine.eval()
             totals = torch.zeros(2 + len(self.parts), device=self.device)
-            rounds = torch.tensor([len(self.held_out)], device=self.device)
+            rounds = torch.tensor([len(batches)], device=self.device)
             dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
             with torch.compiler.set_stance("force_eager"):
                 for number in range(int(rounds)):
                     # With ZeRO 3 a forward pass is collective: who has run out of samples repeats one, and counts nothing.
-                    batch = self._held_out(number).to(self.device)
-                    loss, parts = self._loss(batch)
-                    if number < len(self.held_out):
+                    batch = batches[number] if number < len(batches) else self.loader.batch(0).split(1)[0]
+                    loss, parts = self._loss(batch.to(self.device))
+                    if number < len(batches):
                         totals[0] += len(batch)
                         totals[1:] += torch.stack([loss, *(parts[name] for name in self.parts)]) * len(batch)
             self.engine.train()
             dist.all_reduce(totals)
             count, *losses = totals.tolist()
-            names = self._loss_names()
-            row = self.meter.validation(self.step, {name: value / count for name, value in zip(names, losses, strict=True)})
-            if self.rank == 0:
-                on_row(row)
+            return {name: value / count for name, value in zip(self._loss_names(), losses, strict=True)}
 
-    def _held_out(self, number: int) -> Batch:
-        return self.held_out[number] if number < len(self.held_out) else self.loader.batch(0).split(1)[0]
+    def _held_out(self, samples: int) -> list[Batch]:
+        """This worker's share of the first held-out rows, in batches that it computes at once."""
+        batch = self.loader.validation(samples)
+        return batch.split(self.config.micro_batch or len(batch)) if batch else []
 
     def _checkpoint(self) -> None:
         """Write a checkpoint, hand it to `publish` on rank 0, and wait until that is done."""
@@ -215,6 +229,8 @@ class _Run:
             rows=self.loader.rows,
             pending=self.meter.pending,
             pending_steps=self.meter.pending_steps,
+            optimizer=self.masters.state_kinds,
+            plateau=self.plateau,
             workers=self.world,
             zero_stage=self.config.zero_stage,
             precision=self.precision,

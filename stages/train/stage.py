@@ -39,7 +39,7 @@ STOPPED = "stopped"
 
 
 class TrainStageConfig(TrainConfig):
-    init_optimizer: bool = Field(False, description="start with Adam's moments of the stage that this one starts `from`")
+    init_optimizer: bool = Field(False, description="start with what the optimizer of the stage that this one starts `from` has kept")
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
@@ -166,7 +166,7 @@ class Train(Stage):
     """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 3
+    version = 4
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (
@@ -179,8 +179,8 @@ class Train(Stage):
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp32 weights, moving average and two moments, for two checkpoints: the one being written and the one before.
-        return 2 * 4 * 4 * parameters(job.config.model)
+        # fp32 weights, moving average and what the optimizer keeps, for two checkpoints: the one being written and the one before.
+        return 2 * 4 * (2 + job.config.optimizer.matrix_state) * parameters(job.config.model)
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 from tests.training.synthetic import KeepIn, config, history, losses, write_shards
 from training.checkpoint import CheckpointError, read_state
-from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.config import TrainConfig
 from training.job import TrainingError, TrainJob
 from training.loader import Loader
 from training.loop import run, uvit_config
-from training.optimizer import learning_rate
+from training.optimizers import AdamW
+from training.rates import ScheduleConfig, learning_rate
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT
 from unidiffuser.weights import load_native
@@ -213,7 +214,7 @@ def test_next_stage_at_another_resolution_starts_from_the_trained_weights(
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(alone: None, shards: tuple[str, ...], tmp_path: Path) -> None:
     wild = config(gradient_clip=0.0, optimizer={"lr": 1.0, "betas": (0.0, 0.0)}).model_copy(
-        update={"optimizer": OptimizerConfig.model_construct(lr=1e30, weight_decay=0.0, betas=(0.0, 0.0))}
+        update={"optimizer": AdamW.model_construct(lr=1e30, weight_decay=0.0, betas=(0.0, 0.0))}
     )
     with pytest.raises(TrainingError, match=r"step [23]: \w+ is (nan|inf)"):
         run(job(tmp_path, shards, wild), CPU)
