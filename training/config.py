@@ -142,8 +142,8 @@ class TrainConfig(Section):
     noise: NoiseConfig = Field(default_factory=NoiseConfig, description="Noise schedule; a checkpoint carries it to sampling.")
     timesteps: Literal["uniform", "sobol"] = Field(
         "uniform",
-        description="How the timesteps of a sample are drawn: independently, as in the paper, or as the next point of a scrambled Sobol "
-        "sequence, of which every stretch has close to its share of each combination.",
+        description="How a sample's timesteps are drawn: independently, as in the paper, or as the next point of a scrambled "
+        "Sobol sequence, of which every stretch has close to its share of each combination.",
     )
     optimizer: OptimizerConfig = Field(default_factory=AdamW, description="AdamW or Muon, by its kind.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")

@@ -31,8 +31,9 @@ class TrainJob:
             `metrics` is the newest row of the history (see `training.history`). Training goes on when it returns.
         resume: checkpoint of this run to go on from: a folder, or a function that fetches the newest one and gives the
             folder, or None when there is none. It is called once on every machine.
-        init_from: checkpoint of another run to take weights and (see `ema.start`) moving average from, in the same forms; the position
-            table is interpolated when the grid has another size. The step count starts at 0. Not read when resuming.
+        init_from: checkpoint of another run to take weights and, if `ema.start` says so, moving average from, in the same
+            forms; the position table is interpolated when the grid has another size. The step count starts at 0. Not read
+            when resuming.
         init_optimizer: take what the optimizer has kept from `init_from` as well.
     """
 

@@ -1,8 +1,8 @@
 """The fp32 numbers that DeepSpeed shards over the workers, seen by the name of the parameter.
 
 ZeRO gives every worker some flat fp32 vectors: its share of the master weights. What the optimizer keeps of each weight and the
-moving average of the weights are vectors of the same shape beside them. `Masters` turns any such set of vectors into whole named tensors
-and back, for every ZeRO stage and every number of workers. That is why a checkpoint written by four workers with ZeRO 2
+moving average of the weights are vectors of the same shape beside them. `Masters` turns any such set of vectors into whole named
+tensors and back, for every ZeRO stage and every number of workers. That is why a checkpoint written by four workers with ZeRO 2
 can be resumed by one with ZeRO 3: DeepSpeed's own universal checkpoints cannot do this (0.19.8 resumes ZeRO 3 wrongly).
 """
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.optimizers.orthogonal import MuonWithAdamW, Piece
+
 
 class Stretch(NamedTuple):
     """Where this worker's piece of a parameter lies: vector, start in it, start in the flat parameter, length (0 if none)."""

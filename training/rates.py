@@ -27,7 +27,9 @@ class ScheduleConfig(Section):
     )
     decay_start: int | None = Field(None, ge=0, description="Step at which a linear fall begins.")
     decay_steps: int | None = Field(
-        None, ge=1, description="Step at which a cosine or a linear fall ends. A field of its own, so that a longer run keeps its past."
+        None,
+        ge=1,
+        description="Step at which a cosine or a linear fall ends. A field of its own: a longer run keeps its past.",
     )
     final_fraction: float = Field(0.0, ge=0, le=1, description="Part of the learning rate left after a cosine or a linear fall.")
     patience: int = Field(10, ge=1, description="Looks of plateau in a row without a lower loss, at which it divides.")

@@ -24,7 +24,7 @@ BITS = 30
 
 
 def timesteps_at(kind: Literal["uniform", "sobol"], seed: int, places: Ints, modalities: int, last: int) -> Ints:
-    """Timesteps 1 .. last, (n, modalities), of the samples at places (n,) of the training."""
+    """Timesteps 1 .. last, (n, modalities), of the samples at places (n,) of the training, n of 1 or more."""
     drawn = _uniform(seed, places, modalities) if kind == "uniform" else _sobol(seed, places, modalities)
     return 1 + (drawn * last).astype(np.int64)
 
@@ -34,12 +34,11 @@ def _uniform(seed: int, places: Ints, modalities: int) -> NDArray[np.float64]:
     counters = -(-modalities // WORDS)
     # Places that follow each other are one stretch of the generator's numbers.
     stretches = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
-    words = [
-        np.random.Philox(key=[seed, KEY], counter=[int(stretch[0]) * counters, 0, 0, 0]).random_raw(len(stretch) * counters * WORDS)
-        for stretch in stretches
-        if len(stretch)
-    ]
-    drawn = np.concatenate(words or [np.empty(0, np.uint64)]).reshape(len(places), counters * WORDS)[:, :modalities]
+    words = []
+    for stretch in stretches:
+        generator = np.random.Philox(key=[seed, KEY], counter=[int(stretch[0]) * counters, 0, 0, 0])
+        words.append(generator.random_raw(len(stretch) * counters * WORDS))
+    drawn = np.concatenate(words).reshape(len(places), counters * WORDS)[:, :modalities]
     return (drawn >> np.uint64(11)) * 2.0**-53
 
 

@@ -10,7 +10,8 @@ A lone U-ViT, or a whole set with the autoencoder, the CLIP towers and the text 
 
 Tensors are renamed and cut, never computed with: every way there and back is exact. Those of the U-ViT keep their types, those of
 the other parts are written in fp32. What belongs to training alone (the loss weights, the initial scale of the position table) is
-native only, and has its default after a way back.
+native only, and has its default after a way back. The noise schedule is told by a native folder and by a UniDiffuserPipeline; the
+others take the published one for granted, and a model that was trained with another is refused there.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Literal, get_args
 
 import torch
 
-from unidiffuser.convert import from_official, save_diffusers, to_official
+from unidiffuser.convert import check_published_noise, from_official, save_diffusers, to_official
 from unidiffuser.encoders import clip_settings
 from unidiffuser.generation import FOLDERS, UniDiffuser
 from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_official, uvit_file
@@ -225,7 +226,9 @@ def _write_foreign(folder: Path, target: Path, to: Layout) -> None:
 def _convert_uvit(model: UViT, target: Path, to: Layout) -> None:
     if to == "native":
         save_native(target, model)
-    elif to == "diffusers":
+        return
+    check_published_noise(model.config)
+    if to == "diffusers":
         save_diffusers(target / "unet", model.state_dict(), model.config)
     else:
         torch.save(to_official(model.state_dict(), model.config), target)

@@ -15,7 +15,7 @@ class NoiseConfig(BaseModel):
         0.012,
         gt=0,
         lt=1,
-        description="Last beta. Stable Diffusion's two leave 7% of the data at the last timestep, which is enough to spoil marginals; "
+        description="Last beta. Stable Diffusion's two leave 7% of the data at the last timestep, enough to spoil marginals; "
         "0.005 and 0.02 leave 0.3%.",
     )
 

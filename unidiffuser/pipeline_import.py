@@ -16,8 +16,8 @@ from unidiffuser.clip_towers import write_image_tower, write_text_tower
 from unidiffuser.convert import from_diffusers
 from unidiffuser.convert_parts import codec_renamed
 from unidiffuser.encoders import ImageLatents
-from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS, forget_paths
 from unidiffuser.noise import NoiseConfig
+from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS, forget_paths
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.solver import scheduler_settings
 from unidiffuser.tensors import WeightsError, named, pretrained, read_settings, read_tensors, reading, without_masks

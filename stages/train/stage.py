@@ -39,7 +39,7 @@ STOPPED = "stopped"
 
 
 class TrainStageConfig(TrainConfig):
-    init_optimizer: bool = Field(False, description="start with what the optimizer of the stage that this one starts `from` has kept")
+    init_optimizer: bool = Field(False, description="start with what the optimizer of the training it starts `from` has kept")
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
@@ -179,7 +179,7 @@ class Train(Stage):
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp32 weights, moving average and what the optimizer keeps, for two checkpoints: the one being written and the one before.
+        # fp32 weights, moving average and what the optimizer keeps, of two checkpoints: that being written and the one before.
         return 2 * 4 * (2 + job.config.optimizer.matrix_state) * parameters(job.config.model)
 
     @classmethod

@@ -30,7 +30,7 @@ class AdamWFields(Section):
     weight_decay: float = Field(0.03, ge=0, le=1, description="Decoupled weight decay.")
     decay: Literal["all", "matrices"] = Field(
         "all",
-        description="What the weight decay takes in: all parameters, as in the paper, or only matrices, without norms, biases and tables.",
+        description="What weight decay takes in: all parameters, as in the paper, or only matrices: no norms, biases and tables.",
     )
     betas: tuple[float, float] = Field((0.9, 0.9), description="Decay of the first and second moment.")
 

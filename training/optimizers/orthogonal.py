@@ -1,8 +1,8 @@
 """Muon where DeepSpeed's ZeRO has cut the matrices into flat vectors, which torch.optim.Muon does not take.
 
 DeepSpeed has a Muon of its own, which puts the orthogonalised update in the gradient's place: gradient clipping then measures and
-cuts the update instead of the gradient. Here the momentum is kept flat, like AdamW's moments, and only its sum with the gradient is
-put together again: a matrix that lies on one worker is orthogonalised there, one that several share on one of them in turn.
+cuts the update instead of the gradient. Here the momentum is kept flat, like AdamW's moments, and only its sum with the gradient
+is put together again: a matrix that lies on one worker is orthogonalised there, one that several share on one of them in turn.
 """
 
 from __future__ import annotations
