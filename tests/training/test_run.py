@@ -10,16 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.plain import WEIGHTS, loss_of, losses_of, start
 from tests.training.synthetic import KeepIn, config, history, losses, write_shards
 from training.checkpoint import CheckpointError, read_state
 from training.config import TrainConfig
 from training.job import TrainingError, TrainJob
 from training.loader import Loader
-from training.loop import run, uvit_config
+from training.loop import run
 from training.optimizers import AdamW
-from training.rates import ScheduleConfig, learning_rate
-from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.uvit import UViT
 from unidiffuser.weights import load_native
 
 CPU = torch.device("cpu")
@@ -40,46 +38,6 @@ def every_step(alone: None, shards: tuple[str, ...], tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("every-step")
     run(job(folder, shards, config(checkpoint_every=1)), CPU)
     return folder
-
-
-def start(shards: tuple[str, ...], settings: TrainConfig) -> UViT:
-    torch.manual_seed(settings.seed)
-    return UViT(uvit_config(settings, Loader(settings, shards).modalities))
-
-
-WEIGHTS = {"latent": 0.75, "clip": 0.02, "text": 0.23}
-
-
-def losses_of(model: UViT, batch, gamma: float = math.inf) -> dict[str, torch.Tensor]:
-    """Mean squared error of each part for one batch, in which the square of a sample counts min(snr, gamma) / snr."""
-    alpha_bar = NoiseSchedule().alpha_bar
-    noised = {}
-    for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
-        signal = alpha_bar[batch.timesteps[modality]].view(-1, *[1] * (batch.clean[part].dim() - 1))
-        noised[part] = signal.sqrt() * batch.clean[part] + (1 - signal).sqrt() * batch.noise[part]
-    predicted = model(noised, batch.timesteps)
-    found = {}
-    for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
-        signal = alpha_bar[batch.timesteps[modality]]
-        snr = signal / (1 - signal)
-        squares = (predicted[part] - batch.noise[part]).square().flatten(1).mean(1)
-        found[part] = (squares * snr.clamp(max=gamma) / snr).mean()
-    return found
-
-
-def loss_of(model: UViT, batch) -> torch.Tensor:
-    """UniDiffuser's objective written out for one batch, with the paper's weights."""
-    return sum(WEIGHTS[part] * mse for part, mse in losses_of(model, batch).items())
-
-
-def test_learning_rate_follows_the_formula() -> None:
-    plain = ScheduleConfig(warmup_steps=10)
-    assert [learning_rate(step, 2.0, plain) for step in (0, 4, 9, 10, 10**6)] == [0.2, 1.0, 2.0, 2.0, 2.0]
-    cosine = ScheduleConfig(warmup_steps=10, decay="cosine", decay_steps=110, final_fraction=0.1)
-    for step in range(10, 110):
-        expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
-        assert learning_rate(step, 1.0, cosine) == pytest.approx(expected, abs=1e-12)
-    assert learning_rate(500, 1.0, cosine) == pytest.approx(0.1)
 
 
 def test_losses_and_weights_equal_plain_torch(every_step: Path, shards: tuple[str, ...]) -> None:
@@ -239,6 +197,13 @@ def test_config_errors_say_what_is_expected() -> None:
         ({"data": {"where": ["aesthetic 5"]}}, "write COLUMN OP VALUE"),
         ({"data": {"lanes": 3}}, "not divisible by data.lanes 3"),
         ({"schedule": {"decay": "cosine"}}, "needs decay_steps"),
+        ({"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 4}}, r"needs decay_start of at least warmup_steps \(5"),
+        ({"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 8}}, r"needs decay_steps greater than decay_start \(8"),
+        ({"schedule": {"decay": "plateau"}, "validation": {"fraction": 0}}, "give validation.fraction a value above 0"),
+        ({"zero_stage": 0, "precision": "bf16"}, "use zero_stage 1, or precision fp32"),
+        ({"optimizer": {"kind": "sgd"}}, "kind is adamw or muon"),
+        ({"optimizer": {"kind": "muon", "betas": [0.9, 0.9]}}, "Extra inputs are not permitted"),
+        ({"noise": {"beta_start": 0.5, "beta_end": 0.4}}, "beta_start 0.5 is above beta_end 0.4"),
         ({"model": {"width": 16, "depth": 3, "heads": 2}}, "must be even"),
         ({"learning_rate": 1}, "Extra inputs are not permitted"),
     ):
