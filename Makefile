@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow chaos lint encoders text-decoder shapes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos lint encoders text-decoder shapes findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -54,6 +54,14 @@ test-slow: setup
 chaos: setup
 	$(PY) -m tests.pipelines.chaos data $$(mktemp -d) --kills 50 --json docs/results/chaos-data.json
 	$(PY) -m tests.pipelines.chaos deployed $$(mktemp -d) --kills 32 --json docs/results/chaos-deployed.json
+
+# Both optimizers on every ZeRO stage, with one and two workers, against plain torch: some minutes.
+test-trainer: setup
+	$(PY) -m tests.training.equal --json docs/results/trainer-equal.json
+
+# Rewrites the loss curves that `make test` compares with, and prints how far they have moved.
+loss-curve: setup
+	$(PY) -m tests.training.curve
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,4 +1,4 @@
-"""A training written out in plain torch, which the trainer's is compared with: no engine, no sharding, no code of its optimizers."""
+"""A training written out in plain torch, which the trainer's is compared with: no engine, no sharding, no optimizer of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def start(shards: Sequence[str], settings: TrainConfig) -> UViT:
     return UViT(uvit_config(settings, Loader(settings, shards).modalities))
 
 
-def losses_of(model: UViT, batch: Batch, gamma: float = math.inf, betas: tuple[float, float] = (0.00085, 0.012)) -> dict[str, Tensor]:
+def losses_of(
+    model: UViT, batch: Batch, gamma: float = math.inf, betas: tuple[float, float] = (0.00085, 0.012)
+) -> dict[str, Tensor]:
     """Mean squared error of each part for one batch, in which the square of a sample counts min(snr, gamma) / snr."""
     alpha_bar = NoiseSchedule(*betas).alpha_bar
     noised = {}

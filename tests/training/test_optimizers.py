@@ -104,7 +104,9 @@ def test_resumed_equals_uninterrupted_and_other_zero_stages_go_on(
 
 def test_another_optimizers_state_is_refused(with_muon: Path, shards: tuple[str, ...], tmp_path: Path) -> None:
     previous = str(with_muon / "6")
-    with pytest.raises(CheckpointError, match=r"kept exp_avg, exp_avg_sq, momentum_buffer, this run's keeps exp_avg, exp_avg_sq;"):
+    with pytest.raises(
+        CheckpointError, match=r"kept exp_avg, exp_avg_sq, momentum_buffer, this run's keeps exp_avg, exp_avg_sq;"
+    ):
         run(job(tmp_path, shards, config(), init_from=previous, init_optimizer=True), CPU)
     run(job(tmp_path, shards, config(steps=1, optimizer={"lr": 1e-9}), init_from=previous), CPU)
     assert read_state(tmp_path / "1")["optimizer"] == STATES["adamw"]

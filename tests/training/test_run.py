@@ -197,8 +197,14 @@ def test_config_errors_say_what_is_expected() -> None:
         ({"data": {"where": ["aesthetic 5"]}}, "write COLUMN OP VALUE"),
         ({"data": {"lanes": 3}}, "not divisible by data.lanes 3"),
         ({"schedule": {"decay": "cosine"}}, "needs decay_steps"),
-        ({"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 4}}, r"needs decay_start of at least warmup_steps \(5"),
-        ({"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 8}}, r"needs decay_steps greater than decay_start \(8"),
+        (
+            {"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 4}},
+            r"needs decay_start of at least warmup_steps \(5",
+        ),
+        (
+            {"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 8}},
+            r"needs decay_steps greater than decay_start \(8",
+        ),
         ({"schedule": {"decay": "plateau"}, "validation": {"fraction": 0}}, "give validation.fraction a value above 0"),
         ({"zero_stage": 0, "precision": "bf16"}, "use zero_stage 1, or precision fp32"),
         ({"optimizer": {"kind": "sgd"}}, "kind is adamw or muon"),
@@ -209,3 +215,15 @@ def test_config_errors_say_what_is_expected() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             config(**copy.deepcopy(changes))
+
+
+def test_a_noise_schedule_of_its_own_is_trained_with_and_goes_with_the_checkpoint(
+    alone: None, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = config(steps=1, noise={"beta_start": 0.005, "beta_end": 0.02})
+    run(job(tmp_path, shards, settings), CPU)
+    found = losses_of(start(shards, settings), Loader(settings, shards).batch(0), betas=(0.005, 0.02))
+    expected = sum(WEIGHTS[part] * mse.item() for part, mse in found.items())
+    told = next(row for row in history(tmp_path / "1") if row["kind"] == "train")
+    assert told["loss"] == pytest.approx(expected, abs=2e-6)
+    assert load_native(tmp_path / "1").config.noise == settings.noise
