@@ -39,7 +39,7 @@ def _uniform(seed: int, places: Ints, modalities: int) -> NDArray[np.float64]:
         generator = np.random.Philox(key=[seed, KEY], counter=[int(stretch[0]) * counters, 0, 0, 0])
         words.append(generator.random_raw(len(stretch) * counters * WORDS))
     drawn = np.concatenate(words).reshape(len(places), counters * WORDS)[:, :modalities]
-    return (drawn >> np.uint64(11)) * 2.0**-53
+    return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _sobol(seed: int, places: Ints, modalities: int) -> NDArray[np.float64]:
@@ -55,7 +55,7 @@ def _sobol(seed: int, places: Ints, modalities: int) -> NDArray[np.float64]:
         for bit in range(BITS):
             at ^= (gray >> bit & 1)[:, None] * directions[:, bit]
         found[chosen] = at
-    return found * 2.0**-BITS
+    return found.astype(np.float64) * 2.0**-BITS
 
 
 @lru_cache(maxsize=4)

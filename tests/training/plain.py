@@ -1,4 +1,4 @@
-"""A training written out in plain torch, which the trainer's is compared with: no engine, no sharding, no optimizer of its own."""
+"""A training written out in plain torch, which the trainer's is compared with: no engine, no sharding, no own optimizer."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def train_plain(shards: Sequence[str], settings: TrainConfig, kind: str) -> tupl
         loss = loss_of(model, loader.batch(step))
         model.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip or math.inf)
         for optimizer in optimizers:
             optimizer.step()
         losses.append(loss.item())
