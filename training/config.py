@@ -9,7 +9,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from training.optimizers import AdamW, OptimizerConfig
+from training.optimizers.adamw import AdamW
+from training.optimizers.choice import OptimizerConfig
 from training.rates import ScheduleConfig
 from training.section import OPERATIONAL, Section
 from training.where import Comparison

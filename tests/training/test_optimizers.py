@@ -14,7 +14,8 @@ from training.checkpoint import CheckpointError, read_state
 from training.config import TrainConfig
 from training.job import TrainJob
 from training.loop import run
-from training.optimizers import AdamW, Muon
+from training.optimizers.adamw import AdamW
+from training.optimizers.muon import Muon
 
 CPU = torch.device("cpu")
 STATES = {"adamw": ["exp_avg", "exp_avg_sq"], "muon": ["exp_avg", "exp_avg_sq", "momentum_buffer"]}

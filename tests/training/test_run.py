@@ -17,7 +17,7 @@ from training.config import TrainConfig
 from training.job import TrainingError, TrainJob
 from training.loader import Loader
 from training.loop import run
-from training.optimizers import AdamW
+from training.optimizers.adamw import AdamW
 from unidiffuser.weights import load_native
 
 CPU = torch.device("cpu")
