@@ -1,9 +1,9 @@
 """The choice of an optimizer by its `kind`.
 
 A kind is a section with the fields `kind` and `lr`, the property `matrix_state`, and the method `build`, which gives a torch
-optimizer for named parameters. Each of its groups says beside torch's own fields: `names`, of its parameters; `state`, the names of
-the fp32 tensors that it keeps of each of them, which checkpoints hold; `initial_lr`, its rate after the warm-up, which the loop
-lets follow the schedule. Importing this imports no torch.
+optimizer for named parameters. Each of its groups says beside torch's own fields: `names`, of its parameters; `state`, the names
+of the fp32 tensors that it keeps of each of them, which checkpoints hold; `initial_lr`, its rate after the warm-up, which the
+loop lets follow the schedule. Importing this imports no torch.
 """
 
 from __future__ import annotations
