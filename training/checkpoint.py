@@ -2,8 +2,9 @@
 
     config.json, model.safetensors    the weights as trained, fp32, a native folder of `unidiffuser.weights`
     ema.safetensors                   their moving average, fp32, which sampling uses
-    exp_avg.safetensors, exp_avg_sq.safetensors    Adam's moments
-    trainer.json                      step, counters, and what must be the same in the run that resumes
+    STATE.safetensors                 what the optimizer keeps, fp32: AdamW's exp_avg and exp_avg_sq, Muon's momentum_buffer of
+                                      its matrices
+    trainer.json                      step, counters, the names STATE, and what must be the same in the run that resumes
     history.jsonl                     the history so far
     adapter_...                       of a run with adapters, whose moments are those of the adapters; see `training.adapters`
 
@@ -25,7 +26,8 @@ from training.adapters import Adapters, in_file, is_adapter
 from training.begin import Growth
 from training.ema import Ema
 from training.history import Meter, read_history, write_history
-from training.masters import MOMENTS, Masters
+from training.masters import Masters
+from training.rates import Plateau
 from unidiffuser.uvit import UViTConfig, resize_positions
 
 # What a run with adapters keeps of each, apart and merged.
@@ -38,7 +40,10 @@ class CheckpointError(ValueError):
 
 class TrainerState(BaseModel):
     """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same; `growth`
-    says how many shards there were, by place of the order, which began at step `order_from`."""
+    says how many shards there were, by place of the order, which began at step `order_from`.
+
+    `optimizer` names the files of what the optimizer keeps.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -53,6 +58,8 @@ class TrainerState(BaseModel):
     growth: list[Growth]
     pending: dict[str, float]
     pending_steps: int
+    optimizer: list[str]
+    plateau: Plateau
     workers: int
     zero_stage: int
     precision: str
@@ -65,9 +72,9 @@ def write_checkpoint(
     writes = dist.get_rank() == 0
     if writes:
         folder.mkdir(parents=True)
-    kinds = {"model": masters.vectors, "ema": ema.vectors, **{name: masters.moments(name) for name in MOMENTS}}
+    kinds = {"model": masters.vectors, "ema": ema.vectors, **{kind: masters.state(kind) for kind in state.optimizer}}
     for kind, vectors in kinds.items():
-        tensors = masters.gather(vectors)
+        tensors = masters.gather(vectors, masters.having(kind) if kind in state.optimizer else None)
         if writes and adapters is not None and kind in ADAPTED:
             adapters.write(folder, kind, tensors)
         elif writes:
@@ -125,7 +132,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: its model does not fit the shards: {error}") from error
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """One fp32 tensor of `model`, `ema`, `exp_avg` or `exp_avg_sq`; the position table in this run's size."""
+        """One fp32 tensor of `model`, `ema` or a kind that the optimizer keeps; the position table in this run's size."""
         path = self.folder / f"{kind}.safetensors"
         if kind in ADAPTED and is_adapter(name):
             path, name = self.folder / f"adapter_{kind}.safetensors", in_file(name)
@@ -160,11 +167,20 @@ class Checkpoint:
         ema.updates = self.state.ema_updates
 
     def restore_optimizer(self, masters: Masters) -> None:
-        """Set Adam's moments and step count exactly."""
-        moments = {kind: masters.empty() for kind in MOMENTS}
-        for kind, vectors in moments.items():
-            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors)  # type: ignore[misc]
-        masters.set_moments(moments, self.state.optimizer_steps)
+        """Set what the optimizer keeps, and its step count, exactly.
+
+        Raises:
+            CheckpointError: another optimizer wrote it.
+        """
+        if masters.state_kinds != self.state.optimizer:
+            raise CheckpointError(
+                f"{self.folder}: its optimizer kept {', '.join(self.state.optimizer)}, this run's keeps "
+                f"{', '.join(masters.state_kinds)}; choose the same optimizer.kind, or start without its state"
+            )
+        tensors = {kind: masters.empty() for kind in masters.state_kinds}
+        for kind, vectors in tensors.items():
+            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors, masters.having(kind))  # type: ignore[misc]
+        masters.set_state(tensors, self.state.optimizer_steps)
 
     def restore_history(self, meter: Meter) -> None:
         """Set the history and the sums of the interval that was interrupted."""

@@ -1,25 +1,22 @@
 """What a training run is: every number that decides its result, and the few that only decide where and how fast it runs.
 
-A field whose schema carries `operational: true` cannot change the result beyond rounding, so a fingerprint may leave it out.
+See `training.section` for fields that cannot change the result.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from training.optimizers.adamw import AdamW
+from training.optimizers.choice import OptimizerConfig
+from training.rates import ScheduleConfig
+from training.section import OPERATIONAL, Section
 from training.where import Comparison
-
-OPERATIONAL: dict[str, Any] = {"operational": True}
+from unidiffuser.noise import NoiseConfig
 
 LARGEST_DEFAULT_LANES = 16
-
-
-class Section(BaseModel):
-    """Base of the sections below: an unknown field is an error, and a config that was checked does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -89,21 +86,6 @@ class ObjectiveConfig(Section):
     )
 
 
-class OptimizerConfig(Section):
-    """AdamW, with the values of U-ViT."""
-
-    lr: float = Field(2e-4, gt=0, le=1, description="Learning rate after the warm-up.")
-    weight_decay: float = Field(0.03, ge=0, le=1, description="Decoupled weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.9), description="Decay of the first and second moment.")
-
-    @field_validator("betas")
-    @classmethod
-    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas}; both must be in [0, 1)")
-        return betas
-
-
 class LoraConfig(Section):
     """Adapters of low rank that are trained instead of the weights (arXiv 2106.09685)."""
 
@@ -112,23 +94,6 @@ class LoraConfig(Section):
     targets: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"], ...] = Field(
         ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1, description="Linear layers of the blocks that get one."
     )
-
-
-class ScheduleConfig(Section):
-    """Learning rate over the steps: linear warm-up, then constant or half a cosine."""
-
-    warmup_steps: int = Field(5000, ge=0, description="Steps over which the learning rate rises linearly from 0.")
-    decay: Literal["none", "cosine"] = Field("none", description="What follows the warm-up.")
-    decay_steps: int | None = Field(
-        None, ge=1, description="Step at which a cosine ends. A field of its own, so that a longer run keeps its past."
-    )
-    final_fraction: float = Field(0.0, ge=0, le=1, description="Part of the learning rate left after a cosine.")
-
-    @model_validator(mode="after")
-    def _check(self) -> ScheduleConfig:
-        if self.decay == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
-            raise ValueError(f"decay cosine needs decay_steps greater than warmup_steps ({self.warmup_steps})")
-        return self
 
 
 class EmaConfig(Section):
@@ -206,7 +171,13 @@ class TrainConfig(Section):
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="Size of the network.")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Weights inside the loss.")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW.")
+    noise: NoiseConfig = Field(default_factory=NoiseConfig, description="Noise schedule; a checkpoint carries it to sampling.")
+    timesteps: Literal["uniform", "sobol"] = Field(
+        "uniform",
+        description="How a sample's timesteps are drawn: independently, as in the paper, or as the next point of a scrambled "
+        "Sobol sequence, of which every stretch has close to its share of each combination.",
+    )
+    optimizer: OptimizerConfig = Field(default_factory=AdamW, description="AdamW or Muon, by its kind.")
     lora: LoraConfig | None = Field(
         None, description="Train adapters of low rank on the weights that the run starts from, and nothing else; needs peft."
     )
@@ -267,4 +238,10 @@ class TrainConfig(Section):
             raise ValueError(f"data.data_type is {self.data.data_type!r}, which only model.data_type_token: true reads")
         if self.data.lanes is not None and self.global_batch % self.data.lanes:
             raise ValueError(f"global_batch {self.global_batch} is not divisible by data.lanes {self.data.lanes}")
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError("optimizer.kind muon is for the matrices of the blocks, which lora freezes; use adamw")
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError("zero_stage 0 keeps no fp32 master weights for bf16; use zero_stage 1, or precision fp32")
+        if self.schedule.decay == "plateau" and self.validation.fraction == 0:
+            raise ValueError("schedule.decay plateau looks at held-out rows; give validation.fraction a value above 0")
         return self

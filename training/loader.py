@@ -1,8 +1,8 @@
 """From latent shards to the micro-batches of a worker: clean data, timesteps and noise, each a pure function of the place.
 
-Everything random about the sample at place g of the training (the latent drawn from its moments, a timestep for each
-modality, the noise of each part) comes from a Philox generator whose key is the seed and whose counter is g. So it depends
-neither on the number of workers nor on the micro-batch nor on where the run was resumed.
+Everything random about the sample at place g of the training (the latent drawn from its moments, the noise of each part) comes
+from a Philox generator whose key is the seed and whose counter is g; `training.timesteps` draws a timestep for each modality
+likewise. So it depends neither on the number of workers nor on the micro-batch nor on where the run was resumed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from training.begin import Growth
 from training.config import TrainConfig
 from training.latents import LatentReader, LatentSpec, Rows, Selection, ShardIndex
 from training.order import Order
+from training.timesteps import timesteps_at
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
 TRAIN_STREAM, VALIDATION_STREAM = 2, 3
@@ -141,9 +142,10 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step."""
         places = self.places(step)
+        timesteps = timesteps_at(self.config.timesteps, self.config.seed, places, len(self.modalities), self.timesteps).tolist()
         samples = [
-            self._sample(rows, row, (TRAIN_STREAM, int(place)), None)
-            for place, (rows, row) in zip(places, self._located(places), strict=True)
+            self._sample(rows, row, (TRAIN_STREAM, int(place)), drawn)
+            for place, drawn, (rows, row) in zip(places, timesteps, self._located(places), strict=True)
         ]
         return self._stacked(samples)
 
@@ -180,24 +182,25 @@ class Loader:
             stopped.set()
             thread.join()
 
-    def validation(self) -> Batch | None:
+    def validation(self, samples: int | None = None) -> Batch | None:
         """This worker's share of the held-out samples, each at fixed timesteps with fixed noise; None when it has none.
 
-        The first `validation.samples` held-out rows take the 8 x 8 pairs of evenly spread timesteps in turn, one pair a row.
+        The first `samples` held-out rows (default: `validation.samples`) take the 8 x 8 pairs of evenly spread timesteps in turn,
+        one pair a row.
         """
-        wanted = self.config.validation.samples
+        wanted = samples or self.config.validation.samples
         ends = np.cumsum(self.index.held)
         total = min(wanted, int(ends[-1]) if len(ends) else 0)
         share = range(total * self.rank // self.world, total * (self.rank + 1) // self.world)
         groups = np.searchsorted(ends, np.array(share, dtype=np.int64), side="right")
-        samples = []
+        drawn = []
         for number, group in zip(share, groups, strict=True):
             _, held = self.reader.rows(int(self.index.file[group]), int(self.index.group[group]))
             row = number - int(ends[group] - self.index.held[group])
             levels = (number % VALIDATION_LEVELS, number // VALIDATION_LEVELS % VALIDATION_LEVELS)
             fixed = [max(1, round((level + 0.5) / VALIDATION_LEVELS * self.timesteps)) for level in levels]
-            samples.append(self._sample(held, row, (VALIDATION_STREAM, number), fixed))
-        return self._stacked(samples) if samples else None
+            drawn.append(self._sample(held, row, (VALIDATION_STREAM, number), fixed))
+        return self._stacked(drawn) if drawn else None
 
     def _located(self, places: NDArray[np.int64]) -> Iterator[tuple[Rows, int]]:
         groups, rows = self.order.locate(places)
@@ -207,13 +210,11 @@ class Loader:
         return ((loaded[group], int(row)) for group, row in zip(groups, rows, strict=True))
 
     def _sample(
-        self, rows: Rows, row: int, place: tuple[int, int], fixed: Sequence[int] | None
+        self, rows: Rows, row: int, place: tuple[int, int], levels: Sequence[int]
     ) -> tuple[dict[str, NDArray], dict[str, NDArray], dict[str, int], int]:
-        """Clean parts, noise, timesteps and data type of one sample; the order of the draws is part of the result."""
+        """Clean parts, noise, timesteps (`levels`) and data type of one sample; the order of the draws is part of the result."""
         generator = np.random.Generator(np.random.Philox(key=[self.config.seed, 0], counter=[0, place[0], 0, place[1]]))
-        drawn = generator.integers(1, self.timesteps, size=len(self.modalities), endpoint=True)
-        values = fixed if fixed is not None else drawn
-        timesteps = {modality.name: int(t) for modality, t in zip(self.modalities, values, strict=True)}
+        timesteps = {modality.name: t for modality, t in zip(self.modalities, levels, strict=True)}
         latent = sample_latent(rows.parts["moments"][row].astype(np.float32), self.index.spec.scaling_factor, generator)
         clean = {"latent": latent, **{part: rows.parts[part][row].astype(np.float32) for part in ("clip", "text")}}
         noise = {part.name: generator.standard_normal(part.shape, dtype=np.float32) for part in all_parts(self.modalities)}

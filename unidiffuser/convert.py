@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unidiffuser.modalities import paper_modalities, token_order
+from unidiffuser.noise import NoiseConfig
 from unidiffuser.tensors import WeightsError, check_tensors
 from unidiffuser.uvit import UViT, UViTConfig
 
@@ -254,6 +255,19 @@ def _empty(config: UViTConfig) -> dict[str, Tensor]:
     """Native tensors without values."""
     with torch.device("meta"):
         return UViT(config).state_dict()
+
+
+def check_published_noise(config: UViTConfig) -> None:
+    """Refuse a model whose noise schedule a layout cannot tell, which takes the published one for granted.
+
+    Raises:
+        WeightsError: the model was trained with another one.
+    """
+    if config.noise != NoiseConfig():
+        raise WeightsError(
+            f"it was trained with noise from {config.noise.beta_start} to {config.noise.beta_end}, which no other layout tells; "
+            "keep it native, or write a whole set as diffusers"
+        )
 
 
 def _sizes(config: UViTConfig) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -12,7 +12,8 @@ A lone file of tensors, .pth or .safetensors, may have the names of any layout: 
 
 Tensors are renamed and cut, never computed with: every way there and back is exact. Those of the U-ViT keep their types, those of
 the other parts are written in fp32. What belongs to training alone (the loss weights, the initial scale of the position table) is
-native only, and has its default after a way back.
+native only, and has its default after a way back. The noise schedule is told by a native folder and by a UniDiffuserPipeline; the
+others take the published one for granted, and a model that was trained with another is refused there.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Literal, get_args
 import torch
 
 from unidiffuser.clip_settings import context_length
-from unidiffuser.convert import from_tensors, save_diffusers, to_official
+from unidiffuser.convert import check_published_noise, from_tensors, save_diffusers, to_official
 from unidiffuser.generation import FOLDERS, UniDiffuser
 from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_official, uvit_file
 from unidiffuser.pipeline_export import save_pipeline
@@ -226,7 +227,9 @@ def _write_foreign(folder: Path, target: Path, to: Layout) -> None:
 def _convert_uvit(model: UViT, target: Path, to: Layout) -> None:
     if to == "native":
         save_native(target, model)
-    elif to == "diffusers":
+        return
+    check_published_noise(model.config)
+    if to == "diffusers":
         save_diffusers(target / "unet", model.state_dict(), model.config)
     else:
         torch.save(to_official(model.state_dict(), model.config), target)

@@ -346,7 +346,8 @@ def explain(error: ValidationError, place: str) -> str:
     """The first problem as ``path: what is expected (got value)``; the number of further ones behind it."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    path = ".".join(str(part) for part in (place, *first["loc"]) if str(part) != "")
+    # A choice by `kind` puts the kind into the path, where a recipe has no such key.
+    path = ".".join(str(part) for part in (place, *first["loc"]) if str(part) != "" and not str(part).startswith("kind="))
     message = (first["msg"][0].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"

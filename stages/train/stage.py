@@ -309,9 +309,9 @@ class Train(Stage):
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp32 weights, moving average and two moments, for two checkpoints: the one being written and the one before. The moments
-        # of adapters are small.
-        kept = 2 if job.config.lora is not None else 4
+        # fp32 weights, moving average and what the optimizer keeps, of two checkpoints: that being written and the one before.
+        # What it keeps of adapters is small.
+        kept = 2 if job.config.lora is not None else 2 + job.config.optimizer.matrix_state
         return 2 * kept * 4 * parameters(job.config.model)
 
     @classmethod
