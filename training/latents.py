@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import fsspec
@@ -108,11 +110,13 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one row group, fp16, contiguous: each part (rows, *shape)."""
+class RowGroup:
+    """All rows of a row group, as they lie in the file: keys, each part (rows, *shape), and which rows train or are held out."""
 
     keys: list[str]
     parts: dict[str, NDArray[np.float16]]
+    train: NDArray[np.int64]
+    held: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -127,27 +131,37 @@ class ShardIndex:
 
 
 class LatentReader:
-    """Row groups of latent shards, on any fsspec file system; keeps some files open and `cache` row groups in memory."""
+    """Row groups of latent shards, on any fsspec file system; keeps some files open. Threads may share it."""
 
-    def __init__(self, shards: Sequence[str], selection: Selection, cache: int = 64) -> None:
+    def __init__(self, shards: Sequence[str], selection: Selection) -> None:
         if not shards:
             raise ShardError("no latent shard was given to train on")
-        self.shards, self.selection, self.cache = list(shards), selection, cache
+        self.shards, self.selection = list(shards), selection
         self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], tuple[Rows, Rows]] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def _open(self, file: int) -> pq.ParquetFile:
-        if file not in self._files:
+    @contextmanager
+    def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
+        """A file for this thread alone: one that lies open and that nobody uses, or a new one."""
+        with self._lock:
+            parquet = self._files.pop(file, None)
+        if parquet is None:
             try:
-                self._files[file] = pq.ParquetFile(
+                parquet = pq.ParquetFile(
                     fsspec.open(self.shards[file], "rb").open(), pre_buffer=True, page_checksum_verification=True
                 )
             except (OSError, pa.ArrowInvalid) as error:
                 raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1].close(force=True)
-        self._files.move_to_end(file)
-        return self._files[file]
+        try:
+            yield parquet
+        finally:
+            with self._lock:
+                if file in self._files:
+                    parquet.close(force=True)
+                else:
+                    self._files[file] = parquet
+                if len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)[1].close(force=True)
 
     def index(self, rank: int = 0, world: int = 1, gather: Callable[[list], list[list]] | None = None) -> ShardIndex:
         """Count the rows of every row group, reading keys and scores only.
@@ -173,44 +187,33 @@ class LatentReader:
         return ShardIndex(spec, *(np.ascontiguousarray(column) for column in table.T))
 
     def _scan(self, file: int) -> tuple[int, LatentSpec, list[tuple[int, int]]]:
-        parquet = self._open(file)
-        spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
-        columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
-        counts = []
-        for group in range(parquet.num_row_groups):
-            train, held = self.selection.split(self._read(file, group, ["key", *columns]), columns)
-            counts.append((len(train), len(held)))
+        with self._opened(file) as parquet:
+            spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
+            counts = []
+            for group in range(parquet.num_row_groups):
+                train, held = self.selection.split(self._table(parquet, file, group, ["key", *columns]), columns)
+                counts.append((len(train), len(held)))
         return file, spec, counts
 
-    def _read(self, file: int, group: int, columns: list[str]) -> pa.Table:
+    def _table(self, parquet: pq.ParquetFile, file: int, group: int, columns: list[str]) -> pa.Table:
         try:
-            return self._open(file).read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
+            return parquet.read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{self.shards[file]}: row group {group} cannot be read: {_line(error)}; {VERIFY}") from error
 
-    def rows(self, file: int, group: int) -> tuple[Rows, Rows]:
-        """Training rows and held-out rows of a row group."""
-        place = (file, group)
-        if place not in self._groups:
-            self._groups[place] = self._load(file, group)
-            if len(self._groups) > self.cache:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(place)
-        return self._groups[place]
+    def read(self, file: int, group: int) -> RowGroup:
+        """A row group; its parts are Arrow's own memory and are not to be written to.
 
-    def _load(self, file: int, group: int) -> tuple[Rows, Rows]:
-        schema = self._open(file).schema_arrow
-        spec = LatentSpec.of(schema, self.shards[file])
-        columns = self.selection.columns(schema, self.shards[file])
-        table = self._read(file, group, ["key", *columns, *PARTS])
-        keys = table["key"].to_pylist()
+        Raises:
+            ShardError: it is damaged, or a row lacks a part.
+        """
+        with self._opened(file) as parquet:
+            spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
+            table = self._table(parquet, file, group, ["key", *columns, *PARTS])
         parts = {part: self._numbers(table, part, getattr(spec, part), file, group) for part in PARTS}
-
-        def take(chosen: NDArray[np.int64]) -> Rows:
-            return Rows([keys[i] for i in chosen], {part: numbers[chosen] for part, numbers in parts.items()})
-
-        train, held = self.selection.split(table, columns)
-        return take(train), take(held)
+        return RowGroup(table["key"].to_pylist(), parts, *self.selection.split(table, columns))
 
     def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:
         column = table[part].combine_chunks()

@@ -1,8 +1,9 @@
-"""From latent shards to the micro-batches of a worker: clean data, timesteps and noise, each a pure function of the place.
+"""From latent shards to the batches of a worker: clean data, timesteps and noise, each a pure function of the place.
 
 Everything random about the sample at place g of the training (the latent drawn from its moments, a timestep for each
-modality, the noise of each part) comes from a Philox generator whose key is the seed and whose counter is g. So it depends
-neither on the number of workers nor on the micro-batch nor on where the run was resumed.
+modality, the noise of each part) comes from a counter-based generator, see `training.draws`, whose key is the seed and whose
+counters belong to g. So it depends neither on the number of workers nor on the micro-batch nor on where the run was resumed.
+A batch is made as a whole: nothing here is done for each sample in Python.
 """
 
 from __future__ import annotations
@@ -11,21 +12,26 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training import draws
+from training.ahead import RowGroups
 from training.config import TrainConfig
-from training.latents import LatentReader, LatentSpec, Rows, Selection, ShardIndex
+from training.latents import PARTS, LatentReader, LatentSpec, RowGroup, Selection, ShardIndex
 from training.order import Order
 from training.where import Comparison
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
-TRAIN_STREAM, VALIDATION_STREAM = 2, 3
 VALIDATION_LEVELS = 8
 PREFETCHED_STEPS = 3
+STEPS_READ_AHEAD = 4
+# Numbers that are converted at once: so few that torch wakes no second thread for them, and they stay in a core's cache.
+AT_ONCE = 2**14
 
 
 @dataclass(frozen=True)
@@ -62,11 +68,32 @@ def modalities_of(spec: LatentSpec, config: TrainConfig) -> tuple[Modality, Moda
     )
 
 
-def sample_latent(moments: NDArray[np.float32], scaling_factor: float, generator: np.random.Generator) -> NDArray:
-    """Draw z = (mean + std * noise) * scaling factor, (C, h, w), from moments (2C, h, w): mean, log-variance."""
-    mean, logvar = np.split(moments, 2)
-    std = np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
-    return (mean + std * generator.standard_normal(mean.shape, dtype=np.float32)) * np.float32(scaling_factor)
+def to_fp32(half: NDArray[np.float16]) -> Tensor:
+    """The same numbers as a tensor of fp32; torch's conversion takes a twentieth of numpy's time."""
+    # torch's own memory: it is aligned the same in every run, and the last bit of a matrix product depends on that.
+    out = torch.empty(half.shape)
+    for source, target in zip(torch.from_numpy(half).view(-1).split(AT_ONCE), out.view(-1).split(AT_ONCE), strict=True):
+        target.copy_(source)
+    return out
+
+
+def draw_latents(z: NDArray[np.float32], moments: NDArray[np.float16], scaling_factor: float) -> None:
+    """Turn normal numbers (n, C h w) into z = (mean + std * number) * scaling factor; moments (n, 2C, h, w): mean, log-variance."""
+    rows = max(1, AT_ONCE // z.shape[1])
+    for start in range(0, len(z), rows):
+        piece = z[start : start + rows]
+        told = to_fp32(moments[start : start + rows]).numpy().reshape(len(piece), -1)
+        mean, std = np.split(told, 2, axis=1)
+        np.clip(std, -30.0, 20.0, out=std)
+        std *= np.float32(0.5)
+        np.exp(std, out=std)
+        piece *= std
+        piece += mean
+        piece *= np.float32(scaling_factor)
+
+
+# Rows of a batch by row group: the group, places in the batch (m,), and the numbers of the rows in the group (m,).
+Located = Iterator[tuple[RowGroup, NDArray[np.int64], NDArray[np.int64]]]
 
 
 class Loader:
@@ -95,13 +122,12 @@ class Loader:
     ) -> None:
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
         where = tuple(Comparison.parse(text) for text in config.data.where)
-        lanes_here = -(-config.lanes // world) + 1
-        self.reader = LatentReader(
-            shards, Selection(where, config.validation.fraction), cache=(lanes_here + 1) * config.data.shuffle_window
-        )
+        self.reader = LatentReader(shards, Selection(where, config.validation.fraction))
         self.index: ShardIndex = self.reader.index(rank, world, gather)
         self.order = Order(self.index.train, config.seed, config.data.shuffle_window, config.lanes, config.global_batch)
         self.modalities = modalities_of(self.index.spec, config)
+        self.groups = RowGroups(self._read)
+        self._around = lru_cache(STEPS_READ_AHEAD + 1)(lambda step: self._useful(self.order.groups_around(self.places(step))))
 
     @property
     def rows(self) -> int:
@@ -116,16 +142,16 @@ class Loader:
 
     def keys(self, step: int) -> list[str]:
         """Keys of the rows of a step, in order."""
-        return [rows.keys[row] for rows, row in self._located(self.places(step))]
+        found = {}
+        for group, at, rows in self._located(step):
+            found |= {int(place): group.keys[row] for place, row in zip(at, rows, strict=True)}
+        return [found[place] for place in range(len(found))]
 
     def batch(self, step: int) -> Batch:
         """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step."""
         places = self.places(step)
-        samples = [
-            self._sample(rows, row, (TRAIN_STREAM, int(place)), None)
-            for place, (rows, row) in zip(places, self._located(places), strict=True)
-        ]
-        return self._stacked(samples)
+        timesteps = draws.uniform_timesteps(self.config.seed, places, len(self.modalities), self.timesteps)
+        return self._made(draws.TRAIN, places, self._located(step), timesteps)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps `first` to `last` - 1, prepared in a thread a few steps ahead."""
@@ -168,42 +194,47 @@ class Loader:
         wanted = self.config.validation.samples
         ends = np.cumsum(self.index.held)
         total = min(wanted, int(ends[-1]) if len(ends) else 0)
-        share = range(total * self.rank // self.world, total * (self.rank + 1) // self.world)
-        groups = np.searchsorted(ends, np.array(share, dtype=np.int64), side="right")
-        samples = []
-        for number, group in zip(share, groups, strict=True):
-            _, held = self.reader.rows(int(self.index.file[group]), int(self.index.group[group]))
-            row = number - int(ends[group] - self.index.held[group])
-            levels = (number % VALIDATION_LEVELS, number // VALIDATION_LEVELS % VALIDATION_LEVELS)
-            fixed = [max(1, round((level + 0.5) / VALIDATION_LEVELS * self.timesteps)) for level in levels]
-            samples.append(self._sample(held, row, (VALIDATION_STREAM, number), fixed))
-        return self._stacked(samples) if samples else None
+        numbers = np.arange(total * self.rank // self.world, total * (self.rank + 1) // self.world, dtype=np.int64)
+        if not len(numbers):
+            return None
+        groups = np.searchsorted(ends, numbers, side="right")
 
-    def _located(self, places: NDArray[np.int64]) -> Iterator[tuple[Rows, int]]:
-        groups, rows = self.order.locate(places)
-        loaded = {
-            group: self.reader.rows(int(self.index.file[group]), int(self.index.group[group]))[0] for group in np.unique(groups)
-        }
-        return ((loaded[group], int(row)) for group, row in zip(groups, rows, strict=True))
+        def located() -> Located:
+            for group in np.unique(groups):
+                at, read = np.flatnonzero(groups == group), self._read(int(group))
+                yield read, at, read.held[numbers[at] - (ends[group] - self.index.held[group])]
 
-    def _sample(
-        self, rows: Rows, row: int, place: tuple[int, int], fixed: Sequence[int] | None
-    ) -> tuple[dict[str, NDArray], dict[str, NDArray], dict[str, int]]:
-        """Clean parts, noise and timesteps of one sample; the order of the draws is part of the result."""
-        generator = np.random.Generator(np.random.Philox(key=[self.config.seed, 0], counter=[0, place[0], 0, place[1]]))
-        drawn = generator.integers(1, self.timesteps, size=len(self.modalities), endpoint=True)
-        values = fixed if fixed is not None else drawn
-        timesteps = {modality.name: int(t) for modality, t in zip(self.modalities, values, strict=True)}
-        latent = sample_latent(rows.parts["moments"][row].astype(np.float32), self.index.spec.scaling_factor, generator)
-        clean = {"latent": latent, **{part: rows.parts[part][row].astype(np.float32) for part in ("clip", "text")}}
-        noise = {part.name: generator.standard_normal(part.shape, dtype=np.float32) for part in all_parts(self.modalities)}
-        return clean, noise, timesteps
+        levels = np.stack([numbers % VALIDATION_LEVELS, numbers // VALIDATION_LEVELS % VALIDATION_LEVELS], axis=1)
+        fixed = np.maximum(1, np.rint((levels + 0.5) / VALIDATION_LEVELS * self.timesteps)).astype(np.int64)
+        return self._made(draws.VALIDATION, numbers, located(), fixed)
 
-    @staticmethod
-    def _stacked(samples: list) -> Batch:
-        # torch's own memory: it is aligned the same in every run, and the last bit of a matrix product depends on that.
-        def stacked(columns: Sequence[dict[str, NDArray]]) -> dict[str, Tensor]:
-            return {name: torch.stack([torch.from_numpy(column[name]) for column in columns]) for name in columns[0]}
+    def _read(self, group: int) -> RowGroup:
+        return self.reader.read(int(self.index.file[group]), int(self.index.group[group]))
 
-        cleans, noises, timesteps = zip(*samples, strict=True)
-        return Batch(stacked(cleans), stacked(noises), {n: torch.tensor([t[n] for t in timesteps]) for n in timesteps[0]})
+    def _useful(self, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+        return groups[self.index.train[groups] > 0]
+
+    def _located(self, step: int) -> Located:
+        """The row groups of a step, with places in this worker's batch and rows of the group; the next steps' are read on the side."""
+        last = max(step, min(step + STEPS_READ_AHEAD, self.config.steps - 1))
+        self.groups.hold(set(np.concatenate([self._around(number) for number in range(step, last + 1)]).tolist()))
+        groups, rows = self.order.locate(self.places(step))
+        for number in np.unique(groups):
+            at, group = np.flatnonzero(groups == number), self.groups[int(number)]
+            yield group, at, group.train[rows[at]]
+
+    def _made(self, stream: int, places: NDArray[np.int64], located: Located, timesteps: NDArray[np.int64]) -> Batch:
+        """The batch at places that follow each other, (n,), with timesteps (n, modalities)."""
+        count, spec = len(places), self.index.spec
+        read = {part: np.empty((count, *getattr(spec, part)), np.float16) for part in PARTS}
+        for group, at, rows in located:
+            for part, values in read.items():
+                values[at] = group.parts[part][rows]
+        latent = torch.empty(count, *spec.latent)
+        noise = {part.name: torch.empty(count, *part.shape) for part in all_parts(self.modalities)}
+        z, *others = (tensor.numpy().reshape(count, -1) for tensor in (latent, *noise.values()))
+        draws.fill_normal(self.config.seed, stream, int(places[0]), [z, *others])
+        draw_latents(z, read["moments"], spec.scaling_factor)
+        clean = {"latent": latent, "clip": to_fp32(read["clip"]), "text": to_fp32(read["text"])}
+        columns = (torch.from_numpy(np.ascontiguousarray(column)) for column in timesteps.T)
+        return Batch(clean, noise, dict(zip((modality.name for modality in self.modalities), columns, strict=True)))

@@ -54,17 +54,19 @@ class Epoch:
         within = np.searchsorted(self.starts, places, side="right") - 1
         return self.groups[within], places - self.starts[within]
 
-    def locate(self, places: Ints) -> tuple[Ints, Ints]:
-        """Row group and training row in it, both (n,), at places (n,) of this epoch, 0 .. rows - 1."""
+    def _index(self, places: Ints) -> tuple[Ints, Ints]:
+        """Index in S, and number of the window, both (n,), of places (n,) of this epoch, 0 .. rows - 1."""
         per_lane = self.batch // self.lanes
         whole = self.rows // self.batch * self.batch
         batch, within = np.divmod(places, self.batch)
         lane, offset = np.divmod(within, per_lane)
         striped = lane * (whole // self.lanes) + batch * per_lane + offset
         index = np.where(places < whole, striped, places)
+        return index, np.searchsorted(self.starts[:: self.window], index, side="right") - 1
 
-        bounds = self.starts[:: self.window]
-        windows = np.searchsorted(bounds, index, side="right") - 1
+    def locate(self, places: Ints) -> tuple[Ints, Ints]:
+        """Row group and training row in it, both (n,), at places (n,) of this epoch, 0 .. rows - 1."""
+        index, windows = self._index(places)
         groups, rows = np.empty_like(index), np.empty_like(index)
         for window in np.unique(windows):
             chosen = windows == window
@@ -72,6 +74,11 @@ class Epoch:
             at = index[chosen] - self.starts[window * self.window]
             groups[chosen], rows[chosen] = window_groups[at], window_rows[at]
         return groups, rows
+
+    def groups_around(self, places: Ints) -> Ints:
+        """The row groups, (m,), whose rows are mixed with those at places (n,) of this epoch."""
+        windows = np.unique(self._index(places)[1])
+        return np.concatenate([self.groups[window * self.window : (window + 1) * self.window] for window in windows])
 
 
 class Order:
@@ -95,3 +102,9 @@ class Order:
             chosen = epochs == number
             groups[chosen], rows[chosen] = self.epoch(int(number)).locate(within[chosen])
         return groups, rows
+
+    def groups_around(self, places: Ints) -> Ints:
+        """The row groups, (m,), whose rows are mixed with those at places (n,) of the training: what is worth holding there."""
+        epochs, within = np.divmod(places, self.rows)
+        around = [self.epoch(int(number)).groups_around(within[epochs == number]) for number in np.unique(epochs)]
+        return np.unique(np.concatenate(around))

@@ -84,13 +84,13 @@ def test_a_worker_with_lanes_of_its_own_reads_its_share_of_the_groups(tmp_path: 
     run = config(data={"shuffle_window": 1, "lanes": 4}, validation={"fraction": 0.0})
     loader = Loader(run, shards, 0, 4, _gather(run, shards, 4))
     touched = []
-    load = loader.reader._load
+    load = loader.reader.read
 
     def noting(file: int, group: int):
         touched.append((file, group))
         return load(file, group)
 
-    loader.reader._load = noting  # type: ignore[method-assign]
+    loader.reader.read = noting  # type: ignore[method-assign]
     for step in range(32):  # an epoch: 256 rows
         loader.keys(step)
     assert len(touched) == len(set(touched)) == 8  # of 32, each once
