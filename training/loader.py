@@ -8,9 +8,9 @@ A batch is made as a whole: nothing here is done for each sample in Python.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,10 +28,12 @@ from training.where import Comparison
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
 VALIDATION_LEVELS = 8
-PREFETCHED_STEPS = 3
-STEPS_READ_AHEAD = 4
-# Numbers that are converted at once: so few that torch wakes no second thread for them, and they stay in a core's cache.
-AT_ONCE = 2**14
+MAKERS = 2
+STEPS_MADE_AHEAD, STEPS_READ_AHEAD = 3, 4
+# Numbers that torch converts at once: from 2^15 on it would wake threads, which wait for those of the training step.
+CONVERTED_AT_ONCE = 2**15 - 64
+# Numbers of latents that are drawn at once: they and what is made of them stay in a core's cache.
+DRAWN_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,25 @@ def to_fp32(half: NDArray[np.float16]) -> Tensor:
     """The same numbers as a tensor of fp32; torch's conversion takes a twentieth of numpy's time."""
     # torch's own memory: it is aligned the same in every run, and the last bit of a matrix product depends on that.
     out = torch.empty(half.shape)
-    for source, target in zip(torch.from_numpy(half).view(-1).split(AT_ONCE), out.view(-1).split(AT_ONCE), strict=True):
-        target.copy_(source)
+    source, target = torch.from_numpy(half).view(-1), out.view(-1)
+    for start in range(0, len(source), CONVERTED_AT_ONCE):
+        target[start : start + CONVERTED_AT_ONCE].copy_(source[start : start + CONVERTED_AT_ONCE])
     return out
 
 
 def draw_latents(z: NDArray[np.float32], moments: NDArray[np.float16], scaling_factor: float) -> None:
     """Turn normal numbers (n, C h w) into z = (mean + std * number) * scaling factor; moments (n, 2C, h, w): mean, log-variance."""
-    rows = max(1, AT_ONCE // z.shape[1])
+    width = z.shape[1]
+    rows = max(1, DRAWN_AT_ONCE // width)
     for start in range(0, len(z), rows):
         piece = z[start : start + rows]
-        told = to_fp32(moments[start : start + rows]).numpy().reshape(len(piece), -1)
-        mean, std = np.split(told, 2, axis=1)
-        np.clip(std, -30.0, 20.0, out=std)
+        told = to_fp32(moments[start : start + rows]).numpy().reshape(len(piece), 2 * width)
+        std = np.minimum(told[:, width:], np.float32(20.0))
+        np.maximum(std, np.float32(-30.0), out=std)
         std *= np.float32(0.5)
         np.exp(std, out=std)
         piece *= std
-        piece += mean
+        piece += told[:, :width]
         piece *= np.float32(scaling_factor)
 
 
@@ -127,7 +131,7 @@ class Loader:
         self.order = Order(self.index.train, config.seed, config.data.shuffle_window, config.lanes, config.global_batch)
         self.modalities = modalities_of(self.index.spec, config)
         self.groups = RowGroups(self._read)
-        self._around = lru_cache(STEPS_READ_AHEAD + 1)(lambda step: self._useful(self.order.groups_around(self.places(step))))
+        self._around = lru_cache(STEPS_MADE_AHEAD + STEPS_READ_AHEAD)(self._groups_around)
 
     @property
     def rows(self) -> int:
@@ -142,49 +146,39 @@ class Loader:
 
     def keys(self, step: int) -> list[str]:
         """Keys of the rows of a step, in order."""
+        self._hold((step,))
         found = {}
         for group, at, rows in self._located(step):
             found |= {int(place): group.keys[row] for place, row in zip(at, rows, strict=True)}
         return [found[place] for place in range(len(found))]
 
     def batch(self, step: int) -> Batch:
-        """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step."""
+        """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step.
+
+        Not while `batches` is at work, whose row groups it lets go of.
+        """
+        self._hold((step,))
+        return self._batch(step)
+
+    def _batch(self, step: int) -> Batch:
         places = self.places(step)
         timesteps = draws.uniform_timesteps(self.config.seed, places, len(self.modalities), self.timesteps)
         return self._made(draws.TRAIN, places, self._located(step), timesteps)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """The batches of steps `first` to `last` - 1, prepared in a thread a few steps ahead."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCHED_STEPS)
-        stopped = threading.Event()
-
-        def offer(item: Batch | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def produce() -> None:
-            try:
-                for step in range(first, last):
-                    if stopped.is_set():
-                        return
-                    offer(self.batch(step))
-            except BaseException as error:  # handed to the consumer, which raises it
-                offer(error)
-
-        thread = threading.Thread(target=produce, name="loader", daemon=True)
-        thread.start()
+        """The batches of steps `first` to `last` - 1, made by threads some steps ahead."""
+        threads = ThreadPoolExecutor(MAKERS, thread_name_prefix="batches")
+        made: deque[Future[Batch]] = deque()
         try:
-            for _ in range(first, last):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            for step in range(first, last + STEPS_MADE_AHEAD):
+                if step < last:
+                    # The steps that are being made, and those to be read ahead of them.
+                    self._hold(range(max(first, step - STEPS_MADE_AHEAD), min(step + STEPS_READ_AHEAD, last)))
+                    made.append(threads.submit(self._batch, step))
+                if step >= first + STEPS_MADE_AHEAD:
+                    yield made.popleft().result()
         finally:
-            stopped.set()
-            thread.join()
+            threads.shutdown(cancel_futures=True)
 
     def validation(self) -> Batch | None:
         """This worker's share of the held-out samples, each at fixed timesteps with fixed noise; None when it has none.
@@ -211,13 +205,17 @@ class Loader:
     def _read(self, group: int) -> RowGroup:
         return self.reader.read(int(self.index.file[group]), int(self.index.group[group]))
 
-    def _useful(self, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-        return groups[self.index.train[groups] > 0]
+    def _groups_around(self, step: int) -> list[int]:
+        """The row groups that are worth holding at a step."""
+        groups = self.order.groups_around(self.places(step))
+        return groups[self.index.train[groups] > 0].tolist()
+
+    def _hold(self, steps: Iterable[int]) -> None:
+        """Have the row groups of these steps in memory, or on their way, and no others."""
+        self.groups.hold({group for step in steps for group in self._around(step)})
 
     def _located(self, step: int) -> Located:
-        """The row groups of a step, with places in this worker's batch and rows of the group; the next steps' are read on the side."""
-        last = max(step, min(step + STEPS_READ_AHEAD, self.config.steps - 1))
-        self.groups.hold(set(np.concatenate([self._around(number) for number in range(step, last + 1)]).tolist()))
+        """The row groups of a step, with places in this worker's batch and rows of the group."""
         groups, rows = self.order.locate(self.places(step))
         for number in np.unique(groups):
             at, group = np.flatnonzero(groups == number), self.groups[int(number)]
