@@ -13,12 +13,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO
 
-import fsspec
+import fsspec.core
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from training.names import column_of
@@ -26,11 +28,37 @@ from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
 OPEN_FILES = 32
+LOCAL_READ = 2**18
 VERIFY = "`unidiffuser verify DATASET` names what is damaged"
 
 
 class ShardError(ValueError):
     """A shard that cannot be trained on; the message names the file and what is wrong."""
+
+
+@dataclass
+class _Shard:
+    """A shard that is open. A `ParquetFile` would keep the bytes of what it last read: only its footer is kept."""
+
+    file: pa.NativeFile | IO[bytes]
+    local: bool
+    footer: pq.FileMetaData | None = None
+
+    @classmethod
+    def open(cls, url: str) -> _Shard:
+        """A file of this machine is opened by Arrow itself, others without fsspec's cache, which reads more than is asked for."""
+        system, path = fsspec.core.url_to_fs(url)
+        local = isinstance(system, LocalFileSystem)
+        return cls(pa.OSFile(path) if local else system.open(path, "rb", cache_type="none"), local)
+
+    def parquet(self) -> pq.ParquetFile:
+        """Read in small steps here, and elsewhere a row group in one request."""
+        parquet = pq.ParquetFile(
+            self.file, metadata=self.footer, buffer_size=LOCAL_READ if self.local else 0, pre_buffer=not self.local,
+            page_checksum_verification=True,
+        )  # fmt: skip
+        self.footer = parquet.metadata
+        return parquet
 
 
 def _line(error: Exception) -> str:
@@ -50,6 +78,11 @@ class LatentSpec:
     def latent(self) -> tuple[int, int, int]:
         """Shape of a sampled latent, (C, h, w)."""
         return self.moments[0] // 2, self.moments[1], self.moments[2]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By part, in the order of the columns."""
+        return {part: getattr(self, part) for part in PARTS}
 
     @classmethod
     def of(cls, schema: pa.Schema, name: str) -> LatentSpec:
@@ -137,31 +170,27 @@ class LatentReader:
         if not shards:
             raise ShardError("no latent shard was given to train on")
         self.shards, self.selection = list(shards), selection
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._files: OrderedDict[int, _Shard] = OrderedDict()
         self._lock = threading.Lock()
 
     @contextmanager
     def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
         """A file for this thread alone: one that lies open and that nobody uses, or a new one."""
         with self._lock:
-            parquet = self._files.pop(file, None)
-        if parquet is None:
-            try:
-                parquet = pq.ParquetFile(
-                    fsspec.open(self.shards[file], "rb").open(), pre_buffer=True, page_checksum_verification=True
-                )
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
+            shard = self._files.pop(file, None)
         try:
-            yield parquet
-        finally:
-            with self._lock:
-                if file in self._files:
-                    parquet.close(force=True)
-                else:
-                    self._files[file] = parquet
-                if len(self._files) > OPEN_FILES:
-                    self._files.popitem(last=False)[1].close(force=True)
+            shard = shard or _Shard.open(self.shards[file])
+            parquet = shard.parquet()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
+        yield parquet
+        with self._lock:
+            unused = self._files.pop(file, None)
+            self._files[file] = shard
+            if unused is None and len(self._files) > OPEN_FILES:
+                unused = self._files.popitem(last=False)[1]
+        if unused is not None:
+            unused.file.close()
 
     def index(self, rank: int = 0, world: int = 1, gather: Callable[[list], list[list]] | None = None) -> ShardIndex:
         """Count the rows of every row group, reading keys and scores only.
@@ -212,7 +241,7 @@ class LatentReader:
             spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
             columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
             table = self._table(parquet, file, group, ["key", *columns, *PARTS])
-        parts = {part: self._numbers(table, part, getattr(spec, part), file, group) for part in PARTS}
+        parts = {part: self._numbers(table, part, shape, file, group) for part, shape in spec.shapes.items()}
         return RowGroup(table["key"].to_pylist(), parts, *self.selection.split(table, columns))
 
     def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:

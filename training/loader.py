@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training import draws
-from training.ahead import RowGroups
 from training.config import TrainConfig
-from training.latents import PARTS, LatentReader, LatentSpec, RowGroup, Selection, ShardIndex
+from training.latents import LatentReader, LatentSpec, RowGroup, Selection, ShardIndex
 from training.order import Order
 from training.where import Comparison
+from training.windows import Parts, Windows, empty_parts
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
 VALIDATION_LEVELS = 8
@@ -96,10 +96,6 @@ def draw_latents(z: NDArray[np.float32], moments: NDArray[np.float16], scaling_f
         piece *= np.float32(scaling_factor)
 
 
-# Rows of a batch by row group: the group, places in the batch (m,), and the numbers of the rows in the group (m,).
-Located = Iterator[tuple[RowGroup, NDArray[np.int64], NDArray[np.int64]]]
-
-
 class Loader:
     """The batches of one worker.
 
@@ -128,10 +124,10 @@ class Loader:
         where = tuple(Comparison.parse(text) for text in config.data.where)
         self.reader = LatentReader(shards, Selection(where, config.validation.fraction))
         self.index: ShardIndex = self.reader.index(rank, world, gather)
-        self.order = Order(self.index.train, config.seed, config.data.shuffle_window, config.lanes, config.global_batch)
+        window = max(1, config.data.shuffle_window // config.lanes)
+        self.order = Order(self.index.train, config.seed, window, config.lanes, config.global_batch)
         self.modalities = modalities_of(self.index.spec, config)
-        self.groups = RowGroups(self._read)
-        self._around = lru_cache(STEPS_MADE_AHEAD + STEPS_READ_AHEAD)(self._groups_around)
+        self._starts = lru_cache(STEPS_MADE_AHEAD + STEPS_READ_AHEAD)(self._window_starts)
 
     @property
     def rows(self) -> int:
@@ -146,39 +142,38 @@ class Loader:
 
     def keys(self, step: int) -> list[str]:
         """Keys of the rows of a step, in order."""
-        self._hold((step,))
-        found = {}
-        for group, at, rows in self._located(step):
-            found |= {int(place): group.keys[row] for place, row in zip(at, rows, strict=True)}
-        return [found[place] for place in range(len(found))]
+        groups, rows = self.order.locate(self.places(step))
+        read = {group: self._read(int(group)) for group in np.unique(groups)}
+        return [read[group].keys[read[group].train[row]] for group, row in zip(groups, rows, strict=True)]
 
     def batch(self, step: int) -> Batch:
-        """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step.
+        """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step."""
+        windows = Windows(self._read, self.order, self.index.spec)
+        windows.hold(self._starts(step))
+        return self._batch(step, windows)
 
-        Not while `batches` is at work, whose row groups it lets go of.
-        """
-        self._hold((step,))
-        return self._batch(step)
-
-    def _batch(self, step: int) -> Batch:
+    def _batch(self, step: int, windows: Windows) -> Batch:
         places = self.places(step)
         timesteps = draws.uniform_timesteps(self.config.seed, places, len(self.modalities), self.timesteps)
-        return self._made(draws.TRAIN, places, self._located(step), timesteps)
+        return self._made(draws.TRAIN, places, windows.gather(places), timesteps)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps `first` to `last` - 1, made by threads some steps ahead."""
+        windows = Windows(self._read, self.order, self.index.spec)
         threads = ThreadPoolExecutor(MAKERS, thread_name_prefix="batches")
         made: deque[Future[Batch]] = deque()
         try:
             for step in range(first, last + STEPS_MADE_AHEAD):
                 if step < last:
                     # The steps that are being made, and those to be read ahead of them.
-                    self._hold(range(max(first, step - STEPS_MADE_AHEAD), min(step + STEPS_READ_AHEAD, last)))
-                    made.append(threads.submit(self._batch, step))
+                    steps = range(max(first, step - STEPS_MADE_AHEAD), min(step + STEPS_READ_AHEAD, last))
+                    windows.hold(self._all_starts(steps))
+                    made.append(threads.submit(self._batch, step, windows))
                 if step >= first + STEPS_MADE_AHEAD:
                     yield made.popleft().result()
         finally:
             threads.shutdown(cancel_futures=True)
+            windows.hold({})
 
     def validation(self) -> Batch | None:
         """This worker's share of the held-out samples, each at fixed timesteps with fixed noise; None when it has none.
@@ -193,46 +188,42 @@ class Loader:
             return None
         groups = np.searchsorted(ends, numbers, side="right")
 
-        def located() -> Located:
-            for group in np.unique(groups):
-                at, read = np.flatnonzero(groups == group), self._read(int(group))
-                yield read, at, read.held[numbers[at] - (ends[group] - self.index.held[group])]
-
+        rows = empty_parts(self.index.spec, len(numbers))
+        for group in np.unique(groups):
+            at, read = np.flatnonzero(groups == group), self._read(int(group))
+            chosen = read.held[numbers[at] - (ends[group] - self.index.held[group])]
+            for part, values in rows.items():
+                values[at] = read.parts[part][chosen]
         levels = np.stack([numbers % VALIDATION_LEVELS, numbers // VALIDATION_LEVELS % VALIDATION_LEVELS], axis=1)
         fixed = np.maximum(1, np.rint((levels + 0.5) / VALIDATION_LEVELS * self.timesteps)).astype(np.int64)
-        return self._made(draws.VALIDATION, numbers, located(), fixed)
+        return self._made(draws.VALIDATION, numbers, rows, fixed)
 
     def _read(self, group: int) -> RowGroup:
         return self.reader.read(int(self.index.file[group]), int(self.index.group[group]))
 
-    def _groups_around(self, step: int) -> list[int]:
-        """The row groups that are worth holding at a step."""
-        groups = self.order.groups_around(self.places(step))
-        return groups[self.index.train[groups] > 0].tolist()
+    def _window_starts(self, step: int) -> dict[tuple[int, int], int]:
+        """The windows of this worker's part of a step, and the first offset in each."""
+        starts: dict[tuple[int, int], int] = {}
+        epochs, windows, offsets = self.order.windows(self.places(step))
+        for epoch, window, offset in zip(epochs.tolist(), windows.tolist(), offsets.tolist(), strict=True):
+            starts[epoch, window] = min(offset, starts.get((epoch, window), offset))
+        return starts
 
-    def _hold(self, steps: Iterable[int]) -> None:
-        """Have the row groups of these steps in memory, or on their way, and no others."""
-        self.groups.hold({group for step in steps for group in self._around(step)})
+    def _all_starts(self, steps: Iterable[int]) -> dict[tuple[int, int], int]:
+        starts: dict[tuple[int, int], int] = {}
+        for step in steps:
+            for key, first in self._starts(step).items():
+                starts[key] = min(first, starts.get(key, first))
+        return starts
 
-    def _located(self, step: int) -> Located:
-        """The row groups of a step, with places in this worker's batch and rows of the group."""
-        groups, rows = self.order.locate(self.places(step))
-        for number in np.unique(groups):
-            at, group = np.flatnonzero(groups == number), self.groups[int(number)]
-            yield group, at, group.train[rows[at]]
-
-    def _made(self, stream: int, places: NDArray[np.int64], located: Located, timesteps: NDArray[np.int64]) -> Batch:
-        """The batch at places that follow each other, (n,), with timesteps (n, modalities)."""
+    def _made(self, stream: int, places: NDArray[np.int64], rows: Parts, timesteps: NDArray[np.int64]) -> Batch:
+        """The batch of rows (n, ...) at places that follow each other, (n,), with timesteps (n, modalities)."""
         count, spec = len(places), self.index.spec
-        read = {part: np.empty((count, *getattr(spec, part)), np.float16) for part in PARTS}
-        for group, at, rows in located:
-            for part, values in read.items():
-                values[at] = group.parts[part][rows]
         latent = torch.empty(count, *spec.latent)
         noise = {part.name: torch.empty(count, *part.shape) for part in all_parts(self.modalities)}
         z, *others = (tensor.numpy().reshape(count, -1) for tensor in (latent, *noise.values()))
         draws.fill_normal(self.config.seed, stream, int(places[0]), [z, *others])
-        draw_latents(z, read["moments"], spec.scaling_factor)
-        clean = {"latent": latent, "clip": to_fp32(read["clip"]), "text": to_fp32(read["text"])}
+        draw_latents(z, rows["moments"], spec.scaling_factor)
+        clean = {"latent": latent, "clip": to_fp32(rows["clip"]), "text": to_fp32(rows["text"])}
         columns = (torch.from_numpy(np.ascontiguousarray(column)) for column in timesteps.T)
         return Batch(clean, noise, dict(zip((modality.name for modality in self.modalities), columns, strict=True)))

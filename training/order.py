@@ -54,31 +54,27 @@ class Epoch:
         within = np.searchsorted(self.starts, places, side="right") - 1
         return self.groups[within], places - self.starts[within]
 
-    def _index(self, places: Ints) -> tuple[Ints, Ints]:
-        """Index in S, and number of the window, both (n,), of places (n,) of this epoch, 0 .. rows - 1."""
+    def windows(self, places: Ints) -> tuple[Ints, Ints]:
+        """Number of the window, and offset in it, both (n,), of places (n,) of this epoch, 0 .. rows - 1."""
         per_lane = self.batch // self.lanes
         whole = self.rows // self.batch * self.batch
         batch, within = np.divmod(places, self.batch)
         lane, offset = np.divmod(within, per_lane)
         striped = lane * (whole // self.lanes) + batch * per_lane + offset
         index = np.where(places < whole, striped, places)
-        return index, np.searchsorted(self.starts[:: self.window], index, side="right") - 1
+        starts = self.starts[:: self.window]
+        windows = np.searchsorted(starts, index, side="right") - 1
+        return windows, index - starts[windows]
 
     def locate(self, places: Ints) -> tuple[Ints, Ints]:
         """Row group and training row in it, both (n,), at places (n,) of this epoch, 0 .. rows - 1."""
-        index, windows = self._index(places)
-        groups, rows = np.empty_like(index), np.empty_like(index)
+        windows, offsets = self.windows(places)
+        groups, rows = np.empty_like(places), np.empty_like(places)
         for window in np.unique(windows):
             chosen = windows == window
             window_groups, window_rows = self.mixed(int(window))
-            at = index[chosen] - self.starts[window * self.window]
-            groups[chosen], rows[chosen] = window_groups[at], window_rows[at]
+            groups[chosen], rows[chosen] = window_groups[offsets[chosen]], window_rows[offsets[chosen]]
         return groups, rows
-
-    def groups_around(self, places: Ints) -> Ints:
-        """The row groups, (m,), whose rows are mixed with those at places (n,) of this epoch."""
-        windows = np.unique(self._index(places)[1])
-        return np.concatenate([self.groups[window * self.window : (window + 1) * self.window] for window in windows])
 
 
 class Order:
@@ -103,8 +99,15 @@ class Order:
             groups[chosen], rows[chosen] = self.epoch(int(number)).locate(within[chosen])
         return groups, rows
 
-    def groups_around(self, places: Ints) -> Ints:
-        """The row groups, (m,), whose rows are mixed with those at places (n,) of the training: what is worth holding there."""
+    def windows(self, places: Ints) -> tuple[Ints, Ints, Ints]:
+        """Epoch, window and offset in the window, all (n,), of places (n,) of the training."""
         epochs, within = np.divmod(places, self.rows)
-        around = [self.epoch(int(number)).groups_around(within[epochs == number]) for number in np.unique(epochs)]
-        return np.unique(np.concatenate(around))
+        windows, offsets = np.empty_like(places), np.empty_like(places)
+        for number in np.unique(epochs):
+            chosen = epochs == number
+            windows[chosen], offsets[chosen] = self.epoch(int(number)).windows(within[chosen])
+        return epochs, windows, offsets
+
+    def window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
+        """Row group and training row in it of each offset of a window, both (rows of the window,)."""
+        return self.epoch(epoch).mixed(window)

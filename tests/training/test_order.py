@@ -91,6 +91,6 @@ def test_a_worker_with_lanes_of_its_own_reads_its_share_of_the_groups(tmp_path: 
         return load(file, group)
 
     loader.reader.read = noting  # type: ignore[method-assign]
-    for step in range(32):  # an epoch: 256 rows
-        loader.keys(step)
+    for _ in loader.batches(0, 32):  # an epoch: 256 rows
+        pass
     assert len(touched) == len(set(touched)) == 8  # of 32, each once
