@@ -29,7 +29,7 @@ from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
 VALIDATION_LEVELS = 8
 MAKERS = 2
-STEPS_MADE_AHEAD, STEPS_READ_AHEAD = 3, 4
+STEPS_MADE_AHEAD, STEPS_READ_AHEAD = 2, 4
 # Numbers that torch converts at once: from 2^15 on it would wake threads, which wait for those of the training step.
 CONVERTED_AT_ONCE = 2**15 - 64
 # Numbers of latents that are drawn at once: they and what is made of them stay in a core's cache.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from training.latents import LatentSpec, RowGroup
 from training.order import Ints, Order
 
-READERS = 4
+READERS = 2
 PIECE = 256
 Parts = dict[str, NDArray[np.float16]]
 Key = tuple[int, int]

@@ -166,7 +166,7 @@ class Train(Stage):
     """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 3
+    version = 4
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (
