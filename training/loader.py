@@ -81,7 +81,7 @@ def to_fp32(half: NDArray[np.float16]) -> Tensor:
 
 
 def draw_latents(z: NDArray[np.float32], moments: NDArray[np.float16], scaling_factor: float) -> None:
-    """Turn normal numbers (n, C h w) into z = (mean + std * number) * scaling factor; moments (n, 2C, h, w): mean, log-variance."""
+    """Turn normal numbers (n, C h w) into (mean + std * number) * scaling factor; moments (n, 2C, h, w): mean, log-variance."""
     width = z.shape[1]
     rows = max(1, DRAWN_AT_ONCE // width)
     for start in range(0, len(z), rows):
