@@ -1,9 +1,9 @@
 """Which row is read at which place of the training: a pure function of (seed, place), the same for any number of workers.
 
-An epoch is a permutation of the N training rows. Row groups, which are what a file system reads well, are permuted;
-inside a window of K permuted groups the rows are permuted too (K is `shuffle_window` / L, so that L lanes mix as many). This gives a sequence S of all rows. A global batch of B
-rows takes an equal part from each of L lanes, which are equal stretches of S, so that a worker that serves L / W lanes
-reads only its share of the files and needs L / W windows in memory at a time:
+An epoch is a permutation of the N training rows. Row groups, which are what a file system reads well, are permuted; inside a
+window of K permuted groups the rows are permuted too (K is `shuffle_window` / L, so that L lanes mix as many). This gives a
+sequence S of all rows. A global batch of B rows takes an equal part from each of L lanes, which are equal stretches of S, so
+that a worker that serves L / W lanes reads only its share of the files and needs L / W windows in memory at a time:
 
     place o of the epoch  ->  batch k = o // B, lane l = o % B // b, j = o % b  with b = B / L
     S index               =   l * (N // B) * b + k * b + j        (the last N % B places: S index = o)
