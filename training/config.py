@@ -123,7 +123,8 @@ class DataConfig(Section):
         32,
         ge=1,
         le=4096,
-        description="Row groups whose rows are mixed with each other; the row groups are permuted too.",
+        description="Row groups whose rows are mixed at a time, over all lanes, and about as many are in memory, over all "
+        "workers; the row groups are permuted too.",
     )
     lanes: int | None = Field(
         None,

@@ -8,27 +8,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO, Any
 
-import fsspec
+import fsspec.core
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from training.names import column_of
 from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
+# By name, fp16 of `PARTS` and int64 of `data_type`.
+Parts = dict[str, NDArray[Any]]
 OPEN_FILES = 32
+LOCAL_READ = 2**18
 VERIFY = "`unidiffuser verify DATASET` names what is damaged"
 
 
 class ShardError(ValueError):
     """A shard that cannot be trained on; the message names the file and what is wrong."""
+
+
+@dataclass
+class _Shard:
+    """A shard that is open. A `ParquetFile` would keep the bytes of what it last read: only its footer is kept."""
+
+    file: pa.NativeFile | IO[bytes]
+    local: bool
+    footer: pq.FileMetaData | None = None
+
+    @classmethod
+    def open(cls, url: str) -> _Shard:
+        """A file of this machine is opened by Arrow itself, others without fsspec's cache, which reads more than is asked for."""
+        system, path = fsspec.core.url_to_fs(url)
+        local = isinstance(system, LocalFileSystem)
+        return cls(pa.OSFile(path) if local else system.open(path, "rb", cache_type="none"), local)
+
+    def parquet(self) -> pq.ParquetFile:
+        """Read in small steps here, and elsewhere a row group in one request."""
+        parquet = pq.ParquetFile(
+            self.file, metadata=self.footer, buffer_size=LOCAL_READ if self.local else 0, pre_buffer=not self.local,
+            page_checksum_verification=True,
+        )  # fmt: skip
+        self.footer = parquet.metadata
+        return parquet
 
 
 def _line(error: Exception) -> str:
@@ -48,6 +80,11 @@ class LatentSpec:
     def latent(self) -> tuple[int, int, int]:
         """Shape of a sampled latent, (C, h, w)."""
         return self.moments[0] // 2, self.moments[1], self.moments[2]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By part, in the order of the columns."""
+        return {part: getattr(self, part) for part in PARTS}
 
     @classmethod
     def of(cls, schema: pa.Schema, name: str) -> LatentSpec:
@@ -124,12 +161,14 @@ def _meets(condition: Comparison, column: pa.ChunkedArray) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one row group, contiguous: each part (rows, *shape) fp16, and their data types (rows,)."""
+class RowGroup:
+    """All rows of a row group, as they lie in the file: keys, each part (rows, *shape) and `data_type` (rows,), and which rows
+    train or are held out."""
 
     keys: list[str]
-    parts: dict[str, NDArray[np.float16]]
-    data_type: NDArray[np.int64]
+    parts: Parts
+    train: NDArray[np.int64]
+    held: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -144,27 +183,33 @@ class ShardIndex:
 
 
 class LatentReader:
-    """Row groups of latent shards, on any fsspec file system; keeps some files open and `cache` row groups in memory."""
+    """Row groups of latent shards, on any fsspec file system; keeps some files open. Threads may share it."""
 
-    def __init__(self, shards: Sequence[str], selection: Selection, cache: int = 64) -> None:
+    def __init__(self, shards: Sequence[str], selection: Selection) -> None:
         if not shards:
             raise ShardError("no latent shard was given to train on")
-        self.shards, self.selection, self.cache = list(shards), selection, cache
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], tuple[Rows, Rows]] = OrderedDict()
+        self.shards, self.selection = list(shards), selection
+        self._files: OrderedDict[int, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def _open(self, file: int) -> pq.ParquetFile:
-        if file not in self._files:
-            try:
-                self._files[file] = pq.ParquetFile(
-                    fsspec.open(self.shards[file], "rb").open(), pre_buffer=True, page_checksum_verification=True
-                )
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1].close(force=True)
-        self._files.move_to_end(file)
-        return self._files[file]
+    @contextmanager
+    def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
+        """A file for this thread alone: one that lies open and that nobody uses, or a new one."""
+        with self._lock:
+            shard = self._files.pop(file, None)
+        try:
+            shard = shard or _Shard.open(self.shards[file])
+            parquet = shard.parquet()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
+        yield parquet
+        with self._lock:
+            unused = self._files.pop(file, None)
+            self._files[file] = shard
+            if unused is None and len(self._files) > OPEN_FILES:
+                unused = self._files.popitem(last=False)[1]
+        if unused is not None:
+            unused.file.close()
 
     def index(self, rank: int = 0, world: int = 1, gather: Callable[[list], list[list]] | None = None) -> ShardIndex:
         """Count the rows of every row group, reading keys and scores only.
@@ -190,45 +235,34 @@ class LatentReader:
         return ShardIndex(spec, *(np.ascontiguousarray(column) for column in table.T))
 
     def _scan(self, file: int) -> tuple[int, LatentSpec, list[tuple[int, int]]]:
-        parquet = self._open(file)
-        spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
-        columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
-        counts = []
-        for group in range(parquet.num_row_groups):
-            train, held = self.selection.split(self._read(file, group, ["key", *columns]), columns)
-            counts.append((len(train), len(held)))
+        with self._opened(file) as parquet:
+            spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
+            counts = []
+            for group in range(parquet.num_row_groups):
+                train, held = self.selection.split(self._table(parquet, file, group, ["key", *columns]), columns)
+                counts.append((len(train), len(held)))
         return file, spec, counts
 
-    def _read(self, file: int, group: int, columns: list[str]) -> pa.Table:
+    def _table(self, parquet: pq.ParquetFile, file: int, group: int, columns: list[str]) -> pa.Table:
         try:
-            return self._open(file).read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
+            return parquet.read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{self.shards[file]}: row group {group} cannot be read: {_line(error)}; {VERIFY}") from error
 
-    def rows(self, file: int, group: int) -> tuple[Rows, Rows]:
-        """Training rows and held-out rows of a row group."""
-        place = (file, group)
-        if place not in self._groups:
-            self._groups[place] = self._load(file, group)
-            if len(self._groups) > self.cache:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(place)
-        return self._groups[place]
+    def read(self, file: int, group: int) -> RowGroup:
+        """A row group; its parts are Arrow's own memory and are not to be written to.
 
-    def _load(self, file: int, group: int) -> tuple[Rows, Rows]:
-        schema = self._open(file).schema_arrow
-        spec = LatentSpec.of(schema, self.shards[file])
-        columns = self.selection.columns(schema, self.shards[file])
-        table = self._read(file, group, ["key", *columns, *PARTS])
-        keys = table["key"].to_pylist()
-        parts = {part: self._numbers(table, part, getattr(spec, part), file, group) for part in PARTS}
-        types = self.selection.types(table, columns)
-
-        def take(chosen: NDArray[np.int64]) -> Rows:
-            return Rows([keys[i] for i in chosen], {part: numbers[chosen] for part, numbers in parts.items()}, types[chosen])
-
-        train, held = self.selection.split(table, columns)
-        return take(train), take(held)
+        Raises:
+            ShardError: it is damaged, or a row lacks a part.
+        """
+        with self._opened(file) as parquet:
+            spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
+            table = self._table(parquet, file, group, ["key", *columns, *PARTS])
+        parts: Parts = {part: self._numbers(table, part, shape, file, group) for part, shape in spec.shapes.items()}
+        parts["data_type"] = self.selection.types(table, columns)
+        return RowGroup(table["key"].to_pylist(), parts, *self.selection.split(table, columns))
 
     def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:
         column = table[part].combine_chunks()

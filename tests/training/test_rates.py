@@ -49,34 +49,34 @@ def test_plateau_decides_after_an_interruption_as_without_one(alone: None, tmp_p
 
     def settings(validate_every: int) -> TrainConfig:
         validation = {"fraction": 0.2, "every": validate_every, "samples": 11}
-        return config(steps=20, schedule=rule, optimizer={"lr": 0.1}, gradient_clip=0.0, validation=validation)
+        return config(steps=20, schedule=rule, optimizer={"lr": 0.1}, seed=2, gradient_clip=0.0, validation=validation)
 
     def job(folder: Path, settings: TrainConfig, **more: str) -> TrainJob:
         return TrainJob(settings, shards, str(tmp_path / "work"), KeepIn(str(folder)), **more)
 
     run(job(tmp_path / "whole", settings(20)), CPU)
     steps = iter(range(1, 21))
-    stopped = run(job(tmp_path / "part", settings(20)), CPU, stop_requested=lambda: next(steps) == 11)
-    assert stopped.step == 11
-    run(job(tmp_path / "part", settings(7), resume=str(tmp_path / "part/11")), CPU)
+    stopped = run(job(tmp_path / "part", settings(20)), CPU, stop_requested=lambda: next(steps) == 13)
+    assert stopped.step == 13
+    run(job(tmp_path / "part", settings(7), resume=str(tmp_path / "part/13")), CPU)
 
     def rates(folder: Path) -> list[float]:
         return [row["lr"] for row in history(folder / "20") if row["kind"] == "train"]
 
     assert rates(tmp_path / "part") == rates(tmp_path / "whole")
-    before, after = (read_state(tmp_path / name).plateau for name in ("part/11", "part/20"))
+    before, after = (read_state(tmp_path / name).plateau for name in ("part/13", "part/20"))
     assert after == read_state(tmp_path / "whole/20").plateau
     assert before.waited == 1 and before.drops < after.drops
     assert {round(-math.log10(rate)) for rate in rates(tmp_path / "whole")} == {1, 2, 3}
     files = [(tmp_path / name / "20/model.safetensors").read_bytes() for name in ("part", "whole")]
     assert files[0] == files[1]
-    # A fork goes on with what was seen if it keeps the schedule, and looks anew if not; step 12 ends with a look.
+    # A fork goes on with what was seen if it keeps the schedule, and looks anew if not; step 14 ends with a look.
     found = {}
     for kept in ("schedule", "order"):
-        short = settings(20).model_copy(update={"steps": 12})
-        more: Any = {"init_from": str(tmp_path / "part/11"), "keep": ("weights", kept)}
+        short = settings(20).model_copy(update={"steps": 14})
+        more: Any = {"init_from": str(tmp_path / "part/13"), "keep": ("weights", kept)}
         run(job(tmp_path / kept, short, **more), CPU)
-        found[kept] = read_state(tmp_path / kept / "12").plateau
+        found[kept] = read_state(tmp_path / kept / "14").plateau
     assert found["schedule"] == Plateau(best=before.best, waited=0, drops=before.drops + 1)
     assert found["order"] == Plateau(best=found["order"].best, waited=0, drops=0)
 
