@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer chaos mutants lint encoders text-decoder shapes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders text-decoder shapes findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -50,9 +50,11 @@ test-killed: setup
 test-slow: setup
 	$(PY) -m pytest -m slow
 
-# Every change of a training from which it must go on without losing a step.
+# Every change of a training from which it must go on without losing a step; both optimizers on every ZeRO stage, with one and two
+# workers, against plain torch: some minutes.
 test-trainer: setup
 	$(PY) -m pytest -m trainer
+	$(PY) -m tests.training.equal --json docs/results/trainer-equal.json
 
 # Kills at random moments, fifty over select, download and filter, 32 over whole recipes as deployments: an hour.
 chaos: setup
@@ -62,6 +64,10 @@ chaos: setup
 # Three hundred small faults, drawn by a seed, each against the tests that run its line: hours on 2 cores, resumable.
 mutants: setup
 	$(PY) -m tests.mutants runs/mutants --json docs/results/mutants.json
+
+# Rewrites the loss curves that `make test` compares with, and prints how far they have moved.
+loss-curve: setup
+	$(PY) -m tests.training.curve
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from infra.listing import Listing, readable
+from infra.listing import Listing, OutsideError, readable
 from infra.store import Store, sha256_of
 
 # What file systems call a tag that changes with the content, then what they call the moment of the last change; the first that is
@@ -63,6 +65,36 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
 def member(address: str) -> str:
     """An address without the archive that it lies in: ``zip://a.jpg`` of ``zip://a.jpg::https://host/pictures.zip``."""
     return address.partition("::")[0]
+
+
+def local_or_url(fs: Any, path: str) -> str:
+    """How `resolve` calls a file of a file system, and `fsspec.open` takes it: its path, or its URL where it is not here."""
+    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Path) -> Path:
+    """What lies at `root` in a local folder: the file itself, or a folder with those of its files that are named.
+
+    Args:
+        files: address -> digest, as `resolve` gave them for files at or below `root`; local ones are linked, not copied.
+
+    Raises:
+        OutsideError: a file is gone, or has other content than it had.
+    """
+    if resolve(list(files), store) != dict(files):
+        raise OutsideError(root, "has changed since the run was planned; run again")
+    fs, top = fsspec.core.url_to_fs(root)
+    top, target = top.rstrip("/"), folder / PurePosixPath(top).name
+    for address in files:
+        _, path = fsspec.core.url_to_fs(address)
+        place = target / path[len(top) + 1 :] if path != top else target
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(fs, LocalFileSystem):
+            place.symlink_to(path)
+        else:
+            with readable(address):
+                fs.get_file(path, str(place))
+    return target
 
 
 def _address(fs: Any, path: str, pattern: str) -> str:

@@ -2,9 +2,11 @@
 
     config.json, model.safetensors    the weights as trained, fp32, a native folder of `unidiffuser.weights`
     ema.safetensors                   their moving average, fp32, which sampling uses
-    exp_avg.safetensors, exp_avg_sq.safetensors    Adam's moments
-    trainer.json                      step, counters, and what must be the same in the run that resumes
+    STATE.safetensors                 what the optimizer keeps, fp32: AdamW's exp_avg and exp_avg_sq, Muon's momentum_buffer of
+                                      its matrices
+    trainer.json                      step, counters, the names STATE, and what must be the same in the run that resumes
     history.jsonl                     the history so far
+    adapter_...                       of a run with adapters, whose moments are those of the adapters; see `training.adapters`
 
 Nothing random is stored: data order and noise are functions of the step. Rank 0 writes all of it, one kind of tensor at a
 time, so it holds one fp32 copy of the model in memory (3.8 GB for the paper's).
@@ -20,11 +22,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from training.adapters import Adapters, in_file, is_adapter
 from training.begin import Growth
 from training.ema import Ema
 from training.history import Meter, read_history, write_history
-from training.masters import MOMENTS, Masters
+from training.masters import Masters
+from training.rates import Plateau
 from unidiffuser.uvit import UViTConfig, resize_positions
+
+# What a run with adapters keeps of each, apart and merged.
+ADAPTED = ("model", "ema")
 
 
 class CheckpointError(ValueError):
@@ -33,7 +40,10 @@ class CheckpointError(ValueError):
 
 class TrainerState(BaseModel):
     """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same; `growth`
-    says how many shards there were, by place of the order, which began at step `order_from`."""
+    says how many shards there were, by place of the order, which began at step `order_from`.
+
+    `optimizer` names the files of what the optimizer keeps.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,20 +58,26 @@ class TrainerState(BaseModel):
     growth: list[Growth]
     pending: dict[str, float]
     pending_steps: int
+    optimizer: list[str]
+    plateau: Plateau
     workers: int
     zero_stage: int
     precision: str
 
 
-def write_checkpoint(folder: Path, model: UViTConfig, masters: Masters, ema: Ema, state: TrainerState, meter: Meter) -> None:
+def write_checkpoint(
+    folder: Path, model: UViTConfig, masters: Masters, ema: Ema, state: TrainerState, meter: Meter, adapters: Adapters | None
+) -> None:
     """Write a checkpoint into a new folder. All workers call it; rank 0 writes."""
     writes = dist.get_rank() == 0
     if writes:
         folder.mkdir(parents=True)
-    kinds = {"model": masters.vectors, "ema": ema.vectors, **{name: masters.moments(name) for name in MOMENTS}}
+    kinds = {"model": masters.vectors, "ema": ema.vectors, **{kind: masters.state(kind) for kind in state.optimizer}}
     for kind, vectors in kinds.items():
-        tensors = masters.gather(vectors)
-        if writes:
+        tensors = masters.gather(vectors, masters.having(kind) if kind in state.optimizer else None)
+        if writes and adapters is not None and kind in ADAPTED:
+            adapters.write(folder, kind, tensors)
+        elif writes:
             save_file(tensors, folder / f"{kind}.safetensors")
     if writes:
         (folder / "config.json").write_text(model.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -106,7 +122,7 @@ class Checkpoint:
         except ValidationError as error:
             raise CheckpointError(f"{self.folder}: config.json is damaged: {error.errors()[0]['msg']}") from error
         self.state = read_state(self.folder)
-        for field in ("width", "depth", "heads", "mlp_ratio"):
+        for field in ("width", "depth", "heads", "mlp_ratio", "data_type_token"):
             ours, theirs = getattr(model, field), getattr(self.saved, field)
             if ours != theirs:
                 raise CheckpointError(f"{self.folder}: its model has {field} {theirs}, this run's has {ours}")
@@ -116,8 +132,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: its model does not fit the shards: {error}") from error
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """One fp32 tensor of `model`, `ema`, `exp_avg` or `exp_avg_sq`; the position table in this run's size."""
+        """One fp32 tensor of `model`, `ema` or a kind that the optimizer keeps; the position table in this run's size."""
         path = self.folder / f"{kind}.safetensors"
+        if kind in ADAPTED and is_adapter(name):
+            path, name = self.folder / f"adapter_{kind}.safetensors", in_file(name)
         try:
             with safe_open(path, framework="pt") as file:
                 tensor = file.get_tensor(name)
@@ -149,11 +167,20 @@ class Checkpoint:
         ema.updates = self.state.ema_updates
 
     def restore_optimizer(self, masters: Masters) -> None:
-        """Set Adam's moments and step count exactly."""
-        moments = {kind: masters.empty() for kind in MOMENTS}
-        for kind, vectors in moments.items():
-            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors)  # type: ignore[misc]
-        masters.set_moments(moments, self.state.optimizer_steps)
+        """Set what the optimizer keeps, and its step count, exactly.
+
+        Raises:
+            CheckpointError: another optimizer wrote it.
+        """
+        if masters.state_kinds != self.state.optimizer:
+            raise CheckpointError(
+                f"{self.folder}: its optimizer kept {', '.join(self.state.optimizer)}, this run's keeps "
+                f"{', '.join(masters.state_kinds)}; choose the same optimizer.kind, or start without its state"
+            )
+        tensors = {kind: masters.empty() for kind in masters.state_kinds}
+        for kind, vectors in tensors.items():
+            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors, masters.having(kind))  # type: ignore[misc]
+        masters.set_state(tensors, self.state.optimizer_steps)
 
     def restore_history(self, meter: Meter) -> None:
         """Set the history and the sums of the interval that was interrupted."""

@@ -1,25 +1,22 @@
 """What a training run is: every number that decides its result, and the few that only decide where and how fast it runs.
 
-A field whose schema carries `operational: true` cannot change the result beyond rounding, so a fingerprint may leave it out.
+See `training.section` for fields that cannot change the result.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from training.optimizers.adamw import AdamW
+from training.optimizers.choice import OptimizerConfig
+from training.rates import ScheduleConfig
+from training.section import OPERATIONAL, Section
 from training.where import Comparison
-
-OPERATIONAL: dict[str, Any] = {"operational": True}
+from unidiffuser.noise import NoiseConfig
 
 LARGEST_DEFAULT_LANES = 16
-
-
-class Section(BaseModel):
-    """Base of the sections below: an unknown field is an error, and a config that was checked does not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -35,6 +32,15 @@ class ModelConfig(Section):
         le=10,
         description="Scale of the position table at the start; the paper's is 0.02, small models need 0.5.",
     )
+    position_side: int | None = Field(
+        None,
+        ge=1,
+        description="Side, in latent pixels, of the images that the position table is made for, where that is not the latents' "
+        "own: 64 for the published tables, which are interpolated as latents of another size pass through.",
+    )
+    data_type_token: bool = Field(
+        False, description="A token that tells two types of data apart, as in the published version 1; see data.data_type."
+    )
     activation_checkpointing: bool = Field(
         False,
         description="Compute activations again in the backward pass to save memory.",
@@ -47,6 +53,8 @@ class ModelConfig(Section):
             raise ValueError(f"depth is {self.depth}; it must be even (as many in blocks as out blocks)")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.position_side is not None and self.position_side % self.patch:
+            raise ValueError(f"position_side {self.position_side} is not divisible by patch {self.patch}")
         return self
 
 
@@ -78,36 +86,14 @@ class ObjectiveConfig(Section):
     )
 
 
-class OptimizerConfig(Section):
-    """AdamW, with the values of U-ViT."""
+class LoraConfig(Section):
+    """Adapters of low rank that are trained instead of the weights (arXiv 2106.09685)."""
 
-    lr: float = Field(2e-4, gt=0, le=1, description="Learning rate after the warm-up.")
-    weight_decay: float = Field(0.03, ge=0, le=1, description="Decoupled weight decay.")
-    betas: tuple[float, float] = Field((0.9, 0.9), description="Decay of the first and second moment.")
-
-    @field_validator("betas")
-    @classmethod
-    def _check_betas(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas}; both must be in [0, 1)")
-        return betas
-
-
-class ScheduleConfig(Section):
-    """Learning rate over the steps: linear warm-up, then constant or half a cosine."""
-
-    warmup_steps: int = Field(5000, ge=0, description="Steps over which the learning rate rises linearly from 0.")
-    decay: Literal["none", "cosine"] = Field("none", description="What follows the warm-up.")
-    decay_steps: int | None = Field(
-        None, ge=1, description="Step at which a cosine ends. A field of its own, so that a longer run keeps its past."
+    rank: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: int = Field(16, ge=1, description="The adapters count alpha / rank times.")
+    targets: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"], ...] = Field(
+        ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1, description="Linear layers of the blocks that get one."
     )
-    final_fraction: float = Field(0.0, ge=0, le=1, description="Part of the learning rate left after a cosine.")
-
-    @model_validator(mode="after")
-    def _check(self) -> ScheduleConfig:
-        if self.decay == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
-            raise ValueError(f"decay cosine needs decay_steps greater than warmup_steps ({self.warmup_steps})")
-        return self
 
 
 class EmaConfig(Section):
@@ -128,11 +114,17 @@ class DataConfig(Section):
         description='Conditions that a row must meet, for example "AESTHETIC_SCORE >= 5", on scores and sizes by their names '
         "here or in LAION's sets; a null score meets none.",
     )
+    data_type: Literal[0, 1] | str | None = Field(
+        None,
+        description="For a model with model.data_type_token, the type of the rows: 0 or 1 for all, or a condition like those of "
+        "`where`, which rows of type 1 meet. In the published version 1, type 0 is web data and type 1 cleaner pairs.",
+    )
     shuffle_window: int = Field(
         32,
         ge=1,
         le=4096,
-        description="Row groups whose rows are mixed with each other; the row groups are permuted too.",
+        description="Row groups whose rows are mixed at a time, over all lanes, and about as many are in memory, over all "
+        "workers; the row groups are permuted too.",
     )
     lanes: int | None = Field(
         None,
@@ -141,13 +133,19 @@ class DataConfig(Section):
         "least. Default: the greatest divisor of the global batch up to 16.",
     )
 
-    @field_validator("where")
+    @field_validator("where", "data_type")
     @classmethod
-    def _check_where(cls, where: tuple[str, ...]) -> tuple[str, ...]:
-        for text in where:
-            if Comparison.parse(text).of_text:
+    def _check_conditions(cls, given: Any) -> Any:
+        for text in given if isinstance(given, tuple) else (given,):
+            if isinstance(text, str) and Comparison.parse(text).of_text:
                 raise ValueError(f"{text!r}: latent shards have numbers to compare; write COLUMN OP NUMBER")
-        return where
+        return given
+
+    @property
+    def conditions(self) -> tuple[Comparison, ...]:
+        """Those of `where`, and that of the data type behind them if there is one."""
+        texts = (*self.where, *((self.data_type,) if isinstance(self.data_type, str) else ()))
+        return tuple(map(Comparison.parse, texts))
 
 
 class ValidationConfig(Section):
@@ -161,7 +159,10 @@ class ValidationConfig(Section):
 class TrainConfig(Section):
     """One training stage, the paper's values as defaults (arXiv 2303.06555, section 6.1 and U-ViT)."""
 
-    steps: int = Field(ge=1, description="Optimizer steps in all. A longer run goes on from a shorter one's checkpoint.")
+    steps: int = Field(
+        ge=0,
+        description="Optimizer steps in all. A longer run goes on from a shorter one's checkpoint; 0 keeps what it starts from.",
+    )
     global_batch: int = Field(ge=1, description="Samples an optimizer step, over all workers.")
     precision: Literal["fp32", "bf16", "auto"] = Field(
         "auto", description="Arithmetic; auto is bf16 where the accelerator has it and fp32 elsewhere."
@@ -171,7 +172,16 @@ class TrainConfig(Section):
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="Size of the network.")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Weights inside the loss.")
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW.")
+    noise: NoiseConfig = Field(default_factory=NoiseConfig, description="Noise schedule; a checkpoint carries it to sampling.")
+    timesteps: Literal["uniform", "sobol"] = Field(
+        "uniform",
+        description="How a sample's timesteps are drawn: independently, as in the paper, or as the next point of a scrambled "
+        "Sobol sequence, of which every stretch has close to its share of each combination.",
+    )
+    optimizer: OptimizerConfig = Field(default_factory=AdamW, description="AdamW or Muon, by its kind.")
+    lora: LoraConfig | None = Field(
+        None, description="Train adapters of low rank on the weights that the run starts from, and nothing else; needs peft."
+    )
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over the steps.")
     ema: EmaConfig = Field(default_factory=EmaConfig, description="Moving average of the weights.")
     data: DataConfig = Field(default_factory=DataConfig, description="Rows and order; a recipe writes the subsets here too.")
@@ -223,6 +233,16 @@ class TrainConfig(Section):
                 f"micro_batch {self.micro_batch} does not divide the {self.worker_batch} samples of a worker "
                 f"(global_batch {self.global_batch} / workers {self.workers})"
             )
+        if self.model.data_type_token and self.data.data_type is None:
+            raise ValueError("model.data_type_token needs data.data_type: 0, 1, or a condition that the rows of type 1 meet")
+        if not self.model.data_type_token and self.data.data_type is not None:
+            raise ValueError(f"data.data_type is {self.data.data_type!r}, which only model.data_type_token: true reads")
         if self.data.lanes is not None and self.global_batch % self.data.lanes:
             raise ValueError(f"global_batch {self.global_batch} is not divisible by data.lanes {self.data.lanes}")
+        if self.lora is not None and self.optimizer.kind == "muon":
+            raise ValueError("optimizer.kind muon is for the matrices of the blocks, which lora freezes; use adamw")
+        if self.zero_stage == 0 and self.precision == "bf16":
+            raise ValueError("zero_stage 0 keeps no fp32 master weights for bf16; use zero_stage 1, or precision fp32")
+        if self.schedule.decay == "plateau" and self.validation.fraction == 0:
+            raise ValueError("schedule.decay plateau looks at held-out rows; give validation.fraction a value above 0")
         return self

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from training.config import TrainConfig
-from training.optimizer import adamw
 from unidiffuser.compiling import find_compiler
 
 log = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ def deepspeed_config(config: TrainConfig, world: int, precision: str) -> dict[st
         "gradient_clipping": config.gradient_clip,
         "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": {"stage": config.zero_stage},
-        # Our own torch AdamW: DeepSpeed's CPU Adam is compiled at the first start, which takes a minute and a compiler.
+        # torch's AdamW: DeepSpeed's CPU Adam is compiled at the first start, which takes a minute and a compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -85,7 +84,7 @@ def initialise_engine(model: nn.Module, config: TrainConfig, world: int, device:
     model.to(device)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=adamw(model.parameters(), config.optimizer),
+        optimizer=config.optimizer.build((name, p) for name, p in model.named_parameters() if p.requires_grad),
         config=deepspeed_config(config, world, precision),
         dist_init_required=False,
     )

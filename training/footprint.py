@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from training.config import ModelConfig, TrainConfig
 
-# Bytes: master weights, moving average and Adam's two moments are always fp32.
-MASTER, AVERAGE, MOMENTS = 4, 4, 8
+# Bytes: master weights, moving average and each tensor that the optimizer keeps are always fp32.
+MASTER, AVERAGE, KEPT = 4, 4, 4
 
 
 def parameters(model: ModelConfig) -> int:
@@ -28,7 +28,10 @@ def worker_bytes(config: TrainConfig, half: bool) -> int:
         half: whether it computes in bf16.
     """
     each, share = 2 if half else 4, config.workers
-    weights, gradients, state = float(each), float(each), float(MASTER + AVERAGE + MOMENTS)
+    if config.lora is not None:
+        # Adapters are below a hundredth of what they are trained on, which has neither gradients nor an optimizer.
+        return parameters(config.model) * each // (share if config.zero_stage == 3 else 1)
+    weights, gradients, state = float(each), float(each), float(MASTER + AVERAGE + KEPT * config.optimizer.matrix_state)
     if config.zero_stage == 0:
         # The weights are their own masters, and nothing is shared out.
         state -= MASTER

@@ -36,6 +36,7 @@ class TrainJob:
             has another size. Not read when resuming.
         keep: what to take of `init_from`, see `training.begin`.
         fork: what a person writes into the recipe to go on from the newest checkpoint with another value.
+        weights: native folder of weights that were trained elsewhere, to start from instead of `init_from`, in the same forms.
     """
 
     config: TrainConfig
@@ -46,6 +47,7 @@ class TrainJob:
     init_from: Source = None
     keep: tuple[Kept, ...] = ("weights", "ema")
     fork: str = "`from`"
+    weights: Source = None
 
 
 @dataclass(frozen=True)

@@ -8,27 +8,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import IO, Any
 
-import fsspec
+import fsspec.core
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from training.names import column_of
 from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
+# By name, fp16 of `PARTS` and int64 of `data_type`.
+Parts = dict[str, NDArray[Any]]
 OPEN_FILES = 32
+LOCAL_READ = 2**18
 VERIFY = "`unidiffuser verify DATASET` names what is damaged"
 
 
 class ShardError(ValueError):
     """A shard that cannot be trained on; the message names the file and what is wrong."""
+
+
+@dataclass
+class _Shard:
+    """A shard that is open. A `ParquetFile` would keep the bytes of what it last read: only its footer is kept."""
+
+    file: pa.NativeFile | IO[bytes]
+    local: bool
+    footer: pq.FileMetaData | None = None
+
+    @classmethod
+    def open(cls, url: str) -> _Shard:
+        """A file of this machine is opened by Arrow itself, others without fsspec's cache, which reads more than is asked for."""
+        system, path = fsspec.core.url_to_fs(url)
+        local = isinstance(system, LocalFileSystem)
+        return cls(pa.OSFile(path) if local else system.open(path, "rb", cache_type="none"), local)
+
+    def parquet(self) -> pq.ParquetFile:
+        """Read in small steps here, and elsewhere a row group in one request."""
+        parquet = pq.ParquetFile(
+            self.file, metadata=self.footer, buffer_size=LOCAL_READ if self.local else 0, pre_buffer=not self.local,
+            page_checksum_verification=True,
+        )  # fmt: skip
+        self.footer = parquet.metadata
+        return parquet
 
 
 def _line(error: Exception) -> str:
@@ -48,6 +80,11 @@ class LatentSpec:
     def latent(self) -> tuple[int, int, int]:
         """Shape of a sampled latent, (C, h, w)."""
         return self.moments[0] // 2, self.moments[1], self.moments[2]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By part, in the order of the columns."""
+        return {part: getattr(self, part) for part in PARTS}
 
     @classmethod
     def of(cls, schema: pa.Schema, name: str) -> LatentSpec:
@@ -74,24 +111,29 @@ def held_out(key: str, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows count, and which of them are held out."""
+    """Which rows count, which of them are held out, and of which type they are: all of one, or those of 1 meet a condition."""
 
     where: tuple[Comparison, ...]
     fraction: float
+    data_type: int | Comparison | None = None
 
     def columns(self, schema: pa.Schema, name: str) -> list[str]:
-        """Columns that the conditions read, by name in the file; a condition may give LAION's name, in upper or lower case.
+        """Columns that the conditions read, by name in the file, that of the data type last; a condition may give LAION's name,
+        in upper or lower case.
 
         Raises:
             ShardError: there is no such column of numbers.
         """
         numeric = [f.name for f in schema if pa.types.is_floating(f.type) or pa.types.is_integer(f.type)]
         found = []
-        for condition in self.where:
+        conditions = [("where", condition) for condition in self.where]
+        if isinstance(self.data_type, Comparison):
+            conditions.append(("data_type", self.data_type))
+        for field, condition in conditions:
             column = column_of(condition.column, numeric)
             if column is None:
                 raise ShardError(
-                    f"{name}: data.where names {condition.column}, numeric columns are {', '.join(numeric) or 'none'}"
+                    f"{name}: data.{field} names {condition.column}, numeric columns are {', '.join(numeric) or 'none'}"
                 )
             found.append(column)
         return found
@@ -99,20 +141,34 @@ class Selection:
     def split(self, table: pa.Table, columns: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Numbers of the training rows and of the held-out rows of a row group."""
         accepted = np.ones(len(table), dtype=bool)
-        for condition, column in zip(self.where, columns, strict=True):
-            known = pc.if_else(pc.is_nan(table[column]), None, table[column])
-            accepted &= pc.fill_null(condition.passes(known), False).to_numpy()
+        for condition, column in zip(self.where, columns, strict=False):
+            accepted &= _meets(condition, table[column])
         keys = table["key"].to_pylist()
         held = np.array([held_out(key, self.fraction) for key in keys], dtype=bool).reshape(len(keys))
         return np.flatnonzero(accepted & ~held), np.flatnonzero(accepted & held)
 
+    def types(self, table: pa.Table, columns: Sequence[str]) -> NDArray[np.int64]:
+        """The data type of every row, (rows,); 0 where there are none, and where the column is null."""
+        if isinstance(self.data_type, Comparison):
+            return _meets(self.data_type, table[columns[-1]]).astype(np.int64)
+        return np.full(len(table), self.data_type or 0, dtype=np.int64)
+
+
+def _meets(condition: Comparison, column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Which rows meet a condition; neither a null nor a NaN meets any."""
+    known = pc.if_else(pc.is_nan(column), None, column)
+    return pc.fill_null(condition.passes(known), False).to_numpy()
+
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one row group, fp16, contiguous: each part (rows, *shape)."""
+class RowGroup:
+    """All rows of a row group, as they lie in the file: keys, each part (rows, *shape) and `data_type` (rows,), and which rows
+    train or are held out."""
 
     keys: list[str]
-    parts: dict[str, NDArray[np.float16]]
+    parts: Parts
+    train: NDArray[np.int64]
+    held: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -127,27 +183,33 @@ class ShardIndex:
 
 
 class LatentReader:
-    """Row groups of latent shards, on any fsspec file system; keeps some files open and `cache` row groups in memory."""
+    """Row groups of latent shards, on any fsspec file system; keeps some files open. Threads may share it."""
 
-    def __init__(self, shards: Sequence[str], selection: Selection, cache: int = 64) -> None:
+    def __init__(self, shards: Sequence[str], selection: Selection) -> None:
         if not shards:
             raise ShardError("no latent shard was given to train on")
-        self.shards, self.selection, self.cache = list(shards), selection, cache
-        self._files: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], tuple[Rows, Rows]] = OrderedDict()
+        self.shards, self.selection = list(shards), selection
+        self._files: OrderedDict[int, _Shard] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def _open(self, file: int) -> pq.ParquetFile:
-        if file not in self._files:
-            try:
-                self._files[file] = pq.ParquetFile(
-                    fsspec.open(self.shards[file], "rb").open(), pre_buffer=True, page_checksum_verification=True
-                )
-            except (OSError, pa.ArrowInvalid) as error:
-                raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1].close(force=True)
-        self._files.move_to_end(file)
-        return self._files[file]
+    @contextmanager
+    def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
+        """A file for this thread alone: one that lies open and that nobody uses, or a new one."""
+        with self._lock:
+            shard = self._files.pop(file, None)
+        try:
+            shard = shard or _Shard.open(self.shards[file])
+            parquet = shard.parquet()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
+        yield parquet
+        with self._lock:
+            unused = self._files.pop(file, None)
+            self._files[file] = shard
+            if unused is None and len(self._files) > OPEN_FILES:
+                unused = self._files.popitem(last=False)[1]
+        if unused is not None:
+            unused.file.close()
 
     def index(self, rank: int = 0, world: int = 1, gather: Callable[[list], list[list]] | None = None) -> ShardIndex:
         """Count the rows of every row group, reading keys and scores only.
@@ -173,44 +235,34 @@ class LatentReader:
         return ShardIndex(spec, *(np.ascontiguousarray(column) for column in table.T))
 
     def _scan(self, file: int) -> tuple[int, LatentSpec, list[tuple[int, int]]]:
-        parquet = self._open(file)
-        spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
-        columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
-        counts = []
-        for group in range(parquet.num_row_groups):
-            train, held = self.selection.split(self._read(file, group, ["key", *columns]), columns)
-            counts.append((len(train), len(held)))
+        with self._opened(file) as parquet:
+            spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
+            counts = []
+            for group in range(parquet.num_row_groups):
+                train, held = self.selection.split(self._table(parquet, file, group, ["key", *columns]), columns)
+                counts.append((len(train), len(held)))
         return file, spec, counts
 
-    def _read(self, file: int, group: int, columns: list[str]) -> pa.Table:
+    def _table(self, parquet: pq.ParquetFile, file: int, group: int, columns: list[str]) -> pa.Table:
         try:
-            return self._open(file).read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
+            return parquet.read_row_group(group, columns=list(dict.fromkeys(columns)), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{self.shards[file]}: row group {group} cannot be read: {_line(error)}; {VERIFY}") from error
 
-    def rows(self, file: int, group: int) -> tuple[Rows, Rows]:
-        """Training rows and held-out rows of a row group."""
-        place = (file, group)
-        if place not in self._groups:
-            self._groups[place] = self._load(file, group)
-            if len(self._groups) > self.cache:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(place)
-        return self._groups[place]
+    def read(self, file: int, group: int) -> RowGroup:
+        """A row group; its parts are Arrow's own memory and are not to be written to.
 
-    def _load(self, file: int, group: int) -> tuple[Rows, Rows]:
-        schema = self._open(file).schema_arrow
-        spec = LatentSpec.of(schema, self.shards[file])
-        columns = self.selection.columns(schema, self.shards[file])
-        table = self._read(file, group, ["key", *columns, *PARTS])
-        keys = table["key"].to_pylist()
-        parts = {part: self._numbers(table, part, getattr(spec, part), file, group) for part in PARTS}
-
-        def take(chosen: NDArray[np.int64]) -> Rows:
-            return Rows([keys[i] for i in chosen], {part: numbers[chosen] for part, numbers in parts.items()})
-
-        train, held = self.selection.split(table, columns)
-        return take(train), take(held)
+        Raises:
+            ShardError: it is damaged, or a row lacks a part.
+        """
+        with self._opened(file) as parquet:
+            spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
+            table = self._table(parquet, file, group, ["key", *columns, *PARTS])
+        parts: Parts = {part: self._numbers(table, part, shape, file, group) for part, shape in spec.shapes.items()}
+        parts["data_type"] = self.selection.types(table, columns)
+        return RowGroup(table["key"].to_pylist(), parts, *self.selection.split(table, columns))
 
     def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:
         column = table[part].combine_chunks()

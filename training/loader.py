@@ -1,41 +1,51 @@
-"""From latent shards to the micro-batches of a worker: clean data, timesteps and noise, each a pure function of the place.
+"""From latent shards to the batches of a worker: clean data, timesteps and noise, each a pure function of the place.
 
-Everything random about the sample at place g of the training (the latent drawn from its moments, a timestep for each
-modality, the noise of each part) comes from a Philox generator whose key is the seed and whose counter is g. So it depends
-neither on the number of workers nor on the micro-batch nor on where the run was resumed.
+Everything random about the sample at place g of the training (the latent drawn from its moments, the noise of each part) comes
+from a counter-based generator, see `training.draws`, whose key is the seed and whose counters belong to g; `training.timesteps`
+draws a timestep for each modality likewise. So it depends neither on the number of workers nor on the micro-batch nor on where
+the run was resumed. A batch is made as a whole: nothing here is done for each sample in Python.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from training import draws
 from training.begin import Growth
 from training.config import TrainConfig
-from training.latents import LatentReader, LatentSpec, Rows, Selection, ShardIndex
+from training.latents import LatentReader, LatentSpec, Parts, RowGroup, Selection, ShardIndex
 from training.order import Order
-from training.where import Comparison
+from training.timesteps import timesteps_at
+from training.windows import Windows, empty_parts
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
-TRAIN_STREAM, VALIDATION_STREAM = 2, 3
 VALIDATION_LEVELS = 8
-PREFETCHED_STEPS = 3
+MAKERS = 2
+STEPS_MADE_AHEAD, STEPS_READ_AHEAD = 2, 4
+# Numbers that torch converts at once: from 2^15 on it would wake threads, which wait for those of the training step.
+CONVERTED_AT_ONCE = 2**15 - 64
+# Numbers of latents that are drawn at once: they and what is made of them stay in a core's cache.
+DRAWN_AT_ONCE = 2**15
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one forward pass: clean parts and noise (B, *shape) fp32 by part, timesteps (B,) int64 by modality."""
+    """Samples of one forward pass: clean parts and noise (B, *shape) fp32 by part, timesteps (B,) int64 by modality, and data
+    types (B,) int64, which a model without the token for them does not read."""
 
     clean: dict[str, Tensor]
     noise: dict[str, Tensor]
     timesteps: dict[str, Tensor]
+    data_type: Tensor
 
     def __len__(self) -> int:
         return len(next(iter(self.timesteps.values())))
@@ -46,13 +56,17 @@ class Batch:
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        return Batch(moved(self.clean), moved(self.noise), moved(self.timesteps))
+        return Batch(moved(self.clean), moved(self.noise), moved(self.timesteps), self.data_type.to(device, non_blocking=True))
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive batches of `size` samples; the last one may be smaller."""
         columns = [{name: t.split(size) for name, t in part.items()} for part in (self.clean, self.noise, self.timesteps)]
-        count = -(-len(self) // size)
-        return [Batch(*({name: pieces[i] for name, pieces in column.items()} for column in columns)) for i in range(count)]
+        types = self.data_type.split(size)
+
+        def piece(column: int, number: int) -> dict[str, Tensor]:
+            return {name: pieces[number] for name, pieces in columns[column].items()}
+
+        return [Batch(piece(0, i), piece(1, i), piece(2, i), kinds) for i, kinds in enumerate(types)]
 
 
 def modalities_of(spec: LatentSpec, config: TrainConfig) -> tuple[Modality, Modality]:
@@ -63,11 +77,30 @@ def modalities_of(spec: LatentSpec, config: TrainConfig) -> tuple[Modality, Moda
     )
 
 
-def sample_latent(moments: NDArray[np.float32], scaling_factor: float, generator: np.random.Generator) -> NDArray:
-    """Draw z = (mean + std * noise) * scaling factor, (C, h, w), from moments (2C, h, w): mean, log-variance."""
-    mean, logvar = np.split(moments, 2)
-    std = np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
-    return (mean + std * generator.standard_normal(mean.shape, dtype=np.float32)) * np.float32(scaling_factor)
+def to_fp32(half: NDArray[np.float16]) -> Tensor:
+    """The same numbers as a tensor of fp32; torch's conversion takes a twentieth of numpy's time."""
+    # torch's own memory: it is aligned the same in every run, and the last bit of a matrix product depends on that.
+    out = torch.empty(half.shape)
+    source, target = torch.from_numpy(half).view(-1), out.view(-1)
+    for start in range(0, len(source), CONVERTED_AT_ONCE):
+        target[start : start + CONVERTED_AT_ONCE].copy_(source[start : start + CONVERTED_AT_ONCE])
+    return out
+
+
+def draw_latents(z: NDArray[np.float32], moments: NDArray[np.float16], scaling_factor: float) -> None:
+    """Turn normal numbers (n, C h w) into (mean + std * number) * scaling factor; moments (n, 2C, h, w): mean, log-variance."""
+    width = z.shape[1]
+    rows = max(1, DRAWN_AT_ONCE // width)
+    for start in range(0, len(z), rows):
+        piece = z[start : start + rows]
+        told = to_fp32(moments[start : start + rows]).numpy().reshape(len(piece), 2 * width)
+        std = np.minimum(told[:, width:], np.float32(20.0))
+        np.maximum(std, np.float32(-30.0), out=std)
+        std *= np.float32(0.5)
+        np.exp(std, out=std)
+        piece *= std
+        piece += told[:, :width]
+        piece *= np.float32(scaling_factor)
 
 
 class Loader:
@@ -100,15 +133,16 @@ class Loader:
     ) -> None:
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
         self.order_from = order_from
-        where = tuple(Comparison.parse(text) for text in config.data.where)
-        lanes_here = -(-config.lanes // world) + 1
-        self.reader = LatentReader(
-            shards, Selection(where, config.validation.fraction), cache=(lanes_here + 1) * config.data.shuffle_window
-        )
+        conditions, kind = config.data.conditions, config.data.data_type
+        where = conditions[: len(config.data.where)]
+        selection = Selection(where, config.validation.fraction, conditions[-1] if isinstance(kind, str) else kind)
+        self.reader = LatentReader(shards, selection)
         self.index: ShardIndex = self.reader.index(rank, world, gather)
         grown = [Growth(place, int(np.searchsorted(self.index.file, parts))) for place, parts in growth]
-        self.order = Order(self.index.train, config.seed, config.data.shuffle_window, config.lanes, config.global_batch, grown)
+        window = max(1, config.data.shuffle_window // config.lanes)
+        self.order = Order(self.index.train, config.seed, window, config.lanes, config.global_batch, grown)
         self.modalities = modalities_of(self.index.spec, config)
+        self._starts = lru_cache(STEPS_MADE_AHEAD + STEPS_READ_AHEAD)(self._window_starts)
 
     @property
     def rows(self) -> int:
@@ -131,94 +165,90 @@ class Loader:
 
     def keys(self, step: int) -> list[str]:
         """Keys of the rows of a step, in order."""
-        return [rows.keys[row] for rows, row in self._located(self.places(step))]
+        groups, rows = self.order.locate(self.places(step))
+        read = {group: self._read(int(group)) for group in np.unique(groups)}
+        return [read[group].keys[read[group].train[row]] for group, row in zip(groups, rows, strict=True)]
 
     def batch(self, step: int) -> Batch:
         """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step."""
+        windows = Windows(self._read, self.order, self.index.spec)
+        windows.hold(self._starts(step))
+        return self._batch(step, windows)
+
+    def _batch(self, step: int, windows: Windows) -> Batch:
         places = self.places(step)
-        samples = [
-            self._sample(rows, row, (TRAIN_STREAM, int(place)), None)
-            for place, (rows, row) in zip(places, self._located(places), strict=True)
-        ]
-        return self._stacked(samples)
+        timesteps = timesteps_at(self.config.timesteps, self.config.seed, places, len(self.modalities), self.timesteps)
+        return self._made(draws.TRAIN, places, windows.gather(places), timesteps)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """The batches of steps `first` to `last` - 1, prepared in a thread a few steps ahead."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=PREFETCHED_STEPS)
-        stopped = threading.Event()
-
-        def offer(item: Batch | BaseException) -> None:
-            while not stopped.is_set():
-                try:
-                    return ready.put(item, timeout=0.2)
-                except queue.Full:
-                    continue
-
-        def produce() -> None:
-            try:
-                for step in range(first, last):
-                    if stopped.is_set():
-                        return
-                    offer(self.batch(step))
-            except BaseException as error:  # handed to the consumer, which raises it
-                offer(error)
-
-        thread = threading.Thread(target=produce, name="loader", daemon=True)
-        thread.start()
+        """The batches of steps `first` to `last` - 1, made by threads some steps ahead."""
+        windows = Windows(self._read, self.order, self.index.spec)
+        threads = ThreadPoolExecutor(MAKERS, thread_name_prefix="batches")
+        made: deque[Future[Batch]] = deque()
         try:
-            for _ in range(first, last):
-                item = ready.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            for step in range(first, last + STEPS_MADE_AHEAD):
+                if step < last:
+                    # The steps that are being made, and those to be read ahead of them.
+                    steps = range(max(first, step - STEPS_MADE_AHEAD), min(step + STEPS_READ_AHEAD, last))
+                    windows.hold(self._all_starts(steps))
+                    made.append(threads.submit(self._batch, step, windows))
+                if step >= first + STEPS_MADE_AHEAD:
+                    yield made.popleft().result()
         finally:
-            stopped.set()
-            thread.join()
+            threads.shutdown(cancel_futures=True)
+            windows.hold({})
 
-    def validation(self) -> Batch | None:
+    def validation(self, samples: int | None = None) -> Batch | None:
         """This worker's share of the held-out samples, each at fixed timesteps with fixed noise; None when it has none.
 
-        The first `validation.samples` held-out rows take the 8 x 8 pairs of evenly spread timesteps in turn, one pair a row.
+        The first `samples` held-out rows (default: `validation.samples`) take the 8 x 8 pairs of evenly spread timesteps in turn,
+        one pair a row.
         """
-        wanted = self.config.validation.samples
+        wanted = samples or self.config.validation.samples
         ends = np.cumsum(self.index.held)
         total = min(wanted, int(ends[-1]) if len(ends) else 0)
-        share = range(total * self.rank // self.world, total * (self.rank + 1) // self.world)
-        groups = np.searchsorted(ends, np.array(share, dtype=np.int64), side="right")
-        samples = []
-        for number, group in zip(share, groups, strict=True):
-            _, held = self.reader.rows(int(self.index.file[group]), int(self.index.group[group]))
-            row = number - int(ends[group] - self.index.held[group])
-            levels = (number % VALIDATION_LEVELS, number // VALIDATION_LEVELS % VALIDATION_LEVELS)
-            fixed = [max(1, round((level + 0.5) / VALIDATION_LEVELS * self.timesteps)) for level in levels]
-            samples.append(self._sample(held, row, (VALIDATION_STREAM, number), fixed))
-        return self._stacked(samples) if samples else None
+        numbers = np.arange(total * self.rank // self.world, total * (self.rank + 1) // self.world, dtype=np.int64)
+        if not len(numbers):
+            return None
+        groups = np.searchsorted(ends, numbers, side="right")
 
-    def _located(self, places: NDArray[np.int64]) -> Iterator[tuple[Rows, int]]:
-        groups, rows = self.order.locate(places)
-        loaded = {
-            group: self.reader.rows(int(self.index.file[group]), int(self.index.group[group]))[0] for group in np.unique(groups)
-        }
-        return ((loaded[group], int(row)) for group, row in zip(groups, rows, strict=True))
+        rows = empty_parts(self.index.spec, len(numbers))
+        for group in np.unique(groups):
+            at, read = np.flatnonzero(groups == group), self._read(int(group))
+            chosen = read.held[numbers[at] - (ends[group] - self.index.held[group])]
+            for part, values in rows.items():
+                values[at] = read.parts[part][chosen]
+        levels = np.stack([numbers % VALIDATION_LEVELS, numbers // VALIDATION_LEVELS % VALIDATION_LEVELS], axis=1)
+        fixed = np.maximum(1, np.rint((levels + 0.5) / VALIDATION_LEVELS * self.timesteps)).astype(np.int64)
+        return self._made(draws.VALIDATION, numbers, rows, fixed)
 
-    def _sample(
-        self, rows: Rows, row: int, place: tuple[int, int], fixed: Sequence[int] | None
-    ) -> tuple[dict[str, NDArray], dict[str, NDArray], dict[str, int]]:
-        """Clean parts, noise and timesteps of one sample; the order of the draws is part of the result."""
-        generator = np.random.Generator(np.random.Philox(key=[self.config.seed, 0], counter=[0, place[0], 0, place[1]]))
-        drawn = generator.integers(1, self.timesteps, size=len(self.modalities), endpoint=True)
-        values = fixed if fixed is not None else drawn
-        timesteps = {modality.name: int(t) for modality, t in zip(self.modalities, values, strict=True)}
-        latent = sample_latent(rows.parts["moments"][row].astype(np.float32), self.index.spec.scaling_factor, generator)
-        clean = {"latent": latent, **{part: rows.parts[part][row].astype(np.float32) for part in ("clip", "text")}}
-        noise = {part.name: generator.standard_normal(part.shape, dtype=np.float32) for part in all_parts(self.modalities)}
-        return clean, noise, timesteps
+    def _read(self, group: int) -> RowGroup:
+        return self.reader.read(int(self.index.file[group]), int(self.index.group[group]))
 
-    @staticmethod
-    def _stacked(samples: list) -> Batch:
-        # torch's own memory: it is aligned the same in every run, and the last bit of a matrix product depends on that.
-        def stacked(columns: Sequence[dict[str, NDArray]]) -> dict[str, Tensor]:
-            return {name: torch.stack([torch.from_numpy(column[name]) for column in columns]) for name in columns[0]}
+    def _window_starts(self, step: int) -> dict[tuple[int, int], int]:
+        """The windows of this worker's part of a step, and the first offset in each."""
+        starts: dict[tuple[int, int], int] = {}
+        epochs, windows, offsets = self.order.windows(self.places(step))
+        for epoch, window, offset in zip(epochs.tolist(), windows.tolist(), offsets.tolist(), strict=True):
+            starts[epoch, window] = min(offset, starts.get((epoch, window), offset))
+        return starts
 
-        cleans, noises, timesteps = zip(*samples, strict=True)
-        return Batch(stacked(cleans), stacked(noises), {n: torch.tensor([t[n] for t in timesteps]) for n in timesteps[0]})
+    def _all_starts(self, steps: Iterable[int]) -> dict[tuple[int, int], int]:
+        starts: dict[tuple[int, int], int] = {}
+        for step in steps:
+            for key, first in self._starts(step).items():
+                starts[key] = min(first, starts.get(key, first))
+        return starts
+
+    def _made(self, stream: int, places: NDArray[np.int64], rows: Parts, timesteps: NDArray[np.int64]) -> Batch:
+        """The batch of rows (n, ...) at places that follow each other, (n,), with timesteps (n, modalities)."""
+        count, spec = len(places), self.index.spec
+        latent = torch.empty(count, *spec.latent)
+        noise = {part.name: torch.empty(count, *part.shape) for part in all_parts(self.modalities)}
+        z, *others = (tensor.numpy().reshape(count, -1) for tensor in (latent, *noise.values()))
+        draws.fill_normal(self.config.seed, stream, int(places[0]), [z, *others])
+        draw_latents(z, rows["moments"], spec.scaling_factor)
+        clean = {"latent": latent, "clip": to_fp32(rows["clip"]), "text": to_fp32(rows["text"])}
+        columns = (torch.from_numpy(np.ascontiguousarray(column)) for column in timesteps.T)
+        times = dict(zip((modality.name for modality in self.modalities), columns, strict=True))
+        return Batch(clean, noise, times, torch.from_numpy(rows["data_type"]))

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.adapters import Adapters, is_adapter
 from training.begin import ALL, begin, counts_on
 from training.checkpoint import Checkpoint, TrainerState, read_state, write_checkpoint
 from training.config import TrainConfig
@@ -26,8 +27,9 @@ from training.history import Meter, Row
 from training.job import Outcome, Source, TrainingError, TrainJob
 from training.loader import Batch, Loader
 from training.masters import Masters
-from training.optimizer import learning_rate
-from unidiffuser.modalities import Modality
+from training.rates import Plateau, learning_rate
+from training.weights import ForeignWeights
+from unidiffuser.modalities import Modality, all_parts, resized
 from unidiffuser.objective import JointObjective
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT, UViTConfig
@@ -37,7 +39,11 @@ log = logging.getLogger(__name__)
 
 def uvit_config(config: TrainConfig, modalities: tuple[Modality, ...]) -> UViTConfig:
     """The model's configuration for the shapes of the shards."""
-    return UViTConfig(modalities=modalities, **config.model.model_dump(exclude={"patch"}))
+    if (side := config.model.position_side) is not None:
+        latent = next(part for part in all_parts(modalities) if part.is_grid)
+        modalities = resized(modalities, {latent.name: (latent.shape[0], side, side)})
+    sizes = config.model.model_dump(exclude={"patch", "position_side"})
+    return UViTConfig(modalities=modalities, noise=config.noise, **sizes)
 
 
 def run(
@@ -55,7 +61,7 @@ def run(
 
     Raises:
         TrainingError: the loss is not finite.
-        ShardError, CheckpointError: an input cannot be used.
+        ShardError, CheckpointError, WeightsMisfit: an input cannot be used.
     """
     return _Run(job, device).run(stop_requested, on_row)
 
@@ -87,7 +93,7 @@ class _Run:
         folder = folder if folder is not None else fetched(job.init_from)
         state = read_state(folder) if folder is not None else None
         self.begin = begin(state, self.keep, len(job.shards), self.config.global_batch)
-        schedule = NoiseSchedule().to(device)
+        schedule = NoiseSchedule.of(self.config.noise).to(device)
         self.loader = Loader(
             self.config, job.shards, self.rank, self.world, _gathered, schedule.steps, self.begin.order_from, self.begin.growth
         )
@@ -95,22 +101,40 @@ class _Run:
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
         self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
         self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every)
-        self.step, self.optimizer_steps = self.begin.step, 0
+        self.step, self.optimizer_steps, self.plateau = self.begin.step, 0, Plateau()
+        self.adapters: Adapters | None = None
         self._start(folder)
-        held_out = self.loader.validation()
-        self.held_out = held_out.split(self.config.micro_batch or len(held_out)) if held_out else []
+        self.held_out = self._held_out(self.config.validation.samples)
+        looks = self.config.schedule.decay == "plateau"
+        if looks and int(self.loader.index.held.sum()) == 0:
+            raise TrainingError("schedule.decay plateau looks at held-out rows, and there are none: raise validation.fraction")
+        self.looked_at = self._held_out(self.config.schedule.look_samples) if looks else []
 
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on timesteps and noise that the loader drew for each sample by its place."""
-        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise)
+        data_type = batch.data_type if self.config.model.data_type_token else None
+        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
 
     def _start(self, folder: str | None) -> None:
-        """Model, engine and moving average: new, or with what is kept of a checkpoint."""
+        """Model, engine and moving average: new, with what is kept of a checkpoint, or from foreign weights."""
         torch.manual_seed(self.config.seed)
         model = UViT(self.model_config)
         saved = Checkpoint(folder, self.model_config) if folder is not None else None
-        if saved is not None:
+        # What adapters are trained on is frozen, and so the same wherever a run goes on.
+        foreign = fetched(self.job.weights) if saved is None or self.config.lora is not None else None
+        weights = ForeignWeights(foreign, self.model_config) if foreign is not None else None
+        if weights is not None:
+            model.load_state_dict({name: weights.tensor(name) for name in weights.names()})
+        elif saved is not None:
             model.load_state_dict({name: saved.tensor("model", name) for name in saved.names()})
+        if self.config.lora is not None:
+            if weights is None:
+                raise TrainingError("lora trains adapters on given weights: name them in `weights`")
+            self.adapters = Adapters(self.config.lora, weights)
+            self.adapters.inject(model)
+            if saved is not None:
+                adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
+                model.load_state_dict({name: saved.tensor("model", name) for name in adapters}, strict=False)
         if compiled(model, self.config, self.device):
             log.info("training with torch.compile")
         self.engine, self.precision = initialise_engine(model, self.config, self.world, self.device)
@@ -118,6 +142,8 @@ class _Run:
         if saved is not None:
             saved.restore_weights(self.masters)
         self.ema = Ema(self.masters, self.config.ema)
+        if weights is not None and self.adapters is None:
+            weights.restore(self.masters, self.ema)
         if saved is not None:
             self._take(saved)
 
@@ -128,6 +154,8 @@ class _Run:
             saved.check_same_order(self.config.global_batch, self.config.seed, rows)
         if "ema" in self.keep:
             saved.restore_average(self.masters, self.ema)
+        if "schedule" in self.keep:
+            self.plateau = saved.state.plateau
         if "optimizer" in self.keep:
             saved.restore_optimizer(self.masters)
             self.optimizer_steps = saved.state.optimizer_steps
@@ -138,6 +166,10 @@ class _Run:
         config, stopped = self.config, False
         if self.step == 0:
             self._validate(on_row)
+        if config.steps == 0:
+            # No step has made the optimizer's state yet.
+            self.masters.set_state({kind: self.masters.empty() for kind in self.masters.state_kinds}, 0)
+            self._checkpoint()
         batches = self.loader.batches(self.step, config.steps)
         for batch in batches:
             row, stopped = self._train_step(batch.to(self.device), stop_requested)
@@ -146,6 +178,8 @@ class _Run:
             last = stopped or self.step == config.steps
             if self.step % config.validation.every == 0 or self.step == config.steps:
                 self._validate(on_row)
+            if config.schedule.decay == "plateau" and self.step % config.schedule.look_every == 0:
+                self.plateau.look(self._mean_losses(self.looked_at)["loss"], config.schedule.patience)
             if self.step % config.checkpoint_every == 0 or last:
                 self._checkpoint()
             if stopped:
@@ -155,9 +189,10 @@ class _Run:
 
     def _train_step(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""
-        lr = learning_rate(self.step - self.begin.schedule_from, self.config.optimizer.lr, self.config.schedule)
+        schedule, drops, step = self.config.schedule, self.plateau.drops, self.step - self.begin.schedule_from
         for group in self.masters.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)
+        lr = learning_rate(step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
         totals = torch.zeros(2 + len(self.parts), device=self.device)
         for micro_batch in micro_batches:
@@ -186,34 +221,39 @@ class _Run:
     def _loss_names(self) -> list[str]:
         return ["loss", *(f"loss_{name}" for name in self.parts)]
 
-    @torch.no_grad()
     def _validate(self, on_row: Callable[[Row], None]) -> None:
         """Loss on the held-out samples with the weights as trained, the same samples, timesteps and noise every time."""
         if int(self.loader.index.held.sum()) == 0:
             return
+        row = self.meter.validation(self.step, self._mean_losses(self.held_out))
+        if self.rank == 0:
+            on_row(row)
+
+    @torch.no_grad()
+    def _mean_losses(self, batches: list[Batch]) -> dict[str, float]:
+        """Mean losses over the batches of all workers."""
         with self.meter.excluded():
             self.engine.eval()
             totals = torch.zeros(2 + len(self.parts), device=self.device)
-            rounds = torch.tensor([len(self.held_out)], device=self.device)
+            rounds = torch.tensor([len(batches)], device=self.device)
             dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
             with torch.compiler.set_stance("force_eager"):
                 for number in range(int(rounds)):
                     # With ZeRO 3 a forward pass is collective: who has run out of samples repeats one, and counts nothing.
-                    batch = self._held_out(number).to(self.device)
-                    loss, parts = self._loss(batch)
-                    if number < len(self.held_out):
+                    batch = batches[number] if number < len(batches) else self.loader.batch(self.begin.order_from).split(1)[0]
+                    loss, parts = self._loss(batch.to(self.device))
+                    if number < len(batches):
                         totals[0] += len(batch)
                         totals[1:] += torch.stack([loss, *(parts[name] for name in self.parts)]) * len(batch)
             self.engine.train()
             dist.all_reduce(totals)
             count, *losses = totals.tolist()
-            names = self._loss_names()
-            row = self.meter.validation(self.step, {name: value / count for name, value in zip(names, losses, strict=True)})
-            if self.rank == 0:
-                on_row(row)
+            return {name: value / count for name, value in zip(self._loss_names(), losses, strict=True)}
 
-    def _held_out(self, number: int) -> Batch:
-        return self.held_out[number] if number < len(self.held_out) else self.loader.batch(self.begin.order_from).split(1)[0]
+    def _held_out(self, samples: int) -> list[Batch]:
+        """This worker's share of the first held-out rows, in batches that it computes at once."""
+        batch = self.loader.validation(samples)
+        return batch.split(self.config.micro_batch or len(batch)) if batch else []
 
     def _checkpoint(self) -> None:
         """Write a checkpoint, hand it to `publish` on rank 0, and wait until that is done."""
@@ -230,6 +270,8 @@ class _Run:
             growth=list(self.begin.growth),
             pending=self.meter.pending,
             pending_steps=self.meter.pending_steps,
+            optimizer=self.masters.state_kinds,
+            plateau=self.plateau,
             workers=self.world,
             zero_stage=self.config.zero_stage,
             precision=self.precision,
@@ -237,7 +279,7 @@ class _Run:
         with self.meter.excluded():
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
-            write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter)
+            write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter, self.adapters)
             if self.rank == 0:
                 self.job.publish(str(folder), self.step, self.meter.rows[-1] if self.meter.rows else {})
                 shutil.rmtree(folder, ignore_errors=True)

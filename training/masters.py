@@ -1,25 +1,26 @@
 """The fp32 numbers that DeepSpeed shards over the workers, seen by the name of the parameter.
 
-ZeRO gives every worker some flat fp32 vectors: its share of the master weights. The moments of Adam and the moving average
-of the weights are vectors of the same shape beside them. `Masters` turns any such set of vectors into whole named tensors
-and back, for every ZeRO stage and every number of workers. That is why a checkpoint written by four workers with ZeRO 2
+ZeRO gives every worker some flat fp32 vectors: its share of the master weights. What the optimizer keeps of each weight and the
+moving average of the weights are vectors of the same shape beside them. `Masters` turns any such set of vectors into whole named
+tensors and back, for every ZeRO stage and every number of workers. That is why a checkpoint written by four workers with ZeRO 2
 can be resumed by one with ZeRO 3: DeepSpeed's own universal checkpoints cannot do this (0.19.8 resumes ZeRO 3 wrongly).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from training.optimizers.orthogonal import MuonWithAdamW, Piece
 
 
 class Stretch(NamedTuple):
-    """Where this worker's piece of a parameter lies: vector, start in it, start in the flat parameter, length."""
+    """Where this worker's piece of a parameter lies: vector, start in it, start in the flat parameter, length (0 if none)."""
 
     vector: int
     start: int
@@ -36,50 +37,74 @@ class Masters:
     """
 
     def __init__(self, engine: Any, zero_stage: int) -> None:
-        self.places: dict[str, Stretch | None]
-        self.named = [(name, parameter) for name, parameter in engine.module.named_parameters()]
+        self.places: dict[str, Stretch]
+        # What is frozen has no master weights.
+        self.named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
         self.shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self.named}
         zero = engine.optimizer
+        self.optimizer: torch.optim.Optimizer = zero if zero_stage == 0 else zero.optimizer
+        group_of = {name: number for number, group in enumerate(self.optimizer.param_groups) for name in group["names"]}
         if zero_stage == 0:
             self.vectors = [parameter.detach().view(-1) for _, parameter in self.named]
             self._owners = [parameter for _, parameter in self.named]
-            self.optimizer: torch.optim.Optimizer = zero
             self.places = {name: Stretch(i, 0, 0, p.numel()) for i, (name, p) in enumerate(self.named)}
         elif zero_stage == 3:
             self._owners = self.vectors = list(zero.fp32_partitioned_groups_flat)
-            self.optimizer = zero.optimizer
             self.places = {name: self._sharded_place(zero, parameter) for name, parameter in self.named}
         else:
             self._owners = self.vectors = list(zero.single_partition_of_fp32_groups)
-            self.optimizer = zero.optimizer
-            self.places = {name: self._fragment_place(parameter) for name, parameter in self.named}
+            self.places = {name: self._fragment_place(parameter, group_of[name]) for name, parameter in self.named}
         self.replicated = zero_stage == 0
+        # Every vector holds parameters of one group, and so has one kind of state.
+        kept = {name: self.optimizer.param_groups[number]["state"] for name, number in group_of.items()}
+        self._kept_of_vector = {self.places[name].vector: kept[name] for name, _ in self.named}
+        self.kept = {name: kept[name] for name, _ in self.named}
+        if isinstance(self.optimizer, MuonWithAdamW):
+            self.optimizer.lay_out(self._pieces())
 
     @staticmethod
-    def _fragment_place(parameter: Any) -> Stretch | None:
-        """ZeRO 1 and 2: the flat concatenation of all parameters is cut in equal partitions."""
+    def _fragment_place(parameter: Any, group: int) -> Stretch:
+        """ZeRO 1 and 2: the flat concatenation of all parameters of a group is cut in equal partitions."""
         mapping = parameter._hp_mapping
         if mapping is None:
-            return None
+            return Stretch(group, 0, 0, 0)
         low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return Stretch(mapping.param_group_index, high.start, low.start, high.numel)
+        return Stretch(group, high.start, low.start, high.numel)
 
     @staticmethod
-    def _sharded_place(zero: Any, parameter: Any) -> Stretch | None:
+    def _sharded_place(zero: Any, parameter: Any) -> Stretch:
         """ZeRO 3: every parameter is cut in equal partitions, the last one padded."""
         group, start, length = zero.grad_position[zero.get_param_id(parameter)]
         parameter_start = dist.get_rank() * length
         length = min(length, parameter.ds_numel - parameter_start)
-        return Stretch(group, start, parameter_start, length) if length > 0 else None
+        return Stretch(group, start, parameter_start, length) if length > 0 else Stretch(group, 0, 0, 0)
+
+    def _pieces(self) -> dict[str, Piece]:
+        """This worker's pieces of all parameters, for an optimizer that needs whole ones; all workers must call it."""
+        pieces = {}
+        for name, _ in self.named:
+            vector, start, parameter_start, length = self.places[name]
+            shape = self.shapes[name]
+            pieces[name] = Piece(shape, self._owners[vector], start, parameter_start, length, shared=False)
+        if self.replicated:
+            return pieces
+        # A matrix is whole where a worker has all of it, and nobody asks the workers that have nothing.
+        alone: list[set[str]] = [set()] * dist.get_world_size()
+        dist.all_gather_object(alone, {name for name, piece in pieces.items() if piece.length == piece.shape.numel()})
+        return {name: replace(piece, shared=name not in set().union(*alone)) for name, piece in pieces.items()}
 
     @torch.no_grad()
-    def gather(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Whole fp32 tensors on the CPU by name, on rank 0; empty on the others. All workers must call it."""
+    def gather(self, vectors: Sequence[Tensor], names: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Whole fp32 tensors on the CPU by name, on rank 0; empty on the others. All workers must call it.
+
+        Args:
+            names: of the parameters wanted, in one order on all workers; all if None.
+        """
         gathered = {}
-        for name, _ in self.named:
+        for name in self.shapes if names is None else names:
             place, shape = self.places[name], self.shapes[name]
             whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.vectors[0].device)
-            if place is not None and (dist.get_rank() == 0 or not self.replicated):
+            if place.length and (dist.get_rank() == 0 or not self.replicated):
                 end = place.parameter_start + place.length
                 whole[place.parameter_start : end] = vectors[place.vector].view(-1).narrow(0, place.start, place.length)
             dist.reduce(whole, dst=0)
@@ -88,11 +113,11 @@ class Masters:
         return gathered
 
     @torch.no_grad()
-    def scatter(self, read: Callable[[str], Tensor], vectors: Sequence[Tensor]) -> None:
-        """Fill vectors in place with this worker's share of the whole tensors that `read` gives by name."""
-        for name, _ in self.named:
+    def scatter(self, read: Callable[[str], Tensor], vectors: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
+        """Fill vectors in place with this worker's share of the whole tensors that `read` gives by name; see `gather`."""
+        for name in self.shapes if names is None else names:
             place = self.places[name]
-            if place is not None:
+            if place.length:
                 piece = read(name).reshape(-1)[place.parameter_start : place.parameter_start + place.length]
                 vectors[place.vector].view(-1).narrow(0, place.start, place.length).copy_(piece)
 
@@ -100,15 +125,27 @@ class Masters:
         """Zero vectors of the shapes of this worker's share."""
         return [torch.zeros_like(vector, dtype=torch.float32).detach() for vector in self.vectors]
 
-    def moments(self, name: str) -> list[Tensor]:
-        """Adam's moment `exp_avg` or `exp_avg_sq`, the optimizer's own tensors; there after the first step."""
-        return [self.optimizer.state[owner][name] for owner in self._owners]
+    @property
+    def state_kinds(self) -> list[str]:
+        """Names of the tensors that the optimizer keeps beside the weights, some of them of some parameters only."""
+        return sorted({kind for kinds in self.kept.values() for kind in kinds})
 
-    def set_moments(self, moments: dict[str, list[Tensor]], steps: int) -> None:
-        """Give Adam its moments and the number of steps that it has taken."""
+    def having(self, kind: str) -> list[str]:
+        """The parameters of which the optimizer keeps a kind of tensor."""
+        return [name for name, kinds in self.kept.items() if kind in kinds]
+
+    def state(self, kind: str) -> list[Tensor]:
+        """One kind of the optimizer's own tensors by vector; zeros before the first step, and where it keeps no such tensor."""
+        states = [self.optimizer.state.get(owner, {}) for owner in self._owners]
+        return [
+            state[kind] if kind in state else torch.zeros_like(vector) for state, vector in zip(states, self.vectors, strict=True)
+        ]
+
+    def set_state(self, tensors: dict[str, list[Tensor]], steps: int) -> None:
+        """Give the optimizer its tensors, by kind and vector, and the number of steps that it has taken."""
         for index, owner in enumerate(self._owners):
             # A step tensor of its own for every vector: shared ones are counted up once for each vector.
             self.optimizer.state[owner] = {
                 "step": torch.tensor(float(steps), dtype=torch.float32, device=owner.device),
-                **{name: vectors[index].view_as(owner) for name, vectors in moments.items()},
+                **{kind: tensors[kind][index].view_as(owner) for kind in self._kept_of_vector.get(index, ())},
             }

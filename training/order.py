@@ -1,9 +1,9 @@
 """Which row is read at which place of the training: a pure function of (seed, place), the same for any number of workers.
 
-An epoch is a permutation of the N training rows. Row groups, which are what a file system reads well, are permuted;
-inside a window of K permuted groups the rows are permuted too. This gives a sequence S of all rows. A global batch of B
-rows takes an equal part from each of L lanes, which are equal stretches of S, so that a worker that serves L / W lanes
-reads only its share of the files and needs L / W windows in memory at a time:
+An epoch is a permutation of the N training rows. Row groups, which are what a file system reads well, are permuted; inside a
+window of K permuted groups the rows are permuted too (K is `shuffle_window` / L, so that L lanes mix as many). This gives a
+sequence S of all rows. A global batch of B rows takes an equal part from each of L lanes, which are equal stretches of S, so
+that a worker that serves L / W lanes reads only its share of the files and needs L / W windows in memory at a time:
 
     place o of the epoch  ->  batch k = o // B, lane l = o % B // b, j = o % b  with b = B / L
     S index               =   l * (N // B) * b + k * b + j        (the last N % B places: S index = o)
@@ -17,7 +17,7 @@ that every old row is read once in it. The next epoch, and all after it, are per
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -61,23 +61,26 @@ class Epoch:
         within = np.searchsorted(self.starts, places, side="right") - 1
         return self.groups[within], places - self.starts[within]
 
-    def locate(self, places: Ints) -> tuple[Ints, Ints]:
-        """Row group and training row in it, both (n,), at places (n,) of this epoch, 0 .. rows - 1."""
+    def windows(self, places: Ints) -> tuple[Ints, Ints]:
+        """Number of the window, and offset in it, both (n,), of places (n,) of this epoch, 0 .. rows - 1."""
         per_lane = self.batch // self.lanes
         whole = self.rows // self.batch * self.batch
         batch, within = np.divmod(places, self.batch)
         lane, offset = np.divmod(within, per_lane)
         striped = lane * (whole // self.lanes) + batch * per_lane + offset
         index = np.where(places < whole, striped, places)
+        starts = self.starts[:: self.window]
+        windows = np.searchsorted(starts, index, side="right") - 1
+        return windows, index - starts[windows]
 
-        bounds = self.starts[:: self.window]
-        windows = np.searchsorted(bounds, index, side="right") - 1
-        groups, rows = np.empty_like(index), np.empty_like(index)
+    def locate(self, places: Ints) -> tuple[Ints, Ints]:
+        """Row group and training row in it, both (n,), at places (n,) of this epoch, 0 .. rows - 1."""
+        windows, offsets = self.windows(places)
+        groups, rows = np.empty_like(places), np.empty_like(places)
         for window in np.unique(windows):
             chosen = windows == window
             window_groups, window_rows = self.mixed(int(window))
-            at = index[chosen] - self.starts[window * self.window]
-            groups[chosen], rows[chosen] = window_groups[at], window_rows[at]
+            groups[chosen], rows[chosen] = window_groups[offsets[chosen]], window_rows[offsets[chosen]]
         return groups, rows
 
 
@@ -112,7 +115,7 @@ class Order:
                 # It has grown again before the first epoch over what came before.
                 self.stretches.pop()
             self.stretches.append(_Stretch(start, number, groups, int(counts[:groups].sum())))
-        self.epoch = lru_cache(maxsize=2)(lambda groups, number: Epoch(counts[:groups], seed, number, window, lanes, batch))
+        self._made = lru_cache(maxsize=2)(lambda groups, number: Epoch(counts[:groups], seed, number, window, lanes, batch))
 
     def _next_epoch(self, place: int) -> tuple[int, int]:
         """Place and number of the first epoch that begins at a place or after it."""
@@ -127,15 +130,35 @@ class Order:
         stretch = next(s for s in reversed(self.stretches) if s.start <= place)
         return stretch.number + (place - stretch.start) / stretch.rows
 
-    def locate(self, places: Ints) -> tuple[Ints, Ints]:
-        """Row group and training row in it, both (n,), at places (n,) of the training."""
-        groups, rows = np.empty_like(places), np.empty_like(places)
+    def _epoch(self, number: int) -> Epoch:
+        stretch = next(s for s in reversed(self.stretches) if s.number <= number)
+        return self._made(stretch.groups, number)
+
+    def _by_epoch(self, places: Ints) -> Iterator[tuple[int, NDArray[np.bool_], Ints]]:
+        """For each epoch that places (n,) are in: its number, which of them they are (n,), and their places in it."""
         which = np.searchsorted([s.start for s in self.stretches], places, side="right") - 1
         for at in np.unique(which):
             stretch = self.stretches[at]
             epochs, within = np.divmod(places - stretch.start, stretch.rows)
             for number in np.unique(epochs[which == at]):
                 chosen = (which == at) & (epochs == number)
-                epoch = self.epoch(stretch.groups, stretch.number + int(number))
-                groups[chosen], rows[chosen] = epoch.locate(within[chosen])
+                yield stretch.number + int(number), chosen, within[chosen]
+
+    def locate(self, places: Ints) -> tuple[Ints, Ints]:
+        """Row group and training row in it, both (n,), at places (n,) of the training."""
+        groups, rows = np.empty_like(places), np.empty_like(places)
+        for number, chosen, within in self._by_epoch(places):
+            groups[chosen], rows[chosen] = self._epoch(number).locate(within)
         return groups, rows
+
+    def windows(self, places: Ints) -> tuple[Ints, Ints, Ints]:
+        """Epoch, window and offset in the window, all (n,), of places (n,) of the training."""
+        epochs, windows, offsets = (np.empty_like(places) for _ in range(3))
+        for number, chosen, within in self._by_epoch(places):
+            epochs[chosen] = number
+            windows[chosen], offsets[chosen] = self._epoch(number).windows(within)
+        return epochs, windows, offsets
+
+    def window(self, epoch: int, window: int) -> tuple[Ints, Ints]:
+        """Row group and training row in it of each offset of a window, both (rows of the window,)."""
+        return self._epoch(epoch).mixed(window)

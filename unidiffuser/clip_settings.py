@@ -30,6 +30,11 @@ def clip_settings(ref: str) -> dict[str, Any]:
     return settings
 
 
+def context_length(ref: str) -> int:
+    """Tokens of a text of a model by reference. Raises as ``clip_settings``."""
+    return int(clip_settings(ref)["text_cfg"].get("context_length", 77))
+
+
 def clip_preprocess(ref: str) -> Preprocess:
     """How a model by reference sees pictures.
 

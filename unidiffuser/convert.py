@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unidiffuser.modalities import paper_modalities, token_order
+from unidiffuser.noise import NoiseConfig
 from unidiffuser.tensors import WeightsError, check_tensors
 from unidiffuser.uvit import UViT, UViTConfig
 
@@ -36,6 +37,7 @@ _OFFICIAL = {
     "data_type_position": "pos_embed_token",
     "data_type_embedding": "token_embedding",
 }
+_NATIVE = {official: native for native, official in _OFFICIAL.items()}
 # Official name -> diffusers' name, of the ends of the network.
 _DIFFUSERS = {
     "patch_embed.proj": "vae_img_in.proj",
@@ -87,8 +89,42 @@ def from_official(
     Raises:
         WeightsError: tensors are missing, extra or wrongly shaped, or the sizes that they tell do not add up.
     """
-    sizes = {"patch_embed.proj.weight": 4, "pos_embed": 3, "clip_img_embed.weight": 2, "text_embed.weight": 2,
-             "mid_block.mlp.fc1.weight": 2}  # fmt: skip
+    config = _told(state, lambda name: name, heads, text_tokens)
+    native = _empty(config)
+    check_tensors(to_official(native, config), state, "U-ViT")
+    return config, {name: state[_rename(name, _OFFICIAL)] for name in native}
+
+
+def from_tensors(
+    state: Mapping[str, Tensor], heads: int | None = None, text_tokens: int = 77
+) -> tuple[UViTConfig, dict[str, Tensor]]:
+    """The same from the tensors of a lone file, in the names of any layout.
+
+    Raises:
+        WeightsError: see ``from_official``.
+    """
+    if "inputs.latent.weight" in state:
+        config = _told(state, lambda name: _rename(name, _NATIVE), heads, text_tokens)
+        check_tensors(_empty(config), state, "U-ViT")
+        return config, dict(state)
+    if "vae_img_in.proj.weight" in state:
+        config = _told(state, lambda name: _diffusers_names(name)[0], heads, text_tokens)
+        return config, _joined(state, config)
+    return from_official(state, heads, text_tokens)
+
+
+def _told(state: Mapping[str, Tensor], own: Callable[[str], str], heads: int | None, text_tokens: int) -> UViTConfig:
+    """The sizes that tensors tell.
+
+    Args:
+        own: official name -> name in ``state``.
+
+    Raises:
+        WeightsError: those that tell them are missing, or the sizes do not add up.
+    """
+    axes = {"patch_embed.proj.weight": 4, "pos_embed": 3, "clip_img_embed.weight": 2, "text_embed.weight": 2,
+            "mid_block.mlp.fc1.weight": 2}  # fmt: skip
+    sizes = {own(name): count for name, count in axes.items()}
     if missing := [name for name in sizes if name not in state]:
         raise WeightsError(f"not a published U-ViT: {', '.join(missing)} missing, by which its sizes are told")
     shapes = {name: tuple(state[name].shape) for name in sizes}
@@ -100,20 +136,17 @@ def from_official(
             f"a width of {width} is no multiple of {heads or 64}: give the number of attention heads, which no tensor shows, to "
             "`unidiffuser convert SRC DST --to native --heads N`, and use what that writes"
         )
-    side = math.isqrt(max(tokens - 3 - text_tokens, 0))
+    side, table = math.isqrt(max(tokens - 3 - text_tokens, 0)), own("pos_embed")
     if side < 1 or side * side != tokens - 3 - text_tokens:
         raise WeightsError(
-            f"pos_embed {shapes['pos_embed']}: the position table has {tokens} rows; less 2 timesteps, 1 CLIP and {text_tokens} "
+            f"{table} {shapes[table]}: the position table has {tokens} rows; less 2 timesteps, 1 CLIP and {text_tokens} "
             "text tokens that is not a square of patches: name the CLIP of its captions, which tells the number of text tokens"
         )
-    config = _config(
+    return _config(
         latent=(channels, side * patch, side * patch), clip=clip, text=(text_tokens, text), patch=patch, width=width,
-        depth=2 * len({match[1] for name in state if (match := re.match(r"(?:in|out)_blocks\.(\d+)\.", name))}),
-        heads=heads or width // 64, mlp_ratio=hidden / width, data_type_token="token_embedding.weight" in state,
+        depth=2 * len({match[1] for name in state if (match := re.search(r"(?:in|out)_blocks\.(\d+)\.", name))}),
+        heads=heads or width // 64, mlp_ratio=hidden / width, data_type_token=own("token_embedding.weight") in state,
     )  # fmt: skip
-    native = _empty(config)
-    check_tensors(to_official(native, config), state, "U-ViT")
-    return config, {name: state[_rename(name, _OFFICIAL)] for name in native}
 
 
 def to_diffusers(state: Mapping[str, Tensor], config: UViTConfig) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -194,12 +227,21 @@ def from_diffusers(settings: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
         latent=(channels, side, side), clip=clip, text=(text_tokens, text), patch=patch, width=heads * head_width, depth=depth,
         heads=heads, mlp_ratio=4, data_type_token=bool(settings.get("use_data_type_embedding", False)),
     )  # fmt: skip
+    return config, _joined(state, config)
+
+
+def _joined(state: Mapping[str, Tensor], config: UViTConfig) -> dict[str, Tensor]:
+    """Native tensors from those of diffusers, which has three for one.
+
+    Raises:
+        WeightsError: tensors are missing, extra or wrongly shaped.
+    """
     native = _empty(config)
     read = {name: tensor for name, tensor in state.items() if not name.startswith(_UNUSED)}
     expected = {name: tensor for name, tensor in to_diffusers(native, config)[1].items() if not name.startswith(_UNUSED)}
     check_tensors(expected, read, "U-ViT")
     pieces = {name: [read[piece] for piece in _diffusers_names(_rename(name, _OFFICIAL))] for name in native}
-    return config, {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in pieces.items()}
+    return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in pieces.items()}
 
 
 def _config(latent: tuple[int, int, int], clip: int, text: tuple[int, int], patch: int, **sizes: Any) -> UViTConfig:
@@ -213,6 +255,19 @@ def _empty(config: UViTConfig) -> dict[str, Tensor]:
     """Native tensors without values."""
     with torch.device("meta"):
         return UViT(config).state_dict()
+
+
+def check_published_noise(config: UViTConfig) -> None:
+    """Refuse a model whose noise schedule a layout cannot tell, which takes the published one for granted.
+
+    Raises:
+        WeightsError: the model was trained with another one.
+    """
+    if config.noise != NoiseConfig():
+        raise WeightsError(
+            f"it was trained with noise from {config.noise.beta_start} to {config.noise.beta_end}, which no other layout tells; "
+            "keep it native, or write a whole set as diffusers"
+        )
 
 
 def _sizes(config: UViTConfig) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

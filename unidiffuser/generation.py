@@ -257,7 +257,7 @@ class UniDiffuser:
         Raises:
             FileNotFoundError: there is no picture of that name.
             ValueError: see ``check_request`` and ``as_pictures``; or the number of seeds is wrong, or the model cannot draw this
-                size.
+                size, or has no such type of data.
             NotFinite: an encoder, the network or the autoencoder overflows.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -277,8 +277,7 @@ class UniDiffuser:
         size = self.size if size is None else size
         if size < 1 or size % (self.vae.reduction * self.latent.patch):
             raise ValueError(f"size {size}: this model needs a multiple of {self.vae.reduction * self.latent.patch} pixels")
-        if data_type is None and self.uvit.config.data_type_token:
-            data_type = 1
+        data_type = self._data_type(data_type)
         codecs = self.codecs(size, beams)
         condition = codecs["image" if images else "text"].encode(inputs) if inputs else {}
         _check_finite(condition, f"encoding in {self._arithmetic}", "take another dtype")
@@ -294,6 +293,16 @@ class UniDiffuser:
         pictures, captions = self.decode(drawn, beams, batch)
         nothing: list[None] = [None] * len(seeds)
         return [Generated(*row) for row in zip(seeds, sources, pictures or nothing, captions or nothing, strict=True)]
+
+    def _data_type(self, asked: int | None) -> int | None:
+        """What the network is told."""
+        if not self.uvit.config.data_type_token:
+            if asked is not None:
+                raise ValueError(f"data type {asked}: this model does not tell types of data apart; leave it out")
+            return None
+        if asked not in (None, 0, 1):
+            raise ValueError(f"data type {asked}: expected 0 or 1")
+        return 1 if asked is None else asked
 
     def encode(
         self,

@@ -8,9 +8,12 @@ A lone U-ViT, or a whole set with the autoencoder, the CLIP towers and the text 
                                                            caption_decoder.pth; CLIP stands beside it (``references.Encoders``)
     diffusers  folder of a UniDiffuserModel, or ``unet``   folder of a UniDiffuserPipeline
 
+A lone file of tensors, .pth or .safetensors, may have the names of any layout: they tell which.
+
 Tensors are renamed and cut, never computed with: every way there and back is exact. Those of the U-ViT keep their types, those of
 the other parts are written in fp32. What belongs to training alone (the loss weights, the initial scale of the position table) is
-native only, and has its default after a way back.
+native only, and has its default after a way back. The noise schedule is told by a native folder and by a UniDiffuserPipeline; the
+others take the published one for granted, and a model that was trained with another is refused there.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from typing import Literal, get_args
 
 import torch
 
-from unidiffuser.convert import from_official, save_diffusers, to_official
-from unidiffuser.encoders import clip_settings
+from unidiffuser.clip_settings import context_length
+from unidiffuser.convert import check_published_noise, from_tensors, save_diffusers, to_official
 from unidiffuser.generation import FOLDERS, UniDiffuser
 from unidiffuser.official import CODEC_FILE, VAE_FILE, export_official, import_official, uvit_file
 from unidiffuser.pipeline_export import save_pipeline
@@ -57,8 +60,8 @@ def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 7
     """The U-ViT of a checkpoint in any layout, in evaluation mode, every tensor in its own type.
 
     Args:
-        heads: attention heads of an official file, if not width / 64; the other layouts say it themselves.
-        text_tokens: text tokens of an official file.
+        heads: attention heads of a lone file, if not width / 64; folders say it themselves.
+        text_tokens: text tokens of a lone file.
 
     Raises:
         FileNotFoundError: there is nothing at ``source``, or nothing that is known.
@@ -68,13 +71,13 @@ def load_uvit(source: Path | str, heads: int | None = None, text_tokens: int = 7
     if place.is_file():
         state = read_tensors(place)
         with named(place):
-            config, native = from_official(state, heads, text_tokens)
+            config, native = from_tensors(state, heads, text_tokens)
         return build(config, native, place)
     return read_native(place) if "modalities" in read_settings(place / "config.json") else load_unet(place)
 
 
 def _place_of_uvit(source: Path) -> Path:
-    """The official file, or the folder with config.json, of the U-ViT of a checkpoint."""
+    """The lone file, or the folder with config.json, of the U-ViT of a checkpoint."""
     if source.is_file():
         return source
     for folder in (source, source / "uvit", source / "unet"):
@@ -153,8 +156,7 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         made = Path(scratch, "made")
         if whole is None:
-            text = clip_settings((encoders or Encoders()).text)["text_cfg"]
-            uvit = load_uvit(source, heads, text.get("context_length", 77))
+            uvit = load_uvit(source, heads, context_length((encoders or Encoders()).text))
             _convert_uvit(uvit, made, to)
             config = uvit.config
         else:
@@ -225,7 +227,9 @@ def _write_foreign(folder: Path, target: Path, to: Layout) -> None:
 def _convert_uvit(model: UViT, target: Path, to: Layout) -> None:
     if to == "native":
         save_native(target, model)
-    elif to == "diffusers":
+        return
+    check_published_noise(model.config)
+    if to == "diffusers":
         save_diffusers(target / "unet", model.state_dict(), model.config)
     else:
         torch.save(to_official(model.state_dict(), model.config), target)

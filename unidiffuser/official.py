@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from unidiffuser.convert import from_official, to_official
+from unidiffuser.convert import check_published_noise, from_official, to_official
 from unidiffuser.convert_parts import codec_from_official, codec_to_official, vae_from_official, vae_to_official
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.generation import UniDiffuser
@@ -34,10 +34,11 @@ def export_official(model: UniDiffuser, folder: Path) -> None:
     """Write the official files of ``model``; its CLIP towers are not among them.
 
     Raises:
-        WeightsError: the model is not declared like the paper's.
+        WeightsError: the model is not declared like the paper's, or was trained with another noise schedule.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = model.uvit.config
+    check_published_noise(config)
+    folder.mkdir(parents=True, exist_ok=True)
     torch.save(to_official(model.uvit.state_dict(), config), folder / UVIT_FILES[config.data_type_token])
     torch.save(vae_to_official(model.vae.model.state_dict()), folder / VAE_FILE)
     torch.save(codec_to_official(model.text_codec.state_dict()), folder / CODEC_FILE)

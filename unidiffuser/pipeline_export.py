@@ -60,7 +60,7 @@ def save_pipeline(folder: Path | str, model: UniDiffuser) -> None:
         text_decoder=_text_decoder(model.text_codec, model.clip_text.context_length),
         text_tokenizer=model.text_codec.tokenizer,
         unet=unet,
-        scheduler=scheduler_class(**scheduler_settings(NoiseSchedule()), **settings),
+        scheduler=scheduler_class(**scheduler_settings(NoiseSchedule.of(model.uvit.config.noise)), **settings),
     )
     pipeline.save_pretrained(folder)
     forget_paths(folder)

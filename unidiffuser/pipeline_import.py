@@ -16,6 +16,7 @@ from unidiffuser.clip_towers import write_image_tower, write_text_tower
 from unidiffuser.convert import from_diffusers
 from unidiffuser.convert_parts import codec_renamed
 from unidiffuser.encoders import ImageLatents
+from unidiffuser.noise import NoiseConfig
 from unidiffuser.pipeline_export import CODEC_NAMES, GPT2_FIELDS, POSITIONS, forget_paths
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.solver import scheduler_settings
@@ -39,8 +40,7 @@ def import_pipeline(source: Path, folder: Path) -> None:
     index = read_settings(source / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise WeightsError(f"{source}: a {index.get('_class_name')}, expected a {PIPELINE}")
-    _check_scheduler(source / "scheduler" / "scheduler_config.json")
-    save_native(folder / "uvit", load_unet(source / "unet"))
+    save_native(folder / "uvit", load_unet(source / "unet", _noise(source / "scheduler" / "scheduler_config.json")))
     read_settings(source / "vae" / "config.json")
     ImageLatents.load(str(source / "vae")).save(str(folder / "vae"))
     forget_paths(folder / "vae")
@@ -54,22 +54,31 @@ def import_pipeline(source: Path, folder: Path) -> None:
     tokenizer = _without_tensors(AutoTokenizer, source / "clip_tokenizer")
     text_encoder = pretrained(CLIPTextModel, texts, dtype=torch.float32)
     write_text_tower(folder / "clip_text", text_encoder, tokenizer, str(texts))
-    _codec(source).save(folder / "text_codec")
+    pipeline_codec(source).save(folder / "text_codec")
 
 
-def _check_scheduler(file: Path) -> None:
-    """The network was trained with the schedule that the pipeline names, or is another model than is sampled here."""
+def _noise(file: Path) -> NoiseConfig:
+    """The schedule that the pipeline names, with which the network was trained; the published one where it names none.
+
+    Raises:
+        WeightsError: it has another form than is sampled here.
+    """
     if not file.is_file():
-        return
-    told, names = read_settings(file), ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
+        return NoiseConfig()
+    told, names = read_settings(file), ("num_train_timesteps", "beta_schedule", "prediction_type")
     settings = scheduler_settings(NoiseSchedule())
     own = {**{name: settings[name] for name in names}, "trained_betas": None}
     if wrong := [f"{name} {told[name]!r}, not {value!r}" for name, value in own.items() if told.get(name, value) != value]:
         raise WeightsError(f"{file}: {'; '.join(wrong)}: another noise schedule than UniDiffuser's, which is not supported")
+    with reading(file):
+        return NoiseConfig.model_validate({name: told[name] for name in NoiseConfig.model_fields if name in told})
 
 
-def load_unet(folder: Path) -> UViT:
+def load_unet(folder: Path, noise: NoiseConfig | None = None) -> UViT:
     """The U-ViT of a folder of diffusers' UniDiffuserModel, in evaluation mode.
+
+    Args:
+        noise: the schedule that it was trained with, which such a folder does not tell; the published one if None.
 
     Raises:
         FileNotFoundError: config.json or the weights are missing.
@@ -78,7 +87,7 @@ def load_unet(folder: Path) -> UViT:
     settings, state = read_settings(folder / "config.json"), _weights(folder)
     with named(folder):
         config, native = from_diffusers(settings, state)
-    return build(config, native, folder)
+    return build(config.model_copy(update={"noise": noise or NoiseConfig()}), native, folder)
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
@@ -94,7 +103,12 @@ def _without_tensors(part_class: Any, folder: Path) -> Any:
         return part_class.from_pretrained(folder, local_files_only=True)
 
 
-def _codec(source: Path) -> TextCodec:
+def pipeline_codec(source: Path) -> TextCodec:
+    """The text codec of the pipeline ``source``.
+
+    Raises:
+        FileNotFoundError, WeightsError: see ``import_pipeline``.
+    """
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     folder = source / "text_decoder"

@@ -13,6 +13,7 @@ from unidiffuser.modalities import Modality, all_parts
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.solver import DETERMINISTIC, SAMPLERS, Callback, invert, solve
 from unidiffuser.tasks import CHAINS, TASKS, Task, task_named
+from unidiffuser.uvit import UViT
 
 __all__ = ["DETERMINISTIC", "SAMPLERS", "NoiseSource", "Sampler", "sample", "slerp"]
 
@@ -186,7 +187,8 @@ def sample(
         guidance_interval: guide only at timesteps from .. to.
         data_type: 0 or 1, for a model with a data-type token.
         rounds: rounds of ``gibbs``, 1 or more.
-        schedule: Stable Diffusion's, as in the paper, if None.
+        schedule: the one that the model's configuration says it was trained with, or Stable Diffusion's, as in the paper, for a
+            model without a configuration, if None.
         callback: called after every network call with the step of this draw (from 0), the timestep that the network was called
             with (1 .. 1000) and the drawn parts as they are then, (B, *shape) each. A chain has several draws, a batch its own.
 
@@ -198,7 +200,7 @@ def sample(
             nothing, a condition that is missing, unknown or wrongly shaped.
     """
     condition = dict(condition or {})
-    schedule = schedule or NoiseSchedule()
+    schedule = schedule or (NoiseSchedule.of(model.config.noise) if isinstance(model, UViT) else NoiseSchedule())
     if not seeds or batch < 1 or rounds < 1:
         raise ValueError(f"give at least one seed, and a batch and rounds of 1 or more, not {len(seeds)}, {batch} and {rounds}")
     _check_condition_t(task, condition_t, schedule.steps)

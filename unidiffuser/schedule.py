@@ -1,9 +1,11 @@
-"""The noise schedule: Stable Diffusion's scaled-linear betas, timesteps 1 to N, and 0 for clean data."""
+"""The noise schedule: scaled-linear betas, by default Stable Diffusion's, timesteps 1 to N, and 0 for clean data."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from unidiffuser.noise import NoiseConfig
 
 
 class NoiseSchedule(nn.Module):
@@ -21,6 +23,11 @@ class NoiseSchedule(nn.Module):
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - betas, 0)])
         self.register_buffer("alpha_bar", alpha_bar.float(), persistent=False)
+
+    @classmethod
+    def of(cls, config: NoiseConfig) -> NoiseSchedule:
+        """The schedule that a configuration describes."""
+        return cls(config.beta_start, config.beta_end)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """x_t (B, ...) from clean data and noise (B, ...) at timesteps (B,), or one timestep, in 0 .. N."""

@@ -7,13 +7,21 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+# The greatest header of a safetensors file that its library reads, in bytes; and the types there.
+MOST_HEADER = 100_000_000
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 # Old GPT-2 files hold their causal masks, which are no weights.
 _MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
@@ -72,6 +80,34 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not flat:
         raise WeightsError(f"{path}: expected a dictionary of tensors, found {type(state).__name__}")
     return state
+
+
+def read_shapes(file: BinaryIO, name: str) -> dict[str, Tensor]:
+    """The tensors of a file of weights without their values, on the meta device; reads next to nothing of it.
+
+    Args:
+        file: open at its start; one that can be looked into anywhere.
+        name: its path or URL, which tells its kind as for ``read_tensors``.
+
+    Raises:
+        WeightsError: see ``read_tensors``.
+    """
+    try:
+        if name.endswith(".safetensors"):
+            size = int.from_bytes(file.read(8), "little")
+            head = json.loads(file.read(size)) if 0 < size <= MOST_HEADER else {}
+            described = {tensor: entry for tensor, entry in head.items() if tensor != "__metadata__"}
+            state = {tensor: (entry["shape"], _TYPES[entry["dtype"]]) for tensor, entry in described.items()}
+        else:
+            with FakeTensorMode():
+                found = torch.load(file, map_location="cpu", weights_only=True)
+            state = {tensor: (value.shape, value.dtype) for tensor, value in found.items()}
+    except Exception as error:  # parsers and the unpickler raise whatever they like
+        reason = type(error).__name__
+        raise WeightsError(f"{name}: not a readable file of plain tensors ({reason}); fetch or write it again") from error
+    if not state:
+        raise WeightsError(f"{name}: holds no tensors; fetch or write it again")
+    return {tensor: torch.empty(shape, dtype=kind, device="meta") for tensor, (shape, kind) in state.items()}
 
 
 def read_settings(file: Path) -> dict[str, Any]:

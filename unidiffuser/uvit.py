@@ -31,6 +31,7 @@ from unidiffuser.modalities import (
     paper_modalities,
     token_order,
 )
+from unidiffuser.noise import NoiseConfig
 from unidiffuser.positions import table_for
 
 
@@ -40,6 +41,7 @@ class UViTConfig(BaseModel):
     ``depth`` counts the blocks on both sides of the middle block, so depth 30 has 31 blocks. ``position_std`` is the
     initial scale of the position table: 0.02 in the paper, and too small beside patch embeddings of 0.55 for a model that
     trains for minutes (0.5 lets it learn where things stand). ``data_type_token`` adds the data-type token of version 1.
+    ``noise`` is what it was trained with, and so what it must be sampled with.
     ``activation_checkpointing`` recomputes each block in the backward pass instead of keeping its activations.
     """
 
@@ -52,6 +54,7 @@ class UViTConfig(BaseModel):
     modalities: tuple[Modality, ...] = paper_modalities()
     position_std: PositiveFloat = 0.02
     data_type_token: bool = False
+    noise: NoiseConfig = NoiseConfig()
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")

@@ -50,6 +50,9 @@ def sample(
     interval: Annotated[
         tuple[int, int] | None, typer.Option("--guidance-interval", help="Guide only at timesteps from .. to.", metavar="FROM TO")
     ] = None,
+    data_type: Annotated[
+        int | None, typer.Option("--data-type", min=0, max=1, help="Of a model that tells types of data apart; 1 if not given.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Results drawn at once.")] = 16,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for pictures and results.jsonl.", metavar="DIR")] = None,
     device: Annotated[str, typer.Option("--device", help="auto takes CUDA where there is one.")] = "auto",
@@ -69,7 +72,8 @@ def sample(
 
     request = sampling.Request(
         checkpoint, task, prompt or (), image or (), count, seed,
-        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds), batch, device, dtype, compile,
+        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds, data_type), batch, device, dtype,
+        compile,
     )  # fmt: skip
     # Progress is no result: with --json it goes to stderr.
     view = Console(stderr=True) if as_json else console
@@ -87,7 +91,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="CHECKPOINT as of `sample`, or a lone U-ViT: a folder or .pth.", metavar="SRC")],
     target: Annotated[Path, typer.Argument(help="Folder, or .pth file for a lone official U-ViT.", metavar="DST")],
     to: Annotated[str, typer.Option("--to", help="native, official or diffusers.", metavar="LAYOUT")],
-    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Heads of an official U-ViT, if not width / 64.")] = None,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Heads of a lone file, if not width / 64.")] = None,
     vae: VaeOption = None,
     clip: ClipOption = None,
     text: TextOption = None,

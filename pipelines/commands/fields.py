@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -78,6 +78,7 @@ def _rows(section: str, schema: Mapping[str, Any], models: Mapping[str, Any], un
         yield FieldRow(section, f"{under}{name}", _type_of(spec, models), default, " ".join(about.split()))
         if inner is not None:
             yield from _rows(section, inner, models, f"{under}{name}{'[]' if listed else ''}.")
+        yield from _rows_by_kind(section, spec, models, f"{under}{name}.")
 
 
 def _model_of(spec: Mapping[str, Any], models: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
@@ -90,6 +91,21 @@ def _model_of(spec: Mapping[str, Any], models: Mapping[str, Any]) -> tuple[Mappi
     return None, False
 
 
+def _rows_by_kind(section: str, spec: Mapping[str, Any], models: Mapping[str, Any], under: str) -> Iterator[FieldRow]:
+    """The fields of a mapping that is one of several by its `kind`, the first of which is the default."""
+    choices = [models[one["$ref"].rpartition("/")[2]] for one in spec.get("oneOf", ())]
+    kinds = [choice["properties"]["kind"] for choice in choices]
+    if kinds:
+        about = "; ".join(f"{kind['const']}: {kind['description'].rstrip('.')}" for kind in kinds)
+        yield FieldRow(
+            section, f"{under}kind", " or ".join(kind["const"] for kind in kinds), json.dumps(kinds[0]["const"]), about
+        )
+    for choice, kind in zip(choices, kinds, strict=True):
+        for row in _rows(section, choice, models, under):
+            if row.name != f"{under}kind":
+                yield replace(row, description=f"Of kind {kind['const']}: {row.description}")
+
+
 def _default(spec: Mapping[str, Any]) -> str:
     value = spec.get("default", {})
     # A mapping's default is that of each of its fields.
@@ -97,6 +113,8 @@ def _default(spec: Mapping[str, Any]) -> str:
 
 
 def _type_of(spec: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    if "oneOf" in spec:
+        return "mapping, by its kind"
     if "$ref" in spec:
         target = models[spec["$ref"].rpartition("/")[2]]
         return "mapping" if "properties" in target else _type_of(target, models)

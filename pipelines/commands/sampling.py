@@ -43,6 +43,7 @@ class Settings:
     size: int | None = None
     beams: int = 5
     rounds: int = 4
+    data_type: int | None = None
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,9 @@ def _inlined(schema: Any, definitions: Mapping[str, Any]) -> Any:
 
 def _filled(schema: Mapping[str, Any], value: Any) -> dict[str, Any]:
     """The schema with the value as its defaults. A field that is left out keeps the recipe's value, so none is required."""
+    if "oneOf" in schema:
+        # A choice by `kind`: the form shows the one that the recipe has chosen.
+        schema = next(one for one in schema["oneOf"] if one["properties"]["kind"]["const"] == value["kind"])
     if "properties" not in schema:
         return {**schema, "default": value}
     properties: Mapping[str, Any] = schema["properties"]

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from infra.dataset import FileEntry
+from infra.external import fetch_outside
+from stages.encode.pinned import check_codec, codec_files, load_codec
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
-from stages.runner.recipe import encoder
+from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.tables import read_table
 from unidiffuser.references import weights_digest
@@ -32,6 +36,11 @@ STANDARDISED_ON = 512
 class TextCodecConfig(StageConfig):
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
     gpt2: str = encoder("embedded", "GPT-2 that the decoder starts from")
+    weights: str | None = external_file(
+        None,
+        "a codec to take as it is instead of training one: caption_decoder.pth, or a folder with that, of diffusers' UniDiffuser "
+        "or of an export; a path or URL",
+    )
     latent_width: int = Field(64, ge=1, description="numbers a text token has in the U-ViT; the paper's is 64")
     max_captions: int = Field(2_000_000, ge=1, description="captions to train on at most, the first of the selection")
     steps: int = Field(20_000, ge=1, description="optimizer steps at most")
@@ -84,7 +93,20 @@ class Trainer:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.clip = ClipEncoder.load(self.config.text, self.device)
         torch.manual_seed(self.config.seed)
-        self.codec = TextCodec.new(self.config.gpt2, self.clip.text_width, self.config.latent_width).to(self.device)
+        widths = (self.config.gpt2, self.clip.text_width, self.config.latent_width)
+        codec = TextCodec.new(*widths) if self.config.weights is None else self.taken(*widths)
+        self.codec = codec.to(self.device)
+
+    def taken(self, gpt2: str, text_width: int, latent_width: int) -> TextCodec:
+        """The codec that the recipe names."""
+        from unidiffuser.tensors import WeightsError
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                place = fetch_outside(self.job.lists["weights"], self.config.weights, self.job.store, Path(folder))
+                return load_codec(place, gpt2, text_width, latent_width)
+            except (WeightsError, OSError) as error:
+                raise StageError(f"{self.job.node}: {error}") from None
 
     def run(self, unit: Unit, out: Output) -> None:
         captions = list(self.captions())
@@ -95,7 +117,7 @@ class Trainer:
         out.stats.rows_in = len(captions)
         out.stats.drop("duplicate_caption", len(captions) - distinct)
         out.stats.rows_out = distinct
-        history = self.train(train, held)
+        history = self.train(train, held) if self.config.weights is None else []
         best = self.bleu(held, self.config.beams)
         out.notes |= {"bleu4": round(best, 4), "beams": self.config.beams, "held_out": len(held), "history": history}
         log.info("%s: BLEU-4 %.3f on %d held-out captions, %d beams", self.job.node, best, len(held), self.config.beams)
@@ -181,7 +203,8 @@ def tables(job: Job) -> list[FileEntry]:
 def plan_training(job: Job, _: Records) -> list[Unit]:
     """One unit: the captions are small, and the codec is one model."""
     entries = tables(job)
-    return [Unit("codec", tuple(entry.sha256 for entry in entries), rows=sum(entry.rows for entry in entries))]
+    digests = (*(entry.sha256 for entry in entries), *sorted(job.lists.get("weights", {}).values()))
+    return [Unit("codec", digests, rows=sum(entry.rows for entry in entries))]
 
 
 def trainer_resources(config: TextCodecConfig) -> Resources:
@@ -205,6 +228,15 @@ class TextCodecStage(Stage):
     @classmethod
     def weights(cls, config: TextCodecConfig) -> dict[str, str]:
         return {"text": weights_digest(config.text, "clip"), "gpt2": weights_digest(config.gpt2, "gpt2")}
+
+    @classmethod
+    def lists(cls, config: TextCodecConfig) -> dict[str, list[str]]:
+        return {} if config.weights is None else {"weights": codec_files(config.weights)}
+
+    @classmethod
+    def check(cls, config: TextCodecConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        if "weights" in lists:
+            check_codec(config, lists["weights"])
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

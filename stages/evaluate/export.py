@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from infra.dataset import fetch_files
 from stages.drawing.assembly import assemble, encoder_digests
 from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord
 from stages.runner.recipe import encoder
@@ -32,6 +36,7 @@ class Exporter:
         from unidiffuser.layouts import write_set
 
         assemble(self.job, out.folder)
+        self.adapter(out.folder / "adapter")
         for layout in self.job.config.layouts:
             write_set(out.folder, out.folder / layout, layout)
         for path in sorted(out.folder.rglob("*")):
@@ -39,14 +44,27 @@ class Exporter:
                 out.path(str(path.relative_to(out.folder)), rows=1)
         out.stats.rows_in = out.stats.rows_out = len(out.rows)
 
+    def adapter(self, folder: Path) -> None:
+        """Write the adapter of a training with `lora` in peft's form: the network beside it has it merged in."""
+        sources = {"adapter_config.json": "adapter_config.json"}
+        sources[f"adapter_{self.job.config.weights}.safetensors"] = "adapter_model.safetensors"
+        entries = [entry for entry in self.job.inputs["checkpoint"].files if entry.name in sources]
+        if not entries:
+            return
+        folder.mkdir()
+        with tempfile.TemporaryDirectory() as scratch:
+            fetched = fetch_files(self.job.store, entries, Path(scratch))
+            for source, target in sources.items():
+                shutil.copyfile(fetched / source, folder / target)
+
 
 def plan_export(job: Job, _: Records) -> Iterator[Unit]:
     yield Unit("export", (), {})
 
 
 class Export(Stage):
-    """Folders uvit, vae, clip_image, clip_text and text_codec, provenance.json, a model card, and a folder a layout; its rows are
-    files."""
+    """Folders uvit, vae, clip_image, clip_text and text_codec, provenance.json, a model card, a folder a layout, and the adapter
+    of a training with `lora`; its rows are files."""
 
     name = "export"
     version = 3

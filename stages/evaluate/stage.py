@@ -57,6 +57,7 @@ class EvaluateConfig(StageConfig):
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
     clip: str = encoder("embedded", "open_clip model that judges, and embeds images")
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
+    data_type: Literal[0, 1] | None = Field(None, description="of a model with a data-type token; 1 when not given")
     batch: int = operational(25, "samples drawn at once", ge=1)
     workers: int | None = operational(None, "drawing processes at most; as many as the cluster holds when not given", ge=1)
 
@@ -88,7 +89,8 @@ class Model:
         try:
             return self.unidiffuser.generate(
                 task, count=1 if inputs else count, seeds=[config.seed + first + n for n in range(count)], steps=config.steps,
-                guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch, **inputs,
+                guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch,
+                data_type=config.data_type, **inputs,
             )  # fmt: skip
         except NotFinite as error:
             raise StageError(f"{self.job.node}: {error}; or the checkpoint has diverged") from None

@@ -304,6 +304,18 @@ class Stage:
         """
 
     @classmethod
+    def check_before(cls, config: Any, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]) -> None:
+        """Hold what lies outside against what the nodes before this one will make; called after `check`.
+
+        Args:
+            lists: as of `Job`.
+            before: stage -> the configurations of the nodes of the recipe that lead to this one, near or far.
+
+        Raises:
+            StageError: the two do not go together.
+        """
+
+    @classmethod
     def weights(cls, config: Any) -> dict[str, str]:
         """Encoder weights that the result depends on, as config field -> digest."""
         return {}

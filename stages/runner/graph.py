@@ -117,9 +117,22 @@ def plan(
         if outside is None and stage.check_refuses and planned[node.name].state != "hit":
             try:
                 stage.check(node.config, sources, lists)
+                stage.check_before(node.config, lists, _before(recipe, node))
             except StageError as error:
                 raise RecipeError(f"{node.name}: {error}") from None
     return planned
+
+
+def _before(recipe: Recipe, node: Node) -> dict[str, list[BaseModel]]:
+    """Stage -> configurations of the nodes that lead to one."""
+    found: dict[str, list[BaseModel]] = {}
+    waiting, seen = list(node.inputs.values()), set[str]()
+    while waiting:
+        if (name := waiting.pop()) not in seen:
+            seen.add(name)
+            waiting += recipe.nodes[name].inputs.values()
+            found.setdefault(recipe.nodes[name].stage, []).append(recipe.nodes[name].config)
+    return found
 
 
 def outside_of(planned: Mapping[str, Planned]) -> dict[str, Any]:

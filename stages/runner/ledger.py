@@ -148,7 +148,7 @@ class Ledger:
 
     def head(self, job: Job, root: str | None = None) -> Head | None:
         """The newest step of the line: of the chain that was grown last, or, while that has none, of the one that has come
-        furthest. None when no step of any is there.
+        furthest. None when no step of any is there; step 0 is none, for nothing was done to reach it.
 
         Args:
             job: of the stage.
@@ -157,7 +157,7 @@ class Ledger:
         heads = {}
         for entry in self.entries():
             done = Chain(job, entry.key, 0).done() if root in (None, entry.root) else {}
-            if done:
+            if max(done, default=0) > 0:
                 heads[entry.base] = Head(entry, max(done), done[max(done)])
         last = self.store.read_json(f"{self.folder}/{LAST}") or {"base": ""}
         furthest = max(heads.values(), key=lambda head: (head.step, head.entry.created), default=None)

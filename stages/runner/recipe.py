@@ -252,6 +252,8 @@ class _Builder:
         node = f"train-{name}"
         if before is not None:
             values["from"] = before = self.origin(node, f"{place}.from", before)
+            if values.get("weights") is not None and before["run"] != node:
+                raise RecipeError(f"{place}.weights: it starts from {before['run']} already; leave out one of the two")
             if before["run"] in self.nodes:
                 inputs["init"] = before["run"]
         return self.add(node, "train", values, place, inputs, bool(before) and before["run"] == node)
@@ -344,7 +346,8 @@ def explain(error: ValidationError, place: str) -> str:
     """The first problem as ``path: what is expected (got value)``; the number of further ones behind it."""
     problems = error.errors(include_url=False)
     first = problems[0]
-    path = ".".join(str(part) for part in (place, *first["loc"]) if str(part) != "")
+    # A choice by `kind` puts the kind into the path, where a recipe has no such key.
+    path = ".".join(str(part) for part in (place, *first["loc"]) if str(part) != "" and not str(part).startswith("kind="))
     message = (first["msg"][0].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"

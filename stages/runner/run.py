@@ -194,10 +194,10 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
 
 def _run_chain(phase: Phase, gang: Gang, chain: Chain) -> UnitRecord:
     """The chain's unit at its end, which stands for all before it: they may have given way to it."""
-    node, start = chain.job.node, chain.start(chain.done())
+    node, there = chain.job.node, chain.done()
     log.info("%s: %s", node, where_it_begins(chain))
-    emit_progress(node, phase.name, start, chain.end, "steps")
-    if start < chain.end:
+    emit_progress(node, phase.name, chain.start(there), chain.end, "steps")
+    if chain.end not in there:
         gang.run(chain)
     record = chain.record(chain.end)
     if record is None:

@@ -33,8 +33,10 @@ from training.config import Section
 # Fields that say how far a training goes, not what it is.
 LENGTH = frozenset({"steps", "growth_steps"})
 # Of the model, what decides the shapes of its weights.
-SHAPE = ("width", "depth", "heads", "patch")
+SHAPE = ("width", "depth", "heads", "patch", "data_type_token")
 ORDER_FILE = "order.json"
+# A change of which nothing that the optimizer has kept can go on.
+OTHER_OPTIMIZER = "optimizer.kind:"
 
 
 class Origin(Section):
@@ -129,8 +131,9 @@ def _grown(stage: type[Stage], job: Job, planned: Planned, head: Head) -> Parent
             return None
         changed = (f"data: {len(old)} -> {len(new)} shards",)
         if head.step >= job.config.steps and not job.config.growth_steps:
+            what = "has grown" if len(new) > len(old) else "was made again, with the same shards"
             raise StageError(
-                f"{job.node}: its data has grown, and step {head.step} of {job.config.steps} is done; raise steps to go on, or "
+                f"{job.node}: its data {what}, and step {head.step} of {job.config.steps} is done; raise steps to go on, or "
                 "set growth_steps to go so many further each time"
             )
     return Parent(
@@ -172,9 +175,11 @@ def _parent(
     keep = job.config.origin.keep
     if "order" in keep and (lost := _other_order(job, planned, order)):
         raise StageError(f"{job.node}: from: the order cannot go on: {lost[0]}; leave order out of keep")
+    if "optimizer" in keep and (other := [line for line in changed if line.startswith(OTHER_OPTIMIZER)]):
+        raise StageError(f"{job.node}: from: what an optimizer keeps is of no use to another ({other[0]}); leave it out of keep")
     # That it begins elsewhere is said already.
-    other = tuple(line for line in changed if not line.startswith("from"))
-    return Parent(node=node, chain=chain, step=step, begins=step if counts_on(keep) else 0, keep=keep, changed=other)
+    elsewise = tuple(line for line in changed if not line.startswith("from"))
+    return Parent(node=node, chain=chain, step=step, begins=step if counts_on(keep) else 0, keep=keep, changed=elsewise)
 
 
 def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
@@ -186,7 +191,8 @@ def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
         keeps_order = not _other_order(job, planned, order_of(job.store, head.record))
     except KeyError:
         keeps_order = True
-    keep = [kind for kind in ALL if kind != "order" or keeps_order]
+    keeps = {"order": keeps_order, "optimizer": not any(line.startswith(OTHER_OPTIMIZER) for line in changed)}
+    keep = [kind for kind in ALL if keeps.get(kind, True)]
     return f"{line}: fork with `{fork(job.node, keep)}`, or begin anew with --force {job.node}"
 
 

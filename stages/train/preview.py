@@ -104,10 +104,13 @@ def draw_sheet(job: Job, files: list[FileEntry], path: str) -> None:
         folder = put_together(checkpoint, "ema", codec, job.config, Path(scratch, "model"))
         model = UniDiffuser.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
 
+    kind = job.config.data.data_type
+
     def drawn(task: str, **wanted: Any) -> list[Any]:
         seeds = range(SEED, SEED + settings.count)
         return model.generate(
-            task, seeds=seeds, steps=settings.steps, guidance=settings.guidance, batch=settings.count, beams=1, **wanted
+            task, seeds=seeds, steps=settings.steps, guidance=settings.guidance, batch=settings.count, beams=1,
+            data_type=kind if isinstance(kind, int) else None, **wanted,
         )  # fmt: skip
 
     captions, count = _captions(job, settings.count), settings.count

@@ -13,21 +13,23 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import fsspec
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from infra.dataset import VERIFY, FileEntry, InputRef, by_prefix, fetch_files
 from infra.store import NotThere, Store, StoreError, sha256_of
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
-from stages.runner.recipe import encoder
+from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
+from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.origin import (
     LENGTH,
     ORDER_FILE,
@@ -46,7 +48,6 @@ from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
 from training.names import column_of
-from training.where import Comparison
 
 log = logging.getLogger("stages")
 
@@ -70,18 +71,29 @@ class TrainStageConfig(TrainConfig):
         ge=1,
         description="Steps to go further each time that the data has grown when `steps` are done, as with new data every week.",
     )
+    weights: str | None = external_file(
+        None,
+        "weights to start from instead of a training: uvit_v0.pth or uvit_v1.pth, a folder of diffusers' UniDiffuser, an export, "
+        "a native folder or a lone file of tensors; a path or URL",
+    )
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
     preview: PreviewConfig = operational(PreviewConfig(), "sheets of samples in the UI while it trains, one a checkpoint")
 
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> TrainStageConfig:
+        if self.lora is not None and self.weights is None:
+            raise ValueError("lora trains adapters on given weights, and nothing else: name them in `weights`, or leave out lora")
+        return self
+
     @field_validator("data")
     @classmethod
     def _known_columns(cls, data: DataConfig) -> DataConfig:
         """What encode writes is known before anything runs."""
-        for condition in map(Comparison.parse, data.where):
+        for field, condition in zip((*("where" for _ in data.where), "data_type"), data.conditions, strict=False):
             if column_of(condition.column, COLUMNS) is None:
-                raise ValueError(f"where names {condition.column}; latents have {', '.join(COLUMNS)}")
+                raise ValueError(f"{field} names {condition.column}; latents have {', '.join(COLUMNS)}")
         return data
 
 
@@ -189,6 +201,12 @@ def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[st
     return Fetched(job.store, record.files, f"{folder}/init", VERIFY), before
 
 
+def _foreign(job: Job, folder: str) -> Start | None:
+    if (files := job.lists.get("weights")) is None:
+        return None
+    return Start(job.store, job.config.weights, files, job.config.model.heads, job.config.text, f"{folder}/weights")
+
+
 def train_chain(chain: Chain) -> None:
     """Train from the newest checkpoint to the last step.
 
@@ -222,6 +240,7 @@ def train_chain(chain: Chain) -> None:
             init_from=init,
             keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
             fork=f"`{fork(job.node)}`",
+            weights=_foreign(job, folder),
         )
         try:
             outcome = train(run, on_row=on_row)
@@ -265,17 +284,35 @@ class Train(Stage):
         return {"init": found.reference()}
 
     @classmethod
+    def lists(cls, config: TrainStageConfig) -> dict[str, list[str]]:
+        return {} if config.weights is None else {"weights": files_of(config.weights)}
+
+    @classmethod
     def check(cls, config: TrainStageConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        if "weights" in lists:
+            check_network(config, lists["weights"], config.text)
         names = {address.rsplit("/", 1)[-1] for address in sources}
         if config.origin is not None and sources and (missing := sorted(NEEDED - names)):
             raise StageError(
                 f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote"
             )
+        if config.lora is not None and find_spec("peft") is None:
+            raise StageError("lora needs peft, which is not installed: pip install 'unidiffuser[lora]'")
+
+    @classmethod
+    def check_before(
+        cls, config: TrainStageConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
+    ) -> None:
+        width = next((codec.latent_width for codec in before.get("text-codec", ())), None)
+        for encode in before.get("encode", ()) if "weights" in lists else ():
+            check_data(config, lists["weights"], config.text, encode, width)
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp32 weights, moving average and two moments, for two checkpoints: the one being written and the one before.
-        return 2 * 4 * 4 * parameters(job.config.model)
+        # fp32 weights, moving average and what the optimizer keeps, of two checkpoints: that being written and the one before.
+        # What it keeps of adapters is small.
+        kept = 2 if job.config.lora is not None else 2 + job.config.optimizer.matrix_state
+        return 2 * kept * 4 * parameters(job.config.model)
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:

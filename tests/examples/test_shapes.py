@@ -32,7 +32,7 @@ from examples.shapes.world import (
     read_caption,
 )
 from training.config import ScheduleConfig
-from training.optimizer import learning_rate
+from training.rates import learning_rate
 
 RED_SQUARES = Scene("red", "square", "left", 2)
 

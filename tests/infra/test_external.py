@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from infra.external import _remote_digest, resolve
+from infra.external import _remote_digest, fetch_outside, resolve
 from infra.listing import OutsideError
 from infra.store import Store
 
@@ -187,3 +187,26 @@ def test_what_a_web_server_refuses_is_not_called_missing(web: str, store: Store,
     with pytest.raises(OutsideError, match="^http://127.0.0.1:9/list.txt: cannot be read: .*") as refused:
         resolve(["http://127.0.0.1:9/list.txt"], store)
     assert not isinstance(refused.value, FileNotFoundError) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["local", "remote"])
+def test_what_is_fetched_is_what_was_planned_with(tmp_path: Path, store: Store, here: bool):
+    root = str(tmp_path / "weights") if here else f"memory://{tmp_path.name}/weights"
+    files = {f"{root}/config.json": b"{}", f"{root}/below/model.bin": b"numbers"}
+
+    def write(address: str, content: bytes) -> None:
+        with fsspec.open(address, "wb", auto_mkdir=True) as file:
+            file.write(content)
+
+    for address, content in files.items():
+        write(address, content)
+    planned = resolve(list(files), store)
+    folder = fetch_outside(planned, root, store, tmp_path / "one")
+    assert {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == {
+        "config.json": b"{}", "below/model.bin": b"numbers",
+    }  # fmt: skip
+    (alone,) = (address for address in planned if address.endswith("model.bin"))
+    assert fetch_outside({alone: planned[alone]}, alone, store, tmp_path / "two").read_bytes() == b"numbers"
+    write(f"{root}/below/model.bin", b"other numbers")
+    with pytest.raises(OutsideError, match=f"^{root}: has changed since the run was planned; run again$"):
+        fetch_outside(planned, root, store, tmp_path / "three")

@@ -80,6 +80,9 @@ def test_what_grows_ends_its_epoch_and_goes_on_with_all_rows(growths: list[tuple
     order = Order(np.array(counts), seed, window, lanes, batch, [Growth(*growth) for growth in growths])
     groups, rows = order.locate(np.arange(200))
     assert list(zip(groups.tolist(), rows.tolist(), strict=True)) == expected[:200]
+    # By windows it is the same.
+    found = zip(*(part.tolist() for part in order.windows(np.arange(200))), strict=True)
+    assert [tuple(int(part[at]) for part in order.window(epoch, window)) for epoch, window, at in found] == expected[:200]
     # Until a growth, what is read is what it would be without.
     before = Order(np.array(counts[: growths[0][1]]), seed, window, lanes, batch)
     assert np.array_equal(before.locate(np.arange(growths[1][0]))[0], groups[: growths[1][0]])
@@ -121,13 +124,13 @@ def test_a_worker_with_lanes_of_its_own_reads_its_share_of_the_groups(tmp_path: 
     run = config(data={"shuffle_window": 1, "lanes": 4}, validation={"fraction": 0.0})
     loader = Loader(run, shards, 0, 4, _gather(run, shards, 4))
     touched = []
-    load = loader.reader._load
+    load = loader.reader.read
 
     def noting(file: int, group: int):
         touched.append((file, group))
         return load(file, group)
 
-    loader.reader._load = noting  # type: ignore[method-assign]
-    for step in range(32):  # an epoch: 256 rows
-        loader.keys(step)
+    loader.reader.read = noting  # type: ignore[method-assign]
+    for _ in loader.batches(0, 32):  # an epoch: 256 rows
+        pass
     assert len(touched) == len(set(touched)) == 8  # of 32, each once

@@ -12,16 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.training.plain import WEIGHTS, loss_of, losses_of, start
 from tests.training.synthetic import KeepIn, config, history, losses, write_shards
 from training.begin import ALL, Kept
 from training.checkpoint import CheckpointError, read_state
-from training.config import OptimizerConfig, ScheduleConfig, TrainConfig
+from training.config import TrainConfig
 from training.job import TrainingError, TrainJob
 from training.loader import Loader
-from training.loop import run, uvit_config
-from training.optimizer import learning_rate
-from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.uvit import UViT
+from training.loop import run
+from training.optimizers.adamw import AdamW
 from unidiffuser.weights import load_native
 
 CPU = torch.device("cpu")
@@ -42,46 +41,6 @@ def every_step(alone: None, shards: tuple[str, ...], tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("every-step")
     run(job(folder, shards, config(checkpoint_every=1)), CPU)
     return folder
-
-
-def start(shards: tuple[str, ...], settings: TrainConfig) -> UViT:
-    torch.manual_seed(settings.seed)
-    return UViT(uvit_config(settings, Loader(settings, shards).modalities))
-
-
-WEIGHTS = {"latent": 0.75, "clip": 0.02, "text": 0.23}
-
-
-def losses_of(model: UViT, batch, gamma: float = math.inf) -> dict[str, torch.Tensor]:
-    """Mean squared error of each part for one batch, in which the square of a sample counts min(snr, gamma) / snr."""
-    alpha_bar = NoiseSchedule().alpha_bar
-    noised = {}
-    for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
-        signal = alpha_bar[batch.timesteps[modality]].view(-1, *[1] * (batch.clean[part].dim() - 1))
-        noised[part] = signal.sqrt() * batch.clean[part] + (1 - signal).sqrt() * batch.noise[part]
-    predicted = model(noised, batch.timesteps)
-    found = {}
-    for part, modality in (("latent", "image"), ("clip", "image"), ("text", "text")):
-        signal = alpha_bar[batch.timesteps[modality]]
-        snr = signal / (1 - signal)
-        squares = (predicted[part] - batch.noise[part]).square().flatten(1).mean(1)
-        found[part] = (squares * snr.clamp(max=gamma) / snr).mean()
-    return found
-
-
-def loss_of(model: UViT, batch) -> torch.Tensor:
-    """UniDiffuser's objective written out for one batch, with the paper's weights."""
-    return sum(WEIGHTS[part] * mse for part, mse in losses_of(model, batch).items())
-
-
-def test_learning_rate_follows_the_formula() -> None:
-    plain = ScheduleConfig(warmup_steps=10)
-    assert [learning_rate(step, 2.0, plain) for step in (0, 4, 9, 10, 10**6)] == [0.2, 1.0, 2.0, 2.0, 2.0]
-    cosine = ScheduleConfig(warmup_steps=10, decay="cosine", decay_steps=110, final_fraction=0.1)
-    for step in range(10, 110):
-        expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 100)) / 2
-        assert learning_rate(step, 1.0, cosine) == pytest.approx(expected, abs=1e-12)
-    assert learning_rate(500, 1.0, cosine) == pytest.approx(0.1)
 
 
 def test_losses_and_weights_equal_plain_torch(every_step: Path, shards: tuple[str, ...]) -> None:
@@ -266,7 +225,7 @@ def test_data_that_grows_goes_on_with_the_same_rows_until_their_epoch_ends(
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(alone: None, shards: tuple[str, ...], tmp_path: Path) -> None:
     wild = config(gradient_clip=0.0, optimizer={"lr": 1.0, "betas": (0.0, 0.0)}).model_copy(
-        update={"optimizer": OptimizerConfig.model_construct(lr=1e30, weight_decay=0.0, betas=(0.0, 0.0))}
+        update={"optimizer": AdamW.model_construct(lr=1e30, weight_decay=0.0, betas=(0.0, 0.0))}
     )
     with pytest.raises(TrainingError, match=r"step [23]: \w+ is (nan|inf).*, and go on from there with `from: x`, or"):
         run(job(tmp_path, shards, wild, fork="`from: x`"), CPU)
@@ -296,8 +255,37 @@ def test_config_errors_say_what_is_expected() -> None:
         ({"data": {"where": ["aesthetic 5"]}}, "write COLUMN OP VALUE"),
         ({"data": {"lanes": 3}}, "not divisible by data.lanes 3"),
         ({"schedule": {"decay": "cosine"}}, "needs decay_steps"),
+        (
+            {"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 4}},
+            r"needs decay_start of at least warmup_steps \(5",
+        ),
+        (
+            {"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 8}},
+            r"needs decay_steps greater than decay_start \(8",
+        ),
+        ({"schedule": {"decay": "plateau"}, "validation": {"fraction": 0}}, "give validation.fraction a value above 0"),
+        ({"zero_stage": 0, "precision": "bf16"}, "use zero_stage 1, or precision fp32"),
+        ({"optimizer": {"kind": "sgd"}}, "kind is adamw or muon"),
+        ({"optimizer": {"kind": "muon", "betas": [0.9, 0.9]}}, "Extra inputs are not permitted"),
+        (
+            {"optimizer": {"kind": "muon"}, "lora": {}},
+            "the matrices of the blocks, which lora freezes; use adamw",
+        ),
+        ({"noise": {"beta_start": 0.5, "beta_end": 0.4}}, "beta_start 0.5 is above beta_end 0.4"),
         ({"model": {"width": 16, "depth": 3, "heads": 2}}, "must be even"),
         ({"learning_rate": 1}, "Extra inputs are not permitted"),
     ):
         with pytest.raises(ValueError, match=message):
             config(**copy.deepcopy(changes))
+
+
+def test_a_noise_schedule_of_its_own_is_trained_with_and_goes_with_the_checkpoint(
+    alone: None, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    settings = config(steps=1, noise={"beta_start": 0.005, "beta_end": 0.02})
+    run(job(tmp_path, shards, settings), CPU)
+    found = losses_of(start(shards, settings), Loader(settings, shards).batch(0), betas=(0.005, 0.02))
+    expected = sum(WEIGHTS[part] * mse.item() for part, mse in found.items())
+    told = next(row for row in history(tmp_path / "1") if row["kind"] == "train")
+    assert told["loss"] == pytest.approx(expected, abs=2e-6)
+    assert load_native(tmp_path / "1").config.noise == settings.noise

@@ -62,7 +62,8 @@ def test_bars_are_nothing_that_transformers_has(tmp_path):
     ("file", "settings", "message"),
     [
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "prediction_type 'v_prediction', not 'epsilon'"),
-        ("scheduler/scheduler_config.json", {"beta_end": 0.02}, "beta_end 0.02, not 0.012"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "linear"}, "beta_schedule 'linear', not 'scaled_linear'"),
+        ("scheduler/scheduler_config.json", {"beta_end": 2}, "beta_end"),
         ("clip_image_processor/preprocessor_config.json", {"do_normalize": False}, "do_normalize False"),
         ("clip_image_processor/preprocessor_config.json", {"resample": 0}, "resample"),
         ("clip_image_processor/preprocessor_config.json", {"size": {"shortest_edge": 300}}, "for an image_size of 96"),

@@ -184,6 +184,10 @@ def test_a_model_with_a_data_type_token_converts_and_samples(export, tmp_path): 
     assert_same(model.uvit.state_dict(), token.state_dict())
     images = [np.asarray(model.generate("i", steps=3, data_type=kind)[0].image) for kind in (None, 1, 0)]
     assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    with pytest.raises(ValueError, match="data type 2: expected 0 or 1"):
+        model.generate("i", steps=1, data_type=2)
+    with pytest.raises(ValueError, match="data type 1: this model does not tell types of data apart; leave it out"):
+        UniDiffuser.load(export).generate("i", steps=1, data_type=1)
 
 
 def test_official_files_have_the_official_names(export, tmp_path):  # noqa: F811

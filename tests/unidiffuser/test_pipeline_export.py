@@ -16,8 +16,10 @@ from unidiffuser.encoders import ClipEncoder
 from unidiffuser.generation import UniDiffuser
 from unidiffuser.layouts import write_set
 from unidiffuser.modalities import paper_modalities
+from unidiffuser.noise import NoiseConfig
 from unidiffuser.references import EMBEDDED
 from unidiffuser.sampling import NoiseSource, sample
+from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.uvit import UViT, UViTConfig
 from unidiffuser.weights import save_native
@@ -42,7 +44,10 @@ VERSION_0 = pytest.mark.parametrize("folder", ["v0"], indirect=True)
 
 @pytest.fixture(scope="module")
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export folder as the demo's, with the embedded autoencoder, CLIP and GPT-2; U-ViT and projections are untrained."""
+    """An export folder as the demo's, with the embedded autoencoder, CLIP and GPT-2; U-ViT and projections are untrained.
+
+    That of version 1 has a noise schedule of its own, which the pipeline must take over.
+    """
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("export")
     for name, kind in (("vae", "vae"), ("clip_image", "clip"), ("clip_text", "clip")):
@@ -51,7 +56,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     TextCodec.new("embedded", clip.text_width, 32).save(folder / "text_codec")
     latent = (6, PIXELS // 32, PIXELS // 32)
     modalities = paper_modalities(latent, clip=clip.embed_dim, text=(clip.context_length, 32))
-    network = UViT(UViTConfig(width=64, depth=2, heads=2, modalities=modalities, position_std=0.5,
+    noise = NoiseConfig(beta_start=0.005, beta_end=0.02) if request.param == "v1" else NoiseConfig()
+    network = UViT(UViTConfig(width=64, depth=2, heads=2, modalities=modalities, position_std=0.5, noise=noise,
                              data_type_token=request.param == "v1"))  # fmt: skip
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -78,7 +84,11 @@ def test_text_to_image_gives_the_same_picture(model, pipeline):
     modalities = model.uvit.config.modalities
     seeds, steps = [3, 4], 8
     kind = 1 if model.uvit.config.data_type_token else None  # the pipeline's own default
-    ours = sample(FromZero(model.uvit, "image"), "t2i", modalities, 2, steps, 0.0, seeds, condition=condition, data_type=kind)
+    schedule = NoiseSchedule.of(model.uvit.config.noise)
+    ours = sample(
+        FromZero(model.uvit, "image"), "t2i", modalities, 2, steps, 0.0, seeds, condition=condition, data_type=kind,
+        schedule=schedule,
+    )  # fmt: skip
     latent = ours["latent"] / model.vae.scaling_factor
     with torch.no_grad():
         picture = model.vae.model.decode(latent).sample.div(2).add(0.5).clamp(0, 1).permute(0, 2, 3, 1)

@@ -115,7 +115,7 @@ def test_prefect_refuses_a_wrong_value_by_the_name_of_its_field(
 
 def test_bounds_descriptions_choices_and_pairs_reach_the_form(demo: Recipe) -> None:
     fields = node_fields(demo.nodes["train-256"])["properties"]
-    assert fields["steps"]["minimum"] == 1 and "Optimizer steps" in fields["steps"]["description"]
+    assert fields["steps"]["minimum"] == 0 and "Optimizer steps" in fields["steps"]["description"]
     assert fields["precision"]["enum"] == ["fp32", "bf16", "auto"]
     betas = fields["optimizer"]["properties"]["betas"]
     assert betas["items"] == {"type": "number"} and (betas["minItems"], betas["maxItems"]) == (2, 2)

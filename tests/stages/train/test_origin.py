@@ -36,6 +36,11 @@ CHANGES: list[tuple[dict[str, Any], bool]] = [
     ({"data": {"where": ["aesthetic >= 1"]}}, False),
     ({"data": {"shuffle_window": 2}}, False),
     ({"data": {"lanes": 1}}, False),
+    ({"optimizer": {"decay": "matrices"}}, True),
+    ({"optimizer": {"kind": "muon"}}, True),
+    ({"noise": {"beta_start": 0.005, "beta_end": 0.02}}, True),
+    ({"timesteps": "sobol"}, True),
+    ({"schedule": {"warmup_steps": 2, "decay": "plateau", "look_every": 3}}, True),
     ({"seed": 1}, False),
     ({"global_batch": 4}, False),
 ]
@@ -59,6 +64,7 @@ def goes_on(training: Trainings, changes: dict[str, Any], keeps_order: bool) -> 
     assert f"{next(iter(changes))}" in str(error.value) and " -> " in str(error.value)
     fork = told(error)
     assert ("order" in fork["from"]["keep"]) == keeps_order
+    assert ("optimizer" in fork["from"]["keep"]) == (changes != {"optimizer": {"kind": "muon"}})
     forked = training(steps=8, **changes, **fork)
     assert training.began == [0, 5], "a step was lost"
     assert set(parse(training.advice.strip("`"))["from"]["keep"]) >= set(fork["from"]["keep"])

@@ -1,0 +1,100 @@
+"""LoRA: only adapters are trained, they come back bit-identically, and merged they compute what peft computes unmerged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests.stages.train.published import published
+from tests.training.synthetic import KeepIn, config, history, losses, write_shards
+from training.job import TrainingError, TrainJob
+from training.loader import Loader
+from training.loop import run
+from unidiffuser.weights import load_native, save_native
+
+CPU = torch.device("cpu")
+LORA = {"rank": 2, "alpha": 3, "targets": ("attn.qkv", "mlp.fc2", "skip_linear")}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    return write_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    save_native(folder, published())
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapted(alone: None, shards: tuple[str, ...], base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints after 3 and 6."""
+    folder = tmp_path_factory.mktemp("adapted")
+    run(TrainJob(config(lora=LORA), shards, str(folder / "work"), KeepIn(str(folder)), weights=base), CPU)
+    return folder
+
+
+def test_merged_equals_unmerged_and_nothing_else_has_changed(adapted: Path, base: str, shards: tuple[str, ...]) -> None:
+    before, after = load_native(base), load_native(adapted / "6")
+    changed = {name for name, tensor in before.state_dict().items() if not torch.equal(tensor, after.state_dict()[name])}
+    assert changed == {
+        f"{block}.{layer}.weight"
+        for block in ("in_blocks.0", "mid_block", "out_blocks.0")
+        for layer in LORA["targets"]
+        if layer != "skip_linear" or block == "out_blocks.0"
+    }
+    unmerged = PeftModel.from_pretrained(load_native(base), str(adapted / "6")).eval()
+    batch = Loader(config(), shards).batch(0)
+    with torch.no_grad():
+        ours, theirs, start = (model(batch.noise, batch.timesteps) for model in (after, unmerged, before))
+    for part in ours:
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=1e-6)
+        assert not torch.allclose(ours[part], start[part], atol=1e-4)
+    # The moving average is merged likewise, of what is beside it.
+    delta = {name: tensor.double() for name, tensor in load_file(adapted / "6" / "adapter_ema.safetensors").items()}
+    name = "base_model.model.mid_block.attn.qkv"
+    product = 3 / 2 * delta[f"{name}.lora_B.weight"] @ delta[f"{name}.lora_A.weight"]
+    moved = load_file(adapted / "6" / "ema.safetensors")["mid_block.attn.qkv.weight"] - before.mid_block.attn.qkv.weight
+    torch.testing.assert_close(moved.double(), product, rtol=0, atol=1e-7)
+
+
+def test_its_first_loss_is_that_of_the_weights_and_it_goes_on_bit_identically(
+    adapted: Path, base: str, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    plain = TrainJob(config(steps=0), shards, str(tmp_path / "work"), KeepIn(str(tmp_path / "plain")), weights=base)
+    run(plain, CPU)
+    assert losses(adapted / "6")[0] == losses(tmp_path / "plain" / "0")[0]
+    again = TrainJob(
+        config(lora=LORA), shards, str(tmp_path / "work"), KeepIn(str(tmp_path)), weights=base, resume=str(adapted / "3")
+    )
+    run(again, CPU)
+    assert history(tmp_path / "6") == history(adapted / "6")
+    files = sorted(path.name for path in (adapted / "6").iterdir() if path.name != "history.jsonl")
+    assert {"adapter_config.json", "adapter_model.safetensors", "adapter_ema.safetensors", "exp_avg.safetensors"} < set(files)
+    for name in files:
+        assert (tmp_path / "6" / name).read_bytes() == (adapted / "6" / name).read_bytes(), name
+    moments = load_file(adapted / "6" / "exp_avg.safetensors")
+    assert all("lora_" in name for name in moments) and len(moments) == 2 * 7
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_zero_stages_agree(adapted: Path, base: str, shards: tuple[str, ...], tmp_path: Path, zero_stage: int) -> None:
+    settings = config(lora=LORA, zero_stage=zero_stage, micro_batch=4)
+    run(TrainJob(settings, shards, str(tmp_path / "work"), KeepIn(str(tmp_path)), weights=base), CPU)
+    assert losses(tmp_path / "6") == pytest.approx(losses(adapted / "6"), abs=1e-5)
+    ours, theirs = (load_file(folder / "6" / "adapter_model.safetensors") for folder in (tmp_path, adapted))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+def test_adapters_need_weights_and_layers_that_are_there(alone: None, shards: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="lora trains adapters on given weights: name them in `weights`"):
+        run(TrainJob(config(lora=LORA), shards, str(tmp_path), KeepIn(str(tmp_path))), CPU)
+    with pytest.raises(ValueError, match="Input should be 'attn.qkv', "):
+        config(lora={"targets": ("attn.query",)})
