@@ -27,9 +27,9 @@ def own_graph(run: Run, planned: Planned, manifest: Manifest) -> str:
 
 
 def _node(run: Run, planned: Planned, name: str) -> str:
-    """The node of an input, also of one that is no node of this recipe."""
-    if name in planned.input_nodes:
-        return planned.input_nodes[name]
+    """The node of an input, also of one that is no node of this recipe; a parent is an earlier dataset of the node itself."""
+    if name in planned.input_nodes or name == "parent":
+        return planned.input_nodes.get(name, planned.name)
     reference = planned.inputs[name]
     found = find(run.store, reference.stage, reference.fingerprint)
     return found.manifest.node if found is not None else planned.name
