@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkResult
 
+from benchmarks.frame import machine
 from tests.mutants.session import Session
 
 # Mutants that behave as the code does, by name, each with its reason.
@@ -48,6 +50,8 @@ def summary(before: Session, after: Session, seed: int) -> dict[str, Any]:
         raise SystemExit(f"{EQUIVALENT}: {min(wrong)} was killed, so it is no equivalent; remove it")
     others = len(first) - len(reasons)
     return {
+        "command": "python -m tests.mutants FOLDER" + (" --tests REV" if after is not before else ""),
+        "machine": machine(torch.device("cpu")),
         "sample": len(first),
         "seed": seed,
         "commit": before.commit,
