@@ -2,7 +2,8 @@
 
 Two workers with ZeRO 1 train a U-ViT and write checkpoints into a store on the local disk. With `--before REV` the trainer of
 that commit does the same, in turns. `blocked_over_copy` is the time that a worker stands still for a checkpoint over that of
-copying its share once; `memory_ratio` is what rank 0 holds at most, over that of before.
+copying its share once, all workers at the same time; `memory_ratio` is what checkpoints add to the most that rank 0 holds while
+it trains, over the same of before. A step of few samples ends before a share is written, and the rest of it is copied.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def train(root: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
 def main(
     width: Annotated[int, typer.Option(min=64, help="Of the U-ViT, a multiple of 64.")] = 768,
     depth: Annotated[int, typer.Option(min=2, help="Of the U-ViT; with the width above, 100 million parameters.")] = 12,
-    every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 3,
+    batch: Annotated[int, typer.Option(min=2, help="Samples of a step, two at a time on each worker.")] = 16,
+    every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 2,
     checkpoints: Annotated[int, typer.Option(min=1, help="Checkpoints that are measured in a turn.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="How often the sides take turns.")] = 3,
     before: Annotated[str, typer.Option(help="Measure the trainer of this commit too.", metavar="REV")] = "",
@@ -80,8 +82,8 @@ def main(
         data = Path(stack.enter_context(tempfile.TemporaryDirectory()), "latents")
         write(data)
         settings = {
-            "data": str(data), "steps": every * (checkpoints + 1), "checkpoint_every": every, "global_batch": 4,
-            "workers": WORKERS, "precision": "fp32", "validation": {"fraction": 0.0},
+            "data": str(data), "steps": every * (checkpoints + 1), "checkpoint_every": every, "global_batch": batch,
+            "micro_batch": min(2, batch // WORKERS), "workers": WORKERS, "precision": "fp32", "validation": {"fraction": 0.0},
             "model": {"width": width, "depth": depth, "heads": width // 64},
         }  # fmt: skip
         roots = {"ours": ROOT}
@@ -100,18 +102,22 @@ def main(
     def of_rank_0(name: str, figure: str) -> float:
         return median(run[0][figure] for run in runs[name])
 
+    def added(name: str) -> int:
+        return round(median(run[0]["peak_mib"] - run[0]["peak_of_steps_mib"] for run in runs[name]))
+
     copy = typical("ours", "copy")
     figures: dict[str, Any] = {"blocked_s": typical("ours", "blocked"), "copy_s": copy}
     figures["blocked_over_copy"] = round(figures["blocked_s"] / copy, 3)
-    figures["peak_mib"] = round(of_rank_0("ours", "peak_mib"))
+    figures |= {"added_mib": added("ours"), "peak_mib": round(of_rank_0("ours", "peak_mib"))}
     ratio = 0.0
     if before:
         ratio = round(typical("before", "blocked") / figures["blocked_s"], 2)
         figures["before_blocked_s"] = typical("before", "blocked")
         figures["before_peak_mib"] = round(of_rank_0("before", "peak_mib"))
-        figures["memory_ratio"] = round(of_rank_0("ours", "peak_mib") / of_rank_0("before", "peak_mib"), 3)
+        figures["before_added_mib"] = added("before")
+        figures["memory_ratio"] = round(figures["added_mib"] / figures["before_added_mib"], 3)
     commits = {"commit": commit_of()} | ({"before": commit_of(before)} if before else {})
-    sizes = {"width": width, "depth": depth, "every": every, "checkpoints": checkpoints, "rounds": rounds}
+    sizes = {"width": width, "depth": depth, "batch": batch, "every": every, "checkpoints": checkpoints, "rounds": rounds}
     Result("checkpoint", ratio, "before", figures, words, {**commits, "sizes": sizes, "runs": runs}).finish(file)
 
 

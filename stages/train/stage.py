@@ -12,6 +12,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, cast
 from uuid import uuid4
@@ -19,7 +20,7 @@ from uuid import uuid4
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from infra.dataset import InputRef, by_prefix
-from infra.store import NotThere, Store
+from infra.store import NotThere, Store, StoreError
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational
 from stages.runner.recipe import encoder, external_file
@@ -101,6 +102,14 @@ def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[st
     return Fetched(job.store, record.files, f"{folder}/init"), before
 
 
+def _shards(job: Job, records: Sequence[UnitRecord]) -> list[str]:
+    """The shards of a chain in the order in which they came, by digest, as its newest checkpoint that can be read says."""
+    for record in reversed(records):
+        with suppress(StoreError):
+            return cast(list[str], order_of(job.store, record)["shards"])
+    return []
+
+
 def _foreign(job: Job, folder: str) -> Start | None:
     if (files := job.lists.get("weights")) is None:
         return None
@@ -132,8 +141,9 @@ def train_chain(chain: Chain) -> None:
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
     with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
-        resume = Newest(chain, tuple(step for step in done if step <= start), f"{folder}/resume") if start in done else None
-        init, before = _begin(chain, folder) if resume is None else (None, order_of(job.store, done[start])["shards"])
+        there = tuple(step for step in done if step <= start)
+        resume = Newest(chain, there, f"{folder}/resume") if there else None
+        init, before = _begin(chain, folder) if resume is None else (None, _shards(job, [done[step] for step in there]))
         data = arrived(shards(job, job.inputs), before)
         run = TrainJob(
             config=job.config.model_copy(update={"steps": chain.end}),

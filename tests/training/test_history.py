@@ -26,6 +26,7 @@ def test_a_row_is_the_mean_of_its_steps_and_the_speed_of_its_seconds(monkeypatch
     assert (meter.rows, meter.pending, meter.pending_steps) == ([row], {}, 0)
     # A step that was skipped is in no mean, and an interval of nothing else is told with the next one.
     assert meter.step(3, 0.2, {"loss": 3.0}, {}) is None
+    now[0] += 1
     row = meter.step(4, 0.2, {}, {"skipped": 1})
     assert row is not None and (row["loss"], row["skipped"], row["checkpoint_wait"]) == (3.0, 1, 0.0)
     assert (meter.step(5, 0.2, {}, {"skipped": 2}), meter.step(6, 0.2, {}, {"skipped": 3})) == (None, None)

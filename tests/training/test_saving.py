@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
@@ -18,7 +19,7 @@ from training.checkpoint import Checkpoint, CheckpointError
 from training.history import read_history
 from training.job import TrainingError, TrainJob
 from training.loop import run
-from training.saving import Held
+from training.saving import Held, finite
 from training.shares import CHUNK, DamagedShare, Shares, merge, share_name
 from unidiffuser.weights import read_config
 
@@ -69,6 +70,15 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_changes_nothing_of_i
         assert (tmp_path / step / SHARE).read_bytes() == (whole / step / SHARE).read_bytes()
         assert history(tmp_path / step) == history(whole / step)
     assert all(row["checkpoint_wait"] >= 0 for row in read_history(tmp_path / "6/history.jsonl") if row["kind"] == "train")
+
+
+def test_great_numbers_are_finite_and_one_that_is_not_is_found() -> None:
+    numbers = np.full(1000, 1e38, np.float32)
+    assert finite(numbers)
+    for bad in (np.nan, np.inf, -np.inf):
+        numbers[500] = bad
+        assert not finite(numbers) and not finite(numbers[500:501])
+    assert not finite(np.array([np.inf, -np.inf], np.float32))
 
 
 def test_what_is_taken_is_what_was_held_whenever_it_is_sealed() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,9 @@ def unit_of(training: Trainings, step: int) -> Path:
     return Path(training.store.url(chain.job.unit_folder(chain.key_of(step))))
 
 
+@pytest.mark.parametrize("damage", [lambda share: flip(share, 2000), lambda share: shutil.rmtree(share.parent)])
 def test_in_place_of_a_damaged_checkpoint_the_one_before_is_taken_and_said(
-    training: Trainings, caplog: pytest.LogCaptureFixture
+    training: Trainings, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     whole = training(steps=12)
     training.recipe = "again"
@@ -81,10 +84,10 @@ def test_in_place_of_a_damaged_checkpoint_the_one_before_is_taken_and_said(
         training(steps=12)
     training.stop_at = None
     (share,) = unit_of(training, 11).glob(f"@*/{SHARE}")
-    flip(share, 2000)
+    damage(share)
     again = training(steps=12)
     assert training.began == [0, 0, 10] and same_tensors(again, whole)
-    assert any("step 11 is damaged, and set aside" in line and "damaged (sha256" in line for line in caplog.messages)
+    assert any("step 11 is damaged, and set aside" in line and "cannot be gone on from" in line for line in caplog.messages)
     assert any("goes on from that of step 10" in line for line in caplog.messages)
     rows = [json.loads(line) for line in again.open(again.file("history.jsonl")).read().splitlines()]
     assert [row["said"] for row in rows if row["kind"] == "damage"] == [
