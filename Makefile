@@ -56,8 +56,10 @@ test-trainer: setup
 	$(PY) -m pytest -m trainer
 	$(PY) -m tests.training.equal --json docs/results/trainer-equal.json
 
-# Kills at random moments, fifty over select, download and filter, 32 over whole recipes as deployments: an hour.
+# Kills at random moments, fifty over select, download and filter, 32 over whole recipes as deployments, twenty while checkpoints
+# are written: an hour.
 chaos: setup
+	$(PY) -m tests.training.chaos $$(mktemp -d) --kills 20 --json docs/results/chaos-checkpoints.json
 	$(PY) -m tests.pipelines.chaos data $$(mktemp -d) --kills 50 --json docs/results/chaos-data.json
 	$(PY) -m tests.pipelines.chaos deployed $$(mktemp -d) --kills 32 --json docs/results/chaos-deployed.json
 

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 # Small files that an object store is asked for at once; the answers are held in memory.
 READ_AT_ONCE = 1000
+# Bytes of a part of a file that is sent to an object store while it is made; there may be 10,000 of them.
+PART = 2**25
 
 
 class StoreError(Exception):
@@ -46,6 +48,22 @@ def _read_local(path: str) -> bytes | None:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+class Writing:
+    """A file of a store while it is written, with the size and the digest of what was written so far."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.bytes += len(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
 
 class Store:
@@ -198,6 +216,41 @@ class Store:
 
     def write_json(self, path: str, value: Any, once: bool = False) -> bool:
         return self.write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), once)
+
+    @contextmanager
+    def writing(self, path: str) -> Iterator[Writing]:
+        """Write a file of any size piece by piece; it appears whole when the block ends, and not at all when that raises.
+
+        To an object store it goes in parts while it is written. It is not read back: its size is compared.
+
+        Raises:
+            StoreError: what arrived has another size.
+        """
+        if self.local:
+            target = Path(self._full(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.{uuid4().hex}.part")
+            try:
+                with open(part, "wb") as file:
+                    writing = Writing(file)
+                    yield writing
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._rename(part, target)
+            finally:
+                with suppress(FileNotFoundError):
+                    part.unlink()
+        else:
+            sent = self.fs.open(self._full(path), "wb", block_size=PART)
+            writing = Writing(sent)
+            try:
+                yield writing
+            except BaseException:
+                sent.discard()
+                raise
+            sent.close()
+        if (found := self.fs.info(self._full(path))["size"]) != writing.bytes:
+            raise StoreError(f"{self.url(path)}: {found:,} bytes arrived of {writing.bytes:,}; check the disk and run again")
 
     def publish(self, source: str | Path, path: str) -> tuple[int, str]:
         """Move a finished local file into the store, read it back and return (bytes, sha256).

@@ -1,37 +1,40 @@
 """A checkpoint on disk: a folder that any number of workers, with any ZeRO stage, can resume from.
 
-    config.json, model.safetensors    the weights as trained, fp32, a native folder of `unidiffuser.weights`
-    ema.safetensors                   their moving average, fp32, which sampling uses
-    STATE.safetensors                 what the optimizer keeps, fp32: AdamW's exp_avg and exp_avg_sq, Muon's momentum_buffer of
-                                      its matrices
-    trainer.json                      step, counters, the names STATE, and what must be the same in the run that resumes
-    history.jsonl                     the history so far
-    adapter_...                       of a run with adapters, whose moments are those of the adapters; see `training.adapters`
+    config.json           the model's configuration, as in a native folder of `unidiffuser.weights`
+    share-....safetensors the weights as trained, their moving average, which sampling uses, and what the optimizer keeps (AdamW's
+                          exp_avg and exp_avg_sq, Muon's momentum_buffer of its matrices), all fp32; see `training.shares`
+    trainer.json          step, counters, the names of what the optimizer keeps, and what must be the same in the run that resumes
+    history.jsonl         the history so far
+    adapter_..., model.safetensors, ema.safetensors
+                          of a run with adapters, whose shares hold nothing else; see `training.adapters`
 
-Nothing random is stored: data order and noise are functions of the step. Rank 0 writes all of it, one kind of tensor at a
-time, so it holds one fp32 copy of the model in memory (3.8 GB for the paper's).
+Nothing random is stored: data order and noise are functions of the step. Every worker writes a share; see `training.saving`.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from training.adapters import Adapters, in_file, is_adapter
+from training.adapters import Adapters
 from training.begin import Growth
+from training.damage import Damage
 from training.ema import Ema
-from training.history import Meter, read_history, write_history
+from training.history import Meter, history_text, read_history
 from training.masters import Masters
 from training.rates import Plateau
+from training.saving import Piece
+from training.shares import DamagedShare, Shares, key_of
 from unidiffuser.uvit import UViTConfig, resize_positions
 
-# What a run with adapters keeps of each, apart and merged.
-ADAPTED = ("model", "ema")
+COPIED_AT_ONCE = 2**22
 
 
 class CheckpointError(ValueError):
@@ -42,7 +45,7 @@ class TrainerState(BaseModel):
     """`trainer.json`. `global_batch`, `seed` and `rows` decide the order of the data, so a resumed run needs the same; `growth`
     says how many shards there were, by place of the order, which began at step `order_from`.
 
-    `optimizer` names the files of what the optimizer keeps.
+    `optimizer` names the kinds of what the optimizer keeps, `damage` is what the training has met.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,29 +63,55 @@ class TrainerState(BaseModel):
     pending_steps: int
     optimizer: list[str]
     plateau: Plateau
+    damage: Damage
     workers: int
     zero_stage: int
     precision: str
 
 
-def write_checkpoint(
-    folder: Path, model: UViTConfig, masters: Masters, ema: Ema, state: TrainerState, meter: Meter, adapters: Adapters | None
-) -> None:
-    """Write a checkpoint into a new folder. All workers call it; rank 0 writes."""
-    writes = dist.get_rank() == 0
-    if writes:
-        folder.mkdir(parents=True)
-    kinds = {"model": masters.vectors, "ema": ema.vectors, **{kind: masters.state(kind) for kind in state.optimizer}}
-    for kind, vectors in kinds.items():
-        tensors = masters.gather(vectors, masters.having(kind) if kind in state.optimizer else None)
-        if writes and adapters is not None and kind in ADAPTED:
-            adapters.write(folder, kind, tensors)
-        elif writes:
-            save_file(tensors, folder / f"{kind}.safetensors")
-    if writes:
-        (folder / "config.json").write_text(model.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        write_history(folder / "history.jsonl", meter.rows)
-        (folder / "trainer.json").write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def pieces_of(masters: Masters, ema: Ema) -> list[Piece]:
+    """What this worker writes: key and flat vector of each piece, which are the training's own."""
+    kinds = {"model": masters.vectors, "ema": ema.vectors, **{kind: masters.state(kind) for kind in masters.state_kinds}}
+    return [
+        (key_of(kind, name, place.parameter_start), vectors[place.vector].detach().view(-1).narrow(0, place.start, place.length))
+        for kind, vectors in kinds.items()
+        for name, place in masters.owned(masters.having(kind) if kind in masters.state_kinds else list(masters.shapes))
+    ]
+
+
+def told_by_shares(masters: Masters) -> dict[str, str]:
+    """The metadata of every share."""
+    return {"shapes": json.dumps({name: list(shape) for name, shape in masters.shapes.items()})}
+
+
+def other_files(
+    model: UViTConfig, masters: Masters, ema: Ema, state: TrainerState, meter: Meter, adapters: Adapters | None
+) -> Callable[[], Iterator[tuple[str, Iterator[bytes]]]]:
+    """What gives all files but the shares, by name and piece by piece, on rank 0. All workers must call this."""
+    adapted = {}
+    if adapters is not None:
+        adapted = {"model": masters.gather(masters.vectors), "ema": masters.gather(ema.vectors)}
+    texts = {"config.json": model.model_dump_json(indent=2), "trainer.json": state.model_dump_json(indent=2)}
+    rows = list(meter.rows)
+
+    def files() -> Iterator[tuple[str, Iterator[bytes]]]:
+        for name, text in texts.items():
+            yield name, iter([f"{text}\n".encode()])
+        yield "history.jsonl", iter([history_text(rows).encode()])
+        if adapters is not None:
+            with tempfile.TemporaryDirectory(prefix="unidiffuser-adapters-") as folder:
+                for kind, tensors in adapted.items():
+                    adapters.write(Path(folder), kind, tensors)
+                for path in sorted(Path(folder).iterdir()):
+                    yield path.name, _in_pieces(path)
+
+    return files
+
+
+def _in_pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(COPIED_AT_ONCE):
+            yield data
 
 
 def _read(path: Path) -> str:
@@ -127,24 +156,38 @@ class Checkpoint:
             if ours != theirs:
                 raise CheckpointError(f"{self.folder}: its model has {field} {theirs}, this run's has {ours}")
         try:
+            self.shares = Shares(self.folder)
+        except DamagedShare as error:
+            raise CheckpointError(str(error)) from error
+        try:
             self.tensor("model", "position")
         except ValueError as error:
             raise CheckpointError(f"{self.folder}: its model does not fit the shards: {error}") from error
 
     def tensor(self, kind: str, name: str) -> Tensor:
         """One fp32 tensor of `model`, `ema` or a kind that the optimizer keeps; the position table in this run's size."""
+        tensor = self._adapted(kind, name) if name not in self.shares.shapes else self.shares.tensor(kind, name)
+        return resize_positions({name: tensor}, self.saved, self.model)[name] if name == "position" else tensor
+
+    def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
+        """Numbers of a flattened tensor from `start` on, (length,)."""
+        if name == "position" or name not in self.shares.shapes:
+            return self.tensor(kind, name).reshape(-1)[start : start + length]
+        return self.shares.read(kind, name, start, length)
+
+    def _adapted(self, kind: str, name: str) -> Tensor:
+        """A tensor that a run with adapters has not trained, which lies in files with the adapters merged in."""
         path = self.folder / f"{kind}.safetensors"
-        if kind in ADAPTED and is_adapter(name):
-            path, name = self.folder / f"adapter_{kind}.safetensors", in_file(name)
         try:
             with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(name)
+                return file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read ({error})") from error
-        return resize_positions({name: tensor}, self.saved, self.model)[name] if name == "position" else tensor
 
     def names(self) -> list[str]:
         """Names of the tensors of the model."""
+        if "position" in self.shares.shapes:
+            return self.shares.names("model")
         with safe_open(self.folder / "model.safetensors", framework="pt") as file:
             return list(file.keys())
 
@@ -159,11 +202,11 @@ class Checkpoint:
 
     def restore_weights(self, masters: Masters) -> None:
         """Set the master weights exactly."""
-        masters.scatter(lambda name: self.tensor("model", name), masters.vectors)
+        masters.scatter(partial(self.read, "model"), masters.vectors)
 
     def restore_average(self, masters: Masters, ema: Ema) -> None:
         """Set the moving average exactly."""
-        masters.scatter(lambda name: self.tensor("ema", name), ema.vectors)
+        masters.scatter(partial(self.read, "ema"), ema.vectors)
         ema.updates = self.state.ema_updates
 
     def restore_optimizer(self, masters: Masters) -> None:
@@ -179,7 +222,7 @@ class Checkpoint:
             )
         tensors = {kind: masters.empty() for kind in masters.state_kinds}
         for kind, vectors in tensors.items():
-            masters.scatter(lambda name, kind=kind: self.tensor(kind, name), vectors, masters.having(kind))  # type: ignore[misc]
+            masters.scatter(partial(self.read, kind), vectors, masters.having(kind))
         masters.set_state(tensors, self.state.optimizer_steps)
 
     def restore_history(self, meter: Meter) -> None:

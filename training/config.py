@@ -5,10 +5,12 @@ See `training.section` for fields that cannot change the result.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from training.damage import DamageConfig
 from training.optimizers.adamw import AdamW
 from training.optimizers.choice import OptimizerConfig
 from training.rates import ScheduleConfig
@@ -156,6 +158,19 @@ class ValidationConfig(Section):
     samples: int = Field(256, ge=1, description="Rows that a validation looks at, at most.", json_schema_extra=OPERATIONAL)
 
 
+class KeepConfig(Section):
+    """Which checkpoints stay."""
+
+    last: int = Field(3, ge=1, description="The newest so many checkpoints stay.")
+    every: int | None = Field(
+        None, ge=1, description="Those whose step is a multiple of this stay as well; the others give way to newer ones."
+    )
+
+    def of(self, steps: Collection[int]) -> set[int]:
+        """Those of these steps that stay."""
+        return {step for step in steps if self.every is not None and step % self.every == 0} | set(sorted(steps)[-self.last :])
+
+
 class TrainConfig(Section):
     """One training stage, the paper's values as defaults (arXiv 2303.06555, section 6.1 and U-ViT)."""
 
@@ -200,12 +215,8 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile, where a C++ compiler is found.", json_schema_extra=OPERATIONAL)
     checkpoint_every: int = Field(1000, ge=1, description="Steps between two checkpoints.", json_schema_extra=OPERATIONAL)
     log_every: int = Field(50, ge=1, description="Steps that one row of the history averages.", json_schema_extra=OPERATIONAL)
-    keep_every: int | None = Field(
-        None,
-        ge=1,
-        description="Keep the checkpoints whose step is a multiple of this; others give way to the next one.",
-        json_schema_extra=OPERATIONAL,
-    )
+    keep: KeepConfig = Field(default_factory=KeepConfig, description="Which checkpoints stay.", json_schema_extra=OPERATIONAL)
+    damage: DamageConfig = Field(default_factory=DamageConfig, description="What is done about damage.")
 
     @property
     def lanes(self) -> int:

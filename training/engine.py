@@ -30,7 +30,8 @@ def deepspeed_config(config: TrainConfig, world: int, precision: str) -> dict[st
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.global_batch // world // micro_batch,
-        "gradient_clipping": config.gradient_clip,
+        # Without ZeRO, `training.guard` clips.
+        "gradient_clipping": config.gradient_clip if config.zero_stage else 0.0,
         "bf16": {"enabled": precision == "bf16"},
         "zero_optimization": {"stage": config.zero_stage},
         # torch's AdamW: DeepSpeed's CPU Adam is compiled at the first start, which takes a minute and a compiler.

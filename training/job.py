@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from training.begin import Kept
 from training.config import TrainConfig
@@ -20,6 +22,51 @@ class TrainingBug(TrainingError):
     """Training broke in a way that nobody foresaw; its cause holds the worker's traceback."""
 
 
+class Writing(Protocol):
+    """A file while it is written."""
+
+    bytes: int
+
+    @property
+    def sha256(self) -> str: ...
+
+    def write(self, data: bytes | memoryview) -> None: ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of a checkpoint as it was written; `name` has no folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class Keeper(Protocol):
+    """Where the checkpoints of a run are kept; every worker has a copy of it, and calls it in a thread."""
+
+    def writing(self, step: int, name: str) -> AbstractContextManager[Writing]:
+        """Write a file of the checkpoint of a step, whose files count once they are committed."""
+
+    def commit(self, step: int, files: Sequence[Written], rows: int, metrics: Row) -> None:
+        """Make the checkpoint of a step count, by a worker alone.
+
+        Args:
+            files: of all workers.
+            rows: that the training reads.
+            metrics: newest row of the history (see `training.history`).
+        """
+
+    def steps(self) -> list[int]:
+        """The steps whose checkpoints count, ascending."""
+
+    def fetch(self, step: int, folder: str) -> str:
+        """A folder with the files of a checkpoint, on this machine: `folder` or one that is there already."""
+
+    def set_aside(self, step: int) -> None:
+        """Let a checkpoint count no longer; its files stay for whoever wants to look at them."""
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """One run of a training stage; picklable, because workers on other machines get it.
@@ -27,11 +74,12 @@ class TrainJob:
     Attributes:
         config: what to train.
         shards: latent shards in their fixed order, paths or fsspec URLs that every worker can read.
-        work_folder: local scratch folder; checkpoints are written below it and removed when published.
-        publish: called in the worker of rank 0 as `publish(folder, step, metrics)` when a checkpoint is complete on its disk;
-            `metrics` is the newest row of the history (see `training.history`). Training goes on when it returns.
-        resume: checkpoint of this run to go on from: a folder, or a function that fetches the newest one and gives the
-            folder, or None when there is none. It is called once on every machine.
+        work_folder: local scratch folder.
+        publish: where checkpoints go.
+        resume: checkpoint of this run to go on from: a folder, or a function that fetches the newest one that is whole and gives
+            the folder, or None when there is none. It is called once on every machine, and what it has fetched is removed when
+            it is read.
+        newest: the step of the newest checkpoint of this run, whole or not.
         init_from: checkpoint of another run to begin from, in the same forms; the position table is interpolated when the grid
             has another size. Not read when resuming.
         keep: what to take of `init_from`, see `training.begin`.
@@ -42,8 +90,9 @@ class TrainJob:
     config: TrainConfig
     shards: tuple[str, ...]
     work_folder: str
-    publish: Callable[[str, int, Row], None]
+    publish: Keeper
     resume: Source = None
+    newest: int | None = None
     init_from: Source = None
     keep: tuple[Kept, ...] = ("weights", "ema")
     fork: str = "`from`"

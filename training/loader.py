@@ -8,6 +8,7 @@ the run was resumed. A batch is made as a whole: nothing here is done for each s
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +23,13 @@ from torch import Tensor
 from training import draws
 from training.begin import Growth
 from training.config import TrainConfig
-from training.latents import LatentReader, LatentSpec, Parts, RowGroup, Selection, ShardIndex
+from training.latents import LatentReader, LatentSpec, Parts, RowGroup, Selection, ShardError, ShardIndex
 from training.order import Order
 from training.timesteps import timesteps_at
 from training.windows import Windows, empty_parts
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
+
+log = logging.getLogger(__name__)
 
 VALIDATION_LEVELS = 8
 MAKERS = 2
@@ -103,6 +106,12 @@ def draw_latents(z: NDArray[np.float32], moments: NDArray[np.float16], scaling_f
         piece *= np.float32(scaling_factor)
 
 
+def too_many_damaged(config: TrainConfig, found: int, what: object) -> ShardError:
+    """The error of more damaged row groups than the configuration allows."""
+    allowed = config.damage.skip_damaged
+    return ShardError(f"{found} row groups are damaged, and damage.skip_damaged allows {allowed}: {what}")
+
+
 class Loader:
     """The batches of one worker.
 
@@ -133,6 +142,8 @@ class Loader:
     ) -> None:
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
         self.order_from = order_from
+        # By number, what is wrong with each row group that this worker met.
+        self.damaged: dict[int, str] = {}
         conditions, kind = config.data.conditions, config.data.data_type
         where = conditions[: len(config.data.where)]
         selection = Selection(where, config.validation.fraction, conditions[-1] if isinstance(kind, str) else kind)
@@ -223,7 +234,29 @@ class Loader:
         return self._made(draws.VALIDATION, numbers, rows, fixed)
 
     def _read(self, group: int) -> RowGroup:
-        return self.reader.read(int(self.index.file[group]), int(self.index.group[group]))
+        """A row group; in place of one that is damaged, rows of the next ones, as far as the configuration allows that."""
+        try:
+            return self.reader.read(int(self.index.file[group]), int(self.index.group[group]))
+        except ShardError as error:
+            if self.config.damage.skip_damaged == 0:
+                raise
+            if group not in self.damaged:
+                log.warning("%s", error)
+                self.damaged[group] = str(error)
+            if len(self.damaged) > self.config.damage.skip_damaged:
+                raise too_many_damaged(self.config, len(self.damaged), error) from error
+            return self._instead(group)
+
+    def _instead(self, group: int) -> RowGroup:
+        """As many rows for training and as many held-out ones as a damaged row group has, of those that come next."""
+        groups, kinds = len(self.index.train), (self.index.train, self.index.held)
+        wanted = int(self.index.train[group]), int(self.index.held[group])
+        for other in ((group + step) % groups for step in range(1, groups)):
+            if all(counts[other] > 0 or not rows for counts, rows in zip(kinds, wanted, strict=True)):
+                read = self._read(other)
+                train, held = (np.resize(rows, count) for rows, count in zip((read.train, read.held), wanted, strict=True))
+                return RowGroup(read.keys, read.parts, train, held)
+        raise ShardError(f"{self.reader.shards[int(self.index.file[group])]}: no row group is left in place of a damaged one")
 
     def _window_starts(self, step: int) -> dict[tuple[int, int], int]:
         """The windows of this worker's part of a step, and the first offset in each."""

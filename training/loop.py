@@ -6,12 +6,10 @@ change it by rounding only (not at all when the number of workers and the micro-
 
 from __future__ import annotations
 
+import gc
 import logging
-import math
-import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,15 +17,21 @@ from torch import Tensor
 
 from training.adapters import Adapters, is_adapter
 from training.begin import ALL, begin, counts_on
-from training.checkpoint import Checkpoint, TrainerState, read_state, write_checkpoint
+from training.checkpoint import Checkpoint, TrainerState, other_files, pieces_of, read_state, told_by_shares
 from training.config import TrainConfig
+from training.damage import Damage
 from training.ema import Ema
 from training.engine import compiled, initialise_engine
+from training.fetching import Fetching, gathered
+from training.guard import Guard, unless_finite
 from training.history import Meter, Row
-from training.job import Outcome, Source, TrainingError, TrainJob
-from training.loader import Batch, Loader
+from training.job import Outcome, TrainingError, TrainJob
+from training.loader import Batch, Loader, too_many_damaged
 from training.masters import Masters
 from training.rates import Plateau, learning_rate
+from training.rollback import Back, GoBack, go_back
+from training.saving import NotFinite, Saver
+from training.shares import share_name
 from training.weights import ForeignWeights
 from unidiffuser.modalities import Modality, all_parts, resized
 from unidiffuser.objective import JointObjective
@@ -60,42 +64,41 @@ def run(
         on_row: gets every row of the history on rank 0.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: there was more damage than the configuration allows, or a checkpoint could not be written.
         ShardError, CheckpointError, WeightsMisfit: an input cannot be used.
     """
-    return _Run(job, device).run(stop_requested, on_row)
-
-
-def _gathered(found: list) -> list[list]:
-    everybody: list[list] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everybody, found)
-    return everybody
-
-
-def fetched(source: Source) -> str | None:
-    """The local folder of a source; a function is called by the first worker of every machine, the others wait for it."""
-    if not callable(source):
-        return source
-    local, node = int(os.environ.get("LOCAL_RANK", dist.get_rank())), int(os.environ.get("NODE_RANK", 0))
-    mine = [(node, source())] if local == 0 else []
-    folders = dict(pair for pairs in _gathered(mine) for pair in pairs)
-    return folders[node]
+    back: Back | None = None
+    while True:
+        fetching = Fetching(job.work_folder)
+        try:
+            return _Run(job, device, fetching, back).run(stop_requested, on_row)
+        except GoBack as error:
+            back = error.back
+            log.warning("%s", error)
+        finally:
+            fetching.remove()
+        # The engine and its buffers hold each other.
+        gc.collect()
 
 
 class _Run:
     """Everything that one worker holds while it trains."""
 
-    def __init__(self, job: TrainJob, device: torch.device) -> None:
-        self.job, self.config, self.device = job, job.config, device
+    def __init__(self, job: TrainJob, device: torch.device, fetching: Fetching, back: Back | None) -> None:
+        self.job, self.config, self.device, self.fetching = job, job.config, device, fetching
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        folder = fetched(job.resume)
+        resume = partial(job.publish.fetch, back.step, f"{job.work_folder}/back-{back.step}") if back is not None else job.resume
+        folder = fetching(resume)
         self.keep = job.keep if folder is None else ALL
-        folder = folder if folder is not None else fetched(job.init_from)
+        folder = folder if folder is not None else fetching(job.init_from)
         state = read_state(folder) if folder is not None else None
         self.begin = begin(state, self.keep, len(job.shards), self.config.global_batch)
+        self.damage, self.tries = Damage() if state is None or not counts_on(self.keep) else state.damage, 0
+        if back is not None:
+            self.begin, self.damage, self.tries = back.begin(self.begin), back.damage, back.tries
         schedule = NoiseSchedule.of(self.config.noise).to(device)
         self.loader = Loader(
-            self.config, job.shards, self.rank, self.world, _gathered, schedule.steps, self.begin.order_from, self.begin.growth
+            self.config, job.shards, self.rank, self.world, gathered, schedule.steps, self.begin.order_from, self.begin.growth
         )
         self.model_config = uvit_config(self.config, self.loader.modalities)
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
@@ -103,7 +106,9 @@ class _Run:
         self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every)
         self.step, self.optimizer_steps, self.plateau = self.begin.step, 0, Plateau()
         self.adapters: Adapters | None = None
+        self.saver = Saver(job.publish)
         self._start(folder)
+        self._say(state, back)
         self.held_out = self._held_out(self.config.validation.samples)
         looks = self.config.schedule.decay == "plateau"
         if looks and int(self.loader.index.held.sum()) == 0:
@@ -121,7 +126,7 @@ class _Run:
         model = UViT(self.model_config)
         saved = Checkpoint(folder, self.model_config) if folder is not None else None
         # What adapters are trained on is frozen, and so the same wherever a run goes on.
-        foreign = fetched(self.job.weights) if saved is None or self.config.lora is not None else None
+        foreign = self.fetching(self.job.weights) if saved is None or self.config.lora is not None else None
         weights = ForeignWeights(foreign, self.model_config) if foreign is not None else None
         if weights is not None:
             model.load_state_dict({name: weights.tensor(name) for name in weights.names()})
@@ -138,6 +143,7 @@ class _Run:
         if compiled(model, self.config, self.device):
             log.info("training with torch.compile")
         self.engine, self.precision = initialise_engine(model, self.config, self.world, self.device)
+        self.guard = Guard(self.engine, self.config.zero_stage, self.config.gradient_clip, self._refuses)
         self.masters = Masters(self.engine, self.config.zero_stage)
         if saved is not None:
             saved.restore_weights(self.masters)
@@ -146,6 +152,21 @@ class _Run:
             weights.restore(self.masters, self.ema)
         if saved is not None:
             self._take(saved)
+        if self.adapters is None:
+            self.fetching.read()
+
+    def _refuses(self, norm: float) -> bool:
+        return self.damage.refuses(norm, self.config.damage)
+
+    def _say(self, state: TrainerState | None, back: Back | None) -> None:
+        """Say in the history that the run begins elsewhere than one would think."""
+        newest = self.job.newest
+        self.said: list[Row] = []
+        if back is not None:
+            self.said.append(self.meter.damage(self.step, back.said))
+        elif newest is not None and state is not None and state.step < newest:
+            said = f"the checkpoint of step {newest} is damaged: goes on from that of step {state.step}"
+            self.said.append(self.meter.damage(self.step, said))
 
     def _take(self, saved: Checkpoint) -> None:
         """What else is kept of a checkpoint; see `training.begin`."""
@@ -164,6 +185,9 @@ class _Run:
 
     def run(self, stop_requested: Callable[[], bool], on_row: Callable[[Row], None]) -> Outcome:
         config, stopped = self.config, False
+        on_row = on_row if self.rank == 0 else lambda row: None
+        for row in self.said:
+            on_row(row)
         if self.step == 0:
             self._validate(on_row)
         if config.steps == 0:
@@ -171,20 +195,27 @@ class _Run:
             self.masters.set_state({kind: self.masters.empty() for kind in self.masters.state_kinds}, 0)
             self._checkpoint()
         batches = self.loader.batches(self.step, config.steps)
-        for batch in batches:
-            row, stopped = self._train_step(batch.to(self.device), stop_requested)
-            if row is not None and self.rank == 0:
-                on_row(row)
-            last = stopped or self.step == config.steps
-            if self.step % config.validation.every == 0 or self.step == config.steps:
-                self._validate(on_row)
-            if config.schedule.decay == "plateau" and self.step % config.schedule.look_every == 0:
-                self.plateau.look(self._mean_losses(self.looked_at)["loss"], config.schedule.patience)
-            if self.step % config.checkpoint_every == 0 or last:
-                self._checkpoint()
-            if stopped:
-                batches.close()  # type: ignore[attr-defined]
-                break
+        try:
+            for batch in batches:
+                row, stopped = self._train_step(batch.to(self.device), stop_requested)
+                if row is not None:
+                    on_row(row)
+                last = stopped or self.step == config.steps
+                if self.step % config.validation.every == 0 or self.step == config.steps:
+                    self._validate(on_row)
+                if config.schedule.decay == "plateau" and self.step % config.schedule.look_every == 0:
+                    self.plateau.look(self._mean_losses(self.looked_at)["loss"], config.schedule.patience)
+                if self.step % config.checkpoint_every == 0 or last:
+                    self._checkpoint()
+                if stopped:
+                    break
+            with self.meter.waiting():
+                self.saver.finish()
+        except NotFinite as error:
+            raise self._back(str(error)) from error
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+            self.saver.close()
         return Outcome(self.step, self.meter.rows[-1] if self.meter.rows else {}, stopped and self.step < config.steps)
 
     def _train_step(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[Row | None, bool]:
@@ -194,29 +225,58 @@ class _Run:
             group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)
         lr = learning_rate(step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
-        totals = torch.zeros(2 + len(self.parts), device=self.device)
-        for micro_batch in micro_batches:
+        totals = torch.zeros(4 + len(self.parts), device=self.device)
+        for number, micro_batch in enumerate(micro_batches, 1):
             loss, parts = self._loss(micro_batch)
-            self.engine.backward(loss)
-            self.engine.step()
-            totals[1:] += torch.stack([loss.detach(), *(parts[name] for name in self.parts)]) / len(micro_batches)
-        self.ema.update()
+            self.engine.backward(unless_finite(loss))
+            if number == len(micro_batches):
+                with self.meter.waiting():
+                    self.saver.seal()
+            self.guard.step()
+            totals[3:] += torch.stack([loss.detach(), *(parts[name] for name in self.parts)]) / len(micro_batches)
         self.step += 1
-        self.optimizer_steps += 1
         totals[0] = self.rank == 0 and stop_requested()
+        totals[1], totals[2] = self.saver.ready(), len(self.loader.damaged)
         dist.all_reduce(totals)
-        stop, *losses = totals.tolist()
+        stop, written, groups, *losses = totals.tolist()
+        if written == self.world:
+            with self.meter.waiting():
+                self.saver.commit()
         values = dict(zip(self._loss_names(), (value / self.world for value in losses), strict=True))
-        norm = self.engine.get_global_grad_norm()
-        if norm is not None:
-            values["grad_norm"] = float(norm)
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {self.step}: {name} is {value}; the last checkpoint is good: lower optimizer.lr or set gradient_clip, "
-                    f"and go on from there with {self.job.fork}, or check the latents of this step"
-                )
-        return self.meter.step(self.step, lr, values), bool(stop)
+        values = self._counted({**values, "grad_norm": self.guard.norm}, bool(stop))
+        if groups > (allowed := self.config.damage.skip_damaged):
+            raise too_many_damaged(self.config, int(groups), "; ".join(self.loader.damaged.values()) or f"more than {allowed}")
+        told = self.damage.told() | ({"damaged_groups": int(groups)} if groups else {})
+        return self.meter.step(self.step, lr, values, told), bool(stop)
+
+    def _counted(self, values: dict[str, float], stop: bool) -> dict[str, float]:
+        """What a step gives to the history: nothing if it was skipped.
+
+        Raises:
+            GoBack: too many in a row were, or the last one was.
+        """
+        if self.guard.applied:
+            self.tries = 0
+            self.damage.applied(self.guard.norm)
+            self.ema.update()
+            self.optimizer_steps += 1
+            return values
+        self.damage.skip(self.step, values["loss"], self.guard.norm)
+        log.warning("skipped %s", self.damage.seen[-1])
+        ends = self.step == self.config.steps
+        if self.damage.in_a_row > self.config.damage.steps_in_a_row or ends:
+            count = self.damage.in_a_row
+            raise self._back(f"{count} steps in a row were skipped" if count > 1 else "a step was skipped")
+        return {}
+
+    def _back(self, why: str) -> GoBack:
+        """What to raise to go on from the last good checkpoint."""
+        try:
+            self.saver.finish()
+        except NotFinite as error:
+            why = f"{why}, and {error}"
+        allowed = self.config.damage.rollbacks
+        return go_back(self.job.publish, self.step, self.begin, self.damage, allowed, self.tries, why, self.job.fork)
 
     def _loss_names(self) -> list[str]:
         return ["loss", *(f"loss_{name}" for name in self.parts)]
@@ -225,9 +285,7 @@ class _Run:
         """Loss on the held-out samples with the weights as trained, the same samples, timesteps and noise every time."""
         if int(self.loader.index.held.sum()) == 0:
             return
-        row = self.meter.validation(self.step, self._mean_losses(self.held_out))
-        if self.rank == 0:
-            on_row(row)
+        on_row(self.meter.validation(self.step, self._mean_losses(self.held_out)))
 
     @torch.no_grad()
     def _mean_losses(self, batches: list[Batch]) -> dict[str, float]:
@@ -256,8 +314,9 @@ class _Run:
         return batch.split(self.config.micro_batch or len(batch)) if batch else []
 
     def _checkpoint(self) -> None:
-        """Write a checkpoint, hand it to `publish` on rank 0, and wait until that is done."""
-        folder = Path(self.job.work_folder) / f"step-{self.step:08d}"
+        """Begin a checkpoint, unless the last steps were skipped: it might be as bad as they are."""
+        if self.damage.in_a_row:
+            return
         state = TrainerState(
             step=self.step,
             optimizer_steps=self.optimizer_steps,
@@ -272,15 +331,18 @@ class _Run:
             pending_steps=self.meter.pending_steps,
             optimizer=self.masters.state_kinds,
             plateau=self.plateau,
+            damage=self.damage,
             workers=self.world,
             zero_stage=self.config.zero_stage,
             precision=self.precision,
         )
-        with self.meter.excluded():
-            if self.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
-            write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter, self.adapters)
-            if self.rank == 0:
-                self.job.publish(str(folder), self.step, self.meter.rows[-1] if self.meter.rows else {})
-                shutil.rmtree(folder, ignore_errors=True)
-            dist.barrier()
+        with self.meter.waiting():
+            self.saver.begin(
+                self.step,
+                share_name(self.rank, self.world),
+                pieces_of(self.masters, self.ema),
+                told_by_shares(self.masters),
+                other_files(self.model_config, self.masters, self.ema, state, self.meter, self.adapters),
+                self.loader.rows,
+                self.meter.rows[-1] if self.meter.rows else {},
+            )

@@ -1,14 +1,14 @@
 """The fp32 numbers that DeepSpeed shards over the workers, seen by the name of the parameter.
 
 ZeRO gives every worker some flat fp32 vectors: its share of the master weights. What the optimizer keeps of each weight and the
-moving average of the weights are vectors of the same shape beside them. `Masters` turns any such set of vectors into whole named
-tensors and back, for every ZeRO stage and every number of workers. That is why a checkpoint written by four workers with ZeRO 2
+moving average of the weights are vectors of the same shape beside them. `Masters` says which pieces of which named tensors such
+vectors hold, for every ZeRO stage and every number of workers. That is why a checkpoint written by four workers with ZeRO 2
 can be resumed by one with ZeRO 3: DeepSpeed's own universal checkpoints cannot do this (0.19.8 resumes ZeRO 3 wrongly).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training.optimizers.orthogonal import MuonWithAdamW, Piece
+
+Read = Callable[[str, int, int], Tensor]
 
 
 class Stretch(NamedTuple):
@@ -93,16 +95,26 @@ class Masters:
         dist.all_gather_object(alone, {name for name, piece in pieces.items() if piece.length == piece.shape.numel()})
         return {name: replace(piece, shared=name not in set().union(*alone)) for name, piece in pieces.items()}
 
-    @torch.no_grad()
-    def gather(self, vectors: Sequence[Tensor], names: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Whole fp32 tensors on the CPU by name, on rank 0; empty on the others. All workers must call it.
+    def owned(self, names: Sequence[str]) -> Iterator[tuple[str, Stretch]]:
+        """Which pieces of these parameters this worker writes: its share, or, where all have everything, an equal part of it."""
+        rank, world, before = dist.get_rank(), dist.get_world_size(), 0
+        total = sum(self.shapes[name].numel() for name in names)
+        first, last = total * rank // world, total * (rank + 1) // world
+        for name in names:
+            place = self.places[name]
+            if self.replicated:
+                start, end = max(first - before, 0), min(last - before, place.length)
+                before += place.length
+                place = Stretch(place.vector, start, start, max(0, end - start))
+            if place.length:
+                yield name, place
 
-        Args:
-            names: of the parameters wanted, in one order on all workers; all if None.
-        """
+    @torch.no_grad()
+    def gather(self, vectors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Whole fp32 tensors on the CPU by name, on rank 0; empty on the others. All workers must call it."""
         gathered = {}
-        for name in self.shapes if names is None else names:
-            place, shape = self.places[name], self.shapes[name]
+        for name, shape in self.shapes.items():
+            place = self.places[name]
             whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.vectors[0].device)
             if place.length and (dist.get_rank() == 0 or not self.replicated):
                 end = place.parameter_start + place.length
@@ -113,12 +125,17 @@ class Masters:
         return gathered
 
     @torch.no_grad()
-    def scatter(self, read: Callable[[str], Tensor], vectors: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
-        """Fill vectors in place with this worker's share of the whole tensors that `read` gives by name; see `gather`."""
+    def scatter(self, read: Read, vectors: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
+        """Fill vectors in place with this worker's share of tensors.
+
+        Args:
+            read: (name, start, length) -> so many numbers of the flattened tensor from `start` on.
+            names: of the parameters wanted; all if None.
+        """
         for name in self.shapes if names is None else names:
             place = self.places[name]
             if place.length:
-                piece = read(name).reshape(-1)[place.parameter_start : place.parameter_start + place.length]
+                piece = read(name, place.parameter_start, place.length)
                 vectors[place.vector].view(-1).narrow(0, place.start, place.length).copy_(piece)
 
     def empty(self) -> list[Tensor]:

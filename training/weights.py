@@ -59,8 +59,8 @@ class ForeignWeights:
 
     def restore(self, masters: Masters, ema: Ema) -> None:
         """Set master weights and moving average, which an engine in half precision has rounded."""
-        masters.scatter(self.tensor, masters.vectors)
-        masters.scatter(self.tensor, ema.vectors)
+        for vectors in (masters.vectors, ema.vectors):
+            masters.scatter(lambda name, start, length: self.tensor(name).view(-1).narrow(0, start, length), vectors)
 
 
 def fields_to_set(saved: UViTConfig, model: ModelConfig, told: tuple[str, ...]) -> list[str]:

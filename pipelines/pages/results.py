@@ -38,8 +38,8 @@ def results(dataset: Dataset) -> list[str]:
 
 
 def losses(node: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The curve of a training history, and a table of validations, or of what was trained where there are none."""
-    told = [row for row in rows if row["kind"] == "validation"] or list(rows)
+    """The curve of a training history, a table of validations, or of what was trained where there are none, and damage."""
+    told = [row for row in rows if row["kind"] == "validation"] or [row for row in rows if row["kind"] == "train"]
     if not told:
         return []
     parts = sorted({name for row in told for name in row if name.startswith("loss_")})
@@ -51,7 +51,17 @@ def losses(node: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [
         (f"{row['step']:,}", *(f"{row[name]:.4f}" if name in row else "" for name in ("loss", *parts))) for row in _some(told)
     ]
-    return ["## Losses", _curve(node, rows), table(head, lines)]
+    return ["## Losses", _curve(node, rows), table(head, lines), *_damage(rows)]
+
+
+def _damage(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a training has met that was damaged, and what it did about it."""
+    skipped = max((row.get("skipped", 0) for row in rows), default=0)
+    groups = max((row.get("damaged_groups", 0) for row in rows), default=0)
+    lines = [f"{skipped:,} steps were skipped because their loss or gradient was not finite, or a spike"] if skipped else []
+    lines += [f"{groups:,} row groups were damaged, and others taken in their place"] if groups else []
+    lines += [f"at step {row['step']:,}: {row['said']}" for row in rows if row["kind"] == "damage"]
+    return ["## Damage", "\n".join(f"- {line}" for line in lines)] if lines else []
 
 
 def _some(rows: Sequence[Any]) -> list[Any]:

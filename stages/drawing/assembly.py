@@ -38,10 +38,12 @@ def assemble(job: Job, folder: Path) -> Path:
 
 def put_together(checkpoint: Path, weights: str, codec: Dataset, encoders: Any, folder: Path) -> Path:
     """The same for a checkpoint's own folder, of which `weights` (ema or model) are taken; `encoders` has vae, clip and text."""
+    from training.shares import merge
+
     uvit = folder / "uvit"
     uvit.mkdir(parents=True)
     shutil.copyfile(checkpoint / "config.json", uvit / "config.json")
-    shutil.copyfile(checkpoint / f"{weights}.safetensors", uvit / "model.safetensors")
+    merge(checkpoint, weights, uvit / "model.safetensors")
     linked = codec.fetch(folder / "text_codec.linked")
     shutil.copytree(linked, folder / "text_codec")
     shutil.rmtree(linked)

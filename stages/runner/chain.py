@@ -7,7 +7,7 @@ and a run goes on from it whatever length and rhythm it was made with. `stages.r
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +84,10 @@ class Gang:
             stop early only by raising. The dataset is the unit at the end.
         end: (config, the step that the chain begins from) -> the step that is asked for.
         begins: (stage, job, plan, the node's ledger) -> where a chain begins that is not in the ledger.
-        keeps: (config, step) -> whether the unit of a step stays when there is a later one.
+        keeps: (config, steps) -> those of these steps whose units stay when there are later ones.
     """
 
     run: Callable[[Chain], None]
     end: Callable[[Any, Parent | None], int]
     begins: Callable[[type[Stage], Job, Planned, Ledger], Start]
-    keeps: Callable[[Any, int], bool] = lambda config, step: True
+    keeps: Callable[[Any, Collection[int]], Collection[int]] = lambda config, steps: steps

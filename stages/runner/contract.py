@@ -182,9 +182,14 @@ class Output:
             path = f"{folder}/{attempt}{filename}"
             size, digest = job.store.publish(self.folder / filename, path)
             files.append(FileEntry(path=path, rows=self.rows[filename], bytes=size, sha256=digest, unit=key))
-        record = UnitRecord(key=key, name=name, files=files, stats=self.stats, notes=self.notes, seconds=seconds)
-        written = job.store.write_json(f"{folder}/unit.json", RECORD.dump_python(record, mode="json"), once=not job.store.local)
-        return record if written else job.units_done([key])[key]
+        return write_record(job, UnitRecord(key, name, files, self.stats, self.notes, seconds))
+
+
+def write_record(job: Job, record: UnitRecord) -> UnitRecord:
+    """Write the record that makes a unit done; gives that of another run, if it was the first."""
+    path = f"{job.unit_folder(record.key)}/unit.json"
+    written = job.store.write_json(path, RECORD.dump_python(record, mode="json"), once=not job.store.local)
+    return record if written else job.units_done([record.key])[record.key]
 
 
 @contextmanager

@@ -168,7 +168,8 @@ def _chain_state(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned
     there = chain.done()
     start = chain.start(there)
     # A chain that is asked for fewer steps than it has may be asked for more again.
-    keys = {record.key for step, record in there.items() if step in (start, max(there)) or gang.keeps(job.config, step)}
+    stay = {start, max(there, default=start), *gang.keeps(job.config, there)}
+    keys = {record.key for step, record in there.items() if step in stay}
     if not there and chain.parent is not None:
         keys.add(chain.parent.unit)
     records = [there[start]] if start in there else []

@@ -7,6 +7,7 @@ anything runs. Workers get them as a native folder, each machine once.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -190,6 +191,8 @@ class Start:
         with _failing_as(TrainingError):
             place = fetch_outside(self.files, self.weights, self.store, Path(self.folder, "fetched"))
             model = load_uvit(place, self.heads, context_length(self.text))
+        # On a machine of its own it would stay for good.
+        shutil.rmtree(Path(self.folder, "fetched"), ignore_errors=True)
         if wrong := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
             raise TrainingError(f"{self.weights}: {len(wrong)} tensors are not finite, {wrong[0]} first; take other weights")
         save_native(Path(self.folder, "native"), model)

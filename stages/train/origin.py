@@ -21,6 +21,7 @@ import fsspec
 from pydantic import ConfigDict, Field, field_validator
 
 from infra.dataset import Dataset
+from infra.store import StoreError
 from stages.runner.chain import Chain, unit_key
 from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
 from stages.runner.graph import Planned, config_changes
@@ -234,8 +235,15 @@ def order_told(config: Any, digests: list[str]) -> dict[str, Any]:
 
 
 def order_of(store: Any, record: UnitRecord) -> dict[str, Any]:
-    """What a checkpoint says of its order."""
-    return cast(dict[str, Any], store.read_json(record.file(ORDER_FILE).path))
+    """What a checkpoint says of its order.
+
+    Raises:
+        StoreError: its file is damaged or gone.
+    """
+    path = record.file(ORDER_FILE).path
+    if (told := store.read_json(path)) is None:
+        raise StoreError(f"{store.url(path)}: no such file; delete the folder of this step to go on from the one before")
+    return cast(dict[str, Any], told)
 
 
 def outside(sources: Iterable[str], name: str) -> dict[str, Any]:

@@ -8,41 +8,27 @@ begins that has none of its own is in `stages.train.origin`.
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
-import fsspec
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from infra.dataset import VERIFY, FileEntry, InputRef, by_prefix, fetch_files
-from infra.store import NotThere, Store, StoreError, sha256_of
+from infra.dataset import InputRef, by_prefix
+from infra.store import NotThere, Store, StoreError
 from stages.runner.chain import Chain, Gang
-from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational, scratch_output
+from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.foreign import Start, check_data, check_network, files_of
-from stages.train.origin import (
-    LENGTH,
-    ORDER_FILE,
-    Origin,
-    arrived,
-    begins,
-    end,
-    fork,
-    order_of,
-    order_told,
-    outside,
-    shards,
-)
+from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
+from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, shards
 from stages.train.preview import PreviewConfig, Previews
 from training.begin import Kept
 from training.config import DataConfig, TrainConfig
@@ -53,11 +39,8 @@ log = logging.getLogger("stages")
 
 # Numbers that encode writes beside the latents.
 COLUMNS = (*SCORES, "width", "height")
-# Name of the record of a checkpoint that a stop left between two planned ones.
-STOPPED = "stopped"
-# Files without which a folder is no checkpoint to begin from, and the length of a digest of content in hexadecimal.
-NEEDED = frozenset({"config.json", "model.safetensors", "ema.safetensors", "trainer.json", ORDER_FILE})
-SHA256 = 64
+# Files without which a folder is no checkpoint to begin from.
+NEEDED = frozenset({"config.json", "history.jsonl", "trainer.json", ORDER_FILE})
 
 
 class TrainStageConfig(TrainConfig):
@@ -97,88 +80,6 @@ class TrainStageConfig(TrainConfig):
         return data
 
 
-def keeps(config: TrainStageConfig, step: int) -> bool:
-    """Whether the checkpoint of a step stays when there is a later one."""
-    return config.keep_every is None or step % config.keep_every == 0
-
-
-@dataclass(frozen=True)
-class Publisher:
-    """Puts a checkpoint folder into the store as a unit; runs in the worker of rank 0, on whatever machine that is."""
-
-    chain: Chain
-    started: float
-    shards: tuple[str, ...]
-
-    def __call__(self, folder: str, step: int, metrics: dict[str, Any]) -> None:
-        # Another run of the chain may have been here first: what is done stays as it is.
-        if self.chain.record(step) is None:
-            self.publish(folder, step, metrics)
-        self.give_way(step)
-
-    def publish(self, folder: str, step: int, metrics: dict[str, Any]) -> None:
-        job = self.chain.job
-        state = json.loads(Path(folder, "trainer.json").read_text(encoding="utf-8"))
-        rows = sum(d.manifest.stats.rows_out for name, d in job.inputs.items() if name.startswith("data."))
-        planned = step == self.chain.end or step % job.config.checkpoint_every == 0
-        with scratch_output(job.store) as out:
-            for path in sorted(Path(folder).iterdir()):
-                path.rename(out.path(path.name))
-            told = order_told(job.config, list(self.shards))
-            out.path(ORDER_FILE).write_text(json.dumps(told) + "\n", encoding="utf-8")
-            out.stats.rows_in, out.stats.rows_out = rows, state["rows"]
-            out.stats.drop("validation_or_where" if job.config.data.where else "validation", rows - state["rows"])
-            out.notes |= {"step": step, "metrics": metrics}
-            if self.chain.parent is not None:
-                out.notes["began"] = self.chain.parent.model_dump(mode="json")
-            name = f"step-{step:08d}" if planned else STOPPED
-            out.publish(job, self.chain.key_of(step), name, time.time() - self.started)
-
-    def give_way(self, step: int) -> None:
-        """Remove the checkpoints before this one that `keep_every` does not keep, and what stops left: a year of checkpoints
-        would fill any disk."""
-        for earlier, record in self.chain.done().items():
-            if earlier < step and (record.name == STOPPED or not keeps(self.chain.job.config, earlier)):
-                self.chain.remove(earlier)
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """Fetches a checkpoint to go on from, on each machine that trains."""
-
-    store: Store
-    files: list[FileEntry]
-    folder: str
-    fix: str
-
-    def __call__(self) -> str:
-        return str(fetch_files(self.store, self.files, Path(self.folder), self.fix))
-
-
-@dataclass(frozen=True)
-class Outside:
-    """Fetches a checkpoint from outside the store, likewise; `files` are address -> digest."""
-
-    files: dict[str, str]
-    folder: str
-
-    def __call__(self) -> str:
-        folder = Path(self.folder)
-        folder.mkdir(parents=True)
-        for address, digest in self.files.items():
-            target = folder / address.rsplit("/", 1)[-1]
-            with fsspec.open(address, "rb") as source, target.open("wb") as file:
-                shutil.copyfileobj(source, file)
-            if len(digest) == SHA256 and sha256_of(target) != digest:
-                raise StoreError(f"{address}: has changed since the run was planned; run again")
-        return self.folder
-
-
-def _resume(chain: Chain, record: UnitRecord, folder: str) -> Fetched:
-    unit = chain.job.store.url(chain.job.unit_folder(record.key))
-    return Fetched(chain.job.store, record.files, f"{folder}/resume", f"delete {unit} to go on from the one before")
-
-
 def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[str]]:
     """What fetches the checkpoint that a chain without steps begins from, and the shards whose order goes on, by digest.
 
@@ -198,7 +99,15 @@ def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[st
             f"with `from`, or begin anew with --force {job.node}"
         )
     before = order_of(job.store, record)["shards"] if "order" in parent.keep else []
-    return Fetched(job.store, record.files, f"{folder}/init", VERIFY), before
+    return Fetched(job.store, record.files, f"{folder}/init"), before
+
+
+def _shards(job: Job, records: Sequence[UnitRecord]) -> list[str]:
+    """The shards of a chain in the order in which they came, by digest, as its newest checkpoint that can be read says."""
+    for record in reversed(records):
+        with suppress(StoreError):
+            return cast(list[str], order_of(job.store, record)["shards"])
+    return []
 
 
 def _foreign(job: Job, folder: str) -> Start | None:
@@ -220,7 +129,11 @@ def train_chain(chain: Chain) -> None:
     start, previews = chain.start(done), Previews(chain)
 
     def on_row(row: dict[str, Any]) -> None:
-        more: dict[str, Any] = {name: round(row[name], 5) for name in ("loss", "samples_per_s", "lr") if name in row}
+        if row["kind"] == "damage":
+            log.warning("%s: step %d: %s", job.node, row["step"], row["said"])
+            return
+        told = ("loss", "samples_per_s", "lr", "skipped", "rollbacks", "damaged_groups")
+        more: dict[str, Any] = {name: round(row[name], 5) for name in told if name in row}
         more |= time_left(chain.end - row["step"], row.get("samples_per_s", 0) / job.config.global_batch)
         emit_progress(job.node, row["kind"], row["step"], chain.end, "steps", more)
         previews.seen(row["step"])
@@ -228,15 +141,17 @@ def train_chain(chain: Chain) -> None:
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
     with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
-        resume = _resume(chain, done[start], folder) if start in done else None
-        init, before = _begin(chain, folder) if resume is None else (None, order_of(job.store, done[start])["shards"])
+        there = tuple(step for step in done if step <= start)
+        resume = Newest(chain, there, f"{folder}/resume") if there else None
+        init, before = _begin(chain, folder) if resume is None else (None, _shards(job, [done[step] for step in there]))
         data = arrived(shards(job, job.inputs), before)
         run = TrainJob(
             config=job.config.model_copy(update={"steps": chain.end}),
             shards=tuple(address for _, address in data),
             work_folder=folder,
-            publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data)),
+            publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data), uuid4().hex[:8]),
             resume=resume,
+            newest=start if resume is not None else None,
             init_from=init,
             keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
             fork=f"`{fork(job.node)}`",
@@ -254,16 +169,17 @@ def train_chain(chain: Chain) -> None:
 
 
 class Train(Stage):
-    """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
+    """A checkpoint: config.json, a share a worker of weights, their average and the optimizer's numbers, trainer.json and
+    history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 4
+    version = 5
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (
         Phase(
             "train",
-            gang=Gang(train_chain, end, begins, keeps),
+            gang=Gang(train_chain, end, begins, lambda config, steps: config.keep.of(steps)),
             fields=frozenset(info.alias or name for name, info in TrainStageConfig.model_fields.items()) - LENGTH,
         ),
     )
@@ -292,7 +208,8 @@ class Train(Stage):
         if "weights" in lists:
             check_network(config, lists["weights"], config.text)
         names = {address.rsplit("/", 1)[-1] for address in sources}
-        if config.origin is not None and sources and (missing := sorted(NEEDED - names)):
+        missing = sorted(NEEDED - names) or ([] if any(name.startswith("share-") for name in names) else ["share"])
+        if config.origin is not None and sources and missing:
             raise StageError(
                 f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote"
             )
@@ -309,10 +226,9 @@ class Train(Stage):
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp32 weights, moving average and what the optimizer keeps, of two checkpoints: that being written and the one before.
-        # What it keeps of adapters is small.
-        kept = 2 if job.config.lora is not None else 2 + job.config.optimizer.matrix_state
-        return 2 * kept * 4 * parameters(job.config.model)
+        # fp32 weights, moving average and what the optimizer keeps. What it keeps of adapters is small.
+        kinds = 2 if job.config.lora is not None else 2 + job.config.optimizer.matrix_state
+        return kept_at_most(job.config) * kinds * 4 * parameters(job.config.model)
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:

@@ -99,11 +99,15 @@ def _end(config, parent):
     return config.steps
 
 
+def _even(_, steps):
+    return [step for step in steps if step % 2 == 0]
+
+
 class Count(Stage):
     name = "count"
     version = 1
     Config = CountConfig
-    phases = (Phase("count", gang=Gang(_count, _end, lambda *_: Start(), lambda _, step: step % 2 == 0), fields=frozenset()),)
+    phases = (Phase("count", gang=Gang(_count, _end, lambda *_: Start(), _even), fields=frozenset()),)
 
 
 def planned(stage, fingerprint="f" * 24, **fields):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from infra.store import Store, sha256_of
 from training.config import TrainConfig
 from training.history import TIMINGS, Row, read_history
+from training.job import Written
+from training.shares import Shares, merge
 
 MOMENTS, CLIP, TEXT, SCALE = (4, 4, 4), (6,), (3, 5), 0.18215
 
@@ -68,20 +75,62 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**{**fields, **changes})
 
 
+class _Cut:
+    """A file whose writing is the end of the process once so many bytes of it are written."""
+
+    def __init__(self, file: Any, after: int) -> None:
+        self.file, self.after = file, after
+
+    def write(self, data: Any) -> None:
+        if self.file.bytes + len(data) > self.after:
+            self.file.write(bytes(data[: self.after - self.file.bytes]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.file.write(data)
+
+    @property
+    def bytes(self) -> int:
+        return self.file.bytes
+
+    @property
+    def sha256(self) -> str:
+        return self.file.sha256
+
+
 @dataclass(frozen=True)
 class KeepIn:
-    """A publish function that copies each checkpoint to `folder/STEP`, then does what `kill_at` says."""
+    """Keeps each checkpoint in `folder/STEP`, and beside its shares each kind of tensor merged, such as `model.safetensors`.
+
+    Attributes:
+        kill: (step, rank, bytes): the worker of this rank dies when so much of its share of this step is written.
+    """
 
     folder: str
-    kill_at: int | None = None
+    kill: tuple[int, int, int] | None = None
 
-    def __call__(self, checkpoint: str, step: int, metrics: Row) -> None:
-        shutil.copytree(checkpoint, Path(self.folder) / str(step))
-        if step == self.kill_at:
-            import os
-            import signal
+    @contextmanager
+    def writing(self, step: int, name: str) -> Iterator[Any]:
+        with Store(self.folder).writing(f"{step}/{name}") as file:
+            kill = self.kill is not None and step == self.kill[0] and name.startswith(f"share-{self.kill[1]:05d}-")
+            yield _Cut(file, self.kill[2]) if kill and self.kill is not None else file
 
-            os.kill(os.getpid(), signal.SIGKILL)
+    def commit(self, step: int, files: Sequence[Written], rows: int, metrics: Row) -> None:
+        folder = Path(self.folder, str(step))
+        for file in files:
+            assert sha256_of(folder / file.name) == file.sha256 and os.path.getsize(folder / file.name) == file.bytes
+        shares = Shares(folder)
+        for kind in shares.kinds:
+            if not (folder / f"{kind}.safetensors").exists():
+                merge(folder, kind, folder / f"{kind}.safetensors")
+        (folder / "committed").write_text("")
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.parent.name) for path in Path(self.folder).glob("*/committed"))
+
+    def fetch(self, step: int, folder: str) -> str:
+        return str(Path(self.folder, str(step)))
+
+    def set_aside(self, step: int) -> None:
+        shutil.rmtree(Path(self.folder, str(step)))
 
 
 def history(folder: Path | str) -> list[Row]:

@@ -12,12 +12,21 @@ def test_a_row_is_the_mean_of_its_steps_and_the_speed_of_its_seconds(monkeypatch
     monkeypatch.setattr("training.history.time.perf_counter", lambda: now[0])
     meter = Meter(4, lambda steps: steps * 4 / 16, 2)
     now[0] += 1.5
-    assert meter.step(1, 0.1, {"loss": 1.0}) is None
+    assert meter.step(1, 0.1, {"loss": 1.0}, {}) is None
     with meter.excluded():
-        now[0] += 50  # a validation or a checkpoint
+        now[0] += 50  # a validation
+    with meter.waiting():
+        now[0] += 7  # a checkpoint
     now[0] += 1.5
-    row = meter.step(2, 0.2, {"loss": 0.5})
+    row = meter.step(2, 0.2, {"loss": 0.5}, {})
     assert row == {
         "kind": "train", "step": 2, "epoch": 0.5, "samples": 8, "loss": 0.75, "lr": 0.2, "samples_per_s": 2.67, "seconds": 3.0,
+        "checkpoint_wait": 7.0,
     }  # fmt: skip
     assert (meter.rows, meter.pending, meter.pending_steps) == ([row], {}, 0)
+    # A step that was skipped is in no mean, and an interval of nothing else is told with the next one.
+    assert meter.step(3, 0.2, {"loss": 3.0}, {}) is None
+    now[0] += 1
+    row = meter.step(4, 0.2, {}, {"skipped": 1})
+    assert row is not None and (row["loss"], row["skipped"], row["checkpoint_wait"]) == (3.0, 1, 0.0)
+    assert (meter.step(5, 0.2, {}, {"skipped": 2}), meter.step(6, 0.2, {}, {"skipped": 3})) == (None, None)

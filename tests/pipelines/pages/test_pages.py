@@ -296,3 +296,12 @@ def test_losses_are_a_curve_and_a_short_table_that_ends_with_the_last() -> None:
     assert lines[0] == "| step | loss on held-out rows | text |" and len(lines) <= 2 + 6
     assert lines[-1] == "| 40 | 0.0250 | 0.5000 |"
     assert losses("train-x", []) == []
+
+
+def test_what_a_training_met_that_was_damaged_is_told() -> None:
+    rows: list[Any] = [{"kind": "train", "step": step, "loss": 1.0, "skipped": step} for step in (1, 2)]
+    rows.append({"kind": "damage", "step": 2, "said": "went back"})
+    assert losses("train-x", rows)[3:] == [
+        "## Damage",
+        "- 2 steps were skipped because their loss or gradient was not finite, or a spike\n- at step 2: went back",
+    ]

@@ -134,7 +134,7 @@ def test_what_a_training_begins_from_must_be_there(recipe: Path, tmp_path: Path,
     with pytest.raises(RecipeError, match="train.large.*x/.*: "):
         planned("./x")
     (tmp_path / "x" / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"train-large: from: .*/x has no ema.safetensors; name the folder of a checkpoint"):
+    with pytest.raises(RecipeError, match=r"train-large: from: .*/x has no history.jsonl; name the folder of a checkpoint"):
         planned("./x")
     store.write("note", b"")
     with pytest.raises(RecipeError, match="train.large.from: 0123456789ab: no dataset in .* has this fingerprint"):

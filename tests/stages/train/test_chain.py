@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ from infra.dataset import verify
 from infra.store import Store, StoreError
 from stages.runner.contract import Job, StageError
 from stages.runner.run import phase_states
+from stages.train.kept import Publisher, kept_at_most
 from stages.train.stage import Train, TrainStageConfig
 from tests.stages.committed import flip
-from tests.stages.train.trainings import TENSORS, Trainings, same_tensors
+from tests.stages.train.trainings import SHARE, Trainings, same_tensors
 from unidiffuser.uvit import UViT, UViTConfig
 
 
@@ -38,7 +42,7 @@ def test_a_longer_run_and_another_rhythm_go_on_from_the_newest_checkpoint(
 
 
 def test_what_a_stop_left_is_gone_on_from_and_gives_way_but_datasets_stay(training: Trainings) -> None:
-    few: dict[str, Any] = {"keep_every": 10}
+    few: dict[str, Any] = {"keep": {"last": 1, "every": 10}}
     training.stop_at = 7
     with pytest.raises(StageError, match="stopped at step 7 of 12; run again to go on"):
         training(steps=12, **few)
@@ -62,22 +66,97 @@ def test_what_a_stop_left_gives_way_where_all_others_stay(training: Trainings) -
     assert list(training.chain(steps=11).done()) == [5, 10, 11]
 
 
-def test_a_damaged_checkpoint_is_named_and_without_it_training_goes_on_from_the_one_before(training: Trainings) -> None:
-    training(steps=5)
-    training(steps=10)
+def unit_of(training: Trainings, step: int) -> Path:
     chain = training.chain(steps=12)
-    unit = training.store.url(chain.job.unit_folder(chain.key_of(10)))
-    flip(f"{unit}/exp_avg.safetensors", 2000)
-    with pytest.raises(StoreError, match=f"^{unit}/exp_avg.safetensors: damaged .*; delete {unit} to go on from the one before$"):
+    return Path(training.store.url(chain.job.unit_folder(chain.key_of(step))))
+
+
+@pytest.mark.parametrize("damage", [lambda share: flip(share, 2000), lambda share: shutil.rmtree(share.parent)])
+def test_in_place_of_a_damaged_checkpoint_the_one_before_is_taken_and_said(
+    training: Trainings, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    whole = training(steps=12)
+    training.recipe = "again"
+    training.store.remove("train")
+    training.store.remove("chains")
+    training.stop_at = 11
+    with pytest.raises(StageError, match="stopped at step 11"):
         training(steps=12)
-    shutil.rmtree(unit)
-    training(steps=12)
-    assert training.began == [0, 5, 5]
+    training.stop_at = None
+    (share,) = unit_of(training, 11).glob(f"@*/{SHARE}")
+    damage(share)
+    again = training(steps=12)
+    assert training.began == [0, 0, 10] and same_tensors(again, whole)
+    assert any("step 11 is damaged, and set aside" in line and "cannot be gone on from" in line for line in caplog.messages)
+    assert any("goes on from that of step 10" in line for line in caplog.messages)
+    rows = [json.loads(line) for line in again.open(again.file("history.jsonl")).read().splitlines()]
+    assert [row["said"] for row in rows if row["kind"] == "damage"] == [
+        "the checkpoint of step 11 is damaged: goes on from that of step 10"
+    ]
+    assert list(training.chain(steps=12).done()) == [5, 10, 12] and (unit_of(training, 11) / "set-aside.json").exists()
 
 
-def test_training_asks_for_room_for_two_checkpoints_of_the_paper() -> None:
+def test_where_no_checkpoint_is_whole_none_is_set_aside(training: Trainings) -> None:
+    training(steps=5)
+    (share,) = unit_of(training, 5).glob(f"@*/{SHARE}")
+    flip(share, 2000)
+    line = (
+        f"^{share}: damaged .*; it cannot be gone on from, and no older checkpoint is whole: begin anew with --force train-256$"
+    )
+    with pytest.raises(StoreError, match=line):
+        training(steps=12)
+    assert list(training.chain(steps=12).done()) == [5]
+
+
+def test_a_training_on_an_object_store_is_the_same_and_leaves_one_attempt(
+    training: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = training(steps=7)
+    away = Trainings(tmp_path / "away", f"memory://{tmp_path.name}")
+    monkeypatch.setattr("training.launch.train", away.train)
+    away(steps=5)
+    dataset = away(steps=7)
+    assert away.began == [0, 5] and same_tensors(dataset, local) and verify(dataset) == []
+    chain = away.chain(steps=7)
+    names = away.store.list(chain.job.unit_folder(chain.key_of(7)))
+    assert names[1:] == ["unit.json"] and names[0].startswith("@")
+
+
+def test_what_a_killed_attempt_has_left_goes_when_it_is_old(training: Trainings, tmp_path: Path) -> None:
+    training(steps=5)
+    old, new = unit_of(training, 10) / "@dead" / ".x.part", unit_of(training, 10) / "@alive" / ".y.part"
+    for path in (old, new):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    training(steps=10)
+    assert not old.exists() and new.exists()
+
+
+@pytest.mark.parametrize(("keep", "left"), [({"last": 2}, [10, 11]), ({"last": 1, "every": 4}, [4, 8, 11]), ({"last": 9}, None)])
+def test_the_space_that_is_asked_for_is_what_a_run_takes(
+    training: Trainings, keep: dict[str, int], left: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more than stays: the next is written before the last gives way."""
+    most = 0
+
+    def give_way(publisher: Publisher, step: int) -> None:
+        nonlocal most
+        most = max(most, len(publisher.chain.done()))
+        whole(publisher, step)
+
+    whole = Publisher.give_way
+    monkeypatch.setattr(Publisher, "give_way", give_way)
+    settings: dict[str, Any] = {"steps": 11, "checkpoint_every": 2, "keep": keep}
+    training(**settings)
+    assert list(training.chain(**settings).done()) == (left or [2, 4, 6, 8, 10, 11])
+    assert kept_at_most(training.planned(**settings).config) == most
+
+
+def test_training_asks_for_room_for_what_the_paper_keeps() -> None:
     with torch.device("meta"):
         numbers = sum(parameter.numel() for parameter in UViT(UViTConfig()).parameters())
-    job = Job(Store("memory://room"), "train", "train-x", TrainStageConfig(steps=1, global_batch=1), {}, {}, {})
-    # The weights, their moving average and Adam's two moments, in fp32.
-    assert Train.bytes_needed(job) == pytest.approx(2 * len(TENSORS) * 4 * numbers, rel=0.01)
+    config = TrainStageConfig(steps=250_000, global_batch=1024)
+    job = Job(Store("memory://room"), "train", "train-x", config, {}, {}, {})
+    # The weights, their moving average and Adam's two moments, in fp32; three stay while the next is written.
+    assert Train.bytes_needed(job) == pytest.approx(4 * 4 * 4 * numbers, rel=0.01)

@@ -25,6 +25,7 @@ from tests.stages.train.published import LAYOUTS, clip_of, published, write
 from tests.training.synthetic import write_shards
 from training.loader import Loader
 from training.loop import run
+from training.shares import merge
 from unidiffuser.convert import from_official, to_official
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT
@@ -53,7 +54,11 @@ def training(
         fields = {"clip": clip, "text": clip, "weights": str(weights), **settings(), **changes}
         made = make(Train, store, {"data.x": data}, **fields)
         folder = tmp_path / f"checkpoint-{made.manifest.fingerprint}"
-        return folder if folder.exists() else made.fetch(folder)
+        if not folder.exists():
+            made.fetch(folder)
+            for kind in ("model", "ema"):
+                merge(folder, kind, folder / f"{kind}.safetensors")
+        return folder
 
     return train
 

@@ -139,7 +139,9 @@ def test_what_is_forked_unchanged_from_a_dataset_or_its_folder_is_the_same_to_th
         training(steps=12, **fork(fingerprint, 7))
     with pytest.raises(NotThere, match="no dataset in .* has this fingerprint"):
         training(steps=12, **fork("f" * 24))
-    folder = training.store.url(training.chain(steps=11).job.unit_folder(training.chain(steps=11).key_of(10)))
+    record = training.chain(steps=11).record(10)
+    assert record is not None
+    folder = training.store.url(record.file("trainer.json").path).removesuffix("/trainer.json")
     training.recipe = "outside"
     assert same_tensors(whole, training(steps=11, **fork(folder))) and training.began == [0, 5, 10]
     with pytest.raises(StageError, match=f"from: {folder} is a checkpoint of step 10, not 3"):
