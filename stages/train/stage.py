@@ -8,6 +8,7 @@ begins that has none of its own is in `stages.train.origin`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import fsspec
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -48,6 +49,9 @@ from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
 from training.names import column_of
+
+if TYPE_CHECKING:
+    from training.job import TrainJob
 
 log = logging.getLogger("stages")
 
@@ -207,17 +211,38 @@ def _foreign(job: Job, folder: str) -> Start | None:
     return Start(job.store, job.config.weights, files, job.config.model.heads, job.config.text, f"{folder}/weights")
 
 
+def _plan(chain: Chain, folder: str) -> TrainJob:
+    """What a group of workers is to do, from the newest checkpoint that is there, with this scratch folder."""
+    from training.job import TrainJob
+
+    job, done = chain.job, chain.done()
+    start = chain.start(done)
+    resume = _resume(chain, done[start], folder) if start in done else None
+    init, before = _begin(chain, folder) if resume is None else (None, order_of(job.store, done[start])["shards"])
+    data = arrived(shards(job, job.inputs), before)
+    return TrainJob(
+        config=job.config.model_copy(update={"steps": chain.end}),
+        shards=tuple(address for _, address in data),
+        work_folder=folder,
+        publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data)),
+        resume=resume,
+        init_from=init,
+        keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
+        fork=f"`{fork(job.node)}`",
+        weights=_foreign(job, folder),
+    )
+
+
 def train_chain(chain: Chain) -> None:
     """Train from the newest checkpoint to the last step.
 
     Raises:
         StageError: the workers failed, or the run was asked to stop before its last step.
     """
-    from training.job import TrainingBug, TrainingError, TrainJob
+    from training.job import TrainingBug, TrainingError
     from training.launch import train
 
-    job, done = chain.job, chain.done()
-    start, previews = chain.start(done), Previews(chain)
+    job, previews = chain.job, Previews(chain)
 
     def on_row(row: dict[str, Any]) -> None:
         more: dict[str, Any] = {name: round(row[name], 5) for name in ("loss", "samples_per_s", "lr") if name in row}
@@ -228,22 +253,10 @@ def train_chain(chain: Chain) -> None:
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
     with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
-        resume = _resume(chain, done[start], folder) if start in done else None
-        init, before = _begin(chain, folder) if resume is None else (None, order_of(job.store, done[start])["shards"])
-        data = arrived(shards(job, job.inputs), before)
-        run = TrainJob(
-            config=job.config.model_copy(update={"steps": chain.end}),
-            shards=tuple(address for _, address in data),
-            work_folder=folder,
-            publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data)),
-            resume=resume,
-            init_from=init,
-            keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
-            fork=f"`{fork(job.node)}`",
-            weights=_foreign(job, folder),
-        )
+        starts = itertools.count()
         try:
-            outcome = train(run, on_row=on_row)
+            # A folder a start: a worker of the one before may not have ended yet.
+            outcome = train(lambda: _plan(chain, f"{folder}/{next(starts)}"), on_row=on_row)
         except TrainingBug as error:
             raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:
