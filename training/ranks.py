@@ -9,12 +9,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError
@@ -29,14 +30,15 @@ T = TypeVar("T")
 
 def on_machines(act: Callable[[Sign], T], signs: Collection[Sign]) -> dict[int, T]:
     """What `act` gives for each sign on its machine, by rank; without those of machines that do not answer."""
-    tasks = {}
-    by_node = defaultdict(list)
+    by_node: dict[str, list[Sign]] = defaultdict(list)
     for sign in signs:
         by_node[sign.node].append(sign)
-    for node, of_node in by_node.items():
-        there = NodeAffinitySchedulingStrategy(node, soft=False)
-        tasks[_each.options(scheduling_strategy=there).remote(act, of_node)] = of_node
-    done, late = ray.wait(list(tasks), num_returns=len(tasks), timeout=ANSWER)
+    each: Any = ray.remote(num_cpus=0, max_retries=0)(_each)
+    tasks = [
+        each.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(act, of_node)
+        for node, of_node in by_node.items()
+    ]
+    done, late = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER) if tasks else ([], [])
     found: dict[int, T] = {}
     for task in done:
         with suppress(RayError):
@@ -46,7 +48,6 @@ def on_machines(act: Callable[[Sign], T], signs: Collection[Sign]) -> dict[int, 
     return found
 
 
-@ray.remote(num_cpus=0, max_retries=0)
 def _each(act: Callable[[Sign], T], signs: list[Sign]) -> dict[int, T]:
     return {sign.rank: act(sign) for sign in signs}
 
@@ -63,15 +64,16 @@ def stacks(sign: Sign) -> str:
     """The stacks of all threads of a worker: told by itself, or, where it does not answer, read by py-spy, if that may attach."""
     if not _is_there(sign):
         return "has ended"
-    trace, end = Path(sign.trace), time.monotonic() + WRITE
+    until = time.monotonic() + WRITE
     os.kill(sign.pid, TELL_STACKS)
-    while time.monotonic() < end:
+    while time.monotonic() < until:
         time.sleep(0.2)
-        if told := left(sign):
+        if left(sign):
             # The threads are written one after the other.
             time.sleep(0.2)
-            return trace.read_text(errors="replace") or told
-    if (spy := shutil.which("py-spy")) is not None:
+            return left(sign)
+    # It comes with Ray, and so lies beside Python.
+    if (spy := shutil.which("py-spy", path=Path(sys.executable).parent)) is not None:
         with suppress(subprocess.TimeoutExpired):
             command = [spy, "dump", "--nonblocking", "--pid", str(sign.pid)]
             return subprocess.run(command, capture_output=True, text=True, timeout=SPY).stdout or "does not answer"
