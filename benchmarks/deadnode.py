@@ -131,7 +131,7 @@ class Trial:
                 if row["step"] >= plans[-1] + STEPS_AFTER:
                     stop.set()
 
-        logger = logging.getLogger("stages")
+        logger = logging.getLogger("training")
         logger.addHandler(self.told)
         try:
             train(plan, on_row, stop)

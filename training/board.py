@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from training.gang.signs import HERE, Sign
 from training.history import Row
-from training.signs import HERE, Sign
 
 POST_SECONDS = 0.5
 # The newest sign of every rank, and the seconds since it came.

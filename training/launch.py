@@ -14,12 +14,12 @@ from contextlib import contextmanager
 
 import ray
 
-from training.attempt import Attempt, Lost
 from training.config import TrainConfig, workers_told
+from training.gang.attempt import Attempt, Lost
 from training.history import Row
 from training.job import Outcome, TrainingError, TrainJob
 
-log = logging.getLogger("stages")
+log = logging.getLogger(__name__)
 
 # Losses one after the other, none of them after a later step than the one before, at which a run gives up.
 GIVE_UP = 3

@@ -15,7 +15,7 @@ import torch
 
 from infra.store import StoreError
 from tests.training.synthetic import KeepIn, config, losses, write_shards
-from training.attempt import _work, failure_of
+from training.gang.attempt import _work, failure_of
 from training.history import Row
 from training.job import TrainingBug, TrainingError, TrainJob
 from training.launch import train

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from tests.training.gang import ROOT
 from tests.training.synthetic import config
-from training.attempt import Lost, _how_it_ended
+from training.gang.attempt import Lost, _how_it_ended
+from training.gang.signs import Sign
+from training.gang.silence import STILL_TIMES, Silence
 from training.job import Outcome, TrainingError
 from training.launch import GIVE_UP, _Growth, _Room, train
-from training.signs import Sign
-from training.silence import STILL_TIMES, Silence
 
 
 def sign(rank: int, step: int = 0, **changes: Any) -> Sign:

@@ -16,14 +16,14 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from training.board import Heard, Reporter, new_board
+from training.gang.ranks import end, last_words, on_machines, stacks
+from training.gang.signs import Sign
+from training.gang.silence import Silence
 from training.history import Row
 from training.job import Outcome, TrainingBug, TrainingError, TrainJob
-from training.ranks import end, left, on_machines, stacks
-from training.signs import Sign
-from training.silence import Silence
 from unidiffuser.memory import out_of_memory
 
-log = logging.getLogger("stages")
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 # Seconds that a worker keeps to itself that others have gone: Ray Train tells of the first failure that it sees, and that of
@@ -103,7 +103,7 @@ class Attempt:
     def _trainer(self, gpus: bool) -> Any:
         from ray.train.torch import TorchTrainer
 
-        from training.group import GroupConfig
+        from training.gang.group import GroupConfig
 
         # It would restart the workers in the middle of a run; here the driver does that, which knows the checkpoints, and a
         # process less starts sooner.
@@ -198,7 +198,7 @@ class Attempt:
         if not isinstance(found, Lost) and not (dead and isinstance(found, TrainingBug)):
             return found
         signs = self._signs()
-        traces = on_machines(left, signs)
+        traces = on_machines(last_words, signs)
         gone = [sign for sign in signs if sign.rank in dead or sign.rank not in traces]
         told = ", ".join(f"{sign} {_how_it_ended(traces.get(sign.rank), failures.get(sign.rank))}" for sign in gone)
         after = f"after step {self.step}" if self.step else "before its first step"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ray.train.torch import TorchConfig
 
-from training.signs import begin
+from training.gang.signs import begin
 
 # Seconds that a collective operation waits. Greater than any step or checkpoint, as it is the last resort: who is dead or
 # silent is found sooner, from the signs.

@@ -21,7 +21,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from training.signs import TELL_STACKS, Sign
+from training.gang.signs import TELL_STACKS, Sign
 
 # Seconds for a machine to start a process and answer, for a worker to write its stacks, and for py-spy to read them.
 ANSWER, WRITE, SPY = 30.0, 3.0, 15.0
@@ -86,6 +86,13 @@ def left(sign: Sign) -> str:
         return Path(sign.trace).read_text(errors="replace")
     except OSError:
         return ""
+
+
+def last_words(sign: Sign) -> str:
+    """What a worker that has ended has written of its stacks; the file goes."""
+    told = left(sign)
+    Path(sign.trace).unlink(missing_ok=True)
+    return told
 
 
 def end(sign: Sign) -> bool:
