@@ -50,8 +50,8 @@ test-killed: setup
 test-slow: setup
 	$(PY) -m pytest -m slow
 
-# Every change of a training from which it must go on without losing a step; both optimizers on every ZeRO stage, with one and two
-# workers, against plain torch: some minutes.
+# Every change of a training from which it must go on without losing a step; workers and nodes that are lost; both optimizers on every
+# ZeRO stage, with one and two workers, against plain torch: some minutes.
 test-trainer: setup
 	$(PY) -m pytest -m trainer
 	$(PY) -m tests.training.equal --json docs/results/trainer-equal.json

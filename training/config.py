@@ -6,7 +6,7 @@ See `training.section` for fields that cannot change the result.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -171,6 +171,19 @@ class KeepConfig(Section):
         return {step for step in steps if self.every is not None and step % self.every == 0} | set(sorted(steps)[-self.last :])
 
 
+class WorkerRange(Section):
+    """As many workers as the cluster has, between two numbers; of those, the numbers that divide the batch."""
+
+    min: int = Field(ge=1, description="Fewest workers; with fewer the run waits.")
+    max: int = Field(ge=1, description="Most workers.")
+
+    @model_validator(mode="after")
+    def _check(self) -> WorkerRange:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        return self
+
+
 class TrainConfig(Section):
     """One training stage, the paper's values as defaults (arXiv 2303.06555, section 6.1 and U-ViT)."""
 
@@ -202,7 +215,18 @@ class TrainConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig, description="Rows and order; a recipe writes the subsets here too.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="Held-out loss.")
 
-    workers: int = Field(1, ge=1, description="Processes, one a GPU or a group of CPU cores.", json_schema_extra=OPERATIONAL)
+    workers: Annotated[int, Field(ge=1)] | WorkerRange = Field(
+        1,
+        description="Processes, one a GPU or a group of CPU cores. With {min, max} as many as the cluster has, also after it has "
+        "lost or won a machine.",
+        json_schema_extra=OPERATIONAL,
+    )
+    silent_after: int = Field(
+        60,
+        ge=5,
+        description="Seconds without a sign of life after which a worker is given up, and all are started again.",
+        json_schema_extra=OPERATIONAL,
+    )
     micro_batch: int | None = Field(
         None,
         ge=1,
@@ -226,9 +250,23 @@ class TrainConfig(Section):
         return max(n for n in range(1, LARGEST_DEFAULT_LANES + 1) if self.global_batch % n == 0)
 
     @property
+    def fewest_workers(self) -> int:
+        return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
+
+    @property
+    def allowed_workers(self) -> list[int]:
+        """The numbers of workers between the two that get equal shares of the batch, in whole micro-batches."""
+        share = self.micro_batch or 1
+        return [n for n in range(self.fewest_workers, self.most_workers + 1) if self.global_batch % (n * share) == 0]
+
+    @property
     def worker_batch(self) -> int:
-        """Samples of one optimizer step that fall to one worker."""
-        return self.global_batch // self.workers
+        """Samples of one optimizer step that fall to one worker, at most."""
+        return self.global_batch // self.fewest_workers
 
     @property
     def worker_micro_batch(self) -> int:
@@ -237,13 +275,15 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.global_batch % self.workers:
-            raise ValueError(f"global_batch {self.global_batch} is not divisible by workers {self.workers}")
-        if self.worker_batch % self.worker_micro_batch:
-            raise ValueError(
-                f"micro_batch {self.micro_batch} does not divide the {self.worker_batch} samples of a worker "
-                f"(global_batch {self.global_batch} / workers {self.workers})"
-            )
+        for workers in sorted({self.fewest_workers, self.most_workers}):
+            between = _told_of(self)
+            if self.global_batch % workers:
+                raise ValueError(f"global_batch {self.global_batch} is not divisible by workers {workers}{between}")
+            if self.global_batch // workers % (self.micro_batch or 1):
+                raise ValueError(
+                    f"micro_batch {self.micro_batch} does not divide the {self.global_batch // workers} samples of a worker "
+                    f"(global_batch {self.global_batch} / workers {workers}){between}"
+                )
         if self.model.data_type_token and self.data.data_type is None:
             raise ValueError("model.data_type_token needs data.data_type: 0, 1, or a condition that the rows of type 1 meet")
         if not self.model.data_type_token and self.data.data_type is not None:
@@ -257,3 +297,17 @@ class TrainConfig(Section):
         if self.schedule.decay == "plateau" and self.validation.fraction == 0:
             raise ValueError("schedule.decay plateau looks at held-out rows; give validation.fraction a value above 0")
         return self
+
+
+def workers_told(config: TrainConfig) -> str:
+    """``8``, or ``4 to 8``."""
+    fewest, most = config.fewest_workers, config.most_workers
+    return f"{fewest}" if fewest == most else f"{fewest} to {most}"
+
+
+def _told_of(config: TrainConfig) -> str:
+    """Which numbers of a range would do."""
+    if config.fewest_workers == config.most_workers:
+        return ""
+    allowed = ", ".join(map(str, config.allowed_workers)) or "none fits"
+    return f"; of {workers_told(config)}: {allowed}"

@@ -22,12 +22,12 @@ def parameters(model: ModelConfig) -> int:
 
 
 def worker_bytes(config: TrainConfig, half: bool) -> int:
-    """Bytes that one worker holds at least, see `training.engine` and `training.masters`.
+    """Bytes that one worker holds at least, where it has the fewest beside it; see `training.engine` and `training.masters`.
 
     Args:
         half: whether it computes in bf16.
     """
-    each, share = 2 if half else 4, config.workers
+    each, share = 2 if half else 4, config.fewest_workers
     if config.lora is not None:
         # Adapters are below a hundredth of what they are trained on, which has neither gradients nor an optimizer.
         return parameters(config.model) * each // (share if config.zero_stage == 3 else 1)

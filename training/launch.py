@@ -1,50 +1,32 @@
-"""Starts a training run on Ray: a gang of workers under Ray Train, watched from the driver.
+"""Starts a training run on Ray, and starts it again from its newest checkpoint when a worker or a machine is lost.
 
-Ray must be initialised. A run that dies is not started again here: the caller does that, and `TrainJob.resume` finds the
-newest checkpoint.
+Ray must be initialised. A run whose own fault it is that it ended is not started again.
 """
 
 from __future__ import annotations
 
-import os
+import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-from training.board import Board, Reporter
+from training.config import TrainConfig, workers_told
+from training.gang.attempt import Attempt, Lost
 from training.history import Row
-from training.job import Outcome, TrainingBug, TrainingError, TrainJob
-from unidiffuser.memory import out_of_memory
+from training.job import Outcome, TrainingError, TrainJob
 
-POLL_SECONDS = 0.5
+log = logging.getLogger(__name__)
 
-
-def _work(config: dict[str, Any]) -> Outcome:
-    """What Ray Train runs in every worker; the process group and RANK, LOCAL_RANK, NODE_RANK are already there."""
-    import torch
-    from ray.train import get_context
-    from ray.train.torch import get_device
-
-    from training.loop import run
-
-    device = get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // get_context().get_local_world_size()))
-    reporter = Reporter(config["board"])
-    try:
-        return run(config["job"], device, reporter.stop_requested, reporter.add)
-    except Exception as error:
-        if (which := out_of_memory(error)) is None:
-            raise
-        at_once = config["job"].config.worker_micro_batch
-        raise TrainingError(f"{which} is not enough; lower micro_batch (now {at_once}) or the model") from error
-    finally:
-        reporter.close()
+# Losses one after the other, none of them after a later step than the one before, at which a run gives up.
+GIVE_UP = 3
+# Seconds to wait for a lost machine to be known as lost, and for others in its place.
+KNOWN, PATIENCE = 60.0, 600.0
+# Seconds between two looks whether there is room for more workers.
+LOOK = 30.0
 
 
 @contextmanager
@@ -60,101 +42,130 @@ def _sigterm_sets(event: threading.Event) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def train(job: TrainJob, on_row: Callable[[Row], None] = lambda row: None, stop: threading.Event | None = None) -> Outcome:
-    """Train with `job.config.workers` workers, on GPUs when the cluster has them, and wait for the end.
+def train(
+    plan: Callable[[], TrainJob], on_row: Callable[[Row], None] = lambda row: None, stop: threading.Event | None = None
+) -> Outcome:
+    """Train with the workers that the job's configuration asks for, on GPUs when the cluster has them, and wait for the end.
 
-    SIGTERM, or setting `stop`, makes the workers write a checkpoint after the step that they are in and come to an end.
+    SIGTERM, or setting `stop`, makes the workers write a checkpoint after the step that they are in and come to an end. A worker
+    that gets SIGTERM has all write one too, and the run goes on. So it does when a worker is killed or silent, or its machine
+    lost, from the newest checkpoint.
 
     Args:
-        job: what to train; its `publish` runs in the worker of rank 0.
-        on_row: called in this process with every row of the history, within a second or so.
+        plan: gives what to train, before every start of a group of workers, so that its `resume` is the newest checkpoint; its
+            `publish` runs in the worker of rank 0.
+        on_row: called in this process with every row of the history, within a second or so; again with those of steps that are
+            done again.
         stop: the caller's own request to stop.
 
     Returns:
         How the run ended; `stopped` is true when it was asked to stop before its last step.
 
     Raises:
-        TrainingError: the workers failed, with the first worker's reason, or the cluster is too small.
+        TrainingError: the workers failed, with the first worker's reason, or the cluster is too small, or a worker was lost
+            three times at the same step.
         TrainingBug: they failed in a way that may be a fault of the program; it is caused by the worker's traceback.
 
     Example:
-        >>> outcome = train(TrainJob(config, shards, "/tmp/work", publish), on_row=print)  # doctest: +SKIP
+        >>> outcome = train(lambda: TrainJob(config, shards, "/tmp/work", publish), on_row=print)  # doctest: +SKIP
     """
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    resources = ray.cluster_resources()
-    gpus = resources.get("GPU", 0) > 0
-    have = int(resources.get("GPU" if gpus else "CPU", 0))
-    if have < job.config.workers:
-        kind = "GPUs" if gpus else "CPUs"
-        raise TrainingError(f"workers is {job.config.workers}, but the Ray cluster has {have} {kind}; lower workers")
-
-    # It would restart the workers in the middle of a run; here the caller resumes, and a process less starts sooner.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # A minute, the default, is too short for a busy laptop.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     requested = stop or threading.Event()
-    board = Board.remote()  # type: ignore[attr-defined]
-    trainer = TorchTrainer(
-        _work,  # type: ignore[arg-type]
-        train_loop_config={"job": job, "board": board},
-        scaling_config=ScalingConfig(num_workers=job.config.workers, use_gpu=gpus),
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        run_config=RunConfig(  # type: ignore[call-arg]
-            name="train",
-            storage_path=os.path.join(job.work_folder, "ray"),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
-            worker_runtime_env={"env_vars": _environment(gpus, job.config.compile)},
-        ),
-    )
-    ended: list[Any] = []
-
-    def fit() -> None:
-        try:
-            ended.append(trainer.fit())
-        except BaseException as error:  # raised below, in the caller's thread
-            ended.append(error)
-
-    # In a thread of its own, so that this one is free for progress and for signals.
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    job = plan()
+    room = _Room(job.config)
+    workers = room.at_start()
+    furthest, losses, step = 0, 0, 0
     with _sigterm_sets(requested):
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_SECONDS)
-            for row in ray.get(board.read.remote(requested.is_set())):
-                on_row(row)
-    for row in ray.get(board.read.remote(False)):
-        on_row(row)
-    ray.kill(board)
-    result = ended[0]
-    if isinstance(result, BaseException):
-        raise _failure(result)
-    return result.return_value
+        while True:
+            attempt, growth = Attempt(job, workers, room.gpus), _Growth(room, workers)
+            try:
+                outcome = attempt.run(on_row, lambda growth=growth: requested.is_set() or growth.wanted())  # type: ignore[misc]
+            except Lost as lost:
+                step = max(step, attempt.step)
+                losses = 1 if attempt.step > furthest else losses + 1
+                furthest = max(furthest, attempt.step)
+                if losses == GIVE_UP:
+                    raise TrainingError(f"{lost}; lost {GIVE_UP} times by step {furthest}, so the run ends") from lost
+                reason = str(lost)
+                room.forget(lost.nodes)
+            else:
+                if requested.is_set() or not outcome.stopped:
+                    return outcome
+                step, reason = outcome.step, _why_stopped(attempt, outcome.step)
+            if requested.is_set() or (found := room.again(requested)) is None:
+                return Outcome(step, {}, True)
+            workers, job = found, plan()
+            log.warning("%s; going on from the newest checkpoint with %d workers", reason, workers)
 
 
-def _environment(gpus: bool, compile: bool) -> dict[str, str]:
-    """Environment of the workers."""
-    environment = {} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    if not compile:
-        # DeepSpeed has functions decorated with torch.compile that we never call: without this they load Inductor.
-        environment["TORCHDYNAMO_DISABLE"] = "1"
-    return environment
+def _why_stopped(attempt: Attempt, step: int) -> str:
+    termed = ", ".join(map(str, attempt.termed))
+    return f"SIGTERM of {termed} at step {step}" if termed else f"more workers fit than before, at step {step}"
 
 
-def _failure(error: BaseException) -> TrainingError:
-    """The line that a user can act on: what the first worker raised that was not just the echo of another's end."""
-    failures = [failure for _, failure in sorted(getattr(error, "worker_failures", {}).items())] or [error]
-    causes = [getattr(failure, "_base_exc", failure) for failure in failures]
-    for failure, cause in zip(failures, causes, strict=True):
-        if type(cause).__module__.startswith(("training.", "infra.")):
-            return _caused(TrainingError(str(cause)), failure)
-        if isinstance(cause, (OSError, ValueError)):
-            return _caused(TrainingBug(str(cause)), failure)
-    words = " ".join(f"{type(causes[0]).__name__}: {causes[0]}".split())
-    return _caused(TrainingBug(words), failures[0])
+class _Room:
+    """How many workers the cluster has room for."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        # Decided once: what is left of a cluster may have none.
+        self.gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self.kind = "GPU" if self.gpus else "CPU"
+
+    def fit(self, have: int) -> int | None:
+        """The greatest number of workers that is allowed and fits."""
+        return max((n for n in self.config.allowed_workers if n <= have), default=None)
+
+    def at_start(self) -> int:
+        """How many workers to begin with.
+
+        Raises:
+            TrainingError: the cluster is too small.
+        """
+        if (workers := self.fit(self._have())) is None:
+            raise self._too_small()
+        return workers
+
+    def again(self, requested: threading.Event) -> int | None:
+        """How many workers to go on with, once there is room for the fewest; None when the run is to stop.
+
+        Raises:
+            TrainingError: the cluster stays too small.
+        """
+        until = time.monotonic() + PATIENCE
+        while (workers := self.fit(self._have())) is None:
+            if requested.wait(1.0):
+                return None
+            if time.monotonic() > until:
+                raise self._too_small()
+        return workers
+
+    def more(self, workers: int) -> bool:
+        """Whether more than so many, which run, would fit."""
+        return (self.fit(workers + int(ray.available_resources().get(self.kind, 0))) or 0) > workers
+
+    def forget(self, nodes: frozenset[str]) -> None:
+        """Wait until Ray counts machines that do not answer no longer, lest a group be placed there."""
+        until = time.monotonic() + KNOWN
+        while time.monotonic() < until and any(node["Alive"] and node["NodeID"] in nodes for node in ray.nodes()):
+            time.sleep(1.0)
+
+    def _have(self) -> int:
+        return int(ray.cluster_resources().get(self.kind, 0))
+
+    def _too_small(self) -> TrainingError:
+        told = workers_told(self.config)
+        return TrainingError(f"workers is {told}, but the Ray cluster has {self._have()} {self.kind}s; lower workers")
 
 
-def _caused(error: TrainingError, failure: BaseException) -> TrainingError:
-    """With what Ray tells of a worker's failure, which is its traceback."""
-    error.__cause__ = failure
-    return error
+class _Growth:
+    """Whether a group is to end at its next step for a larger one: there has been room for that at two looks."""
+
+    def __init__(self, room: _Room, workers: int) -> None:
+        self.room, self.workers = room, workers
+        self.looked, self.seen = time.monotonic(), 0
+
+    def wanted(self) -> bool:
+        if self.workers < self.room.config.most_workers and self.seen < 2 and time.monotonic() - self.looked > LOOK:
+            self.looked = time.monotonic()
+            self.seen = self.seen + 1 if self.room.more(self.workers) else 0
+        return self.seen == 2

@@ -53,14 +53,14 @@ def uvit_config(config: TrainConfig, modalities: tuple[Modality, ...]) -> UViTCo
 def run(
     job: TrainJob,
     device: torch.device,
-    stop_requested: Callable[[], bool] = lambda: False,
+    stop_requested: Callable[[int], bool] = lambda step: False,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Outcome:
     """Train in this worker; torch.distributed must be initialised. All workers call it with the same job.
 
     Args:
         device: of this worker.
-        stop_requested: asked on rank 0 after every step; when true, all workers checkpoint and stop.
+        stop_requested: asked on every rank after every step, with the steps done; when one says true, all checkpoint and stop.
         on_row: gets every row of the history on rank 0.
 
     Raises:
@@ -183,7 +183,7 @@ class _Run:
         if counts_on(self.keep):
             saved.restore_history(self.meter)
 
-    def run(self, stop_requested: Callable[[], bool], on_row: Callable[[Row], None]) -> Outcome:
+    def run(self, stop_requested: Callable[[int], bool], on_row: Callable[[Row], None]) -> Outcome:
         config, stopped = self.config, False
         on_row = on_row if self.rank == 0 else lambda row: None
         for row in self.said:
@@ -218,7 +218,7 @@ class _Run:
             self.saver.close()
         return Outcome(self.step, self.meter.rows[-1] if self.meter.rows else {}, stopped and self.step < config.steps)
 
-    def _train_step(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[Row | None, bool]:
+    def _train_step(self, batch: Batch, stop_requested: Callable[[int], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""
         schedule, drops, step = self.config.schedule, self.plateau.drops, self.step - self.begin.schedule_from
         for group in self.masters.optimizer.param_groups:
@@ -235,7 +235,7 @@ class _Run:
             self.guard.step()
             totals[3:] += torch.stack([loss.detach(), *(parts[name] for name in self.parts)]) / len(micro_batches)
         self.step += 1
-        totals[0] = self.rank == 0 and stop_requested()
+        totals[0] = stop_requested(self.step)
         totals[1], totals[2] = self.saver.ready(), len(self.loader.damaged)
         dist.all_reduce(totals)
         stop, written, groups, *losses = totals.tolist()

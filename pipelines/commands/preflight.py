@@ -222,7 +222,7 @@ def _memory(nodes: Mapping[str, TrainConfig]) -> Iterator[Problem]:
         half = config.precision == "bf16" or (config.precision == "auto" and bool(gpus))
         needed, have, what = worker_bytes(config, half), min(gpus, default=machine), "a GPU" if gpus else "the machine"
         if not gpus and where == "here":
-            needed *= config.workers
+            needed *= config.fewest_workers
         if needed > have:
             yield StageError(
                 f"{name}: weights, gradients and optimizer take {needed / 2**30:.1f} GiB at least, {what} {where} has "

@@ -71,5 +71,5 @@ def _limit(planned: Planned) -> GlobalConcurrencyLimitResponse | None:
 
 def _slots(planned: Planned, limit: int) -> int:
     """A slot a worker, or all of them if the node takes what the cluster has."""
-    workers = getattr(planned.config, "workers", 1)
+    workers = getattr(planned.config, "most_workers", getattr(planned.config, "workers", 1))
     return max(1, limit if workers is None else min(limit, workers))

@@ -8,13 +8,14 @@ begins that has none of its own is in `stages.train.origin`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
@@ -34,6 +35,9 @@ from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
 from training.names import column_of
+
+if TYPE_CHECKING:
+    from training.job import TrainJob
 
 log = logging.getLogger("stages")
 
@@ -116,17 +120,40 @@ def _foreign(job: Job, folder: str) -> Start | None:
     return Start(job.store, job.config.weights, files, job.config.model.heads, job.config.text, f"{folder}/weights")
 
 
+def _plan(chain: Chain, folder: str) -> TrainJob:
+    """What a group of workers is to do, from the newest checkpoint that is there, with this scratch folder."""
+    from training.job import TrainJob
+
+    job, done = chain.job, chain.done()
+    start = chain.start(done)
+    there = tuple(step for step in done if step <= start)
+    resume = Newest(chain, there, f"{folder}/resume") if there else None
+    init, before = _begin(chain, folder) if resume is None else (None, _shards(job, [done[step] for step in there]))
+    data = arrived(shards(job, job.inputs), before)
+    return TrainJob(
+        config=job.config.model_copy(update={"steps": chain.end}),
+        shards=tuple(address for _, address in data),
+        work_folder=folder,
+        publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data), uuid4().hex[:8]),
+        resume=resume,
+        newest=start if resume is not None else None,
+        init_from=init,
+        keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
+        fork=f"`{fork(job.node)}`",
+        weights=_foreign(job, folder),
+    )
+
+
 def train_chain(chain: Chain) -> None:
     """Train from the newest checkpoint to the last step.
 
     Raises:
         StageError: the workers failed, or the run was asked to stop before its last step.
     """
-    from training.job import TrainingBug, TrainingError, TrainJob
+    from training.job import TrainingBug, TrainingError
     from training.launch import train
 
-    job, done = chain.job, chain.done()
-    start, previews = chain.start(done), Previews(chain)
+    job, previews = chain.job, Previews(chain)
 
     def on_row(row: dict[str, Any]) -> None:
         if row["kind"] == "damage":
@@ -141,24 +168,10 @@ def train_chain(chain: Chain) -> None:
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
     with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
-        there = tuple(step for step in done if step <= start)
-        resume = Newest(chain, there, f"{folder}/resume") if there else None
-        init, before = _begin(chain, folder) if resume is None else (None, _shards(job, [done[step] for step in there]))
-        data = arrived(shards(job, job.inputs), before)
-        run = TrainJob(
-            config=job.config.model_copy(update={"steps": chain.end}),
-            shards=tuple(address for _, address in data),
-            work_folder=folder,
-            publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data), uuid4().hex[:8]),
-            resume=resume,
-            newest=start if resume is not None else None,
-            init_from=init,
-            keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
-            fork=f"`{fork(job.node)}`",
-            weights=_foreign(job, folder),
-        )
+        starts = itertools.count()
         try:
-            outcome = train(run, on_row=on_row)
+            # A folder a start: a worker of the one before may not have ended yet.
+            outcome = train(lambda: _plan(chain, f"{folder}/{next(starts)}"), on_row=on_row)
         except TrainingBug as error:
             raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:

@@ -1,7 +1,8 @@
-"""On a local Ray: two workers, progress, a request to stop, and a failure told in one line."""
+"""On a local Ray: two workers, progress, one that is killed, a request to stop, and a failure told in one line."""
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from dataclasses import replace
@@ -9,30 +10,52 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import ray
+import torch
 
 from infra.store import StoreError
-from tests.training.synthetic import KeepIn, config, write_shards
+from tests.training.synthetic import KeepIn, config, losses, write_shards
+from training.gang.attempt import _work, failure_of
 from training.history import Row
 from training.job import TrainingBug, TrainingError, TrainJob
-from training.launch import _failure, _work, train
+from training.launch import train
+from training.loop import run
 
 
-def test_progress_checkpoints_and_a_request_to_stop(ray_cluster: None, tmp_path: Path) -> None:
-    shards = write_shards(tmp_path / "shards")
-    settings = config(workers=2, steps=100_000, checkpoint_every=50_000, log_every=5)
-    stop, rows = threading.Event(), []
+def test_a_run_whose_worker_is_killed_goes_on_and_stops_when_it_is_asked_to(
+    ray_cluster: None, alone: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rank 0 kills itself when it has published step 5; the next group takes the same steps as a run that nobody kills."""
+    shards, kept = write_shards(tmp_path / "shards"), tmp_path / "kept"
+    settings = config(workers=2, steps=100_000, checkpoint_every=5, log_every=5)
+    stop, rows, plans = threading.Event(), [], []
+
+    def plan() -> TrainJob:
+        newest = max((int(path.name) for path in kept.glob("*")), default=None)
+        plans.append(newest)
+        resume = str(kept / str(newest)) if newest is not None else None
+        return TrainJob(settings, shards, str(tmp_path / f"work-{len(plans)}"), KeepIn(str(kept), kill_at=5), resume)
 
     def on_row(row: Row) -> None:
         rows.append(row)
-        if row["kind"] == "train":
+        if row["step"] >= 10:
             stop.set()
 
-    outcome = train(TrainJob(settings, shards, str(tmp_path / "work"), KeepIn(str(tmp_path / "kept"))), on_row, stop)
-    assert outcome.stopped and 5 <= outcome.step < 50_000
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == [str(outcome.step)]
-    assert rows[0]["kind"] == "validation" and rows[0]["step"] == 0
-    steps = [row["step"] for row in rows if row["kind"] == "train"]
-    assert steps == list(range(5, outcome.step + 1, 5))
+    outcome = train(plan, on_row, stop)
+    assert plans == [None, 5]
+    assert outcome.stopped and 10 <= outcome.step < 50_000 and str(outcome.step) in {path.name for path in kept.iterdir()}
+    steps = [row["step"] for row in rows if row["kind"] == "train" and row["step"] > 5]
+    assert rows[0]["kind"] == "validation" and rows[0]["step"] == 0 and steps == list(range(10, outcome.step + 1, 5))
+    whole = config(steps=12, checkpoint_every=10, log_every=5)
+    run(TrainJob(whole, shards, str(tmp_path / "work"), KeepIn(str(tmp_path / "whole"))), torch.device("cpu"))
+    assert losses(kept / "10") == pytest.approx(losses(tmp_path / "whole/10"), abs=1e-5)
+    (told,) = [record.getMessage() for record in caplog.records if "going on" in record.getMessage()]
+    host = ray.util.get_node_ip_address()
+    assert re.fullmatch(
+        rf"rank 0 on node {re.escape(host)} \(pid \d+\) was killed \(SIGKILL, .*\), after step 5; "
+        "going on from the newest checkpoint with 2 workers",
+        told,
+    )
 
 
 def test_a_damaged_file_is_a_reason() -> None:
@@ -40,7 +63,7 @@ def test_a_damaged_file_is_a_reason() -> None:
     told._base_exc = StoreError("step.safetensors: damaged; delete it")  # type: ignore[attr-defined]
     failed = Exception("workers failed")
     failed.worker_failures = {0: told}  # type: ignore[attr-defined]
-    assert str(_failure(failed)) == "step.safetensors: damaged; delete it"
+    assert str(failure_of(failed.worker_failures)) == "step.safetensors: damaged; delete it"
 
 
 def test_a_worker_whose_memory_is_not_enough_names_micro_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -49,7 +72,7 @@ def test_a_worker_whose_memory_is_not_enough_names_micro_batch(monkeypatch: pyte
 
     monkeypatch.setitem(sys.modules, "training.loop", SimpleNamespace(run=full))
     monkeypatch.setattr("ray.train.torch.get_device", lambda: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr("training.launch.Reporter", lambda _: SimpleNamespace(stop_requested=None, add=None, close=lambda: None))
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
     job = TrainJob(config(global_batch=8, micro_batch=4), (), str(tmp_path), KeepIn(str(tmp_path)))
     with pytest.raises(TrainingError, match=r"^memory is not enough; lower micro_batch \(now 4\) or the model$"):
         _work({"job": job, "board": None})
@@ -60,7 +83,7 @@ def test_a_bug_is_a_line_that_is_caused_by_the_workers_traceback() -> None:
     told._base_exc = KeyError("step")  # type: ignore[attr-defined]
     failed = Exception("workers failed")
     failed.worker_failures = {0: told}  # type: ignore[attr-defined]
-    error = _failure(failed)
+    error = failure_of(failed.worker_failures)
     assert (type(error), str(error), error.__cause__) == (TrainingBug, "KeyError: 'step'", told)
 
 
@@ -68,9 +91,9 @@ def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(ray_cluster: No
     missing = str(tmp_path / "gone.parquet")
     job = TrainJob(config(), (missing,), str(tmp_path / "work"), KeepIn(str(tmp_path)))
     with pytest.raises(TrainingError, match="gone.parquet: cannot be read"):
-        train(job)
+        train(lambda: job)
     with pytest.raises(TrainingError, match="workers is 4, but the Ray cluster has 2 CPUs"):
-        train(TrainJob(config(workers=4), (missing,), str(tmp_path / "work"), KeepIn(str(tmp_path))))
+        train(lambda: replace(job, config=config(workers=4)))
 
 
 def test_a_cluster_of_nothing_is_told_with_its_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -78,4 +101,4 @@ def test_a_cluster_of_nothing_is_told_with_its_size(monkeypatch: pytest.MonkeyPa
     for resources, words in (({}, "has 0 CPUs"), ({"GPU": 0.0}, "has 0 CPUs"), ({"GPU": 1.0, "CPU": 9.0}, "has 1 GPUs")):
         monkeypatch.setattr("ray.cluster_resources", lambda resources=resources: resources)
         with pytest.raises(TrainingError, match=words):
-            train(replace(job, config=config(workers=2, global_batch=8)))
+            train(lambda: replace(job, config=config(workers=2, global_batch=8)))

@@ -56,7 +56,7 @@ def test_plateau_decides_after_an_interruption_as_without_one(alone: None, tmp_p
 
     run(job(tmp_path / "whole", settings(20)), CPU)
     steps = iter(range(1, 21))
-    stopped = run(job(tmp_path / "part", settings(20)), CPU, stop_requested=lambda: next(steps) == 13)
+    stopped = run(job(tmp_path / "part", settings(20)), CPU, stop_requested=lambda step: next(steps) == 13)
     assert stopped.step == 13
     run(job(tmp_path / "part", settings(7), resume=str(tmp_path / "part/13")), CPU)
 

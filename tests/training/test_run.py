@@ -95,7 +95,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(alone: None, shards: tuple
     settings = config(steps=10, log_every=4)
     run(job(tmp_path / "whole", shards, settings), CPU)
     steps = iter(range(1, 11))
-    first = run(job(tmp_path / "part", shards, settings), CPU, stop_requested=lambda: next(steps) == 5)
+    first = run(job(tmp_path / "part", shards, settings), CPU, stop_requested=lambda step: next(steps) == 5)
     assert first.stopped and first.step == 5
     rows: list = []
     latest = str(tmp_path / "part" / "5")

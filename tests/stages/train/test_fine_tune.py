@@ -57,8 +57,8 @@ def tune(
 ) -> Callable[..., dict[str, Dataset]]:
     """(overrides) -> the datasets of all nodes of the recipe, made one after the other in this process."""
 
-    def train(job: Any, on_row: Callable[[Any], None]) -> Any:
-        return run(job, torch.device("cpu"), on_row=on_row)
+    def train(plan: Any, on_row: Callable[[Any], None]) -> Any:
+        return run(plan(), torch.device("cpu"), on_row=on_row)
 
     monkeypatch.setattr("training.launch.train", train)
 

@@ -45,8 +45,8 @@ def training(
     data = commit(store, data.manifest)
     clip = clip_of(tmp_path / "clip")
 
-    def in_process(job: Any, on_row: Callable[[Any], None]) -> Any:
-        return run(job, torch.device("cpu"), on_row=on_row)
+    def in_process(plan: Any, on_row: Callable[[Any], None]) -> Any:
+        return run(plan(), torch.device("cpu"), on_row=on_row)
 
     monkeypatch.setattr("training.launch.train", in_process)
 

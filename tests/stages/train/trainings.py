@@ -53,7 +53,8 @@ class Trainings:
         manifest = self.data.manifest.model_copy(update={"fingerprint": fingerprint, "files": entries, "stats": rows})
         self.inputs = {"data.x": commit(self.store, manifest).manifest.reference()}
 
-    def train(self, job: Any, on_row: Callable[[Any], None] = lambda row: None, stop: Any = None) -> Any:
+    def train(self, plan: Any, on_row: Callable[[Any], None] = lambda row: None, stop: Any = None) -> Any:
+        job = plan()
         self.advice = job.fork
         rows: list[int] = []
         steps: list[int] = []
@@ -68,7 +69,7 @@ class Trainings:
             rows.append(row["step"] if row["kind"] != "train" and not rows else row["step"] - 1)
             on_row(row)
 
-        outcome = run(job, torch.device("cpu"), lambda: bool(rows) and stopping(), seen)
+        outcome = run(job, torch.device("cpu"), lambda step: bool(rows) and stopping(), seen)
         self.began.append(rows[0])
         return outcome
 
