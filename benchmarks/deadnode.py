@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -28,25 +27,11 @@ import typer
 
 from benchmarks.before import ROOT, commit_of
 from benchmarks.frame import Result, machine, progress
-from tests.training.synthetic import config, write_shards
+from tests.training.synthetic import KeepIn, config, write_shards
 from training.history import Row, read_history
 from training.job import TrainJob
 
 STEPS_BEFORE, STEPS_AFTER, CHECKPOINT_EVERY = 20, 20, 10
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A publish function that copies each checkpoint to `folder/STEP`; one that is there is whole."""
-
-    folder: str
-
-    def __call__(self, checkpoint: str, step: int, metrics: Row) -> None:
-        scratch = Path(self.folder, f".{step}")
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.copytree(checkpoint, scratch)
-        if not Path(self.folder, str(step)).exists():
-            scratch.rename(Path(self.folder, str(step)))
 
 
 @contextmanager
@@ -107,18 +92,17 @@ class Trial:
     def run(self) -> Trial:
         from training.launch import train
 
-        shards, kept = write_shards(self.folder / "shards"), self.folder / "kept"
-        kept.mkdir()
+        shards, keeper = write_shards(self.folder / "shards"), KeepIn(str(self.folder / "kept"))
         settings = config(
             steps=100_000, checkpoint_every=CHECKPOINT_EVERY, **{"workers": 2, "validation": {"fraction": 0}, **self.changes}
         )
         stop, plans, began = threading.Event(), [], time.monotonic()
 
         def plan() -> TrainJob:
-            newest = max((int(path.name) for path in kept.iterdir() if path.name.isdigit()), default=None)
+            newest = max(keeper.steps(), default=None)
             plans.append(newest or 0)
-            resume = str(kept / str(newest)) if newest is not None else None
-            return TrainJob(settings, shards, str(self.folder / f"work-{len(plans)}"), Kept(str(kept)), resume)
+            resume = keeper.fetch(newest, "") if newest is not None else None
+            return TrainJob(settings, shards, str(self.folder / f"work-{len(plans)}"), keeper, resume)
 
         def on_row(row: Row) -> None:
             if len(plans) == 1:
@@ -141,7 +125,7 @@ class Trial:
 
     def losses(self) -> list[float]:
         """Of every step, as the last checkpoint has them."""
-        newest = max((path for path in (self.folder / "kept").iterdir()), key=lambda path: int(path.name))
+        newest = max((self.folder / "kept").glob("*/committed"), key=lambda path: int(path.parent.name)).parent
         return [row["loss"] for row in read_history(newest / "history.jsonl")]
 
 

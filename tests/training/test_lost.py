@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.training.gang import ROOT
-from tests.training.synthetic import config
+from tests.training.synthetic import KeepIn, config
 from training.gang.attempt import Lost, _how_it_ended
 from training.gang.signs import Sign
 from training.gang.silence import STILL_TIMES, Silence
@@ -98,7 +98,7 @@ class Cluster:
 def job(**changes: Any) -> Any:
     from training.job import TrainJob
 
-    return lambda: TrainJob(config(**changes), (), "", lambda *_: None)
+    return lambda: TrainJob(config(**changes), (), "", KeepIn(""))
 
 
 def test_a_group_goes_on_with_the_greatest_number_that_fits_and_shares_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
