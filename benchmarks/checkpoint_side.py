@@ -86,9 +86,9 @@ def main() -> None:
 
     publish: Any
     if earlier:
-        from stages.train.stage import Publisher  # type: ignore[attr-defined]
+        from stages.train import stage
 
-        publish = Publisher(chain, time.time(), ())
+        publish = stage.Publisher(chain, time.time(), ())  # type: ignore[call-arg]
         watch.on(loop._Run, "_checkpoint", begun)
     else:
         from stages.train.kept import Publisher
@@ -106,7 +106,7 @@ def main() -> None:
     # The last call is the end's.
     calls = watch.calls[:-1]
     checkpoints = config.steps // config.checkpoint_every - 1
-    found = {"blocked": sum(taken for _, taken in calls) / checkpoints, "seconds": seconds, "peak_mib": peaks[-1]}
+    found: dict[str, Any] = {"blocked": sum(taken for _, taken in calls) / checkpoints, "seconds": seconds, "peak_mib": peaks[-1]}
     found |= {"peak_of_steps_mib": peaks[0], "copy": copy_seconds(pieces) if pieces else 0.0, "calls": calls}
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -54,12 +54,12 @@ class Writing:
     """A file of a store while it is written, with the size and the digest of what was written so far."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._digest, self.bytes = file, hashlib.sha256(), 0
+        self._file, self._digest, self.size = file, hashlib.sha256(), 0
 
     def write(self, data: bytes | memoryview) -> None:
         self._file.write(data)
         self._digest.update(data)
-        self.bytes += len(data)
+        self.size += len(data)
 
     @property
     def sha256(self) -> str:
@@ -249,8 +249,8 @@ class Store:
                 sent.discard()
                 raise
             sent.close()
-        if (found := self.fs.info(self._full(path))["size"]) != writing.bytes:
-            raise StoreError(f"{self.url(path)}: {found:,} bytes arrived of {writing.bytes:,}; check the disk and run again")
+        if (found := self.fs.info(self._full(path))["size"]) != writing.size:
+            raise StoreError(f"{self.url(path)}: {found:,} bytes arrived of {writing.size:,}; check the disk and run again")
 
     def publish(self, source: str | Path, path: str) -> tuple[int, str]:
         """Move a finished local file into the store, read it back and return (bytes, sha256).

@@ -23,9 +23,9 @@ class TrainingBug(TrainingError):
 
 
 class Writing(Protocol):
-    """A file while it is written."""
+    """A file while it is written; `size` counts its bytes so far."""
 
-    bytes: int
+    size: int
 
     @property
     def sha256(self) -> str: ...

@@ -186,8 +186,8 @@ class _Run:
     def run(self, stop_requested: Callable[[int], bool], on_row: Callable[[Row], None]) -> Outcome:
         config, stopped = self.config, False
         on_row = on_row if self.rank == 0 else lambda row: None
-        for row in self.said:
-            on_row(row)
+        for said in self.said:
+            on_row(said)
         if self.step == 0:
             self._validate(on_row)
         if config.steps == 0:

@@ -145,12 +145,12 @@ class Saver:
                     if not finite(piece.numpy()):
                         raise NotFinite(f"step {step}: weights, averages or the optimizer's numbers are not finite")
                     file.write(bytes_of(piece))
-            files = [Written(name, file.bytes, file.sha256)]
+            files = [Written(name, file.size, file.sha256)]
             for other, parts in more() if dist.get_rank() == 0 else ():
                 with self.keeper.writing(step, other) as file:
                     for part in parts:
                         file.write(part)
-                files.append(Written(other, file.bytes, file.sha256))
+                files.append(Written(other, file.size, file.sha256))
             return files
 
         self._flight = _Flight(step, rows, metrics, held, self._thread.submit(write))

@@ -153,7 +153,7 @@ def chunks(length: int) -> Iterator[tuple[int, int]]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.numpy()).cast("B")
+    return tensor.numpy().data.cast("B")
 
 
 def merge(folder: str | Path, kind: str, target: str | Path) -> Path:

@@ -75,7 +75,7 @@ class Publisher:
         job, key = self.chain.job, self.chain.key_of(step)
         with self.writing(step, ORDER_FILE) as order:
             order.write(order_text(job.config, self.shards))
-        every = [*files, Written(ORDER_FILE, order.bytes, order.sha256)]
+        every = [*files, Written(ORDER_FILE, order.size, order.sha256)]
         rows_in = sum(d.manifest.stats.rows_out for name, d in job.inputs.items() if name.startswith("data."))
         stats = Stats(rows_in, rows)
         stats.drop("validation_or_where" if job.config.data.where else "validation", rows_in - rows)

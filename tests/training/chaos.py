@@ -53,7 +53,8 @@ def story(folder: Path, shards: tuple[str, ...], scene: dict[str, Any], kills: i
     assert run_gang(folder / "gang-calm", [job(calm, shards, scene)]) == [0] * WORKERS
     while len(rows) < kills:
         newest = max(KeepIn(str(killed)).steps(), default=0)
-        step, rank = rng.randrange(newest + EVERY, STEPS + 1, EVERY), rng.randrange(WORKERS)
+        # The next checkpoint or the one after it, so that the last one is not reached at once.
+        step, rank = min(newest + rng.choice((EVERY, 2 * EVERY)), STEPS), rng.randrange(WORKERS)
         place = rng.randrange((calm / str(step) / share_name(rank, WORKERS)).stat().st_size)
         statuses = run_gang(folder / f"gang-{len(rows)}", [job(killed, shards, scene, (step, rank, place))])
         left = KeepIn(str(killed)).steps()

@@ -82,14 +82,14 @@ class _Cut:
         self.file, self.after = file, after
 
     def write(self, data: Any) -> None:
-        if self.file.bytes + len(data) > self.after:
-            self.file.write(bytes(data[: self.after - self.file.bytes]))
+        if self.file.size + len(data) > self.after:
+            self.file.write(bytes(data[: self.after - self.file.size]))
             os.kill(os.getpid(), signal.SIGKILL)
         self.file.write(data)
 
     @property
-    def bytes(self) -> int:
-        return self.file.bytes
+    def size(self) -> int:
+        return self.file.size
 
     @property
     def sha256(self) -> str:

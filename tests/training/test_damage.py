@@ -17,6 +17,7 @@ from tests.training.synthetic import KeepIn, config, history, write_shards
 from training.checkpoint import read_state
 from training.config import TrainConfig
 from training.damage import USUAL, Damage, DamageConfig
+from training.guard import unless_finite
 from training.history import read_history
 from training.job import TrainingError, TrainJob
 from training.latents import ShardError
@@ -137,6 +138,13 @@ def test_a_checkpoint_from_which_no_step_can_be_taken_is_no_good_one(alone: None
     with pytest.raises(TrainingError, match="damage.rollbacks allows 2"):
         run(on, CPU)
     assert KeepIn(str(tmp_path)).steps() == [2]
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient_and_any_other_keeps_its_own() -> None:
+    for constant, expected in ((3.0, 2.0), (float("inf"), float("nan"))):
+        weight = torch.ones((), requires_grad=True)
+        unless_finite(2 * weight + constant).backward()
+        torch.testing.assert_close(weight.grad, torch.tensor(expected), equal_nan=True)
 
 
 def test_a_spike_is_a_norm_far_above_the_usual_one() -> None:

@@ -22,7 +22,7 @@ MUON = {"optimizer": {"kind": "muon", "lr": 5e-3, "iteration": "fp32", "rest": {
 
 @pytest.fixture(scope="module")
 def place(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of finished runs: `one` (one worker), `zero1`, `zero2`, `zero3` (two workers), `killed` while a worker writes its
+    """Folders of finished runs: `one` (one worker), `zero0`, `zero1`, `zero2`, `zero3` (two workers), `killed` while a worker writes its
     share of step 6; those of Muon begin with `muon-`."""
     folder = tmp_path_factory.mktemp("gang")
     shards = write_shards(folder / "shards")
@@ -34,6 +34,7 @@ def place(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(job("muon-one", **MUON), torch.device("cpu"))
     # ZeRO 3 comes last: DeepSpeed then replaces torch's linear in the process for good, which changes the last bit.
     jobs = [
+        job("zero0", workers=2, zero_stage=0),
         job("zero1", workers=2),
         job("zero2", workers=2, zero_stage=2, micro_batch=2),
         job("muon-zero1", workers=2, **MUON),
@@ -46,7 +47,7 @@ def place(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
 def test_two_workers_agree_with_one(place: Path, name: str) -> None:
     assert losses(place / name / "6") == pytest.approx(losses(place / "one/6"), abs=1e-5)
     for kind in ("model", "ema", *STATES):
