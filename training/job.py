@@ -27,6 +27,8 @@ class TrainJob:
     Attributes:
         config: what to train.
         shards: latent shards in their fixed order, paths or fsspec URLs that every worker can read.
+        traced: called in the worker of rank 0 with the file that `profile` makes; with None there is none.
+        inputs: number of the input that each shard is of, or none where they are all of one.
         work_folder: local scratch folder; checkpoints are written below it and removed when published.
         publish: called in the worker of rank 0 as `publish(folder, step, metrics)` when a checkpoint is complete on its disk;
             `metrics` is the newest row of the history (see `training.history`). Training goes on when it returns.
@@ -48,6 +50,8 @@ class TrainJob:
     keep: tuple[Kept, ...] = ("weights", "ema")
     fork: str = "`from`"
     weights: Source = None
+    inputs: tuple[int, ...] = ()
+    traced: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)

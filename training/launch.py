@@ -41,7 +41,8 @@ def _work(config: dict[str, Any]) -> Outcome:
     except Exception as error:
         if (which := out_of_memory(error)) is None:
             raise
-        at_once = config["job"].config.worker_micro_batch
+        told = config["job"].config
+        at_once = told.micro_batch or told.worker_batch
         raise TrainingError(f"{which} is not enough; lower micro_batch (now {at_once}) or the model") from error
     finally:
         reporter.close()

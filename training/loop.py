@@ -22,12 +22,16 @@ from training.begin import ALL, begin, counts_on
 from training.checkpoint import Checkpoint, TrainerState, read_state, write_checkpoint
 from training.config import TrainConfig
 from training.ema import Ema
-from training.engine import compiled, initialise_engine
-from training.history import Meter, Row
+from training.engine import compiled, initialise_engine, resolve_precision
+from training.fitting import fitted
+from training.history import Meter, Row, means
 from training.job import Outcome, Source, TrainingError, TrainJob
 from training.loader import Batch, Loader
+from training.losses import Losses
 from training.masters import Masters
+from training.profiling import Profile
 from training.rates import Plateau, learning_rate
+from training.speed import gauges
 from training.weights import ForeignWeights
 from unidiffuser.modalities import Modality, all_parts, resized
 from unidiffuser.objective import JointObjective
@@ -95,12 +99,17 @@ class _Run:
         self.begin = begin(state, self.keep, len(job.shards), self.config.global_batch)
         schedule = NoiseSchedule.of(self.config.noise).to(device)
         self.loader = Loader(
-            self.config, job.shards, self.rank, self.world, _gathered, schedule.steps, self.begin.order_from, self.begin.growth
-        )
+            self.config, job.shards, self.rank, self.world, _gathered, schedule.steps, self.begin.order_from, self.begin.growth,
+            job.inputs,
+        )  # fmt: skip
         self.model_config = uvit_config(self.config, self.loader.modalities)
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
-        self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
-        self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every)
+        self.losses = Losses(self.loader.modalities, schedule.steps, device)
+        trained = self.model_config.model_copy(update={"modalities": self.loader.modalities})
+        precision = resolve_precision(self.config.precision, device)
+        self.config = fitted(self.config, precision == "bf16", trained.tokens, device)
+        measured = gauges(trained, precision, device, self.world, self.config.lora is not None)
+        self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every, measured)
         self.step, self.optimizer_steps, self.plateau = self.begin.step, 0, Plateau()
         self.adapters: Adapters | None = None
         self._start(folder)
@@ -110,10 +119,12 @@ class _Run:
             raise TrainingError("schedule.decay plateau looks at held-out rows, and there are none: raise validation.fraction")
         self.looked_at = self._held_out(self.config.schedule.look_samples) if looks else []
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective on timesteps and noise that the loader drew for each sample by its place."""
+    def _loss(self, batch: Batch, count: float) -> tuple[Tensor, Tensor]:
+        """The objective on timesteps and noise that the loader drew for each sample by its place, and all that is told of it."""
         data_type = batch.data_type if self.config.model.data_type_token else None
-        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
+        errors = self.objective.errors(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
+        loss, parts = self.objective.mean(errors)
+        return loss, self.losses.pack(loss, parts, errors, batch.timesteps, count)
 
     def _start(self, folder: str | None) -> None:
         """Model, engine and moving average: new, with what is kept of a checkpoint, or from foreign weights."""
@@ -171,8 +182,12 @@ class _Run:
             self.masters.set_state({kind: self.masters.empty() for kind in self.masters.state_kinds}, 0)
             self._checkpoint()
         batches = self.loader.batches(self.step, config.steps)
-        for batch in batches:
-            row, stopped = self._train_step(batch.to(self.device), stop_requested)
+        traced = self.job.traced if self.rank == 0 else None
+        profile = Profile(config.profile, config.steps, self.device, self.job.work_folder, traced)
+        self.meter.begin()
+        for batch in self.meter.waited(batches):
+            with profile.step(self.step + 1):
+                row, stopped = self._train_step(batch.to(self.device), stop_requested)
             if row is not None and self.rank == 0:
                 on_row(row)
             last = stopped or self.step == config.steps
@@ -194,19 +209,19 @@ class _Run:
             group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)
         lr = learning_rate(step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
-        totals = torch.zeros(2 + len(self.parts), device=self.device)
+        totals = torch.zeros(1 + self.losses.size, device=self.device)
         for micro_batch in micro_batches:
-            loss, parts = self._loss(micro_batch)
+            loss, told = self._loss(micro_batch, 1 / len(micro_batches))
             self.engine.backward(loss)
             self.engine.step()
-            totals[1:] += torch.stack([loss.detach(), *(parts[name] for name in self.parts)]) / len(micro_batches)
+            totals[1:] += told
         self.ema.update()
         self.step += 1
         self.optimizer_steps += 1
         totals[0] = self.rank == 0 and stop_requested()
         dist.all_reduce(totals)
-        stop, *losses = totals.tolist()
-        values = dict(zip(self._loss_names(), (value / self.world for value in losses), strict=True))
+        stop, *numbers = totals.tolist()
+        values, sums = self.losses.unpack(numbers, self.world)
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             values["grad_norm"] = float(norm)
@@ -216,16 +231,18 @@ class _Run:
                     f"step {self.step}: {name} is {value}; the last checkpoint is good: lower optimizer.lr or set gradient_clip, "
                     f"and go on from there with {self.job.fork}, or check the latents of this step"
                 )
-        return self.meter.step(self.step, lr, values), bool(stop)
-
-    def _loss_names(self) -> list[str]:
-        return ["loss", *(f"loss_{name}" for name in self.parts)]
+        return self.meter.step(self.step, lr, values, sums), bool(stop)
 
     def _validate(self, on_row: Callable[[Row], None]) -> None:
-        """Loss on the held-out samples with the weights as trained, the same samples, timesteps and noise every time."""
+        """Loss on the held-out samples with the weights as trained and with their average, the same samples, timesteps and noise
+        every time."""
         if int(self.loader.index.held.sum()) == 0:
             return
-        row = self.meter.validation(self.step, self._mean_losses(self.held_out))
+        with self.meter.excluded():
+            values = self._mean_losses(self.held_out)
+            with self.masters.computing_with(self.ema.vectors):
+                values |= {f"ema_{name}": value for name, value in self._mean_losses(self.held_out).items()}
+        row = self.meter.validation(self.step, values)
         if self.rank == 0:
             on_row(row)
 
@@ -234,26 +251,27 @@ class _Run:
         """Mean losses over the batches of all workers."""
         with self.meter.excluded():
             self.engine.eval()
-            totals = torch.zeros(2 + len(self.parts), device=self.device)
+            totals = torch.zeros(1 + self.losses.size, device=self.device)
             rounds = torch.tensor([len(batches)], device=self.device)
             dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
             with torch.compiler.set_stance("force_eager"):
                 for number in range(int(rounds)):
                     # With ZeRO 3 a forward pass is collective: who has run out of samples repeats one, and counts nothing.
                     batch = batches[number] if number < len(batches) else self.loader.batch(self.begin.order_from).split(1)[0]
-                    loss, parts = self._loss(batch.to(self.device))
+                    _, told = self._loss(batch.to(self.device), len(batch))
                     if number < len(batches):
                         totals[0] += len(batch)
-                        totals[1:] += torch.stack([loss, *(parts[name] for name in self.parts)]) * len(batch)
+                        totals[1:] += told
             self.engine.train()
             dist.all_reduce(totals)
-            count, *losses = totals.tolist()
-            return {name: value / count for name, value in zip(self._loss_names(), losses, strict=True)}
+            count, *numbers = totals.tolist()
+            values, sums = self.losses.unpack(numbers, count)
+            return values | means(sums)
 
     def _held_out(self, samples: int) -> list[Batch]:
-        """This worker's share of the first held-out rows, in batches that it computes at once."""
+        """This worker's share of held-out rows, in batches that it computes at once."""
         batch = self.loader.validation(samples)
-        return batch.split(self.config.micro_batch or len(batch)) if batch else []
+        return batch.split(self.config.worker_micro_batch) if batch else []
 
     def _checkpoint(self) -> None:
         """Write a checkpoint, hand it to `publish` on rank 0, and wait until that is done."""
@@ -269,14 +287,13 @@ class _Run:
             order_from=self.begin.order_from,
             growth=list(self.begin.growth),
             pending=self.meter.pending,
-            pending_steps=self.meter.pending_steps,
             optimizer=self.masters.state_kinds,
             plateau=self.plateau,
             workers=self.world,
             zero_stage=self.config.zero_stage,
             precision=self.precision,
         )
-        with self.meter.excluded():
+        with self.meter.waiting("checkpoint"), self.meter.excluded():
             if self.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             write_checkpoint(folder, self.model_config, self.masters, self.ema, state, self.meter, self.adapters)

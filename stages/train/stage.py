@@ -38,12 +38,15 @@ from stages.train.origin import (
     begins,
     end,
     fork,
+    input_of,
     order_of,
     order_told,
     outside,
     shards,
 )
 from stages.train.preview import PreviewConfig, Previews
+from stages.train.trackers import Name, not_installed
+from stages.train.tracking import Tracking
 from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
@@ -55,6 +58,7 @@ log = logging.getLogger("stages")
 COLUMNS = (*SCORES, "width", "height")
 # Name of the record of a checkpoint that a stop left between two planned ones.
 STOPPED = "stopped"
+PROFILES = ".state/profiles"
 # Files without which a folder is no checkpoint to begin from, and the length of a digest of content in hexadecimal.
 NEEDED = frozenset({"config.json", "model.safetensors", "ema.safetensors", "trainer.json", ORDER_FILE})
 SHA256 = 64
@@ -79,6 +83,9 @@ class TrainStageConfig(TrainConfig):
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
+    track: tuple[Name, ...] = operational(
+        (), "where else the history goes, row by row: tensorboard, trackio, wandb, mlflow; each with its package installed"
+    )
     preview: PreviewConfig = operational(PreviewConfig(), "sheets of samples in the UI while it trains, one a checkpoint")
 
     @model_validator(mode="after")
@@ -174,6 +181,18 @@ class Outside:
         return self.folder
 
 
+@dataclass(frozen=True)
+class Traces:
+    """Puts a profiler's trace beside what else is told of a run; runs in the worker of rank 0."""
+
+    store: Store
+    folder: str
+
+    def __call__(self, file: str) -> None:
+        self.store.publish(file, f"{self.folder}/{Path(file).name}")
+        log.info("profile: %s", self.store.url(f"{self.folder}/{Path(file).name}"))
+
+
 def _resume(chain: Chain, record: UnitRecord, folder: str) -> Fetched:
     unit = chain.job.store.url(chain.job.unit_folder(record.key))
     return Fetched(chain.job.store, record.files, f"{folder}/resume", f"delete {unit} to go on from the one before")
@@ -218,11 +237,13 @@ def train_chain(chain: Chain) -> None:
 
     job, done = chain.job, chain.done()
     start, previews = chain.start(done), Previews(chain)
+    tracking = Tracking(chain, done.get(start))
 
     def on_row(row: dict[str, Any]) -> None:
         more: dict[str, Any] = {name: round(row[name], 5) for name in ("loss", "samples_per_s", "lr") if name in row}
         more |= time_left(chain.end - row["step"], row.get("samples_per_s", 0) / job.config.global_batch)
         emit_progress(job.node, row["kind"], row["step"], chain.end, "steps", more)
+        tracking.add(row)
         previews.seen(row["step"])
         if row["kind"] == "validation":
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
@@ -230,7 +251,7 @@ def train_chain(chain: Chain) -> None:
     with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
         resume = _resume(chain, done[start], folder) if start in done else None
         init, before = _begin(chain, folder) if resume is None else (None, order_of(job.store, done[start])["shards"])
-        data = arrived(shards(job, job.inputs), before)
+        data, inputs = arrived(shards(job, job.inputs), before), input_of(job)
         run = TrainJob(
             config=job.config.model_copy(update={"steps": chain.end}),
             shards=tuple(address for _, address in data),
@@ -241,6 +262,8 @@ def train_chain(chain: Chain) -> None:
             keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
             fork=f"`{fork(job.node)}`",
             weights=_foreign(job, folder),
+            traced=Traces(job.store, f"{PROFILES}/{job.node}-{chain.key}"),
+            inputs=tuple(inputs[address] for _, address in data),
         )
         try:
             outcome = train(run, on_row=on_row)
@@ -248,6 +271,8 @@ def train_chain(chain: Chain) -> None:
             raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:
             raise StageError(f"{job.node}: {error}") from error
+        finally:
+            tracking.close()
     if outcome.stopped:
         raise StageError(f"{job.node}: stopped at step {outcome.step} of {chain.end}; run again to go on")
     previews.close()
@@ -296,6 +321,8 @@ class Train(Stage):
             raise StageError(
                 f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote"
             )
+        if (line := not_installed(config.track)) is not None:
+            raise StageError(line)
         if config.lora is not None and find_spec("peft") is None:
             raise StageError("lora needs peft, which is not installed: pip install 'unidiffuser[lora]'")
 
