@@ -152,6 +152,27 @@ def test_zero_stages_and_micro_batches_agree(every_step: Path, shards: tuple[str
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("changes", "apart"),
+    [
+        ({"model": {"width": 16, "depth": 2, "heads": 2, "activation_checkpointing": 2}}, 1e-6),
+        ({"zero_stage": 2, "zero": {"offload_optimizer": True, "overlap_comm": True}}, 1e-5),
+        ({"zero_stage": 3, "zero": {"offload_optimizer": True, "offload_parameters": True}}, 1e-5),
+        ({"zero_stage": 1, "zero": {"fp32_reduction": True}, "precision": "bf16"}, 5e-3),
+    ],
+    ids=["checkpointing", "offload", "offload all", "fp32 reduction"],
+)
+def test_what_saves_memory_changes_no_result_and_resumes_exactly(
+    every_step: Path, shards: tuple[str, ...], tmp_path: Path, changes: dict[str, Any], apart: float
+) -> None:
+    run(job(tmp_path / "whole", shards, config(**changes)), CPU)
+    assert losses(tmp_path / "whole/6") == pytest.approx(losses(every_step / "6"), abs=apart)
+    run(job(tmp_path / "resumed", shards, config(**changes), resume=str(tmp_path / "whole/3")), CPU)
+    for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
+        name = f"6/{kind}.safetensors"
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_bf16_is_near_fp32_and_resumes_exactly(
     every_step: Path, shards: tuple[str, ...], tmp_path: Path, zero_stage: int
@@ -307,6 +328,12 @@ def test_config_errors_say_what_is_expected() -> None:
         ),
         ({"noise": {"beta_start": 0.5, "beta_end": 0.4}}, "beta_start 0.5 is above beta_end 0.4"),
         ({"model": {"width": 16, "depth": 3, "heads": 2}}, "must be even"),
+        ({"compile": True, "zero_stage": 3}, "compile cannot follow zero_stage 3, .*; leave compile out, or use zero_stage 2"),
+        ({"zero_stage": 0, "zero": {"offload_optimizer": True}}, "use zero_stage 1, 2 or 3"),
+        ({"zero_stage": 0, "zero": {"fp32_reduction": True}}, "of no use with zero_stage 0, which computes in fp32"),
+        ({"zero_stage": 2, "zero": {"offload_parameters": True}}, "zero.offload_parameters needs zero_stage 3, not 2"),
+        ({"zero": {"offload_optimizer": True}, "optimizer": {"kind": "muon"}}, "use optimizer.kind adamw, or leave it out"),
+        ({"micro_batch": 0}, "greater than or equal to 1"),
         ({"learning_rate": 1}, "Extra inputs are not permitted"),
     ):
         with pytest.raises(ValueError, match=message):
