@@ -282,7 +282,7 @@ class Train(Stage):
     """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 4
+    version = 5
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (

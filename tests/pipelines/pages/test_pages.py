@@ -296,3 +296,14 @@ def test_losses_are_a_curve_and_a_short_table_that_ends_with_the_last() -> None:
     assert lines[0] == "| step | loss on held-out rows | text |" and len(lines) <= 2 + 6
     assert lines[-1] == "| 40 | 0.0250 | 0.5000 |"
     assert losses("train-x", []) == []
+
+
+def test_losses_of_the_average_have_a_column_and_those_by_noise_a_table_of_the_last_validation() -> None:
+    noise = {"loss_image_t1": 0.9, "loss_image_t8": 0.1, "loss_text_t2": 0.7}
+    row = {"kind": "validation", "step": 4, "loss": 0.5, "ema_loss": 0.4, "ema_loss_image_t1": 0.8, "loss_image": 0.6, **noise}
+    _, _, told, by_noise = losses("train-x", [row])
+    assert told.splitlines()[0] == "| step | loss on held-out rows | with the averaged weights | image |"
+    assert told.splitlines()[-1] == "| 4 | 0.5000 | 0.4000 | 0.6000 |"
+    lines = by_noise.splitlines()
+    assert lines[0] == "| step 4, from clean to noise | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |"
+    assert [line.replace(" ", "") for line in lines[2:]] == ["|image|0.9000|||||||0.1000|", "|text||0.7000|||||||"]
