@@ -76,7 +76,7 @@ def bare(shards: tuple[str, ...], sizes: dict[str, int]) -> None:
     batches, going = [loader.batch(step) for step in range(4)], turns()
     model, objective = UViT(uvit_config(config, loader.modalities)), JointObjective(loader.modalities, NoiseSchedule())
     optimizer = config.optimizer.build(model.named_parameters())
-    weights = list(model.parameters())
+    weights: list[torch.Tensor] = list(model.parameters())
     average = [weight.detach().clone() for weight in weights]
     number = 0
     while next(going):
