@@ -59,8 +59,7 @@ class TrainerState(BaseModel):
     schedule_from: int
     order_from: int
     growth: list[Growth]
-    pending: dict[str, float]
-    pending_steps: int
+    pending: dict[str, tuple[float, float]]
     optimizer: list[str]
     plateau: Plateau
     damage: Damage
@@ -228,4 +227,4 @@ class Checkpoint:
     def restore_history(self, meter: Meter) -> None:
         """Set the history and the sums of the interval that was interrupted."""
         meter.rows = read_history(self.folder / "history.jsonl")
-        meter.pending, meter.pending_steps = dict(self.state.pending), self.state.pending_steps
+        meter.pending = dict(self.state.pending)

@@ -13,9 +13,11 @@ from pydantic import Field, field_validator, model_validator
 from training.damage import DamageConfig
 from training.optimizers.adamw import AdamW
 from training.optimizers.choice import OptimizerConfig
+from training.profiling import ProfileConfig
 from training.rates import ScheduleConfig
 from training.section import OPERATIONAL, Section
 from training.where import Comparison
+from training.zero import ZeroConfig, refusal
 from unidiffuser.noise import NoiseConfig
 
 LARGEST_DEFAULT_LANES = 16
@@ -43,9 +45,11 @@ class ModelConfig(Section):
     data_type_token: bool = Field(
         False, description="A token that tells two types of data apart, as in the published version 1; see data.data_type."
     )
-    activation_checkpointing: bool = Field(
-        False,
-        description="Compute activations again in the backward pass to save memory.",
+    activation_checkpointing: int = Field(
+        0,
+        ge=0,
+        description="Keep no activations of every n-th block, and compute them again in the backward pass: 1 saves most memory, "
+        "and costs a third more arithmetic; 2 half of both; 0 keeps all.",
         json_schema_extra=OPERATIONAL,
     )
 
@@ -151,11 +155,17 @@ class DataConfig(Section):
 
 
 class ValidationConfig(Section):
-    """The held-out rows, chosen by the hash of their key, and how often the loss on them is measured."""
+    """The held-out rows, chosen by the hash of their key, and how often the loss on them is measured, with the weights as trained
+    and with their average."""
 
-    fraction: float = Field(0.02, ge=0, le=0.5, description="Part of the rows that training never sees.")
+    fraction: float = Field(0.005, ge=0, le=0.5, description="Part of the rows that training never sees.")
     every: int = Field(1000, ge=1, description="Steps between two validations.", json_schema_extra=OPERATIONAL)
-    samples: int = Field(256, ge=1, description="Rows that a validation looks at, at most.", json_schema_extra=OPERATIONAL)
+    samples: int = Field(
+        256,
+        ge=1,
+        description="Rows that a validation looks at, at most, of every input and every shard alike.",
+        json_schema_extra=OPERATIONAL,
+    )
 
 
 class KeepConfig(Section):
@@ -227,20 +237,24 @@ class TrainConfig(Section):
         description="Seconds without a sign of life after which a worker is given up, and all are started again.",
         json_schema_extra=OPERATIONAL,
     )
-    micro_batch: int | None = Field(
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
         None,
-        ge=1,
-        description="Samples a worker computes at once; gradients are accumulated to the global batch. Default: all.",
+        description="Samples a worker computes at once; gradients are accumulated to the global batch. Default: all; auto: as "
+        "many as a GPU's memory holds by the estimate that refuses too much, and all on a CPU.",
         json_schema_extra=OPERATIONAL,
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         1, description="DeepSpeed ZeRO: what is sharded. 0 (nothing) is for fp32.", json_schema_extra=OPERATIONAL
     )
+    zero: ZeroConfig = Field(default_factory=ZeroConfig, description="How ZeRO goes about it.", json_schema_extra=OPERATIONAL)
     compile: bool = Field(False, description="torch.compile, where a C++ compiler is found.", json_schema_extra=OPERATIONAL)
     checkpoint_every: int = Field(1000, ge=1, description="Steps between two checkpoints.", json_schema_extra=OPERATIONAL)
     log_every: int = Field(50, ge=1, description="Steps that one row of the history averages.", json_schema_extra=OPERATIONAL)
     keep: KeepConfig = Field(default_factory=KeepConfig, description="Which checkpoints stay.", json_schema_extra=OPERATIONAL)
     damage: DamageConfig = Field(default_factory=DamageConfig, description="What is done about damage.")
+    profile: ProfileConfig | None = Field(
+        None, description="Steps to trace with torch's profiler, into a file on the store.", json_schema_extra=OPERATIONAL
+    )
 
     @property
     def lanes(self) -> int:
@@ -260,7 +274,7 @@ class TrainConfig(Section):
     @property
     def allowed_workers(self) -> list[int]:
         """The numbers of workers between the two that get equal shares of the batch, in whole micro-batches."""
-        share = self.micro_batch or 1
+        share = self.micro_batch if isinstance(self.micro_batch, int) else 1
         return [n for n in range(self.fewest_workers, self.most_workers + 1) if self.global_batch % (n * share) == 0]
 
     @property
@@ -270,8 +284,8 @@ class TrainConfig(Section):
 
     @property
     def worker_micro_batch(self) -> int:
-        """Samples that a worker computes at once."""
-        return self.micro_batch or self.worker_batch
+        """Samples that a worker computes at once; all while `auto` is not resolved, see `training.footprint`."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else self.worker_batch
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -279,7 +293,7 @@ class TrainConfig(Section):
             between = _told_of(self)
             if self.global_batch % workers:
                 raise ValueError(f"global_batch {self.global_batch} is not divisible by workers {workers}{between}")
-            if self.global_batch // workers % (self.micro_batch or 1):
+            if isinstance(self.micro_batch, int) and self.global_batch // workers % self.micro_batch:
                 raise ValueError(
                     f"micro_batch {self.micro_batch} does not divide the {self.global_batch // workers} samples of a worker "
                     f"(global_batch {self.global_batch} / workers {workers}){between}"
@@ -294,6 +308,8 @@ class TrainConfig(Section):
             raise ValueError("optimizer.kind muon is for the matrices of the blocks, which lora freezes; use adamw")
         if self.zero_stage == 0 and self.precision == "bf16":
             raise ValueError("zero_stage 0 keeps no fp32 master weights for bf16; use zero_stage 1, or precision fp32")
+        if (problem := refusal(self.zero, self.zero_stage, self.optimizer.kind, self.compile)) is not None:
+            raise ValueError(problem)
         if self.schedule.decay == "plateau" and self.validation.fraction == 0:
             raise ValueError("schedule.decay plateau looks at held-out rows; give validation.fraction a value above 0")
         return self

@@ -23,9 +23,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
-def deepspeed_config(config: TrainConfig, world: int, precision: str) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, world: int, precision: str, pin: bool) -> dict[str, Any]:
     """DeepSpeed's configuration for this run. The learning rate is set by the loop, so there is no scheduler."""
-    micro_batch = config.micro_batch or config.global_batch // world
+    micro_batch = config.micro_batch if isinstance(config.micro_batch, int) else config.global_batch // world
     return {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -33,7 +33,8 @@ def deepspeed_config(config: TrainConfig, world: int, precision: str) -> dict[st
         # Without ZeRO, `training.guard` clips.
         "gradient_clipping": config.gradient_clip if config.zero_stage else 0.0,
         "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": config.zero_stage, **config.zero.deepspeed(pin)},
+        **({"communication_data_type": "fp32"} if config.zero.fp32_reduction else {}),
         # torch's AdamW: DeepSpeed's CPU Adam is compiled at the first start, which takes a minute and a compiler.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -42,8 +43,8 @@ def deepspeed_config(config: TrainConfig, world: int, precision: str) -> dict[st
 
 
 def compiled(model: nn.Module, config: TrainConfig, device: torch.device) -> bool:
-    """Compile in place when asked for and possible; gives whether it was. ZeRO 3 gathers weights by hooks: left eager."""
-    if not config.compile or config.zero_stage == 3:
+    """Compile in place when asked for and possible; gives whether it was."""
+    if not config.compile:
         return False
     if find_compiler(device) is None:
         log.warning("compile: no compiler found (g++ or clang++, for a GPU gcc or clang), training goes on without")
@@ -86,7 +87,7 @@ def initialise_engine(model: nn.Module, config: TrainConfig, world: int, device:
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=config.optimizer.build((name, p) for name, p in model.named_parameters() if p.requires_grad),
-        config=deepspeed_config(config, world, precision),
+        config=deepspeed_config(config, world, precision, pin=device.type == "cuda"),
         dist_init_required=False,
     )
     return engine, precision

@@ -1,11 +1,19 @@
 """What a run tells about itself: one flat row for every `log_every` steps, and one for every validation.
 
-Fields of a row: `kind` ("train" or "validation"), `step` (steps done), `epoch` (a fraction), `samples` (seen so far), `loss`
-and `loss_<part>` (mean squared errors, means over the interval); for "train" also `lr`, `grad_norm`, `samples_per_s`, `seconds`
-(of the interval) and `checkpoint_wait` (seconds of it, not among the others, in which a checkpoint held up the training). All
-but the last three are the same for an interrupted and an uninterrupted run. Where there was damage, rows of "train" count the
-steps `skipped`, the `rollbacks` and the `damaged_groups` of rows so far, and rows of the kind "damage" say in `said` what was
-done. The means are those of the steps that were not skipped.
+Fields of a row: `kind` ("train", "validation" or "damage"), `step` (steps done), `epoch` (a fraction), `samples` (seen so far),
+and means over the interval, of the steps that were not skipped, or over the held-out rows:
+
+    loss                   the objective
+    loss_PART              mean squared error of a part, or of a modality: that of its parts, each by its weight
+    loss_MODALITY_t1 ..    the same of the samples whose timestep is in an eighth of all, from nearly clean to nearly noise, where
+                           there were any
+    ema_...                of a validation, the same with the moving average of the weights
+
+A row of kind "train" has also `lr`, `grad_norm`, and what is measured, on rank 0: `samples_per_s`, `tokens_per_s`, `mfu` (see
+`training.speed`), `memory` in GiB, and the `seconds` of the interval, of which `data_wait` are spent waiting for the loader.
+Validations and what checkpoints hold up are not in these seconds; `checkpoint_wait` is the latter, since the row before. What is
+not measured is the same for an interrupted and an uninterrupted run. Where there was damage, such rows count the steps `skipped`,
+the `rollbacks` and the `damaged_groups` of rows so far, and rows of kind "damage" say in `said` what was done.
 """
 
 from __future__ import annotations
@@ -13,12 +21,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 Row = dict[str, Any]
-TIMINGS = ("samples_per_s", "seconds", "checkpoint_wait", "damaged_groups")
+Wait = Literal["data", "checkpoint"]
+WAITS: tuple[Wait, ...] = ("data", "checkpoint")
+TIMINGS = (
+    "samples_per_s", "tokens_per_s", "mfu", "memory", "seconds", *(f"{kind}_wait" for kind in WAITS), "damaged_groups",
+)  # fmt: skip
+
+T = TypeVar("T")
 
 
 def history_text(rows: Iterable[Row]) -> str:
@@ -38,36 +52,56 @@ class Meter:
         global_batch: samples a step.
         epochs: steps done -> epochs of the data that they have read.
         log_every: steps of an interval.
+        gauges: samples a second -> what else is measured when a row is made.
     """
 
-    def __init__(self, global_batch: int, epochs: Callable[[int], float], log_every: int) -> None:
-        self.global_batch, self.epochs, self.log_every = global_batch, epochs, log_every
+    def __init__(
+        self,
+        global_batch: int,
+        epochs: Callable[[int], float],
+        log_every: int,
+        gauges: Callable[[float], Mapping[str, float]] = lambda samples_per_s: {},
+    ) -> None:
+        self.global_batch, self.epochs, self.log_every, self.gauges = global_batch, epochs, log_every, gauges
         self.rows: list[Row] = []
-        self.pending: dict[str, float] = {}
-        self.pending_steps = 0
-        self._since, self._timed_steps, self._waited = time.perf_counter(), 0, 0.0
+        # By name, a sum and how many it is the sum of.
+        self.pending: dict[str, tuple[float, float]] = {}
+        self.begin()
 
-    def step(self, steps_done: int, lr: float, values: dict[str, float], damage: Mapping[str, int]) -> Row | None:
+    def begin(self) -> None:
+        """The interval's time counts from here."""
+        self._since, self._timed_steps = time.perf_counter(), 0
+        self._waited: dict[Wait, float] = dict.fromkeys(WAITS, 0.0)
+
+    def step(
+        self,
+        steps_done: int,
+        lr: float,
+        values: Mapping[str, float],
+        sums: Mapping[str, tuple[float, float]] | None = None,
+        damage: Mapping[str, int] | None = None,
+    ) -> Row | None:
         """Take in the values of a step, none of one that was skipped; gives the row when the interval is full.
 
         Args:
+            sums: with how many each is the sum of.
             damage: counts of what was damaged so far.
         """
-        for name, value in values.items():
-            self.pending[name] = self.pending.get(name, 0.0) + value
-        self.pending_steps += bool(values)
+        for name, (value, count) in {**{name: (value, 1) for name, value in values.items()}, **(sums or {})}.items():
+            total, counted = self.pending.get(name, (0.0, 0.0))
+            self.pending[name] = (total + value, counted + count)
         self._timed_steps += 1
-        if steps_done % self.log_every or not self.pending_steps:
+        if steps_done % self.log_every or not self.pending:
             return None
-        means = {name: total / self.pending_steps for name, total in self.pending.items()}
         seconds = time.perf_counter() - self._since
+        speed = self._timed_steps * self.global_batch / seconds
         row = {
-            **self._place("train", steps_done), **means, "lr": lr,
-            "samples_per_s": round(self._timed_steps * self.global_batch / seconds, 2), "seconds": round(seconds, 3),
-            "checkpoint_wait": round(self._waited, 3), **damage,
+            **self._place("train", steps_done), **means(self.pending), "lr": lr, "samples_per_s": round(speed, 2),
+            **self.gauges(speed), **{f"{kind}_wait": round(waited, 3) for kind, waited in self._waited.items()},
+            "seconds": round(seconds, 3), **(damage or {}),
         }  # fmt: skip
-        self.pending, self.pending_steps = {}, 0
-        self._since, self._timed_steps, self._waited = time.perf_counter(), 0, 0.0
+        self.pending = {}
+        self.begin()
         self.rows.append(row)
         return row
 
@@ -85,19 +119,34 @@ class Meter:
 
     @contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave the time of a validation out of the speed."""
-        started = time.perf_counter()
+        """Leave the time of a validation or a checkpoint out of the speed; one inside another counts once."""
+        started, since = time.perf_counter(), self._since
         yield
-        self._since += time.perf_counter() - started
+        self._since = since + time.perf_counter() - started
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Leave the time for which a checkpoint holds up the training out of the speed, and tell it."""
+    def waiting(self, kind: Wait) -> Iterator[None]:
+        """Count the time as waited for the loader or for a checkpoint; the latter is left out of the speed."""
         started = time.perf_counter()
-        with self.excluded():
+        with self.excluded() if kind == "checkpoint" else nullcontext():
             yield
-        self._waited += time.perf_counter() - started
+        self._waited[kind] += time.perf_counter() - started
+
+    def waited(self, items: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time until each is there counts as waited for data."""
+        iterator = iter(items)
+        while True:
+            with self.waiting("data"):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
 
     def _place(self, kind: str, steps_done: int) -> Row:
         samples = steps_done * self.global_batch
         return {"kind": kind, "step": steps_done, "epoch": round(self.epochs(steps_done), 6), "samples": samples}
+
+
+def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Sums over their counts, without those of nothing."""
+    return {name: total / count for name, (total, count) in sums.items() if count}

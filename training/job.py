@@ -74,6 +74,8 @@ class TrainJob:
     Attributes:
         config: what to train.
         shards: latent shards in their fixed order, paths or fsspec URLs that every worker can read.
+        traced: called in the worker of rank 0 with the file that `profile` makes; with None there is none.
+        inputs: number of the input that each shard is of, or none where they are all of one.
         work_folder: local scratch folder.
         publish: where checkpoints go.
         resume: checkpoint of this run to go on from: a folder, or a function that fetches the newest one that is whole and gives
@@ -97,6 +99,8 @@ class TrainJob:
     keep: tuple[Kept, ...] = ("weights", "ema")
     fork: str = "`from`"
     weights: Source = None
+    inputs: tuple[int, ...] = ()
+    traced: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)

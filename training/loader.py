@@ -23,6 +23,7 @@ from torch import Tensor
 from training import draws
 from training.begin import Growth
 from training.config import TrainConfig
+from training.held import spread
 from training.latents import LatentReader, LatentSpec, Parts, RowGroup, Selection, ShardError, ShardIndex
 from training.order import Order
 from training.timesteps import timesteps_at
@@ -123,6 +124,7 @@ class Loader:
         timesteps: N of the noise schedule; timesteps are drawn from 1 .. N.
         order_from: the step that reads place 0 of the order.
         growth: how many of the shards there were, by place; by default all of them from place 0 on.
+        inputs: number of the input that each shard is of; by default they are all of one.
 
     Raises:
         ShardError: a shard cannot be used.
@@ -139,7 +141,9 @@ class Loader:
         timesteps: int = 1000,
         order_from: int = 0,
         growth: Sequence[Growth] = (),
+        inputs: Sequence[int] = (),
     ) -> None:
+        self.inputs = np.array(inputs or [0] * len(shards), dtype=np.int64)
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
         self.order_from = order_from
         # By number, what is wrong with each row group that this worker met.
@@ -212,21 +216,22 @@ class Loader:
     def validation(self, samples: int | None = None) -> Batch | None:
         """This worker's share of the held-out samples, each at fixed timesteps with fixed noise; None when it has none.
 
-        The first `samples` held-out rows (default: `validation.samples`) take the 8 x 8 pairs of evenly spread timesteps in turn,
-        one pair a row.
+        `samples` held-out rows (default: `validation.samples`), see `training.held`, take the 8 x 8 pairs of evenly spread
+        timesteps in turn, one pair a row.
         """
         wanted = samples or self.config.validation.samples
-        ends = np.cumsum(self.index.held)
-        total = min(wanted, int(ends[-1]) if len(ends) else 0)
+        chosen_rows = spread(self.index.held, self.index.file, self.inputs, wanted)
+        total, ends = len(chosen_rows), np.cumsum(self.index.held)
         numbers = np.arange(total * self.rank // self.world, total * (self.rank + 1) // self.world, dtype=np.int64)
         if not len(numbers):
             return None
-        groups = np.searchsorted(ends, numbers, side="right")
+        held = chosen_rows[numbers]
+        groups = np.searchsorted(ends, held, side="right")
 
         rows = empty_parts(self.index.spec, len(numbers))
         for group in np.unique(groups):
             at, read = np.flatnonzero(groups == group), self._read(int(group))
-            chosen = read.held[numbers[at] - (ends[group] - self.index.held[group])]
+            chosen = read.held[held[at] - (ends[group] - self.index.held[group])]
             for part, values in rows.items():
                 values[at] = read.parts[part][chosen]
         levels = np.stack([numbers % VALIDATION_LEVELS, numbers // VALIDATION_LEVELS % VALIDATION_LEVELS], axis=1)

@@ -21,17 +21,21 @@ from training.checkpoint import Checkpoint, TrainerState, other_files, pieces_of
 from training.config import TrainConfig
 from training.damage import Damage
 from training.ema import Ema
-from training.engine import compiled, initialise_engine
+from training.engine import compiled, initialise_engine, resolve_precision
 from training.fetching import Fetching, gathered
+from training.fitting import fitted
 from training.guard import Guard, unless_finite
-from training.history import Meter, Row
+from training.history import Meter, Row, means
 from training.job import Outcome, TrainingError, TrainJob
 from training.loader import Batch, Loader, too_many_damaged
+from training.losses import Losses, Sums
 from training.masters import Masters
+from training.profiling import Profile
 from training.rates import Plateau, learning_rate
 from training.rollback import Back, GoBack, go_back
 from training.saving import NotFinite, Saver
 from training.shares import share_name
+from training.speed import gauges
 from training.weights import ForeignWeights
 from unidiffuser.modalities import Modality, all_parts, resized
 from unidiffuser.objective import JointObjective
@@ -98,12 +102,17 @@ class _Run:
             self.begin, self.damage, self.tries = back.begin(self.begin), back.damage, back.tries
         schedule = NoiseSchedule.of(self.config.noise).to(device)
         self.loader = Loader(
-            self.config, job.shards, self.rank, self.world, gathered, schedule.steps, self.begin.order_from, self.begin.growth
-        )
+            self.config, job.shards, self.rank, self.world, gathered, schedule.steps, self.begin.order_from, self.begin.growth,
+            job.inputs,
+        )  # fmt: skip
         self.model_config = uvit_config(self.config, self.loader.modalities)
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
-        self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
-        self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every)
+        self.losses = Losses(self.loader.modalities, schedule.steps, device)
+        trained = self.model_config.model_copy(update={"modalities": self.loader.modalities})
+        precision = resolve_precision(self.config.precision, device)
+        self.config = fitted(self.config, precision == "bf16", trained.tokens, device)
+        measured = gauges(trained, precision, device, self.world, self.config.lora is not None)
+        self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every, measured)
         self.step, self.optimizer_steps, self.plateau = self.begin.step, 0, Plateau()
         self.adapters: Adapters | None = None
         self.saver = Saver(job.publish)
@@ -115,10 +124,12 @@ class _Run:
             raise TrainingError("schedule.decay plateau looks at held-out rows, and there are none: raise validation.fraction")
         self.looked_at = self._held_out(self.config.schedule.look_samples) if looks else []
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The objective on timesteps and noise that the loader drew for each sample by its place."""
+    def _loss(self, batch: Batch, count: float) -> tuple[Tensor, Tensor]:
+        """The objective on timesteps and noise that the loader drew for each sample by its place, and all that is told of it."""
         data_type = batch.data_type if self.config.model.data_type_token else None
-        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
+        errors = self.objective.errors(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
+        loss, parts = self.objective.mean(errors)
+        return loss, self.losses.pack(loss, parts, errors, batch.timesteps, count)
 
     def _start(self, folder: str | None) -> None:
         """Model, engine and moving average: new, with what is kept of a checkpoint, or from foreign weights."""
@@ -195,9 +206,13 @@ class _Run:
             self.masters.set_state({kind: self.masters.empty() for kind in self.masters.state_kinds}, 0)
             self._checkpoint()
         batches = self.loader.batches(self.step, config.steps)
+        traced = self.job.traced if self.rank == 0 else None
+        profile = Profile(config.profile, config.steps, self.device, self.job.work_folder, traced)
+        self.meter.begin()
         try:
-            for batch in batches:
-                row, stopped = self._train_step(batch.to(self.device), stop_requested)
+            for batch in self.meter.waited(batches):
+                with profile.step(self.step + 1):
+                    row, stopped = self._train_step(batch.to(self.device), stop_requested)
                 if row is not None:
                     on_row(row)
                 last = stopped or self.step == config.steps
@@ -209,7 +224,7 @@ class _Run:
                     self._checkpoint()
                 if stopped:
                     break
-            with self.meter.waiting():
+            with self.meter.waiting("checkpoint"):
                 self.saver.finish()
         except NotFinite as error:
             raise self._back(str(error)) from error
@@ -225,31 +240,31 @@ class _Run:
             group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)
         lr = learning_rate(step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
-        totals = torch.zeros(4 + len(self.parts), device=self.device)
+        totals = torch.zeros(3 + self.losses.size, device=self.device)
         for number, micro_batch in enumerate(micro_batches, 1):
-            loss, parts = self._loss(micro_batch)
+            loss, told = self._loss(micro_batch, 1 / len(micro_batches))
             self.engine.backward(unless_finite(loss))
             if number == len(micro_batches):
-                with self.meter.waiting():
+                with self.meter.waiting("checkpoint"):
                     self.saver.seal()
             self.guard.step()
-            totals[3:] += torch.stack([loss.detach(), *(parts[name] for name in self.parts)]) / len(micro_batches)
+            totals[3:] += told
         self.step += 1
         totals[0] = stop_requested(self.step)
         totals[1], totals[2] = self.saver.ready(), len(self.loader.damaged)
         dist.all_reduce(totals)
-        stop, written, groups, *losses = totals.tolist()
+        stop, written, groups, *numbers = totals.tolist()
         if written == self.world:
-            with self.meter.waiting():
+            with self.meter.waiting("checkpoint"):
                 self.saver.commit()
-        values = dict(zip(self._loss_names(), (value / self.world for value in losses), strict=True))
-        values = self._counted({**values, "grad_norm": self.guard.norm}, bool(stop))
+        values, sums = self.losses.unpack(numbers, self.world)
+        values, sums = self._counted({**values, "grad_norm": self.guard.norm}, sums)
         if groups > (allowed := self.config.damage.skip_damaged):
             raise too_many_damaged(self.config, int(groups), "; ".join(self.loader.damaged.values()) or f"more than {allowed}")
-        told = self.damage.told() | ({"damaged_groups": int(groups)} if groups else {})
-        return self.meter.step(self.step, lr, values, told), bool(stop)
+        damage = self.damage.told() | ({"damaged_groups": int(groups)} if groups else {})
+        return self.meter.step(self.step, lr, values, sums, damage), bool(stop)
 
-    def _counted(self, values: dict[str, float], stop: bool) -> dict[str, float]:
+    def _counted(self, values: dict[str, float], sums: Sums) -> tuple[dict[str, float], Sums]:
         """What a step gives to the history: nothing if it was skipped.
 
         Raises:
@@ -260,14 +275,14 @@ class _Run:
             self.damage.applied(self.guard.norm)
             self.ema.update()
             self.optimizer_steps += 1
-            return values
+            return values, sums
         self.damage.skip(self.step, values["loss"], self.guard.norm)
         log.warning("skipped %s", self.damage.seen[-1])
         ends = self.step == self.config.steps
         if self.damage.in_a_row > self.config.damage.steps_in_a_row or ends:
             count = self.damage.in_a_row
             raise self._back(f"{count} steps in a row were skipped" if count > 1 else "a step was skipped")
-        return {}
+        return {}, {}
 
     def _back(self, why: str) -> GoBack:
         """What to raise to go on from the last good checkpoint."""
@@ -278,40 +293,45 @@ class _Run:
         allowed = self.config.damage.rollbacks
         return go_back(self.job.publish, self.step, self.begin, self.damage, allowed, self.tries, why, self.job.fork)
 
-    def _loss_names(self) -> list[str]:
-        return ["loss", *(f"loss_{name}" for name in self.parts)]
-
     def _validate(self, on_row: Callable[[Row], None]) -> None:
-        """Loss on the held-out samples with the weights as trained, the same samples, timesteps and noise every time."""
+        """Loss on the held-out samples with the weights as trained and with their average, the same samples, timesteps and noise
+        every time."""
         if int(self.loader.index.held.sum()) == 0:
             return
-        on_row(self.meter.validation(self.step, self._mean_losses(self.held_out)))
+        # Weights and average change places, so what is still to be written of them is copied first.
+        self.saver.seal()
+        with self.meter.excluded():
+            values = self._mean_losses(self.held_out)
+            with self.masters.computing_with(self.ema.vectors):
+                values |= {f"ema_{name}": value for name, value in self._mean_losses(self.held_out).items()}
+        on_row(self.meter.validation(self.step, values))
 
     @torch.no_grad()
     def _mean_losses(self, batches: list[Batch]) -> dict[str, float]:
         """Mean losses over the batches of all workers."""
         with self.meter.excluded():
             self.engine.eval()
-            totals = torch.zeros(2 + len(self.parts), device=self.device)
+            totals = torch.zeros(1 + self.losses.size, device=self.device)
             rounds = torch.tensor([len(batches)], device=self.device)
             dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
             with torch.compiler.set_stance("force_eager"):
                 for number in range(int(rounds)):
                     # With ZeRO 3 a forward pass is collective: who has run out of samples repeats one, and counts nothing.
                     batch = batches[number] if number < len(batches) else self.loader.batch(self.begin.order_from).split(1)[0]
-                    loss, parts = self._loss(batch.to(self.device))
+                    _, told = self._loss(batch.to(self.device), len(batch))
                     if number < len(batches):
                         totals[0] += len(batch)
-                        totals[1:] += torch.stack([loss, *(parts[name] for name in self.parts)]) * len(batch)
+                        totals[1:] += told
             self.engine.train()
             dist.all_reduce(totals)
-            count, *losses = totals.tolist()
-            return {name: value / count for name, value in zip(self._loss_names(), losses, strict=True)}
+            count, *numbers = totals.tolist()
+            values, sums = self.losses.unpack(numbers, count)
+            return values | means(sums)
 
     def _held_out(self, samples: int) -> list[Batch]:
-        """This worker's share of the first held-out rows, in batches that it computes at once."""
+        """This worker's share of held-out rows, in batches that it computes at once."""
         batch = self.loader.validation(samples)
-        return batch.split(self.config.micro_batch or len(batch)) if batch else []
+        return batch.split(self.config.worker_micro_batch) if batch else []
 
     def _checkpoint(self) -> None:
         """Begin a checkpoint, unless the last steps were skipped: it might be as bad as they are."""
@@ -328,7 +348,6 @@ class _Run:
             order_from=self.begin.order_from,
             growth=list(self.begin.growth),
             pending=self.meter.pending,
-            pending_steps=self.meter.pending_steps,
             optimizer=self.masters.state_kinds,
             plateau=self.plateau,
             damage=self.damage,
@@ -336,7 +355,7 @@ class _Run:
             zero_stage=self.config.zero_stage,
             precision=self.precision,
         )
-        with self.meter.waiting():
+        with self.meter.waiting("checkpoint"):
             self.saver.begin(
                 self.step,
                 share_name(self.rank, self.world),

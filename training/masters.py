@@ -9,6 +9,7 @@ can be resumed by one with ZeRO 3: DeepSpeed's own universal checkpoints cannot 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch import Tensor
 from training.optimizers.orthogonal import MuonWithAdamW, Piece
 
 Read = Callable[[str, int, int], Tensor]
+# Numbers that change places at once: what is held twice meanwhile.
+EXCHANGED = 2**24
 
 
 class Stretch(NamedTuple):
@@ -40,6 +43,7 @@ class Masters:
 
     def __init__(self, engine: Any, zero_stage: int) -> None:
         self.places: dict[str, Stretch]
+        self.engine, self.zero_stage = engine, zero_stage
         # What is frozen has no master weights.
         self.named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
         self.shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in self.named}
@@ -115,7 +119,7 @@ class Masters:
         gathered = {}
         for name, shape in self.shapes.items():
             place = self.places[name]
-            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.vectors[0].device)
+            whole = torch.zeros(shape.numel(), dtype=torch.float32, device=self.engine.device)
             if place.length and (dist.get_rank() == 0 or not self.replicated):
                 end = place.parameter_start + place.length
                 whole[place.parameter_start : end] = vectors[place.vector].view(-1).narrow(0, place.start, place.length)
@@ -137,6 +141,33 @@ class Masters:
             if place.length:
                 piece = read(name, place.parameter_start, place.length)
                 vectors[place.vector].view(-1).narrow(0, place.start, place.length).copy_(piece)
+
+    @contextmanager
+    def computing_with(self, vectors: Sequence[Tensor]) -> Iterator[None]:
+        """Compute with other weights, while here, which lie in the masters' place and the masters in theirs; all workers must."""
+        self._exchange(vectors)
+        try:
+            yield
+        finally:
+            self._exchange(vectors)
+
+    @torch.no_grad()
+    def _exchange(self, vectors: Sequence[Tensor]) -> None:
+        for master, other in zip(self.vectors, vectors, strict=True):
+            for one, two in zip(master.detach().view(-1).split(EXCHANGED), other.view(-1).split(EXCHANGED), strict=True):
+                kept = one.clone()
+                one.copy_(two)
+                two.copy_(kept)
+        zero = self.engine.optimizer
+        if self.zero_stage == 3:
+            # As DeepSpeed's own step: what forward passes have left gathered would be used again, with its old numbers.
+            zero._partition_all_parameters()
+            for group in range(len(self.vectors)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        elif self.zero_stage > 0:
+            zero.update_lp_params()
 
     def empty(self) -> list[Tensor]:
         """Zero vectors of the shapes of this worker's share."""

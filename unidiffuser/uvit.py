@@ -15,6 +15,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -42,7 +43,7 @@ class UViTConfig(BaseModel):
     initial scale of the position table: 0.02 in the paper, and too small beside patch embeddings of 0.55 for a model that
     trains for minutes (0.5 lets it learn where things stand). ``data_type_token`` adds the data-type token of version 1.
     ``noise`` is what it was trained with, and so what it must be sampled with.
-    ``activation_checkpointing`` recomputes each block in the backward pass instead of keeping its activations.
+    ``activation_checkpointing`` n recomputes every n-th block in the backward pass instead of keeping its activations; 0 none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +56,7 @@ class UViTConfig(BaseModel):
     position_std: PositiveFloat = 0.02
     data_type_token: bool = False
     noise: NoiseConfig = NoiseConfig()
-    activation_checkpointing: bool = False
+    activation_checkpointing: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> UViTConfig:
@@ -222,16 +223,17 @@ class UViT(nn.Module):
 
     def _transform(self, hidden: Tensor) -> Tensor:
         skips = []
-        for block in self.in_blocks:
-            hidden = self._run(block, hidden)
+        for number, block in enumerate(self.in_blocks):
+            hidden = self._run(number, block, hidden)
             skips.append(hidden)
-        hidden = self._run(self.mid_block, hidden)
-        for block in self.out_blocks:
-            hidden = self._run(block, hidden, skips.pop())
+        hidden = self._run(len(skips), self.mid_block, hidden)
+        for number, block in enumerate(self.out_blocks, len(skips) + 1):
+            hidden = self._run(number, block, hidden, skips.pop())
         return self.norm(hidden)
 
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.config.activation_checkpointing and self.training:
+    def _run(self, number: int, block: nn.Module, *inputs: Tensor) -> Tensor:
+        every = self.config.activation_checkpointing
+        if every and number % every == 0 and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 

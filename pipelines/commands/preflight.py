@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 from pydantic import BaseModel
 
@@ -17,13 +18,14 @@ from infra.ray_jobs import RayJobs, user_token
 from infra.store import Store, StoreError
 from infra.store_access import check_access
 from stages.catalog import stage_class
+from stages.encode.stage import EncodeConfig
 from stages.runner.contract import StageError, in_words
 from stages.runner.graph import Planned
 from stages.runner.ledger import chain_of, where_it_begins
 from stages.runner.recipe import Node, Recipe, RecipeError
 from stages.runner.run import check_disk, make_job
 from training.config import TrainConfig
-from training.footprint import worker_bytes
+from training.footprint import footprint, too_much
 from unidiffuser.availability import unavailable
 from unidiffuser.references import Kind
 
@@ -32,6 +34,8 @@ SECONDS = 10.0
 KINDS: dict[str, Kind] = {"vae": "vae", "clip": "clip", "text": "clip", "gpt2": "gpt2"}
 # A machine that cannot hold this much could not run the program itself.
 SMALL = 2**30
+# Of the paper's encoders, which take no fewer: how many pixels of a side a latent's is, and the tokens of a caption.
+REDUCTION, TEXT = 8, 77
 
 
 class Doubt(Exception):
@@ -87,8 +91,8 @@ def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], cho
         "steps": lambda: chain_problems(store, planned, work),
         **{f"encoder {ref}": _encoder(fields, ref, kind) for (ref, kind), fields in _encoders(recipe, nodes.values()).items()},
     }
-    if large := {name: node.config for name, node in nodes.items() if isinstance(node.config, TrainConfig)}:
-        checks["memory"] = lambda: _memory(large)
+    if trained := {name: node for name, node in nodes.items() if isinstance(node.config, TrainConfig)}:
+        checks["memory"] = lambda: _memory(recipe, trained)
     wrong = []
     for problem in _at_once(checks):
         if isinstance(problem, Doubt) or not refuse:
@@ -209,25 +213,39 @@ def _encoder(fields: list[str], ref: str, kind: Kind) -> Check:
     return check
 
 
-def _memory(nodes: Mapping[str, TrainConfig]) -> Iterator[Problem]:
-    """Weights, gradients and the optimizer's states against the smallest worker's memory."""
-    if all(worker_bytes(config, half=True) < SMALL for config in nodes.values()):
+def _memory(recipe: Recipe, nodes: Mapping[str, Node]) -> Iterator[Problem]:
+    """What training takes of a worker against the smallest one's memory, and whether there is a GPU to take memory off."""
+    configs = {name: cast(TrainConfig, node.config) for name, node in nodes.items()}
+    tokens = {name: _tokens(recipe, node) for name, node in nodes.items()}
+    small = all(footprint(config, True, tokens[name]).device < SMALL for name, config in configs.items())
+    if small and not any(config.zero.offloads for config in configs.values()):
         return
     try:
         where, machine, gpus = _workers()
     except ServerError:
         # Whether the cluster answers at all is asked when it is needed.
         return
-    for name, config in nodes.items():
-        half = config.precision == "bf16" or (config.precision == "auto" and bool(gpus))
-        needed, have, what = worker_bytes(config, half), min(gpus, default=machine), "a GPU" if gpus else "the machine"
-        if not gpus and where == "here":
-            needed *= config.fewest_workers
-        if needed > have:
+    for name, config in configs.items():
+        if config.zero.offloads and not gpus:
             yield StageError(
-                f"{name}: weights, gradients and optimizer take {needed / 2**30:.1f} GiB at least, {what} {where} has "
-                f"{have / 2**30:.1f}; lower model.width or model.depth, or raise zero_stage and workers"
+                f"{name}: zero.{config.zero.offloads} moves memory from a GPU to its machine, and {where} is no GPU; leave it out"
             )
+            continue
+        half = config.precision == "bf16" or (config.precision == "auto" and bool(gpus))
+        samples = 1 if config.micro_batch == "auto" and gpus else None
+        found, have = footprint(config, half, tokens[name], samples), min(gpus, default=machine)
+        whose = f"{'a GPU' if gpus else 'the machine'} {where} has"
+        if not gpus and where == "here" and (workers := config.fewest_workers) > 1:
+            have, whose = have // workers, f"the machine {where} has for each of {workers} workers"
+        if found.device > have:
+            yield StageError(f"{name}: {too_much(config, found, have, whose)}")
+
+
+def _tokens(recipe: Recipe, node: Node) -> int:
+    """Tokens of a sample of a training: two timesteps, CLIP's embedding and text, and the largest latents of its subsets."""
+    encodes = [cast(EncodeConfig, recipe.nodes[made].config) for name, made in node.inputs.items() if name.startswith("data.")]
+    side = max(config.size for config in encodes) // REDUCTION
+    return 2 + 1 + TEXT + (side // cast(TrainConfig, node.config).model.patch) ** 2
 
 
 def _workers() -> tuple[str, int, list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from pipelines.pages.pictures import data_uri, picture_uri
 WIDTH = 520
 # Of a long training, as many validations evenly, and always the last.
 LOSSES = 6
+# The end of the name of a loss of one eighth of the timesteps.
+EIGHTH = re.compile(r"_t[1-8]$")
 # What each score of an evaluation is, by its name in report.json.
 SCORES = {
     "text_to_image": "text to image",
@@ -42,16 +45,25 @@ def losses(node: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     told = [row for row in rows if row["kind"] == "validation"] or [row for row in rows if row["kind"] == "train"]
     if not told:
         return []
-    parts = sorted({name for row in told for name in row if name.startswith("loss_")})
-    head = (
-        "step",
-        "loss on held-out rows" if told[0]["kind"] == "validation" else "loss",
-        *(p.removeprefix("loss_") for p in parts),
-    )
-    lines = [
-        (f"{row['step']:,}", *(f"{row[name]:.4f}" if name in row else "" for name in ("loss", *parts))) for row in _some(told)
-    ]
-    return ["## Losses", _curve(node, rows), table(head, lines), *_damage(rows)]
+    names = {name for row in told for name in row}
+    parts = sorted(name for name in names if name.startswith("loss_") and not EIGHTH.search(name))
+    columns = {"loss": "loss on held-out rows" if told[0]["kind"] == "validation" else "loss"}
+    columns |= {"ema_loss": "with the averaged weights"} if "ema_loss" in names else {}
+    columns |= {name: name.removeprefix("loss_") for name in parts}
+    lines = [(f"{row['step']:,}", *(_figure(row, name) for name in columns)) for row in _some(told)]
+    figures = table(("step", *columns.values()), lines)
+    return ["## Losses", _curve(node, rows), figures, *_by_noise(told[-1]), *_damage(rows)]
+
+
+def _by_noise(row: Mapping[str, Any]) -> list[str]:
+    """The loss of each modality by eighths of its timesteps, where the row tells it."""
+    modalities = sorted({EIGHTH.sub("", name) for name in row if name.startswith("loss_") and EIGHTH.search(name)})
+    lines = [(name.removeprefix("loss_"), *(_figure(row, f"{name}_t{eighth}") for eighth in range(1, 9))) for name in modalities]
+    return [table((f"step {row['step']:,}, from clean to noise", *map(str, range(1, 9))), lines)] if lines else []
+
+
+def _figure(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.4f}" if name in row else ""
 
 
 def _damage(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -21,7 +21,14 @@ from stages.catalog import STAGES, stage_class
 ROOT = Path(__file__).parent.parent.parent
 RECORD = Path(__file__).with_name("versions.json")
 # How a stage is run, planned, watched and stored does not decide what it makes.
-MACHINERY = ("stages/__init__.py", "stages/__main__.py", "stages/catalog.py", "stages/runner/", "stages/train/preview.py")
+MACHINERY = (
+    "stages/__init__.py",
+    "stages/__main__.py",
+    "stages/catalog.py",
+    "stages/runner/",
+    "stages/train/preview.py",
+    "stages/train/track",
+)
 ROOMS = ("stages", "training", "unidiffuser")
 
 

@@ -284,6 +284,12 @@ def shards(job: Job, inputs: Iterable[str]) -> list[tuple[str, str]]:
     ]
 
 
+def input_of(job: Job) -> dict[str, int]:
+    """The number of the input that each shard is of, by address; the same shard of two inputs is of the last."""
+    names = [name for name in job.inputs if name.startswith("data.")]
+    return {address: number for number, name in enumerate(names) for _, address in shards(job, [name])}
+
+
 def arrived(found: list[tuple[str, str]], before: list[str]) -> list[tuple[str, str]]:
     """Shards in the order in which they came: those of before first, as they were, then the others."""
     waiting: dict[str, list[str]] = {}

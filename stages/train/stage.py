@@ -14,7 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
@@ -29,8 +31,10 @@ from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
-from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, shards
+from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, input_of, order_of, outside, shards
 from stages.train.preview import PreviewConfig, Previews
+from stages.train.trackers import Name, not_installed
+from stages.train.tracking import Tracking
 from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
@@ -43,6 +47,7 @@ log = logging.getLogger("stages")
 
 # Numbers that encode writes beside the latents.
 COLUMNS = (*SCORES, "width", "height")
+PROFILES = ".state/profiles"
 # Files without which a folder is no checkpoint to begin from.
 NEEDED = frozenset({"config.json", "history.jsonl", "trainer.json", ORDER_FILE})
 
@@ -66,6 +71,9 @@ class TrainStageConfig(TrainConfig):
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
     text: str = encoder("embedded", "open_clip model of the caption's hidden states, likewise")
+    track: tuple[Name, ...] = operational(
+        (), "where else the history goes, row by row: tensorboard, trackio, wandb, mlflow; each with its package installed"
+    )
     preview: PreviewConfig = operational(PreviewConfig(), "sheets of samples in the UI while it trains, one a checkpoint")
 
     @model_validator(mode="after")
@@ -82,6 +90,18 @@ class TrainStageConfig(TrainConfig):
             if column_of(condition.column, COLUMNS) is None:
                 raise ValueError(f"{field} names {condition.column}; latents have {', '.join(COLUMNS)}")
         return data
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Puts a profiler's trace beside what else is told of a run; runs in the worker of rank 0."""
+
+    store: Store
+    folder: str
+
+    def __call__(self, file: str) -> None:
+        self.store.publish(file, f"{self.folder}/{Path(file).name}")
+        log.info("profile: %s", self.store.url(f"{self.folder}/{Path(file).name}"))
 
 
 def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[str]]:
@@ -129,7 +149,7 @@ def _plan(chain: Chain, folder: str) -> TrainJob:
     there = tuple(step for step in done if step <= start)
     resume = Newest(chain, there, f"{folder}/resume") if there else None
     init, before = _begin(chain, folder) if resume is None else (None, _shards(job, [done[step] for step in there]))
-    data = arrived(shards(job, job.inputs), before)
+    data, inputs = arrived(shards(job, job.inputs), before), input_of(job)
     return TrainJob(
         config=job.config.model_copy(update={"steps": chain.end}),
         shards=tuple(address for _, address in data),
@@ -141,6 +161,8 @@ def _plan(chain: Chain, folder: str) -> TrainJob:
         keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
         fork=f"`{fork(job.node)}`",
         weights=_foreign(job, folder),
+        traced=Traces(job.store, f"{PROFILES}/{job.node}-{chain.key}"),
+        inputs=tuple(inputs[address] for _, address in data),
     )
 
 
@@ -154,6 +176,8 @@ def train_chain(chain: Chain) -> None:
     from training.launch import train
 
     job, previews = chain.job, Previews(chain)
+    done = chain.done()
+    tracking = Tracking(chain, done.get(chain.start(done)))
 
     def on_row(row: dict[str, Any]) -> None:
         if row["kind"] == "damage":
@@ -163,6 +187,7 @@ def train_chain(chain: Chain) -> None:
         more: dict[str, Any] = {name: round(row[name], 5) for name in told if name in row}
         more |= time_left(chain.end - row["step"], row.get("samples_per_s", 0) / job.config.global_batch)
         emit_progress(job.node, row["kind"], row["step"], chain.end, "steps", more)
+        tracking.add(row)
         previews.seen(row["step"])
         if row["kind"] == "validation":
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
@@ -176,6 +201,8 @@ def train_chain(chain: Chain) -> None:
             raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:
             raise StageError(f"{job.node}: {error}") from error
+        finally:
+            tracking.close()
     if outcome.stopped:
         raise StageError(f"{job.node}: stopped at step {outcome.step} of {chain.end}; run again to go on")
     previews.close()
@@ -226,6 +253,8 @@ class Train(Stage):
             raise StageError(
                 f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote"
             )
+        if (line := not_installed(config.track)) is not None:
+            raise StageError(line)
         if config.lora is not None and find_spec("peft") is None:
             raise StageError("lora needs peft, which is not installed: pip install 'unidiffuser[lora]'")
 

@@ -139,5 +139,5 @@ def history(folder: Path | str) -> list[Row]:
 
 
 def losses(folder: Path | str) -> list[float]:
-    """All training and validation losses of a checkpoint's history."""
-    return [row["loss"] for row in history(folder)]
+    """All training and validation losses of a checkpoint's history, the latter with the averaged weights too."""
+    return [row[name] for row in history(folder) for name in ("loss", "ema_loss") if name in row]

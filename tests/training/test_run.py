@@ -79,6 +79,40 @@ def test_each_part_has_its_weight_and_its_loss_is_reported(
         assert told["loss"] == pytest.approx(mean, abs=2e-6)
 
 
+def test_losses_by_modality_and_by_eighths_of_its_timesteps(every_step: Path, shards: tuple[str, ...]) -> None:
+    """Sample by sample, by hand; an eighth in which no sample is has no loss."""
+    model, batch = start(shards, config()), Loader(config(), shards).batch(0)
+    told = next(row for row in history(every_step / "6") if row["kind"] == "train")
+    found: dict[str, list[float]] = {}
+    for sample in batch.split(1):
+        parts = {part: mse.item() for part, mse in losses_of(model, sample).items()}
+        losses = {"image": (0.75 * parts["latent"] + 0.02 * parts["clip"]) / 0.77, "text": parts["text"]}
+        for modality, loss in losses.items():
+            eighth = next(n for n in range(1, 9) if sample.timesteps[modality].item() <= n * 125)
+            for name in (f"loss_{modality}", f"loss_{modality}_t{eighth}"):
+                found.setdefault(name, []).append(loss)
+    assert {name for name in told if "_t" in name and name[-1].isdigit()} == {name for name in found if name[-1].isdigit()}
+    for name, several in found.items():
+        assert told[name] == pytest.approx(sum(several) / len(several), abs=2e-6)
+
+
+def test_validation_is_with_the_weights_as_trained_and_with_their_average(
+    alone: None, every_step: Path, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    held = Loader(config(), shards).validation()
+    told = {row["step"]: row for row in history(every_step / "6") if row["kind"] == "validation"}
+    assert held is not None and list(told) == [0, 3, 6]
+    model = start(shards, config())
+    for step, prefix, name in ((3, "", "model"), (3, "ema_", "ema"), (6, "", "model"), (6, "ema_", "ema")):
+        model.load_state_dict(load_file(every_step / str(step) / f"{name}.safetensors"))
+        assert told[step][f"{prefix}loss"] == pytest.approx(loss_of(model, held).item(), abs=2e-6)
+    assert told[0]["ema_loss"] == told[0]["loss"] and told[6]["ema_loss"] != told[6]["loss"]
+    # Looking changes nothing.
+    run(job(tmp_path, shards, config(validation={"fraction": 0.2, "every": 100, "samples": 11})), CPU)
+    for name in ("model", "ema", "exp_avg", "exp_avg_sq"):
+        assert (tmp_path / f"6/{name}.safetensors").read_bytes() == (every_step / f"6/{name}.safetensors").read_bytes()
+
+
 def test_moving_average_follows_the_formula(every_step: Path, shards: tuple[str, ...]) -> None:
     average = {name: tensor.double() for name, tensor in start(shards, config()).state_dict().items()}
     for step in range(1, 7):
@@ -116,6 +150,27 @@ def test_zero_stages_and_micro_batches_agree(every_step: Path, shards: tuple[str
         ours, theirs = (load_file(place / "6" / "ema.safetensors") for place in (folder, every_step))
         for name in theirs:
             torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "apart"),
+    [
+        ({"model": {"width": 16, "depth": 2, "heads": 2, "activation_checkpointing": 2}}, 1e-6),
+        ({"zero_stage": 2, "zero": {"offload_optimizer": True, "overlap_comm": True}}, 1e-5),
+        ({"zero_stage": 3, "zero": {"offload_optimizer": True, "offload_parameters": True}}, 1e-5),
+        ({"zero_stage": 1, "zero": {"fp32_reduction": True}, "precision": "bf16"}, 5e-3),
+    ],
+    ids=["checkpointing", "offload", "offload all", "fp32 reduction"],
+)
+def test_what_saves_memory_changes_no_result_and_resumes_exactly(
+    every_step: Path, shards: tuple[str, ...], tmp_path: Path, changes: dict[str, Any], apart: float
+) -> None:
+    run(job(tmp_path / "whole", shards, config(**changes)), CPU)
+    assert losses(tmp_path / "whole/6") == pytest.approx(losses(every_step / "6"), abs=apart)
+    run(job(tmp_path / "resumed", shards, config(**changes), resume=str(tmp_path / "whole/3")), CPU)
+    for kind in ("model", "ema", "exp_avg", "exp_avg_sq"):
+        name = f"6/{kind}.safetensors"
+        assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize("zero_stage", [1, 3])
@@ -276,6 +331,12 @@ def test_config_errors_say_what_is_expected() -> None:
         ),
         ({"noise": {"beta_start": 0.5, "beta_end": 0.4}}, "beta_start 0.5 is above beta_end 0.4"),
         ({"model": {"width": 16, "depth": 3, "heads": 2}}, "must be even"),
+        ({"compile": True, "zero_stage": 3}, "compile cannot follow zero_stage 3, .*; leave compile out, or use zero_stage 2"),
+        ({"zero_stage": 0, "zero": {"offload_optimizer": True}}, "use zero_stage 1, 2 or 3"),
+        ({"zero_stage": 0, "zero": {"fp32_reduction": True}}, "of no use with zero_stage 0, which computes in fp32"),
+        ({"zero_stage": 2, "zero": {"offload_parameters": True}}, "zero.offload_parameters needs zero_stage 3, not 2"),
+        ({"zero": {"offload_optimizer": True}, "optimizer": {"kind": "muon"}}, "use optimizer.kind adamw, or leave it out"),
+        ({"micro_batch": 0}, "greater than or equal to 1"),
         ({"learning_rate": 1}, "Extra inputs are not permitted"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,8 +19,8 @@ from stages.runner.recipe import load_recipe
 from tests.pipelines.commands.test_plain import run_main
 from tests.pipelines.conftest import write_metadata, write_recipe
 from tests.stages.committed import trained
-from training.config import ModelConfig, TrainConfig
-from training.footprint import parameters, worker_bytes
+from training.config import ModelConfig
+from training.footprint import parameters
 from unidiffuser.uvit import UViT, UViTConfig
 
 FILE = "/{repo_id}/resolve/{revision}/{filename}"
@@ -149,25 +149,46 @@ def test_the_numbers_of_a_model_are_those_of_the_network() -> None:
     assert 0.99 * counted < parameters(ModelConfig()) < counted
 
 
-@pytest.mark.parametrize(
-    ("zero", "workers", "half", "each"), [(0, 1, False, 20), (1, 2, False, 16), (1, 4, True, 8), (3, 4, True, 5)]
-)
-def test_what_a_worker_holds_of_each_number(zero: int, workers: int, half: bool, each: float) -> None:
-    """Weights and gradients, and shared out from ZeRO 1 on 16 bytes of masters, average and moments; by hand."""
-    config = TrainConfig(steps=1, global_batch=8, workers=workers, zero_stage=zero)  # type: ignore[arg-type]
-    assert worker_bytes(config, half) == parameters(config.model) * each
-
-
 def test_a_model_that_no_worker_can_hold_is_refused(tmp_path: Path, say) -> None:
     recipe = with_encoder(tmp_path)
     model = "{width: 24000, depth: 100, heads: 8}"
     recipe.write_text(f"{recipe.read_text()}train: {{huge: {{data: [good], steps: 1, global_batch: 1, model: {model}}}}}\n")
     code, (space, memory) = say("run", recipe, "--store", tmp_path / "store")
-    needed = (12 * 101 + 2 * 50) * 24000**2 * 24 / 2**30
+    model = (12 * 101 + 2 * 50) * 24000**2 * (4 + 4 + 16 + 4) / 2**30
+    # 336 tokens at 256 px.
+    activations = 336 * 24000 * 4 * (51 * 16 + 50 * 19 + 13) / 2**30
     assert code == 1 and space.startswith("error: train-huge: needs about ")
     assert memory.startswith(
-        f"error: train-huge: weights, gradients and optimizer take {needed:.1f} GiB at least, the machine here"
+        f"error: train-huge: it takes {model + activations + 4 * 5e8 / 2**30:.1f} GiB at least (weights, gradients and optimizer "
+        f"{model:.1f}, buckets 1.9, activations of 1 samples at once {activations:.1f}), the machine here has "
     )
+    assert memory.endswith("; raise zero_stage and workers, set zero.offload_optimizer, or lower model.width or model.depth")
+
+
+def test_a_batch_that_no_worker_can_hold_at_once_is_refused_with_what_to_lower(
+    tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "_workers", lambda: ("here", 2**37, [80 * 2**30]))
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
+    recipe = with_encoder(tmp_path)
+    recipe.write_text(f"{recipe.read_text()}train: {{large: {{data: [good], steps: 1, global_batch: 512}}}}\n")
+    arguments = ("run", recipe, "--dry-run", "--store", tmp_path / "store", "--set")
+    code, (line,) = say(*arguments, "train.large.workers=2")
+    assert code == 1 and "activations of 256 samples at once 13" in line
+    assert line.endswith("a GPU here has 80.0; lower micro_batch (now all), or set model.activation_checkpointing: 1")
+    for fits in ("train.large.micro_batch=32", "train.large.micro_batch=auto", "train.large.model.activation_checkpointing=1"):
+        assert say(*arguments, "train.large.workers=2", "--set", fits) == (0, [])
+
+
+def test_what_takes_memory_off_a_gpu_is_refused_where_there_is_none(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_workers", lambda: ("here", 2**37, []))
+    recipe = with_encoder(tmp_path)
+    model = "{width: 16, depth: 2, heads: 2}"
+    recipe.write_text(f"{recipe.read_text()}train: {{x: {{data: [good], steps: 1, global_batch: 8, model: {model}}}}}\n")
+    arguments = ("run", recipe, "--dry-run", "--store", tmp_path / "store")
+    assert say(*arguments) == (0, [])
+    line = "error: train-x: zero.offload_optimizer moves memory from a GPU to its machine, and here is no GPU; leave it out"
+    assert say(*arguments, "--set", "train.x.zero.offload_optimizer=true") == (1, [line])
 
 
 def test_too_little_space_is_said_before_anything_starts(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch) -> None:

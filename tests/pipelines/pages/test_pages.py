@@ -305,3 +305,14 @@ def test_what_a_training_met_that_was_damaged_is_told() -> None:
         "## Damage",
         "- 2 steps were skipped because their loss or gradient was not finite, or a spike\n- at step 2: went back",
     ]
+
+
+def test_losses_of_the_average_have_a_column_and_those_by_noise_a_table_of_the_last_validation() -> None:
+    noise = {"loss_image_t1": 0.9, "loss_image_t8": 0.1, "loss_text_t2": 0.7}
+    row = {"kind": "validation", "step": 4, "loss": 0.5, "ema_loss": 0.4, "ema_loss_image_t1": 0.8, "loss_image": 0.6, **noise}
+    _, _, told, by_noise = losses("train-x", [row])
+    assert told.splitlines()[0] == "| step | loss on held-out rows | with the averaged weights | image |"
+    assert told.splitlines()[-1] == "| 4 | 0.5000 | 0.4000 | 0.6000 |"
+    lines = by_noise.splitlines()
+    assert lines[0] == "| step 4, from clean to noise | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |"
+    assert [line.replace(" ", "") for line in lines[2:]] == ["|image|0.9000|||||||0.1000|", "|text||0.7000|||||||"]
