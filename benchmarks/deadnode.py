@@ -168,7 +168,7 @@ def main(
         "commit": commit_of(),
         "silent_after": silent_after,
         "told": told,
-        "first_starts_s": {n: t.first for n, t in trials.items()},
+        "first_starts_s": firsts,
     }
     ratio = round(max(figures[f"{name}_extra_s"] for name in ("killed", "termed", "node")) / 30, 3)
     Result("deadnode", ratio, "30_s", figures, words, details).finish(file)

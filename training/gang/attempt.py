@@ -201,8 +201,9 @@ class Attempt:
         traces = on_machines(last_words, signs)
         gone = [sign for sign in signs if sign.rank in dead or sign.rank not in traces]
         told = ", ".join(f"{sign} {_how_it_ended(traces.get(sign.rank), failures.get(sign.rank))}" for sign in gone)
-        after = f"after step {self.step}" if self.step else "before its first step"
-        words = f"{told}, {after}" if told else str(found)
+        # The last sign may be a second old.
+        after = f", after step {self.step}" if self.step else ""
+        words = f"{told}{after}" if told else str(found)
         return _caused(Lost(words, frozenset(sign.node for sign in signs if sign.rank not in traces)), error)
 
 
