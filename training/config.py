@@ -5,10 +5,11 @@ See `training.section` for fields that cannot change the result.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from training.mixture import reduced
 from training.optimizers.adamw import AdamW
 from training.optimizers.choice import OptimizerConfig
 from training.rates import ScheduleConfig
@@ -16,7 +17,8 @@ from training.section import OPERATIONAL, Section
 from training.where import Comparison
 from unidiffuser.noise import NoiseConfig
 
-LARGEST_DEFAULT_LANES = 16
+# Lanes by default: at least so many, where the global batch can be divided so, and of so many rows each.
+LEAST_LANES, ROWS_OF_A_LANE = 16, 8
 
 
 class ModelConfig(Section):
@@ -130,7 +132,15 @@ class DataConfig(Section):
         None,
         ge=1,
         description="Parallel readers of which a global batch takes equal parts; a multiple of the workers reads "
-        "least. Default: the greatest divisor of the global batch up to 16.",
+        "least. Default: the greatest divisor of the global batch up to an eighth of it, or up to shuffle_window, or up to 16, "
+        "whichever is most. That depends on no worker, so any number of them reads in the same order, and there are about as many "
+        "lanes as workers or a multiple of them. Of a mixture, each subset has as many.",
+    )
+    weights: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="Shares of the subsets, by name, in whole numbers whose sum divides the global batch: each global batch has "
+        "exactly its share of each. A subset that is smaller for its share is read more often. Default: every row is read once an "
+        "epoch, whichever subset it is of.",
     )
 
     @field_validator("where", "data_type")
@@ -208,11 +218,27 @@ class TrainConfig(Section):
     )
 
     @property
-    def lanes(self) -> int:
-        """Number of parallel readers: the field, or the greatest divisor of the global batch up to 16."""
-        if self.data.lanes is not None:
-            return self.data.lanes
-        return max(n for n in range(1, LARGEST_DEFAULT_LANES + 1) if self.global_batch % n == 0)
+    def weights(self) -> tuple[int, ...]:
+        """Shares of the subsets in the least whole numbers, by their names' order; (1,) where they have none."""
+        return reduced([weight for _, weight in sorted(self.data.weights.items())]) if self.data.weights else (1,)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Samples of each subset in a global batch."""
+        return tuple(self.global_batch * weight // sum(self.weights) for weight in self.weights)
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Parallel readers of each subset."""
+        return tuple(lanes for _, lanes in map(self.lanes_of, self.batches))
+
+    def lanes_of(self, batch: int) -> tuple[int, int]:
+        """Row groups of a window, and number of lanes, of a subset that has `batch` samples of a global batch."""
+        window, lanes = self.data.shuffle_window, self.data.lanes
+        if lanes is None:
+            most = max(LEAST_LANES, window, batch // ROWS_OF_A_LANE)
+            lanes = max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
+        return max(1, window * batch // self.global_batch // lanes), lanes
 
     @property
     def worker_batch(self) -> int:
@@ -237,8 +263,14 @@ class TrainConfig(Section):
             raise ValueError("model.data_type_token needs data.data_type: 0, 1, or a condition that the rows of type 1 meet")
         if not self.model.data_type_token and self.data.data_type is not None:
             raise ValueError(f"data.data_type is {self.data.data_type!r}, which only model.data_type_token: true reads")
-        if self.data.lanes is not None and self.global_batch % self.data.lanes:
-            raise ValueError(f"global_batch {self.global_batch} is not divisible by data.lanes {self.data.lanes}")
+        if self.global_batch % sum(self.weights):
+            raise ValueError(
+                f"global_batch {self.global_batch} is not divisible by {sum(self.weights)}, the sum of data.weights: write how many "
+                "samples of a global batch each subset has"
+            )
+        if self.data.lanes is not None and (odd := [batch for batch in self.batches if batch % self.data.lanes]):
+            what = f"the {odd[0]} samples of a subset in a global batch are" if self.data.weights else f"global_batch {odd[0]} is"
+            raise ValueError(f"{what} not divisible by data.lanes {self.data.lanes}")
         if self.lora is not None and self.optimizer.kind == "muon":
             raise ValueError("optimizer.kind muon is for the matrices of the blocks, which lora freezes; use adamw")
         if self.zero_stage == 0 and self.precision == "bf16":

@@ -2,7 +2,8 @@
 
 Fields of a row: `kind` ("train" or "validation"), `step` (steps done), `epoch` (a fraction), `samples` (seen so far), `loss`
 and `loss_<part>` (mean squared errors, means over the interval); for "train" also `lr`, `grad_norm`, `samples_per_s` and
-`seconds` (of the interval). All but the last two are the same for an interrupted and an uninterrupted run.
+`seconds` (of the interval). Where subsets have weights, `epoch_data.<subset>` is that of each, and `epoch` the least of them; for
+"train" there is `loss_data.<subset>`, the loss of its samples. All but the last two are the same for an interrupted and an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ class Meter:
 
     Args:
         global_batch: samples a step.
-        epochs: steps done -> epochs of the data that they have read.
+        epochs: steps done -> epochs of the data that they have read, by the names that a row has for them.
         log_every: steps of an interval.
     """
 
-    def __init__(self, global_batch: int, epochs: Callable[[int], float], log_every: int) -> None:
+    def __init__(self, global_batch: int, epochs: Callable[[int], dict[str, float]], log_every: int) -> None:
         self.global_batch, self.epochs, self.log_every = global_batch, epochs, log_every
         self.rows: list[Row] = []
         self.pending: dict[str, float] = {}
@@ -78,4 +79,5 @@ class Meter:
 
     def _place(self, kind: str, steps_done: int) -> Row:
         samples = steps_done * self.global_batch
-        return {"kind": kind, "step": steps_done, "epoch": round(self.epochs(steps_done), 6), "samples": samples}
+        epochs = {name: round(epoch, 6) for name, epoch in self.epochs(steps_done).items()}
+        return {"kind": kind, "step": steps_done, **epochs, "samples": samples}

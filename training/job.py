@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from training.begin import Kept
 from training.config import TrainConfig
 from training.history import Row
+from training.told import Told
 
 Source = str | Callable[[], str | None] | None
 
@@ -36,6 +37,8 @@ class TrainJob:
             has another size. Not read when resuming.
         keep: what to take of `init_from`, see `training.begin`.
         fork: what a person writes into the recipe to go on from the newest checkpoint with another value.
+        subsets: name of the one that each shard is of; needed where `config.data.weights` gives subsets their shares.
+        told: what the datasets tell of their shards; the rows of others are counted in the shards themselves.
         weights: native folder of weights that were trained elsewhere, to start from instead of `init_from`, in the same forms.
     """
 
@@ -48,6 +51,8 @@ class TrainJob:
     keep: tuple[Kept, ...] = ("weights", "ema")
     fork: str = "`from`"
     weights: Source = None
+    subsets: tuple[str, ...] = ()
+    told: tuple[Told, ...] = ()
 
 
 @dataclass(frozen=True)

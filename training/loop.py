@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -82,6 +82,11 @@ def fetched(source: Source) -> str | None:
     return folders[node]
 
 
+def loss_names(parts: Sequence[str]) -> list[str]:
+    """The fields of a row of the history: the loss, and that of each part."""
+    return ["loss", *(f"loss_{name}" for name in parts)]
+
+
 class _Run:
     """Everything that one worker holds while it trains."""
 
@@ -95,11 +100,13 @@ class _Run:
         self.begin = begin(state, self.keep, len(job.shards), self.config.global_batch)
         schedule = NoiseSchedule.of(self.config.noise).to(device)
         self.loader = Loader(
-            self.config, job.shards, self.rank, self.world, _gathered, schedule.steps, self.begin.order_from, self.begin.growth
-        )
+            self.config, job.shards, self.rank, self.world, _gathered, schedule.steps, self.begin.order_from, self.begin.growth,
+            job.subsets, job.told,
+        )  # fmt: skip
         self.model_config = uvit_config(self.config, self.loader.modalities)
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
         self.parts = [part.name for modality in self.loader.modalities for part in modality.parts]
+        self.told = [*self.parts, *(f"data.{name}" for name in self.loader.subsets)]
         self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every)
         self.step, self.optimizer_steps, self.plateau = self.begin.step, 0, Plateau()
         self.adapters: Adapters | None = None
@@ -113,7 +120,13 @@ class _Run:
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective on timesteps and noise that the loader drew for each sample by its place."""
         data_type = batch.data_type if self.config.model.data_type_token else None
-        return self.objective.loss(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
+        errors = self.objective.errors(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
+        loss, parts = self.objective.mean(errors)
+        each, weights = self.objective.of_samples(errors).detach(), self.config.weights
+        for number, (name, weight) in enumerate(zip(self.loader.subsets, weights, strict=False)):
+            # Every global batch has the same number of a subset's samples, so that this is their mean over all workers.
+            parts[f"data.{name}"] = (each * (batch.subset == number)).mean() * sum(weights) / weight
+        return loss, parts
 
     def _start(self, folder: str | None) -> None:
         """Model, engine and moving average: new, with what is kept of a checkpoint, or from foreign weights."""
@@ -194,19 +207,19 @@ class _Run:
             group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)
         lr = learning_rate(step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
-        totals = torch.zeros(2 + len(self.parts), device=self.device)
+        totals = torch.zeros(2 + len(self.told), device=self.device)
         for micro_batch in micro_batches:
             loss, parts = self._loss(micro_batch)
             self.engine.backward(loss)
             self.engine.step()
-            totals[1:] += torch.stack([loss.detach(), *(parts[name] for name in self.parts)]) / len(micro_batches)
+            totals[1:] += torch.stack([loss.detach(), *(parts[name] for name in self.told)]) / len(micro_batches)
         self.ema.update()
         self.step += 1
         self.optimizer_steps += 1
         totals[0] = self.rank == 0 and stop_requested()
         dist.all_reduce(totals)
         stop, *losses = totals.tolist()
-        values = dict(zip(self._loss_names(), (value / self.world for value in losses), strict=True))
+        values = dict(zip(loss_names(self.told), (value / self.world for value in losses), strict=True))
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             values["grad_norm"] = float(norm)
@@ -217,9 +230,6 @@ class _Run:
                     f"and go on from there with {self.job.fork}, or check the latents of this step"
                 )
         return self.meter.step(self.step, lr, values), bool(stop)
-
-    def _loss_names(self) -> list[str]:
-        return ["loss", *(f"loss_{name}" for name in self.parts)]
 
     def _validate(self, on_row: Callable[[Row], None]) -> None:
         """Loss on the held-out samples with the weights as trained, the same samples, timesteps and noise every time."""
@@ -248,7 +258,7 @@ class _Run:
             self.engine.train()
             dist.all_reduce(totals)
             count, *losses = totals.tolist()
-            return {name: value / count for name, value in zip(self._loss_names(), losses, strict=True)}
+            return {name: value / count for name, value in zip(loss_names(self.parts), losses, strict=True)}
 
     def _held_out(self, samples: int) -> list[Batch]:
         """This worker's share of the first held-out rows, in batches that it computes at once."""

@@ -102,23 +102,41 @@ class JointObjective:
         data_type: Tensor | int | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As calling the objective, with timesteps by modality, (B,), and noise by part that the caller drew."""
+        return self.mean(self.errors(model, batch, timesteps, noise, data_type))
+
+    def errors(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Tensor],
+        timesteps: Mapping[str, Tensor],
+        noise: Mapping[str, Tensor],
+        data_type: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """The mean squared error of each sample, (B,), by name of the part, with the min-SNR weights if there are any."""
         noised = {
             part.name: self.schedule.add_noise(batch[part.name].float(), noise[part.name], timesteps[modality.name])
             for modality in self.modalities
             for part in modality.parts
         }
         predicted = model(noised, timesteps) if data_type is None else model(noised, timesteps, data_type)
+        weights = {modality.name: self._sample_weight(timesteps[modality.name]) for modality in self.modalities}
+        return {
+            part.name: weights[modality.name] * (predicted[part.name].float() - noise[part.name]).square().flatten(1).mean(1)
+            for modality in self.modalities
+            for part in modality.parts
+        }
 
-        loss = torch.zeros((), device=next(iter(noise.values())).device)
-        parts = {}
-        for modality in self.modalities:
-            sample_weight = self._sample_weight(timesteps[modality.name])
-            for part in modality.parts:
-                squared = (predicted[part.name].float() - noise[part.name]).square().flatten(1).mean(1)
-                mse = (sample_weight * squared).mean()
-                loss = loss + part.weight / self.total_weight * mse
-                parts[part.name] = mse.detach()
-        return loss, parts
+    def mean(self, errors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of samples, and by name of the part their mean, detached, from their `errors`."""
+        parts = {name: error.mean() for name, error in errors.items()}
+        loss = torch.zeros((), device=next(iter(parts.values())).device)
+        for part in all_parts(self.modalities):
+            loss = loss + part.weight / self.total_weight * parts[part.name]
+        return loss, {name: mse.detach() for name, mse in parts.items()}
+
+    def of_samples(self, errors: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each sample, (B,), from the parts' `errors`; their mean is the loss."""
+        return torch.stack([part.weight / self.total_weight * errors[part.name] for part in all_parts(self.modalities)]).sum(0)
 
     def _sample_weight(self, t: Tensor) -> Tensor:
         if self.min_snr_gamma is None:

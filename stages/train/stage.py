@@ -48,6 +48,7 @@ from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
 from training.names import column_of
+from training.told import Told
 
 log = logging.getLogger("stages")
 
@@ -201,6 +202,12 @@ def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[st
     return Fetched(job.store, record.files, f"{folder}/init", VERIFY), before
 
 
+def _told(job: Job) -> tuple[Told, ...]:
+    """Where the datasets of latents tell of their shards."""
+    datasets = [dataset for name, dataset in job.inputs.items() if name.startswith("data.") and dataset.manifest.file_columns]
+    return tuple(Told(job.store.url(f"{dataset.folder}/files.parquet"), job.store.root) for dataset in datasets)
+
+
 def _foreign(job: Job, folder: str) -> Start | None:
     if (files := job.lists.get("weights")) is None:
         return None
@@ -233,14 +240,16 @@ def train_chain(chain: Chain) -> None:
         data = arrived(shards(job, job.inputs), before)
         run = TrainJob(
             config=job.config.model_copy(update={"steps": chain.end}),
-            shards=tuple(address for _, address in data),
+            shards=tuple(shard.address for shard in data),
             work_folder=folder,
-            publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data)),
+            publish=Publisher(chain, time.time(), tuple(shard.digest for shard in data)),
             resume=resume,
             init_from=init,
             keep=cast(tuple[Kept, ...], chain.parent.keep if chain.parent is not None else ()),
             fork=f"`{fork(job.node)}`",
             weights=_foreign(job, folder),
+            subsets=tuple(shard.subset for shard in data),
+            told=_told(job),
         )
         try:
             outcome = train(run, on_row=on_row)
@@ -257,7 +266,7 @@ class Train(Stage):
     """A checkpoint: config.json, model, ema and optimizer tensors, trainer.json and history.jsonl; its rows are samples."""
 
     name = "train"
-    version = 4
+    version = 5
     Config = TrainStageConfig
     whole = frozenset({"data", "init"})
     phases = (

@@ -12,7 +12,8 @@ import torch
 
 from tests.training.synthetic import CLIP, MOMENTS, SCALE, TEXT, config, write_shards
 from tests.training.test_order import _gather
-from training.latents import ShardError, held_out
+from training.heldout import held_out
+from training.latents import ShardError
 from training.loader import Loader
 
 

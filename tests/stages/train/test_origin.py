@@ -15,7 +15,7 @@ from pipelines.pages.lineage import ancestors
 from stages.runner.contract import StageError
 from stages.runner.document import parse
 from stages.runner.run import phase_states
-from stages.train.origin import arrived
+from stages.train.origin import Shard, arrived
 from stages.train.stage import Train
 from tests.stages.train.trainings import Trainings, same_tensors
 
@@ -150,10 +150,11 @@ def test_what_is_forked_unchanged_from_a_dataset_or_its_folder_is_the_same_to_th
 
 
 def test_new_shards_come_behind_the_old_ones_whatever_their_place_in_the_recipe() -> None:
-    now = [("new1", "a"), ("two", "b"), ("twice", "c"), ("one", "d"), ("twice", "e"), ("twice", "f"), ("new2", "g")]
+    told = [("new1", "a"), ("two", "b"), ("twice", "c"), ("one", "d"), ("twice", "e"), ("twice", "f"), ("new2", "g")]
+    now = [Shard(digest, address, "x") for digest, address in told]
     assert arrived(now, []) == now
     before = ["one", "twice", "two", "twice"]
-    assert arrived(now, before) == [
+    assert [shard[:2] for shard in arrived(now, before)] == [
         ("one", "d"), ("twice", "c"), ("two", "b"), ("twice", "e"), ("new1", "a"), ("twice", "f"), ("new2", "g"),
     ]  # fmt: skip
 
