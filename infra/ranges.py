@@ -42,6 +42,6 @@ class RangeFile(io.RawIOBase):
         end = self.bytes if size is None or size < 0 else min(self._place + size, self.bytes)
         if end <= self._place:
             return b""
-        data: bytes = self._system.cat_file(self._path, self._place, end)
+        data: bytes = self._system.cat_file(self._path, start=self._place, end=end)
         self._place += len(data)
         return data

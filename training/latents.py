@@ -10,6 +10,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,39 +32,14 @@ from training.where import Comparison
 PARTS = ("moments", "clip", "text")
 # By name, fp16 of `PARTS` and int64 of `data_type`.
 Parts = dict[str, NDArray[Any]]
-OPEN_FILES = 128
+# Footers that are kept; one of a shard of 10,000 rows is 100 kB.
+FOOTERS = 128
 LOCAL_READ = 2**18
 VERIFY = "`unidiffuser verify DATASET` names what is damaged"
 
 
 class ShardError(ValueError):
     """A shard that cannot be trained on; the message names the file and what is wrong."""
-
-
-@dataclass
-class _Shard:
-    """A shard whose footer was read. A `ParquetFile` would keep the bytes of what it last read: only its footer is kept, and of a
-    shard of this machine the open file."""
-
-    file: pa.NativeFile | RangeFile
-    local: bool
-    footer: pq.FileMetaData | None = None
-
-    @classmethod
-    def open(cls, url: str, size: int | None) -> _Shard:
-        """A file of this machine is opened by Arrow itself; of others are read the ranges that Arrow asks for."""
-        system, path = fsspec.core.url_to_fs(url)
-        local = isinstance(system, LocalFileSystem)
-        return cls(pa.OSFile(path) if local else RangeFile(system, path, size), local)
-
-    def parquet(self) -> pq.ParquetFile:
-        """Read in small steps here, and elsewhere a row group in one request."""
-        parquet = pq.ParquetFile(
-            self.file, metadata=self.footer, buffer_size=LOCAL_READ if self.local else 0, pre_buffer=not self.local,
-            page_checksum_verification=True,
-        )  # fmt: skip
-        self.footer = parquet.metadata
-        return parquet
 
 
 def _line(error: Exception) -> str:
@@ -175,7 +151,7 @@ class RowGroup:
 
 
 class LatentReader:
-    """Row groups of latent shards, on any fsspec file system; keeps some footers and open files. Threads may share it.
+    """Row groups of latent shards, on any fsspec file system; keeps some footers. Threads may share it.
 
     Args:
         shards: paths or fsspec URLs.
@@ -187,7 +163,7 @@ class LatentReader:
             raise ShardError("no latent shard was given to train on")
         self.shards, self.selection = list(shards), selection
         self.sizes: dict[int, int] = {}
-        self._files: OrderedDict[int, _Shard] = OrderedDict()
+        self._footers: OrderedDict[int, Future[pq.FileMetaData]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -195,24 +171,40 @@ class LatentReader:
         """Whether the shards lie on this machine, as far as the first one tells."""
         return isinstance(fsspec.core.url_to_fs(self.shards[0])[0], LocalFileSystem)
 
-    @contextmanager
-    def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
-        """A file for this thread alone: one that lies open and that nobody uses, or a new one."""
-        with self._lock:
-            shard = self._files.pop(file, None)
+    def _parquet(self, file: int, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+        """A file for this thread alone. Arrow itself opens one of this machine, and reads it in small steps; of others it asks for
+        the ranges of a row group, and reads what lies together in one request."""
+        system, path = fsspec.core.url_to_fs(self.shards[file])
+        local = isinstance(system, LocalFileSystem)
         try:
-            shard = shard or _Shard.open(self.shards[file], self.sizes.get(file))
-            parquet = shard.parquet()
+            return pq.ParquetFile(
+                pa.OSFile(path) if local else RangeFile(system, path, self.sizes.get(file)), metadata=footer,
+                buffer_size=LOCAL_READ if local else 0, pre_buffer=not local, page_checksum_verification=True,
+            )  # fmt: skip
         except (OSError, pa.ArrowInvalid) as error:
             raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
-        yield parquet
+
+    @contextmanager
+    def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
+        """A file for this thread alone, whose footer is read once, by whoever comes first. A `ParquetFile` would keep the bytes of
+        what it last read: only its footer is kept."""
         with self._lock:
-            unused = self._files.pop(file, None)
-            self._files[file] = shard
-            if unused is None and len(self._files) > OPEN_FILES:
-                unused = self._files.popitem(last=False)[1]
-        if unused is not None:
-            unused.file.close()
+            waited = self._footers.pop(file, None)
+            footer = self._footers[file] = waited or Future()
+            if len(self._footers) > FOOTERS:
+                self._footers.popitem(last=False)
+        if waited is None:
+            try:
+                footer.set_result(self._parquet(file).metadata)
+            except BaseException as error:
+                with self._lock:
+                    self._footers.pop(file, None)
+                footer.set_exception(error)
+        parquet = self._parquet(file, footer.result())
+        try:
+            yield parquet
+        finally:
+            parquet.close(force=True)
 
     def scan(self, file: int) -> tuple[LatentSpec, list[tuple[int, int]]]:
         """Shapes of a shard's rows, and the training and held-out rows of each row group; of columns, keys and scores are read.
