@@ -125,16 +125,16 @@ class DataConfig(Section):
         32,
         ge=1,
         le=4096,
-        description="Row groups whose rows are mixed at a time, over all lanes, and about as many are in memory, over all "
-        "workers; the row groups are permuted too.",
+        description="Row groups whose rows are mixed at a time, over all lanes, at least one a lane, and about as many are in "
+        "memory, over all workers; the row groups are permuted too.",
     )
     lanes: int | None = Field(
         None,
         ge=1,
         description="Parallel readers of which a global batch takes equal parts; a multiple of the workers reads "
         "least. Default: the greatest divisor of the global batch up to an eighth of it, or up to shuffle_window, or up to 16, "
-        "whichever is most. That depends on no worker, so any number of them reads in the same order, and there are about as many "
-        "lanes as workers or a multiple of them. Of a mixture, each subset has as many.",
+        "whichever is most. That is a multiple of the workers wherever each has a multiple of eight rows of a batch, and it does not "
+        "depend on them, so any number reads in the same order. In a mixture each subset has so many, by its part of the batch.",
     )
     weights: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None,
@@ -218,14 +218,14 @@ class TrainConfig(Section):
     )
 
     @property
-    def weights(self) -> tuple[int, ...]:
+    def shares(self) -> tuple[int, ...]:
         """Shares of the subsets in the least whole numbers, by their names' order; (1,) where they have none."""
         return reduced([weight for _, weight in sorted(self.data.weights.items())]) if self.data.weights else (1,)
 
     @property
     def batches(self) -> tuple[int, ...]:
         """Samples of each subset in a global batch."""
-        return tuple(self.global_batch * weight // sum(self.weights) for weight in self.weights)
+        return tuple(self.global_batch * share // sum(self.shares) for share in self.shares)
 
     @property
     def lanes(self) -> tuple[int, ...]:
@@ -263,9 +263,9 @@ class TrainConfig(Section):
             raise ValueError("model.data_type_token needs data.data_type: 0, 1, or a condition that the rows of type 1 meet")
         if not self.model.data_type_token and self.data.data_type is not None:
             raise ValueError(f"data.data_type is {self.data.data_type!r}, which only model.data_type_token: true reads")
-        if self.global_batch % sum(self.weights):
+        if self.global_batch % sum(self.shares):
             raise ValueError(
-                f"global_batch {self.global_batch} is not divisible by {sum(self.weights)}, the sum of data.weights: write how many "
+                f"global_batch {self.global_batch} is not divisible by {sum(self.shares)}, the sum of data.weights: write how many "
                 "samples of a global batch each subset has"
             )
         if self.data.lanes is not None and (odd := [batch for batch in self.batches if batch % self.data.lanes]):

@@ -122,8 +122,9 @@ class Selection:
         accepted = np.ones(len(table), dtype=bool)
         for condition, column in zip(self.where, columns, strict=False):
             accepted &= _meets(condition, table[column])
-        keys = table["key"].to_pylist()
-        held = np.array([held_out(key, self.fraction) for key in keys], dtype=bool).reshape(len(keys))
+        held = np.zeros(len(table), dtype=bool)
+        if self.fraction:
+            held[:] = [held_out(key, self.fraction) for key in table["key"].to_pylist()]
         return np.flatnonzero(accepted & ~held), np.flatnonzero(accepted & held)
 
     def types(self, table: pa.Table, columns: Sequence[str]) -> NDArray[np.int64]:
@@ -144,7 +145,7 @@ class RowGroup:
     """All rows of a row group, as they lie in the file: keys, each part (rows, *shape) and `data_type` (rows,), and which rows
     train or are held out."""
 
-    keys: list[str]
+    keys: pa.ChunkedArray
     parts: Parts
     train: NDArray[np.int64]
     held: NDArray[np.int64]
@@ -249,7 +250,7 @@ class LatentReader:
                 f"{self.shards[file]}: row group {group} has {len(train)} rows to train on and {len(held)} held out; its dataset "
                 f"tells of {rows[0]} and {rows[1]}; {VERIFY}"
             )
-        return RowGroup(table["key"].to_pylist(), parts, train, held)
+        return RowGroup(table["key"], parts, train, held)
 
     def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:
         column = table[part].combine_chunks()

@@ -173,14 +173,14 @@ class Loader:
         """The order of the training: of each subset its own, over its own row groups."""
         config, train = self.config, self.index.train
         orders, groups = [], []
-        for number, (weight, batch) in enumerate(zip(config.weights, config.batches, strict=True)):
+        for number, (weight, batch) in enumerate(zip(config.shares, config.batches, strict=True)):
             chosen = self.subset_of_group == number
             if self.subsets and not train[chosen].any():
                 raise ValueError(f"no row of {self.subsets[number]} is left to train on: loosen data.where or give other shards")
-            grown = growth_of(growth, chosen, (weight, sum(config.weights)))
+            grown = growth_of(growth, chosen, (weight, sum(config.shares)))
             orders.append(Order(train[chosen], config.seed, *config.lanes_of(batch), batch, grown))
             groups.append(np.flatnonzero(chosen))
-        return Mixture(orders, groups, config.weights)
+        return Mixture(orders, groups, config.shares)
 
     def places(self, step: int) -> NDArray[np.int64]:
         """Places in the training that this worker computes in optimizer step `step` (from 0)."""
@@ -192,7 +192,7 @@ class Loader:
         """Keys of the rows of a step, in order."""
         groups, rows = self.order.locate(self.places(step))
         read = {group: self._read(int(group)) for group in np.unique(groups)}
-        return [read[group].keys[read[group].train[row]] for group, row in zip(groups, rows, strict=True)]
+        return [read[group].keys[int(read[group].train[row])].as_py() for group, row in zip(groups, rows, strict=True)]
 
     def batch(self, step: int) -> Batch:
         """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step."""
@@ -258,11 +258,8 @@ class Loader:
 
     def _window_starts(self, step: int) -> dict[Windowed, int]:
         """The windows of this worker's part of a step, and the first offset in each."""
-        keys, offsets = self.order.windows(self.places(step))
-        found, which = np.unique(keys, axis=0, return_inverse=True)
-        first = np.full(len(found), np.iinfo(np.int64).max)
-        np.minimum.at(first, which, offsets)
-        return {Windowed(*key): at for key, at in zip(found.tolist(), first.tolist(), strict=True)}
+        codes, offsets = self.order.windows(self.places(step))
+        return {Windowed.of(code): int(offsets[codes == code].min()) for code in np.unique(codes).tolist()}
 
     def _all_starts(self, steps: Iterable[int]) -> dict[Windowed, int]:
         starts: dict[Windowed, int] = {}

@@ -122,7 +122,7 @@ class _Run:
         data_type = batch.data_type if self.config.model.data_type_token else None
         errors = self.objective.errors(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
         loss, parts = self.objective.mean(errors)
-        each, weights = self.objective.of_samples(errors).detach(), self.config.weights
+        each, weights = self.objective.of_samples(errors).detach(), self.config.shares
         for number, (name, weight) in enumerate(zip(self.loader.subsets, weights, strict=False)):
             # Every global batch has the same number of a subset's samples, so that this is their mean over all workers.
             parts[f"data.{name}"] = (each * (batch.subset == number)).mean() * sum(weights) / weight

@@ -25,6 +25,10 @@ from training.begin import Growth
 from training.order import Ints, Order
 
 
+# There are fewer subsets of a training, and windows of an epoch.
+SUBSETS, WINDOWS = 2**10, 2**32
+
+
 def pattern_of(weights: Sequence[int]) -> list[int]:
     """The subsets of sum(weights) places in a row; whichever must come first comes first."""
     total, done = sum(weights), [0] * len(weights)
@@ -48,6 +52,13 @@ class Windowed(NamedTuple):
     subset: int
     epoch: int
     window: int
+
+    @classmethod
+    def of(cls, code: int) -> Windowed:
+        """From one number, in which `Mixture.windows` has the three."""
+        rest, window = divmod(code, WINDOWS)
+        epoch, subset = divmod(rest, SUBSETS)
+        return cls(subset, epoch, window)
 
 
 class Mixture:
@@ -97,14 +108,14 @@ class Mixture:
         return groups, rows
 
     def windows(self, places: Ints) -> tuple[Ints, Ints]:
-        """Window (n, 3), as of `Windowed`, and offset in it (n,), of places (n,) of the training."""
+        """Window, as a number for `Windowed.of`, and offset in it, both (n,), of places (n,) of the training."""
         subsets, within = self.split(places)
-        keys, offsets = np.empty((len(places), 3), np.int64), np.empty_like(places)
+        codes, offsets = np.empty_like(places), np.empty_like(places)
         for subset in np.unique(subsets):
             chosen = subsets == subset
             epochs, windows, offsets[chosen] = self.orders[subset].windows(within[chosen])
-            keys[chosen] = np.stack([np.full_like(epochs, subset), epochs, windows], axis=1)
-        return keys, offsets
+            codes[chosen] = (epochs * SUBSETS + subset) * WINDOWS + windows
+        return codes, offsets
 
     def window(self, key: Windowed) -> tuple[Ints, Ints]:
         """Row group and training row in it of each offset of a window, both (rows of the window,)."""

@@ -92,13 +92,12 @@ class Windows:
     def gather(self, places: Ints) -> Parts:
         """The rows at places (n,) of the training, whose windows are held; waits for them, and raises what reading raised."""
         out = empty_parts(self._spec, len(places))
-        keys, offsets = self._order.windows(places)
-        found, which = np.unique(keys, axis=0, return_inverse=True)
-        for index, key in enumerate(found.tolist()):
-            window = self._held[Windowed(*key)]
+        codes, offsets = self._order.windows(places)
+        for code in np.unique(codes).tolist():
+            window = self._held[Windowed.of(code)]
             for read in window.reads:
                 read.result()
-            numbers = np.where(which == index, offsets // PIECE, -1)
+            numbers = np.where(codes == code, offsets // PIECE, -1)
             for number in set(numbers.tolist()) - {-1}:
                 piece, at = window.pieces[number], np.flatnonzero(numbers == number)
                 assert piece is not None

@@ -116,7 +116,9 @@ def test_a_start_opens_no_shard_and_conditions_read_them(tmp_path: Path) -> None
     # A shard that is another one since.
     (other,) = write_shards(tmp_path / "other", files=1, rows=38)
     shutil.copy(other, shards[0])
-    with pytest.raises(ShardError, match="row group 4 has 6 rows to train on and 0 held out; its dataset tells of 8 and 0; `unid"):
+    with pytest.raises(
+        ShardError, match="row group 4 has 6 rows to train on and 0 held out; its dataset tells of 8 and 0; `unid"
+    ):
         [Loader(config(validation={"fraction": 0.0}), shards, told=[told]).keys(step) for step in range(10)]
 
 
