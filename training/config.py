@@ -133,14 +133,14 @@ class DataConfig(Section):
         ge=1,
         description="Parallel readers of which a global batch takes equal parts; a multiple of the workers reads "
         "least. Default: the greatest divisor of the global batch up to an eighth of it, or up to shuffle_window, or up to 16, "
-        "whichever is most. That is a multiple of the workers wherever each has a multiple of eight rows of a batch, and it does not "
-        "depend on them, so any number reads in the same order. In a mixture each subset has so many, by its part of the batch.",
+        "whichever is most. Of 8 * shuffle_window rows or more, that is a multiple of the workers wherever each has a multiple "
+        "of eight, and it does not depend on them: any number reads in the same order. A mixture's subsets have their own.",
     )
     weights: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
         None,
         description="Shares of the subsets, by name, in whole numbers whose sum divides the global batch: each global batch has "
-        "exactly its share of each. A subset that is smaller for its share is read more often. Default: every row is read once an "
-        "epoch, whichever subset it is of.",
+        "exactly its share of each. A subset that is smaller for its share is read more often. Default: every row is read once "
+        "an epoch, whichever subset it is of.",
     )
 
     @field_validator("where", "data_type")
@@ -265,8 +265,8 @@ class TrainConfig(Section):
             raise ValueError(f"data.data_type is {self.data.data_type!r}, which only model.data_type_token: true reads")
         if self.global_batch % sum(self.shares):
             raise ValueError(
-                f"global_batch {self.global_batch} is not divisible by {sum(self.shares)}, the sum of data.weights: write how many "
-                "samples of a global batch each subset has"
+                f"global_batch {self.global_batch} is not divisible by {sum(self.shares)}, the sum of data.weights: write how "
+                "many samples of a global batch each subset has"
             )
         if self.data.lanes is not None and (odd := [batch for batch in self.batches if batch % self.data.lanes]):
             what = f"the {odd[0]} samples of a subset in a global batch are" if self.data.weights else f"global_batch {odd[0]} is"

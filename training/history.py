@@ -2,8 +2,9 @@
 
 Fields of a row: `kind` ("train" or "validation"), `step` (steps done), `epoch` (a fraction), `samples` (seen so far), `loss`
 and `loss_<part>` (mean squared errors, means over the interval); for "train" also `lr`, `grad_norm`, `samples_per_s` and
-`seconds` (of the interval). Where subsets have weights, `epoch_data.<subset>` is that of each, and `epoch` the least of them; for
-"train" there is `loss_data.<subset>`, the loss of its samples. All but the last two are the same for an interrupted and an uninterrupted run.
+`seconds` (of the interval). All but the last two are the same for an interrupted and an uninterrupted run. Where subsets have
+weights, `epoch_data.<subset>` is that of each, and `epoch` the least of them; for "train" there is also `loss_data.<subset>`, the
+loss of its samples.
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ class LatentReader:
         return isinstance(fsspec.core.url_to_fs(self.shards[0])[0], LocalFileSystem)
 
     def _parquet(self, file: int, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
-        """A file for this thread alone. Arrow itself opens one of this machine, and reads it in small steps; of others it asks for
-        the ranges of a row group, and reads what lies together in one request."""
+        """A file for this thread alone. Arrow itself opens one of this machine, and reads it in small steps; of others it asks
+        for the ranges of a row group, and reads what lies together in one request."""
         system, path = fsspec.core.url_to_fs(self.shards[file])
         local = isinstance(system, LocalFileSystem)
         try:
@@ -187,8 +187,8 @@ class LatentReader:
 
     @contextmanager
     def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
-        """A file for this thread alone, whose footer is read once, by whoever comes first. A `ParquetFile` would keep the bytes of
-        what it last read: only its footer is kept."""
+        """A file for this thread alone, whose footer is read once, by whoever comes first. A `ParquetFile` would keep the bytes
+        of what it last read: only its footer is kept."""
         with self._lock:
             waited = self._footers.pop(file, None)
             footer = self._footers[file] = waited or Future()

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from training.begin import Growth
 from training.order import Ints, Order
 
-
 # There are fewer subsets of a training, and windows of an epoch.
 SUBSETS, WINDOWS = 2**10, 2**32
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +42,21 @@ def _counts(shards: list[str], fraction: float) -> tuple[list[tuple[int, int]], 
     return places, train, held
 
 
+def gang(world: int) -> list[tuple[int, int, Callable[[list], list[list]]]]:
+    """Rank, world and gather of each of some threads."""
+    given: list[list] = [[] for _ in range(world)]
+    barrier = Barrier(world, timeout=30)
+
+    def gather(rank: int, found: list) -> list[list]:
+        given[rank] = found
+        barrier.wait()
+        everybody = list(given)
+        barrier.wait()
+        return everybody
+
+    return [(rank, world, partial(gather, rank)) for rank in range(world)]
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.011, LISTED, 0.2])
 def test_what_is_told_is_what_a_scan_of_the_keys_counts(tmp_path: Path, fraction: float) -> None:
     store = Store(str(tmp_path / "store"))
@@ -52,50 +71,12 @@ def test_what_is_told_is_what_a_scan_of_the_keys_counts(tmp_path: Path, fraction
     places, train, held = _counts(shards, fraction)
     selection = Selection((), fraction)
     for world in (1, 3):
-        parts: list[list] = [[] for _ in range(world)]
-
-        def of(rank: int, gather) -> object:
-            return index_of(LatentReader(shards, selection), told, rank, world, gather)  # noqa: B023
-
-        if world > 1:
-            parts = _each_round(of, world)
-        index = of(0, _replay(parts) if world > 1 else None)
-        assert list(zip(index.file.tolist(), index.group.tolist(), strict=True)) == places  # type: ignore[attr-defined]
-        assert (index.train.tolist(), index.held.tolist()) == (train, held)  # type: ignore[attr-defined]
+        with ThreadPoolExecutor(world) as workers:
+            found = [workers.submit(index_of, LatentReader(shards, selection), told, *of) for of in gang(world)]
+            for index in (one.result() for one in found):
+                assert list(zip(index.file.tolist(), index.group.tolist(), strict=True)) == places
+                assert (index.train.tolist(), index.held.tolist()) == (train, held)
     assert sum(held) > 0 or fraction == 0
-
-
-class _Stop(Exception):
-    pass
-
-
-def _each_round(of, world: int) -> list[list]:
-    """What every worker gives to each gathering, worked out one after the other."""
-    rounds: list[list] = []
-    while True:
-        given = []
-
-        def gather(found: list) -> list[list]:
-            if len(seen) < len(rounds):
-                seen.append(None)
-                return rounds[len(seen) - 1]
-            given.append(found)
-            raise _Stop
-
-        for rank in range(world):
-            seen: list = []
-            try:
-                of(rank, gather)
-            except _Stop:
-                continue
-        if not given:
-            return rounds
-        rounds.append(given)
-
-
-def _replay(rounds: list[list]):
-    left = iter(rounds)
-    return lambda found: next(left)
 
 
 def test_a_start_opens_no_shard_and_conditions_read_them(tmp_path: Path) -> None:
