@@ -176,8 +176,7 @@ def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Da
         lost = stats.rows_in - stats.rows_out - sum(stats.dropped.values())
         raise ValueError(f"{manifest.node}: {lost} of {stats.rows_in} rows are neither written nor counted as dropped")
     folder = folder_of(manifest.stage, manifest.fingerprint)
-    if more is not None:
-        manifest.file_columns = more.column_names
+    manifest.file_columns = more.column_names if more is not None else []
     many = more is not None or len(manifest.files) > FILES_INLINE
     document = manifest.model_dump(mode="json", by_alias=True, exclude={"files"} if many else None)
     if many:
