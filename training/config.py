@@ -234,11 +234,11 @@ class TrainConfig(Section):
 
     def lanes_of(self, batch: int) -> tuple[int, int]:
         """Row groups of a window, and number of lanes, of a subset that has `batch` samples of a global batch."""
-        window, lanes = self.data.shuffle_window, self.data.lanes
+        window, lanes = self.data.shuffle_window * batch // self.global_batch, self.data.lanes
         if lanes is None:
             most = max(LEAST_LANES, window, batch // ROWS_OF_A_LANE)
             lanes = max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
-        return max(1, window * batch // self.global_batch // lanes), lanes
+        return max(1, window // lanes), lanes
 
     @property
     def worker_batch(self) -> int:
