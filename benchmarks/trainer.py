@@ -76,19 +76,20 @@ def measure(process: subprocess.Popen[str], steps: int) -> dict[str, float]:
 def watching(sizes: dict[str, int], times: int = 200) -> float:
     """Seconds a step of all that is only for a person to watch."""
     device, schedule, modalities = torch.device("cpu"), NoiseSchedule(), paper_modalities((4, 32, 32))
-    objective, losses = JointObjective(modalities, schedule), Losses(modalities, schedule.steps, device)
+    objective = JointObjective(modalities, schedule)
+    losses, subset = Losses(objective, schedule.steps, device), torch.zeros(sizes["batch"], dtype=torch.int64)
     parts = all_parts(modalities)
     errors = {part.name: torch.rand(sizes["batch"]) for part in parts}
     timesteps = {modality.name: torch.randint(1, 1001, (sizes["batch"],)) for modality in modalities}
     model = UViTConfig(width=sizes["width"], depth=sizes["depth"], heads=sizes["width"] // 64, modalities=modalities)
-    meter = Meter(sizes["batch"], lambda step: step / 100, 10, gauges(model, "fp32", device, 1, False))
+    meter = Meter(sizes["batch"], lambda step: {"epoch": step / 100}, 10, gauges(model, "fp32", device, 1, False))
     loss, means = objective.mean(errors)
     taken = []
     for step in range(1, times + 1):
         started = time.perf_counter()
         for _ in meter.waited(["batch"]):
             totals = torch.zeros(1 + losses.size)
-            totals[1:] += losses.pack(loss, means, errors, timesteps, 1.0)
+            totals[1:] += losses.pack(loss, means, errors, timesteps, subset, 1.0)
             values, sums = losses.unpack(totals.tolist()[1:], 1)
             meter.step(step, 1e-4, values, sums)
         taken.append(time.perf_counter() - started)

@@ -18,6 +18,8 @@ from infra.store import NotThere, Store, StoreError, sha256_of
 
 # Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
 FILES_INLINE = 2000
+# Files in one of its row groups, which is what several readers share out.
+FILES_TOGETHER = 16384
 VERIFY = "`unidiffuser verify` names what is damaged"
 
 
@@ -79,6 +81,8 @@ class Manifest(BaseModel):
     summary: dict[str, Any]
     seconds: float
     created: str
+    # Further columns of files.parquet, which say more of each file to whoever reads them.
+    file_columns: list[str] = []
     files: list[FileEntry]
 
     def reference(self) -> InputRef:
@@ -158,8 +162,11 @@ def folder_of(stage: str, fingerprint: str) -> str:
     return f"{stage}/{fingerprint}"
 
 
-def commit(store: Store, manifest: Manifest) -> Dataset:
+def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Dataset:
     """Write the manifest, which makes the dataset exist.
+
+    Args:
+        more: further columns for files.parquet, a row for each file; the list of files then lies there however short it is.
 
     Raises:
         ValueError: the row counts do not add up.
@@ -169,12 +176,22 @@ def commit(store: Store, manifest: Manifest) -> Dataset:
         lost = stats.rows_in - stats.rows_out - sum(stats.dropped.values())
         raise ValueError(f"{manifest.node}: {lost} of {stats.rows_in} rows are neither written nor counted as dropped")
     folder = folder_of(manifest.stage, manifest.fingerprint)
-    many = len(manifest.files) > FILES_INLINE
+    manifest.file_columns = more.column_names if more is not None else []
+    many = more is not None or len(manifest.files) > FILES_INLINE
     document = manifest.model_dump(mode="json", by_alias=True, exclude={"files"} if many else None)
     if many:
         columns = {column.name: [getattr(entry, column.name) for entry in manifest.files] for column in fields(FileEntry)}
+        table = pa.table(columns)
+        if more is not None:
+            for name in more.column_names:
+                table = table.append_column(more.schema.field(name), more[name])
+            table = table.replace_schema_metadata(more.schema.metadata)
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer, write_page_checksum=True)
+        binary = [field.name for field in table.schema if pa.types.is_binary(field.type)]
+        pq.write_table(
+            table, buffer, row_group_size=FILES_TOGETHER, write_page_checksum=True,
+            use_dictionary=[name for name in table.column_names if name not in binary],
+        )  # fmt: skip
         store.write(f"{folder}/files.parquet", buffer.getvalue())
         document["files"] = None
         # For whoever lists a store, and reads no list of files.
@@ -191,11 +208,13 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
         return None
     if document["files"] is None:
         path = f"{folder}/files.parquet"
+        names = [column.name for column in fields(FileEntry)]
+        file = store.ranges(path)
         try:
-            table = pq.read_table(io.BytesIO(store.read(path)), page_checksum_verification=True)
+            table = pq.read_table(file, columns=names, pre_buffer=True, page_checksum_verification=True)
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreError(f"{store.url(path)}: damaged ({error}); delete {store.url(folder)} and run again") from None
-        columns = (table[column.name].to_pylist() for column in fields(FileEntry))
+        columns = (table[name].to_pylist() for name in names)
         document["files"] = [FileEntry(*values) for values in zip(*columns, strict=True)]
     return Dataset(store, Manifest.model_validate(document))
 

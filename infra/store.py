@@ -18,6 +18,8 @@ from uuid import uuid4
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from infra.ranges import RangeFile
+
 # Small files that an object store is asked for at once; the answers are held in memory.
 READ_AT_ONCE = 1000
 # Bytes of a part of a file that is sent to an object store while it is made; there may be 10,000 of them.
@@ -129,6 +131,17 @@ class Store:
         """
         try:
             return self.fs.open(self._full(path), "rb")
+        except FileNotFoundError:
+            raise StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing") from None
+
+    def ranges(self, path: str) -> RangeFile:
+        """The same for a reader that knows which bytes it wants: nothing is read ahead.
+
+        Raises:
+            StoreError: there is no such file.
+        """
+        try:
+            return RangeFile(self.fs, self._full(path))
         except FileNotFoundError:
             raise StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing") from None
 

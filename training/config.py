@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from training.damage import DamageConfig
+from training.mixture import reduced
 from training.optimizers.adamw import AdamW
 from training.optimizers.choice import OptimizerConfig
 from training.profiling import ProfileConfig
@@ -20,7 +21,8 @@ from training.where import Comparison
 from training.zero import ZeroConfig, refusal
 from unidiffuser.noise import NoiseConfig
 
-LARGEST_DEFAULT_LANES = 16
+# Lanes by default: at least so many, where the global batch can be divided so, and of so many rows each.
+LEAST_LANES, ROWS_OF_A_LANE = 16, 8
 
 
 class ModelConfig(Section):
@@ -129,14 +131,22 @@ class DataConfig(Section):
         32,
         ge=1,
         le=4096,
-        description="Row groups whose rows are mixed at a time, over all lanes, and about as many are in memory, over all "
-        "workers; the row groups are permuted too.",
+        description="Row groups whose rows are mixed at a time, over all lanes, at least one a lane, and about as many are in "
+        "memory, over all workers; the row groups are permuted too.",
     )
     lanes: int | None = Field(
         None,
         ge=1,
         description="Parallel readers of which a global batch takes equal parts; a multiple of the workers reads "
-        "least. Default: the greatest divisor of the global batch up to 16.",
+        "least. Default: the greatest divisor of the global batch up to an eighth of it, or up to shuffle_window, or up to 16, "
+        "whichever is most. Of 8 * shuffle_window rows or more, that is a multiple of the workers wherever each has a multiple "
+        "of eight, and it does not depend on them: any number reads in the same order. A mixture's subsets have their own.",
+    )
+    weights: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="Shares of the subsets, by name, in whole numbers whose sum divides the global batch: each global batch has "
+        "exactly its share of each. A subset that is smaller for its share is read more often. Default: every row is read once "
+        "an epoch, whichever subset it is of.",
     )
 
     @field_validator("where", "data_type")
@@ -257,11 +267,27 @@ class TrainConfig(Section):
     )
 
     @property
-    def lanes(self) -> int:
-        """Number of parallel readers: the field, or the greatest divisor of the global batch up to 16."""
-        if self.data.lanes is not None:
-            return self.data.lanes
-        return max(n for n in range(1, LARGEST_DEFAULT_LANES + 1) if self.global_batch % n == 0)
+    def shares(self) -> tuple[int, ...]:
+        """Shares of the subsets in the least whole numbers, by their names' order; (1,) where they have none."""
+        return reduced([weight for _, weight in sorted(self.data.weights.items())]) if self.data.weights else (1,)
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Samples of each subset in a global batch."""
+        return tuple(self.global_batch * share // sum(self.shares) for share in self.shares)
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Parallel readers of each subset."""
+        return tuple(lanes for _, lanes in map(self.lanes_of, self.batches))
+
+    def lanes_of(self, batch: int) -> tuple[int, int]:
+        """Row groups of a window, and number of lanes, of a subset that has `batch` samples of a global batch."""
+        window, lanes = self.data.shuffle_window * batch // self.global_batch, self.data.lanes
+        if lanes is None:
+            most = max(LEAST_LANES, window, batch // ROWS_OF_A_LANE)
+            lanes = max(n for n in range(1, min(most, batch) + 1) if batch % n == 0)
+        return max(1, window // lanes), lanes
 
     @property
     def fewest_workers(self) -> int:
@@ -302,8 +328,14 @@ class TrainConfig(Section):
             raise ValueError("model.data_type_token needs data.data_type: 0, 1, or a condition that the rows of type 1 meet")
         if not self.model.data_type_token and self.data.data_type is not None:
             raise ValueError(f"data.data_type is {self.data.data_type!r}, which only model.data_type_token: true reads")
-        if self.data.lanes is not None and self.global_batch % self.data.lanes:
-            raise ValueError(f"global_batch {self.global_batch} is not divisible by data.lanes {self.data.lanes}")
+        if self.global_batch % sum(self.shares):
+            raise ValueError(
+                f"global_batch {self.global_batch} is not divisible by {sum(self.shares)}, the sum of data.weights: write how "
+                "many samples of a global batch each subset has"
+            )
+        if self.data.lanes is not None and (odd := [batch for batch in self.batches if batch % self.data.lanes]):
+            what = f"the {odd[0]} samples of a subset in a global batch are" if self.data.weights else f"global_batch {odd[0]} is"
+            raise ValueError(f"{what} not divisible by data.lanes {self.data.lanes}")
         if self.lora is not None and self.optimizer.kind == "muon":
             raise ValueError("optimizer.kind muon is for the matrices of the blocks, which lora freezes; use adamw")
         if self.zero_stage == 0 and self.precision == "bf16":

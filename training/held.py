@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
-def spread(held: Ints, file: Ints, inputs: Ints, wanted: int) -> Ints:
+def spread(held: NDArray[np.integer], file: NDArray[np.integer], inputs: Ints, wanted: int) -> Ints:
     """Numbers, ascending, of at most `wanted` held-out rows, counted over all row groups.
 
     Args:

@@ -7,7 +7,10 @@ and means over the interval, of the steps that were not skipped, or over the hel
     loss_PART              mean squared error of a part, or of a modality: that of its parts, each by its weight
     loss_MODALITY_t1 ..    the same of the samples whose timestep is in an eighth of all, from nearly clean to nearly noise, where
                            there were any
+    loss_data.SUBSET       the objective on the samples of a subset, where subsets have weights
     ema_...                of a validation, the same with the moving average of the weights
+
+Where subsets have weights, `epoch_data.SUBSET` is the epoch of each, and `epoch` the least of them.
 
 A row of kind "train" has also `lr`, `grad_norm`, and what is measured, on rank 0: `samples_per_s`, `tokens_per_s`, `mfu` (see
 `training.speed`), `memory` in GiB, and the `seconds` of the interval, of which `data_wait` are spent waiting for the loader.
@@ -50,7 +53,7 @@ class Meter:
 
     Args:
         global_batch: samples a step.
-        epochs: steps done -> epochs of the data that they have read.
+        epochs: steps done -> epochs of the data that they have read, by the names that a row has for them.
         log_every: steps of an interval.
         gauges: samples a second -> what else is measured when a row is made.
     """
@@ -58,7 +61,7 @@ class Meter:
     def __init__(
         self,
         global_batch: int,
-        epochs: Callable[[int], float],
+        epochs: Callable[[int], Mapping[str, float]],
         log_every: int,
         gauges: Callable[[float], Mapping[str, float]] = lambda samples_per_s: {},
     ) -> None:
@@ -144,7 +147,8 @@ class Meter:
 
     def _place(self, kind: str, steps_done: int) -> Row:
         samples = steps_done * self.global_batch
-        return {"kind": kind, "step": steps_done, "epoch": round(self.epochs(steps_done), 6), "samples": samples}
+        epochs = {name: round(epoch, 6) for name, epoch in self.epochs(steps_done).items()}
+        return {"kind": kind, "step": steps_done, **epochs, "samples": samples}
 
 
 def means(sums: Mapping[str, tuple[float, float]]) -> dict[str, float]:

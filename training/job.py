@@ -10,6 +10,7 @@ from typing import Protocol
 from training.begin import Kept
 from training.config import TrainConfig
 from training.history import Row
+from training.told import Told
 
 Source = str | Callable[[], str | None] | None
 
@@ -75,7 +76,6 @@ class TrainJob:
         config: what to train.
         shards: latent shards in their fixed order, paths or fsspec URLs that every worker can read.
         traced: called in the worker of rank 0 with the file that `profile` makes; with None there is none.
-        inputs: number of the input that each shard is of, or none where they are all of one.
         work_folder: local scratch folder.
         publish: where checkpoints go.
         resume: checkpoint of this run to go on from: a folder, or a function that fetches the newest one that is whole and gives
@@ -86,6 +86,8 @@ class TrainJob:
             has another size. Not read when resuming.
         keep: what to take of `init_from`, see `training.begin`.
         fork: what a person writes into the recipe to go on from the newest checkpoint with another value.
+        subsets: name of the one that each shard is of, or none where they are all of one; `config.data.weights` needs them.
+        told: what the datasets tell of their shards; the rows of others are counted in the shards themselves.
         weights: native folder of weights that were trained elsewhere, to start from instead of `init_from`, in the same forms.
     """
 
@@ -99,8 +101,9 @@ class TrainJob:
     keep: tuple[Kept, ...] = ("weights", "ema")
     fork: str = "`from`"
     weights: Source = None
-    inputs: tuple[int, ...] = ()
     traced: Callable[[str], None] | None = None
+    subsets: tuple[str, ...] = ()
+    told: tuple[Told, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ fixed-size fp16 binaries) and numeric score columns; its schema metadata says th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import fsspec.core
 import numpy as np
@@ -23,44 +23,23 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from infra.ranges import RangeFile
+from training.heldout import held_out
 from training.names import column_of
+from training.told import FACTS
 from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
 # By name, fp16 of `PARTS` and int64 of `data_type`.
 Parts = dict[str, NDArray[Any]]
-OPEN_FILES = 32
+# Footers that are kept; one of a shard of 10,000 rows is 100 kB.
+FOOTERS = 128
 LOCAL_READ = 2**18
 VERIFY = "`unidiffuser verify DATASET` names what is damaged"
 
 
 class ShardError(ValueError):
     """A shard that cannot be trained on; the message names the file and what is wrong."""
-
-
-@dataclass
-class _Shard:
-    """A shard that is open. A `ParquetFile` would keep the bytes of what it last read: only its footer is kept."""
-
-    file: pa.NativeFile | IO[bytes]
-    local: bool
-    footer: pq.FileMetaData | None = None
-
-    @classmethod
-    def open(cls, url: str) -> _Shard:
-        """A file of this machine is opened by Arrow itself, others without fsspec's cache, which reads more than is asked for."""
-        system, path = fsspec.core.url_to_fs(url)
-        local = isinstance(system, LocalFileSystem)
-        return cls(pa.OSFile(path) if local else system.open(path, "rb", cache_type="none"), local)
-
-    def parquet(self) -> pq.ParquetFile:
-        """Read in small steps here, and elsewhere a row group in one request."""
-        parquet = pq.ParquetFile(
-            self.file, metadata=self.footer, buffer_size=LOCAL_READ if self.local else 0, pre_buffer=not self.local,
-            page_checksum_verification=True,
-        )  # fmt: skip
-        self.footer = parquet.metadata
-        return parquet
 
 
 def _line(error: Exception) -> str:
@@ -92,21 +71,21 @@ class LatentSpec:
         missing = [column for column in ("key", *PARTS) if column not in schema.names]
         if missing:
             raise ShardError(f"{name}: no column {', '.join(missing)}; a latent shard has key, {', '.join(PARTS)}")
-        told = json.loads((schema.metadata or {}).get(b"unidiffuser", b"{}"))
-        lacking = [field for field in (*PARTS, "scaling_factor") if field not in told]
-        if lacking:
-            raise ShardError(f"{name}: the schema metadata lacks {', '.join(lacking)}; write it with the encode stage")
-        for part in PARTS:
-            width = 2 * int(np.prod(told[part]))
+        spec = cls.told(json.loads((schema.metadata or {}).get(FACTS, b"{}")), name)
+        for part, shape in spec.shapes.items():
+            width = 2 * int(np.prod(shape))
             if schema.field(part).type != pa.binary(width):
                 raise ShardError(f"{name}: {part} is {schema.field(part).type}, expected fixed_size_binary[{width}]")
-        moments, clip, text = (tuple(told[part]) for part in PARTS)
-        return cls(moments, clip, text, float(told["scaling_factor"]))
+        return spec
 
-
-def held_out(key: str, fraction: float) -> bool:
-    """Whether a key belongs to the validation rows: a hash, so that every stage and every run agree."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < fraction * 2**64
+    @classmethod
+    def told(cls, facts: dict[str, Any], name: str) -> LatentSpec:
+        """From what the metadata says. Raises ShardError when something lacks."""
+        lacking = [field for field in (*PARTS, "scaling_factor") if field not in facts]
+        if lacking:
+            raise ShardError(f"{name}: the schema metadata lacks {', '.join(lacking)}; write it with the encode stage")
+        moments, clip, text = (tuple(facts[part]) for part in PARTS)
+        return cls(moments, clip, text, float(facts["scaling_factor"]))
 
 
 @dataclass(frozen=True)
@@ -143,8 +122,9 @@ class Selection:
         accepted = np.ones(len(table), dtype=bool)
         for condition, column in zip(self.where, columns, strict=False):
             accepted &= _meets(condition, table[column])
-        keys = table["key"].to_pylist()
-        held = np.array([held_out(key, self.fraction) for key in keys], dtype=bool).reshape(len(keys))
+        held = np.zeros(len(table), dtype=bool)
+        if self.fraction:
+            held[:] = [held_out(key, self.fraction) for key in table["key"].to_pylist()]
         return np.flatnonzero(accepted & ~held), np.flatnonzero(accepted & held)
 
     def types(self, table: pa.Table, columns: Sequence[str]) -> NDArray[np.int64]:
@@ -165,76 +145,74 @@ class RowGroup:
     """All rows of a row group, as they lie in the file: keys, each part (rows, *shape) and `data_type` (rows,), and which rows
     train or are held out."""
 
-    keys: list[str]
+    keys: pa.ChunkedArray
     parts: Parts
     train: NDArray[np.int64]
     held: NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The row groups of all shards, in the given order: file, number in the file, training and held-out rows, (G,) each."""
-
-    spec: LatentSpec
-    file: NDArray[np.int64]
-    group: NDArray[np.int64]
-    train: NDArray[np.int64]
-    held: NDArray[np.int64]
-
-
 class LatentReader:
-    """Row groups of latent shards, on any fsspec file system; keeps some files open. Threads may share it."""
+    """Row groups of latent shards, on any fsspec file system; keeps some footers. Threads may share it.
+
+    Args:
+        shards: paths or fsspec URLs.
+        selection: which rows count.
+    """
 
     def __init__(self, shards: Sequence[str], selection: Selection) -> None:
         if not shards:
             raise ShardError("no latent shard was given to train on")
         self.shards, self.selection = list(shards), selection
-        self._files: OrderedDict[int, _Shard] = OrderedDict()
+        self.sizes: dict[int, int] = {}
+        self._footers: OrderedDict[int, Future[pq.FileMetaData]] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def local(self) -> bool:
+        """Whether the shards lie on this machine, as far as the first one tells."""
+        return isinstance(fsspec.core.url_to_fs(self.shards[0])[0], LocalFileSystem)
+
+    def _parquet(self, file: int, footer: pq.FileMetaData | None = None) -> pq.ParquetFile:
+        """A file for this thread alone. Arrow itself opens one of this machine, and reads it in small steps; of others it asks
+        for the ranges of a row group, and reads what lies together in one request."""
+        system, path = fsspec.core.url_to_fs(self.shards[file])
+        local = isinstance(system, LocalFileSystem)
+        try:
+            return pq.ParquetFile(
+                pa.OSFile(path) if local else RangeFile(system, path, self.sizes.get(file)), metadata=footer,
+                buffer_size=LOCAL_READ if local else 0, pre_buffer=not local, page_checksum_verification=True,
+            )  # fmt: skip
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
 
     @contextmanager
     def _opened(self, file: int) -> Iterator[pq.ParquetFile]:
-        """A file for this thread alone: one that lies open and that nobody uses, or a new one."""
+        """A file for this thread alone, whose footer is read once, by whoever comes first. A `ParquetFile` would keep the bytes
+        of what it last read: only its footer is kept."""
         with self._lock:
-            shard = self._files.pop(file, None)
+            waited = self._footers.pop(file, None)
+            footer = self._footers[file] = waited or Future()
+            if len(self._footers) > FOOTERS:
+                self._footers.popitem(last=False)
+        if waited is None:
+            try:
+                footer.set_result(self._parquet(file).metadata)
+            except BaseException as error:
+                with self._lock:
+                    self._footers.pop(file, None)
+                footer.set_exception(error)
+        parquet = self._parquet(file, footer.result())
         try:
-            shard = shard or _Shard.open(self.shards[file])
-            parquet = shard.parquet()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ShardError(f"{self.shards[file]}: cannot be read as Parquet: {_line(error)}; {VERIFY}") from error
-        yield parquet
-        with self._lock:
-            unused = self._files.pop(file, None)
-            self._files[file] = shard
-            if unused is None and len(self._files) > OPEN_FILES:
-                unused = self._files.popitem(last=False)[1]
-        if unused is not None:
-            unused.file.close()
+            yield parquet
+        finally:
+            parquet.close(force=True)
 
-    def index(self, rank: int = 0, world: int = 1, gather: Callable[[list], list[list]] | None = None) -> ShardIndex:
-        """Count the rows of every row group, reading keys and scores only.
-
-        Args:
-            rank, world: this worker scans every `world`-th file from `rank`.
-            gather: gives everybody what every worker found, in the order of the ranks; needed when `world` > 1.
+    def scan(self, file: int) -> tuple[LatentSpec, list[tuple[int, int]]]:
+        """Shapes of a shard's rows, and the training and held-out rows of each row group; of columns, keys and scores are read.
 
         Raises:
-            ShardError: a file is damaged, has other shapes than the first, or lacks a column.
+            ShardError: it is damaged, or lacks a column.
         """
-        found = [self._scan(file) for file in range(rank, len(self.shards), world)]
-        everybody = gather(found) if gather is not None else [found]
-        by_file = sorted((scan for one in everybody for scan in one), key=lambda scan: scan[0])
-        spec = by_file[0][1]
-        for file, other, _ in by_file:
-            if other != spec:
-                raise ShardError(f"{self.shards[file]}: rows are {other}, but {self.shards[0]} has {spec}")
-        table = np.array(
-            [(file, group, *counts) for file, _, groups in by_file for group, counts in enumerate(groups)],
-            dtype=np.int64,
-        ).reshape(-1, 4)
-        return ShardIndex(spec, *(np.ascontiguousarray(column) for column in table.T))
-
-    def _scan(self, file: int) -> tuple[int, LatentSpec, list[tuple[int, int]]]:
         with self._opened(file) as parquet:
             spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
             columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
@@ -242,7 +220,7 @@ class LatentReader:
             for group in range(parquet.num_row_groups):
                 train, held = self.selection.split(self._table(parquet, file, group, ["key", *columns]), columns)
                 counts.append((len(train), len(held)))
-        return file, spec, counts
+        return spec, counts
 
     def _table(self, parquet: pq.ParquetFile, file: int, group: int, columns: list[str]) -> pa.Table:
         try:
@@ -250,11 +228,15 @@ class LatentReader:
         except (OSError, pa.ArrowException) as error:
             raise ShardError(f"{self.shards[file]}: row group {group} cannot be read: {_line(error)}; {VERIFY}") from error
 
-    def read(self, file: int, group: int) -> RowGroup:
+    def read(self, file: int, group: int, rows: tuple[int, int] | None = None) -> RowGroup:
         """A row group; its parts are Arrow's own memory and are not to be written to.
 
+        Args:
+            file, group: numbers of the shard, and of the row group in it.
+            rows: how many rows it has to train on and held out, where that is known.
+
         Raises:
-            ShardError: it is damaged, or a row lacks a part.
+            ShardError: it is damaged, has other rows than are known, or a row lacks a part.
         """
         with self._opened(file) as parquet:
             spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
@@ -262,7 +244,13 @@ class LatentReader:
             table = self._table(parquet, file, group, ["key", *columns, *PARTS])
         parts: Parts = {part: self._numbers(table, part, shape, file, group) for part, shape in spec.shapes.items()}
         parts["data_type"] = self.selection.types(table, columns)
-        return RowGroup(table["key"].to_pylist(), parts, *self.selection.split(table, columns))
+        train, held = self.selection.split(table, columns)
+        if rows not in (None, (len(train), len(held))):
+            raise ShardError(
+                f"{self.shards[file]}: row group {group} has {len(train)} rows to train on and {len(held)} held out; its dataset "
+                f"tells of {rows[0]} and {rows[1]}; {VERIFY}"
+            )
+        return RowGroup(table["key"], parts, train, held)
 
     def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:
         column = table[part].combine_chunks()

@@ -24,10 +24,13 @@ from training import draws
 from training.begin import Growth
 from training.config import TrainConfig
 from training.held import spread
-from training.latents import LatentReader, LatentSpec, Parts, RowGroup, Selection, ShardError, ShardIndex
+from training.index import Gather, ShardIndex, index_of
+from training.latents import LatentReader, LatentSpec, Parts, RowGroup, Selection, ShardError
+from training.mixture import Mixture, Windowed, growth_of
 from training.order import Order
 from training.timesteps import timesteps_at
-from training.windows import Windows, empty_parts
+from training.told import Told
+from training.windows import LOCAL_READERS, READERS, Windows, empty_parts
 from unidiffuser.modalities import Modality, all_parts, paper_modalities
 
 log = logging.getLogger(__name__)
@@ -43,13 +46,14 @@ DRAWN_AT_ONCE = 2**15
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one forward pass: clean parts and noise (B, *shape) fp32 by part, timesteps (B,) int64 by modality, and data
-    types (B,) int64, which a model without the token for them does not read."""
+    """Samples of one forward pass: clean parts and noise (B, *shape) fp32 by part, timesteps (B,) int64 by modality, data types
+    (B,) int64, which a model without the token for them does not read, and numbers of the subsets (B,) int64."""
 
     clean: dict[str, Tensor]
     noise: dict[str, Tensor]
     timesteps: dict[str, Tensor]
     data_type: Tensor
+    subset: Tensor
 
     def __len__(self) -> int:
         return len(next(iter(self.timesteps.values())))
@@ -60,17 +64,18 @@ class Batch:
         def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        return Batch(moved(self.clean), moved(self.noise), moved(self.timesteps), self.data_type.to(device, non_blocking=True))
+        numbers = (tensor.to(device, non_blocking=True) for tensor in (self.data_type, self.subset))
+        return Batch(moved(self.clean), moved(self.noise), moved(self.timesteps), *numbers)
 
     def split(self, size: int) -> list[Batch]:
         """Consecutive batches of `size` samples; the last one may be smaller."""
         columns = [{name: t.split(size) for name, t in part.items()} for part in (self.clean, self.noise, self.timesteps)]
-        types = self.data_type.split(size)
+        numbers = zip(self.data_type.split(size), self.subset.split(size), strict=True)
 
         def piece(column: int, number: int) -> dict[str, Tensor]:
             return {name: pieces[number] for name, pieces in columns[column].items()}
 
-        return [Batch(piece(0, i), piece(1, i), piece(2, i), kinds) for i, kinds in enumerate(types)]
+        return [Batch(piece(0, i), piece(1, i), piece(2, i), *own) for i, own in enumerate(numbers)]
 
 
 def modalities_of(spec: LatentSpec, config: TrainConfig) -> tuple[Modality, Modality]:
@@ -119,8 +124,10 @@ class Loader:
     Args:
         config: the run.
         shards: latent shards in their fixed order; paths or fsspec URLs.
+        subsets: names, of each shard; they are needed where `data.weights` gives subsets their shares.
+        told: what datasets tell of the shards.
         rank, world: this worker takes the `rank`-th of `world` equal slices of every global batch.
-        gather: see `LatentReader.index`.
+        gather: see `training.index`.
         timesteps: N of the noise schedule; timesteps are drawn from 1 .. N.
         order_from: the step that reads place 0 of the order.
         growth: how many of the shards there were, by place; by default all of them from place 0 on.
@@ -137,13 +144,14 @@ class Loader:
         shards: Sequence[str],
         rank: int = 0,
         world: int = 1,
-        gather=None,
+        gather: Gather | None = None,
         timesteps: int = 1000,
         order_from: int = 0,
         growth: Sequence[Growth] = (),
-        inputs: Sequence[int] = (),
+        subsets: Sequence[str] = (),
+        told: Sequence[Told] = (),
     ) -> None:
-        self.inputs = np.array(inputs or [0] * len(shards), dtype=np.int64)
+        _, self.inputs = np.unique(np.array(subsets or [""] * len(shards)), return_inverse=True)
         self.config, self.rank, self.world, self.timesteps = config, rank, world, timesteps
         self.order_from = order_from
         # By number, what is wrong with each row group that this worker met.
@@ -152,10 +160,12 @@ class Loader:
         where = conditions[: len(config.data.where)]
         selection = Selection(where, config.validation.fraction, conditions[-1] if isinstance(kind, str) else kind)
         self.reader = LatentReader(shards, selection)
-        self.index: ShardIndex = self.reader.index(rank, world, gather)
+        self.index: ShardIndex = index_of(self.reader, told, rank, world, gather)
         grown = [Growth(place, int(np.searchsorted(self.index.file, parts))) for place, parts in growth]
-        window = max(1, config.data.shuffle_window // config.lanes)
-        self.order = Order(self.index.train, config.seed, window, config.lanes, config.global_batch, grown)
+        self.subsets = sorted(config.data.weights or ())
+        of_shard = [self.subsets.index(name) for name in subsets] if self.subsets else [0] * len(shards)
+        self.subset_of_group = np.array(of_shard, np.int64)[self.index.file]
+        self.order = self._mixture(grown)
         self.modalities = modalities_of(self.index.spec, config)
         self._starts = lru_cache(STEPS_MADE_AHEAD + STEPS_READ_AHEAD)(self._window_starts)
 
@@ -168,9 +178,23 @@ class Loader:
         """Training rows of the first shards."""
         return int(self.index.train[self.index.file < shards].sum())
 
-    def epochs(self, step: int) -> float:
-        """Epochs that are read when `step` steps are done."""
-        return self.order.epochs((step - self.order_from) * self.config.global_batch)
+    def epochs(self, step: int) -> dict[str, float]:
+        """Epochs that are read when `step` steps are done, by the names of `training.history`."""
+        found = self.order.epochs((step - self.order_from) * self.config.global_batch)
+        return {"epoch": min(found), **{f"epoch_data.{name}": epochs for name, epochs in zip(self.subsets, found, strict=False)}}
+
+    def _mixture(self, growth: Sequence[Growth]) -> Mixture:
+        """The order of the training: of each subset its own, over its own row groups."""
+        config, train = self.config, self.index.train
+        orders, groups = [], []
+        for number, (weight, batch) in enumerate(zip(config.shares, config.batches, strict=True)):
+            chosen = self.subset_of_group == number
+            if self.subsets and not train[chosen].any():
+                raise ValueError(f"no row of {self.subsets[number]} is left to train on: loosen data.where or give other shards")
+            grown = growth_of(growth, chosen, (weight, sum(config.shares)))
+            orders.append(Order(train[chosen], config.seed, *config.lanes_of(batch), batch, grown))
+            groups.append(np.flatnonzero(chosen))
+        return Mixture(orders, groups, config.shares)
 
     def places(self, step: int) -> NDArray[np.int64]:
         """Places in the training that this worker computes in optimizer step `step` (from 0)."""
@@ -182,22 +206,26 @@ class Loader:
         """Keys of the rows of a step, in order."""
         groups, rows = self.order.locate(self.places(step))
         read = {group: self._read(int(group)) for group in np.unique(groups)}
-        return [read[group].keys[read[group].train[row]] for group, row in zip(groups, rows, strict=True)]
+        return [read[group].keys[int(read[group].train[row])].as_py() for group, row in zip(groups, rows, strict=True)]
 
     def batch(self, step: int) -> Batch:
         """All samples of this worker in optimizer step `step` (from 0). Takes the same time for every step."""
-        windows = Windows(self._read, self.order, self.index.spec)
+        windows = self._windows()
         windows.hold(self._starts(step))
         return self._batch(step, windows)
+
+    def _windows(self) -> Windows:
+        return Windows(self._read, self.order, self.index.spec, LOCAL_READERS if self.reader.local else READERS)
 
     def _batch(self, step: int, windows: Windows) -> Batch:
         places = self.places(step)
         timesteps = timesteps_at(self.config.timesteps, self.config.seed, places, len(self.modalities), self.timesteps)
-        return self._made(draws.TRAIN, places, windows.gather(places), timesteps)
+        subsets, _ = self.order.split(places)
+        return self._made(draws.TRAIN, places, windows.gather(places), timesteps, subsets)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps `first` to `last` - 1, made by threads some steps ahead."""
-        windows = Windows(self._read, self.order, self.index.spec)
+        windows = self._windows()
         threads = ThreadPoolExecutor(MAKERS, thread_name_prefix="batches")
         made: deque[Future[Batch]] = deque()
         try:
@@ -236,12 +264,14 @@ class Loader:
                 values[at] = read.parts[part][chosen]
         levels = np.stack([numbers % VALIDATION_LEVELS, numbers // VALIDATION_LEVELS % VALIDATION_LEVELS], axis=1)
         fixed = np.maximum(1, np.rint((levels + 0.5) / VALIDATION_LEVELS * self.timesteps)).astype(np.int64)
-        return self._made(draws.VALIDATION, numbers, rows, fixed)
+        return self._made(draws.VALIDATION, numbers, rows, fixed, self.subset_of_group[groups])
 
     def _read(self, group: int) -> RowGroup:
         """A row group; in place of one that is damaged, rows of the next ones, as far as the configuration allows that."""
+        index = self.index
+        rows = int(index.train[group]), int(index.held[group])
         try:
-            return self.reader.read(int(self.index.file[group]), int(self.index.group[group]))
+            return self.reader.read(int(index.file[group]), int(index.group[group]), rows)
         except ShardError as error:
             if self.config.damage.skip_damaged == 0:
                 raise
@@ -253,33 +283,34 @@ class Loader:
             return self._instead(group)
 
     def _instead(self, group: int) -> RowGroup:
-        """As many rows for training and as many held-out ones as a damaged row group has, of those that come next."""
+        """As many rows for training and as many held-out ones as a damaged row group has, of the next ones of its subset."""
         groups, kinds = len(self.index.train), (self.index.train, self.index.held)
         wanted = int(self.index.train[group]), int(self.index.held[group])
         for other in ((group + step) % groups for step in range(1, groups)):
+            if self.subset_of_group[other] != self.subset_of_group[group]:
+                continue
             if all(counts[other] > 0 or not rows for counts, rows in zip(kinds, wanted, strict=True)):
                 read = self._read(other)
                 train, held = (np.resize(rows, count) for rows, count in zip((read.train, read.held), wanted, strict=True))
                 return RowGroup(read.keys, read.parts, train, held)
         raise ShardError(f"{self.reader.shards[int(self.index.file[group])]}: no row group is left in place of a damaged one")
 
-    def _window_starts(self, step: int) -> dict[tuple[int, int], int]:
+    def _window_starts(self, step: int) -> dict[Windowed, int]:
         """The windows of this worker's part of a step, and the first offset in each."""
-        starts: dict[tuple[int, int], int] = {}
-        epochs, windows, offsets = self.order.windows(self.places(step))
-        for epoch, window, offset in zip(epochs.tolist(), windows.tolist(), offsets.tolist(), strict=True):
-            starts[epoch, window] = min(offset, starts.get((epoch, window), offset))
-        return starts
+        codes, offsets = self.order.windows(self.places(step))
+        return {Windowed.of(code): int(offsets[codes == code].min()) for code in np.unique(codes).tolist()}
 
-    def _all_starts(self, steps: Iterable[int]) -> dict[tuple[int, int], int]:
-        starts: dict[tuple[int, int], int] = {}
+    def _all_starts(self, steps: Iterable[int]) -> dict[Windowed, int]:
+        starts: dict[Windowed, int] = {}
         for step in steps:
             for key, first in self._starts(step).items():
                 starts[key] = min(first, starts.get(key, first))
         return starts
 
-    def _made(self, stream: int, places: NDArray[np.int64], rows: Parts, timesteps: NDArray[np.int64]) -> Batch:
-        """The batch of rows (n, ...) at places that follow each other, (n,), with timesteps (n, modalities)."""
+    def _made(
+        self, stream: int, places: NDArray[np.int64], rows: Parts, timesteps: NDArray[np.int64], subsets: NDArray[np.int64]
+    ) -> Batch:
+        """The batch of rows (n, ...) at places that follow each other, (n,), with timesteps (n, modalities) and subsets (n,)."""
         count, spec = len(places), self.index.spec
         latent = torch.empty(count, *spec.latent)
         noise = {part.name: torch.empty(count, *part.shape) for part in all_parts(self.modalities)}
@@ -289,4 +320,4 @@ class Loader:
         clean = {"latent": latent, "clip": to_fp32(rows["clip"]), "text": to_fp32(rows["text"])}
         columns = (torch.from_numpy(np.ascontiguousarray(column)) for column in timesteps.T)
         times = dict(zip((modality.name for modality in self.modalities), columns, strict=True))
-        return Batch(clean, noise, times, torch.from_numpy(rows["data_type"]))
+        return Batch(clean, noise, times, torch.from_numpy(rows["data_type"]), torch.from_numpy(subsets))

@@ -103,11 +103,11 @@ class _Run:
         schedule = NoiseSchedule.of(self.config.noise).to(device)
         self.loader = Loader(
             self.config, job.shards, self.rank, self.world, gathered, schedule.steps, self.begin.order_from, self.begin.growth,
-            job.inputs,
+            job.subsets, job.told,
         )  # fmt: skip
         self.model_config = uvit_config(self.config, self.loader.modalities)
         self.objective = JointObjective(self.loader.modalities, schedule, self.config.objective.min_snr_gamma)
-        self.losses = Losses(self.loader.modalities, schedule.steps, device)
+        self.losses = Losses(self.objective, schedule.steps, device, self.loader.subsets)
         trained = self.model_config.model_copy(update={"modalities": self.loader.modalities})
         precision = resolve_precision(self.config.precision, device)
         self.config = fitted(self.config, precision == "bf16", trained.tokens, device)
@@ -129,7 +129,7 @@ class _Run:
         data_type = batch.data_type if self.config.model.data_type_token else None
         errors = self.objective.errors(self.engine, batch.clean, batch.timesteps, batch.noise, data_type)
         loss, parts = self.objective.mean(errors)
-        return loss, self.losses.pack(loss, parts, errors, batch.timesteps, count)
+        return loss, self.losses.pack(loss, parts, errors, batch.timesteps, batch.subset, count)
 
     def _start(self, folder: str | None) -> None:
         """Model, engine and moving average: new, with what is kept of a checkpoint, or from foreign weights."""

@@ -13,11 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from training.latents import LatentSpec, Parts, RowGroup
-from training.order import Ints, Order
+from training.mixture import Mixture, Windowed
+from training.order import Ints
 
-READERS = 2
+# Threads that read: of this machine's disk, and of a store, which answers late but many at a time.
+LOCAL_READERS, READERS = 2, 8
 PIECE = 256
-Key = tuple[int, int]
 
 
 def empty_parts(spec: LatentSpec, rows: int) -> Parts:
@@ -58,14 +59,15 @@ class Windows:
         read: reads the row group of a number; threads call it at the same time.
         order: says which rows a window has.
         spec: shapes of a row.
+        readers: threads that read.
     """
 
-    def __init__(self, read: Callable[[int], RowGroup], order: Order, spec: LatentSpec) -> None:
+    def __init__(self, read: Callable[[int], RowGroup], order: Mixture, spec: LatentSpec, readers: int = LOCAL_READERS) -> None:
         self._read, self._order, self._spec = read, order, spec
-        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="latents")
-        self._held: dict[Key, _Window] = {}
+        self._threads = ThreadPoolExecutor(readers, thread_name_prefix="latents")
+        self._held: dict[Windowed, _Window] = {}
 
-    def hold(self, wanted: Mapping[Key, int]) -> None:
+    def hold(self, wanted: Mapping[Windowed, int]) -> None:
         """Have these windows here, or on their way, each from an offset on; let go of the rest."""
         for key in self._held.keys() - wanted.keys():
             for read in self._held.pop(key).reads:
@@ -76,8 +78,8 @@ class Windows:
             else:
                 self._held[key] = self._start(key, first)
 
-    def _start(self, key: Key, first: int) -> _Window:
-        groups, rows = self._order.window(*key)
+    def _start(self, key: Windowed, first: int) -> _Window:
+        groups, rows = self._order.window(key)
         window = _Window(self._spec, len(groups), first)
 
         def read(number: int) -> None:
@@ -90,12 +92,12 @@ class Windows:
     def gather(self, places: Ints) -> Parts:
         """The rows at places (n,) of the training, whose windows are held; waits for them, and raises what reading raised."""
         out = empty_parts(self._spec, len(places))
-        epochs, windows, offsets = self._order.windows(places)
-        for key in sorted(set(zip(epochs.tolist(), windows.tolist(), strict=True))):
-            window = self._held[key]
+        codes, offsets = self._order.windows(places)
+        for code in np.unique(codes).tolist():
+            window = self._held[Windowed.of(code)]
             for read in window.reads:
                 read.result()
-            numbers = np.where((epochs == key[0]) & (windows == key[1]), offsets // PIECE, -1)
+            numbers = np.where(codes == code, offsets // PIECE, -1)
             for number in set(numbers.tolist()) - {-1}:
                 piece, at = window.pieces[number], np.flatnonzero(numbers == number)
                 assert piece is not None

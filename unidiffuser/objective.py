@@ -134,6 +134,10 @@ class JointObjective:
             loss = loss + part.weight / self.total_weight * parts[part.name]
         return loss, {name: mse.detach() for name, mse in parts.items()}
 
+    def of_samples(self, errors: Mapping[str, Tensor]) -> Tensor:
+        """The loss of each sample, (B,), from the parts' `errors`; their mean is the loss."""
+        return torch.stack([part.weight / self.total_weight * errors[part.name] for part in all_parts(self.modalities)]).sum(0)
+
     def _sample_weight(self, t: Tensor) -> Tensor:
         if self.min_snr_gamma is None:
             return torch.ones_like(t, dtype=torch.float32)

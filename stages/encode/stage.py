@@ -27,6 +27,7 @@ from stages.runner.recipe import encoder
 from stages.shards.scores import SCORES
 from stages.shards.tables import open_table, read_table, with_dictionary
 from stages.shards.tar import Sample, in_batches, read_shard
+from training.told import ShardNotes, columns_of
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
@@ -68,7 +69,7 @@ class Encoder:
     def run(self, unit: Unit, out: Output) -> None:
         name = f"{unit.name}.parquet"
         path = out.path(name)
-        passed = self.passed(unit)
+        passed, told = self.passed(unit), ShardNotes()
         writer: pq.ParquetWriter | None = None
         try:
             for group in in_batches(self.images(unit, out), ROW_GROUP):
@@ -76,11 +77,13 @@ class Encoder:
                 if table is None:
                     continue
                 if writer is None:
+                    told.facts = json.loads(table.schema.metadata[b"unidiffuser"])
                     writer = pq.ParquetWriter(
                         path, table.schema, compression="none", write_page_checksum=True,
                         use_dictionary=with_dictionary(table.schema),
                     )  # fmt: skip
                 writer.write_table(table, row_group_size=ROW_GROUP)
+                told.add(table["key"].to_pylist())
                 out.stats.rows_out += len(table)
         finally:
             if writer is not None:
@@ -89,6 +92,7 @@ class Encoder:
             out.rows.pop(name)
         else:
             out.rows[name] = out.stats.rows_out
+            out.notes |= told.notes()
 
     def passed(self, unit: Unit) -> dict[str, bytes]:
         """Key -> the filter's embedding, (D,) fp16; empty where encode computes them."""
@@ -191,7 +195,7 @@ class Encode(Stage):
     """Latents in Parquet, one shard for one filtered shard, on a pool of actors."""
 
     name = "encode"
-    version = 4
+    version = 5
     Config = EncodeConfig
     whole = frozenset({"codec"})
     phases = (Phase("encode", plan_shards, worker=Encoder, resources=encoder_resources, memory=("batch",)),)
@@ -209,6 +213,11 @@ class Encode(Stage):
         # fp16 moments of an 8 times smaller, 8-channel latent are the largest known; embeddings and text take 20 kB at most.
         rows = job.inputs["rows"].manifest.stats.rows_out
         return rows * ((job.config.size // 8) ** 2 * 16 + 20_000)
+
+    @classmethod
+    def file_columns(cls, job: Job, records: list[UnitRecord]) -> pa.Table:
+        # A unit of which no row is left has no file.
+        return columns_of([record.notes for record in records if record.files])
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:

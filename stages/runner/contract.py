@@ -336,6 +336,12 @@ class Stage:
         return {}
 
     @classmethod
+    def file_columns(cls, job: Job, records: list[UnitRecord]) -> Any:
+        """What is told of each file besides its entry, as an Arrow table of a row a file, in the order of the records; None for
+        nothing. It goes into files.parquet, where the readers of a dataset find it without opening the files."""
+        return None
+
+    @classmethod
     def summary(cls, job: Job, records: Records) -> dict[str, Any]:
         """Small JSON facts about the result (metrics, histograms), shown in the artifacts."""
         return {}

@@ -244,6 +244,7 @@ class _Builder:
             raise RecipeError(f"{place}.data: expected a list of subsets, or {{subsets: [...], where: [...]}}; got {data!r}")
         if twice := [subset for subset in data if data.count(subset) > 1]:
             raise RecipeError(f"{place}.data: the subset {twice[0]} is there twice; its rows count once, so name it once")
+        _check_weights(f"{place}.data.weights", data, (values.get("data") or {}).get("weights"))
         inputs = {}
         for subset in data:
             if f"{subset}-encode" not in self.nodes:
@@ -319,6 +320,13 @@ class _Builder:
         for name in self.nodes:
             visit(name)
         return done
+
+
+def _check_weights(place: str, subsets: Sequence[str], weights: Any) -> None:
+    """Every subset has a share, where any has one; what a share may be, the stage checks."""
+    if isinstance(weights, dict) and (odd := sorted({*weights} ^ {*subsets})):
+        what = "has no share" if odd[0] in subsets else f"is not in data.subsets ({', '.join(subsets)})"
+        raise RecipeError(f"{place}: {odd[0]} {what}; give every subset one, and no other")
 
 
 def _nested_model(annotation: Any) -> type[BaseModel] | None:

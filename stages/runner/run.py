@@ -85,6 +85,7 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             files=[entry for record in last for entry in record.files],
         ),
+        stage.file_columns(job, last),
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import fsspec
 from pydantic import ConfigDict, Field, field_validator
@@ -127,7 +127,7 @@ def _grown(stage: type[Stage], job: Job, planned: Planned, head: Head) -> Parent
         return None
     changed: tuple[str, ...] = ()
     if grown := before.inputs != planned.inputs:
-        old, new = order_of(job.store, head.record)["shards"], [digest for digest, _ in shards(job, planned.inputs)]
+        old, new = order_of(job.store, head.record)["shards"], [shard.digest for shard in shards(job, planned.inputs)]
         if Counter(old) - Counter(new):
             return None
         changed = (f"data: {len(old)} -> {len(new)} shards",)
@@ -226,9 +226,10 @@ def order_told(config: Any, digests: list[str]) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "global_batch": config.global_batch,
-        "data.lanes": config.lanes,
+        "data.lanes": list(config.lanes),
         "data.shuffle_window": config.data.shuffle_window,
         "data.where": list(config.data.where),
+        "data.weights": config.data.weights,
         "validation.fraction": config.validation.fraction,
         "shards": digests,
     }
@@ -263,44 +264,51 @@ def _other_order(job: Job, planned: Planned, before: Mapping[str, Any]) -> list[
     lines = [
         f"{name}: {before[name]!r} -> {value!r}" for name, value in now.items() if name != "shards" and before[name] != value
     ]
-    digests = [digest for digest, _ in shards(job, planned.inputs)]
+    digests = [shard.digest for shard in shards(job, planned.inputs)]
     if gone := sum((Counter(before["shards"]) - Counter(digests)).values()):
         lines.append(f"data: {gone} of {len(before['shards'])} shards are no longer there")
     return lines
 
 
-def shards(job: Job, inputs: Iterable[str]) -> list[tuple[str, str]]:
-    """Digest and address of every shard of these inputs; several are one list, in the order of the recipe.
+class Shard(NamedTuple):
+    """A shard by what knows it again, where it lies, and the subset that it is of."""
+
+    digest: str
+    address: str
+    subset: str
+
+
+def shards(job: Job, inputs: Iterable[str]) -> list[Shard]:
+    """Every shard of these inputs; several are one list, in the order of the recipe. Where subsets have weights, a shard of
+    another subset is another shard.
 
     Raises:
         KeyError: an input is not made yet.
     """
-    return [
-        (entry.sha256[:24], job.store.url(entry.path))
-        for name in inputs
-        if name.startswith("data.")
-        for entry in job.inputs[name].files
-        if entry.name.endswith(".parquet")
-    ]
+    found = []
+    for name in inputs:
+        if name.startswith("data."):
+            subset = name.removeprefix("data.")
+            before = f"{subset}/" if job.config.data.weights else ""
+            found += [
+                Shard(f"{before}{entry.sha256[:24]}", job.store.url(entry.path), subset)
+                for entry in job.inputs[name].files
+                if entry.name.endswith(".parquet")
+            ]
+    return found
 
 
-def input_of(job: Job) -> dict[str, int]:
-    """The number of the input that each shard is of, by address; the same shard of two inputs is of the last."""
-    names = [name for name in job.inputs if name.startswith("data.")]
-    return {address: number for number, name in enumerate(names) for _, address in shards(job, [name])}
-
-
-def arrived(found: list[tuple[str, str]], before: list[str]) -> list[tuple[str, str]]:
+def arrived(found: list[Shard], before: list[str]) -> list[Shard]:
     """Shards in the order in which they came: those of before first, as they were, then the others."""
-    waiting: dict[str, list[str]] = {}
-    for digest, address in found:
-        waiting.setdefault(digest, []).append(address)
-    first = [(digest, waiting[digest].pop(0)) for digest in before]
+    waiting: dict[str, list[Shard]] = {}
+    for shard in found:
+        waiting.setdefault(shard.digest, []).append(shard)
+    first = [waiting[digest].pop(0) for digest in before]
     taken = Counter(before)
     rest = []
-    for digest, address in found:
-        if taken[digest]:
-            taken[digest] -= 1
+    for shard in found:
+        if taken[shard.digest]:
+            taken[shard.digest] -= 1
         else:
-            rest.append((digest, address))
+            rest.append(shard)
     return first + rest

@@ -31,7 +31,7 @@ from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
-from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, input_of, order_of, outside, shards
+from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, shards
 from stages.train.preview import PreviewConfig, Previews
 from stages.train.trackers import Name, not_installed
 from stages.train.tracking import Tracking
@@ -39,6 +39,7 @@ from training.begin import Kept
 from training.config import DataConfig, TrainConfig
 from training.footprint import parameters
 from training.names import column_of
+from training.told import Told
 
 if TYPE_CHECKING:
     from training.job import TrainJob
@@ -134,6 +135,12 @@ def _shards(job: Job, records: Sequence[UnitRecord]) -> list[str]:
     return []
 
 
+def _told(job: Job) -> tuple[Told, ...]:
+    """Where the datasets of latents tell of their shards."""
+    datasets = [dataset for name, dataset in job.inputs.items() if name.startswith("data.") and dataset.manifest.file_columns]
+    return tuple(Told(job.store.url(f"{dataset.folder}/files.parquet"), job.store.root) for dataset in datasets)
+
+
 def _foreign(job: Job, folder: str) -> Start | None:
     if (files := job.lists.get("weights")) is None:
         return None
@@ -149,12 +156,12 @@ def _plan(chain: Chain, folder: str) -> TrainJob:
     there = tuple(step for step in done if step <= start)
     resume = Newest(chain, there, f"{folder}/resume") if there else None
     init, before = _begin(chain, folder) if resume is None else (None, _shards(job, [done[step] for step in there]))
-    data, inputs = arrived(shards(job, job.inputs), before), input_of(job)
+    data = arrived(shards(job, job.inputs), before)
     return TrainJob(
         config=job.config.model_copy(update={"steps": chain.end}),
-        shards=tuple(address for _, address in data),
+        shards=tuple(shard.address for shard in data),
         work_folder=folder,
-        publish=Publisher(chain, time.time(), tuple(digest for digest, _ in data), uuid4().hex[:8]),
+        publish=Publisher(chain, time.time(), tuple(shard.digest for shard in data), uuid4().hex[:8]),
         resume=resume,
         newest=start if resume is not None else None,
         init_from=init,
@@ -162,7 +169,8 @@ def _plan(chain: Chain, folder: str) -> TrainJob:
         fork=f"`{fork(job.node)}`",
         weights=_foreign(job, folder),
         traced=Traces(job.store, f"{PROFILES}/{job.node}-{chain.key}"),
-        inputs=tuple(inputs[address] for _, address in data),
+        subsets=tuple(shard.subset for shard in data),
+        told=_told(job),
     )
 
 

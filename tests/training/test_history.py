@@ -12,7 +12,7 @@ from training.history import Meter
 def test_a_row_is_the_mean_of_its_steps_and_the_speed_of_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("training.history.time.perf_counter", lambda: now[0])
-    meter = Meter(4, lambda steps: steps * 4 / 16, 2, lambda samples_per_s: {"tokens_per_s": 10 * samples_per_s})
+    meter = Meter(4, lambda steps: {"epoch": steps * 4 / 16}, 2, lambda samples_per_s: {"tokens_per_s": 10 * samples_per_s})
     now[0] += 50  # a model is compiled
     meter.begin()
 

@@ -12,7 +12,8 @@ import torch
 
 from tests.training.synthetic import CLIP, MOMENTS, SCALE, TEXT, config, write_shards
 from tests.training.test_order import _gather
-from training.latents import ShardError, held_out
+from training.heldout import held_out
+from training.latents import ShardError
 from training.loader import Loader
 
 
@@ -74,7 +75,7 @@ def test_prefetched_batches_are_the_same_and_errors_come_through(tmp_path: Path)
         assert torch.equal(batch.noise["latent"], loader.batch(step).noise["latent"])
     fresh = Loader(config(), shards)
     Path(shards[1]).write_bytes(b"PAR1 no more")
-    fresh.reader._files.clear()
+    fresh.reader._footers.clear()
     with pytest.raises(ShardError, match="00001.parquet: cannot be read as Parquet"):
         for _ in fresh.batches(0, 10):
             pass

@@ -9,6 +9,7 @@ import pytest
 
 from tests.training.synthetic import config, write_shards
 from training.begin import Growth
+from training.index import _scanned
 from training.loader import Loader
 from training.order import Epoch, Order
 
@@ -115,8 +116,8 @@ def test_keys_do_not_depend_on_workers_or_on_where_one_starts(tmp_path: Path) ->
 
 def _gather(run, shards, world: int):
     """What torch.distributed would gather, worked out in one process."""
-    found = [Loader(run, shards).reader._scan(file) for file in range(len(shards))]
-    return lambda mine: [found[rank::world] for rank in range(world)]
+    reader = Loader(run, shards).reader
+    return lambda mine: [_scanned(reader, range(rank, len(shards), world)) for rank in range(world)]
 
 
 def test_a_worker_with_lanes_of_its_own_reads_its_share_of_the_groups(tmp_path: Path) -> None:
@@ -126,9 +127,9 @@ def test_a_worker_with_lanes_of_its_own_reads_its_share_of_the_groups(tmp_path: 
     touched = []
     load = loader.reader.read
 
-    def noting(file: int, group: int):
+    def noting(file: int, group: int, rows: tuple[int, int] | None = None):
         touched.append((file, group))
-        return load(file, group)
+        return load(file, group, rows)
 
     loader.reader.read = noting  # type: ignore[method-assign]
     for _ in loader.batches(0, 32):  # an epoch: 256 rows

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -301,9 +302,20 @@ def test_checkpoints_of_other_runs_are_refused(every_step: Path, shards: tuple[s
         run(job(tmp_path, shards, config(), resume=str(tmp_path)), CPU)
 
 
-def test_lanes_are_the_greatest_divisor_of_the_batch_up_to_16() -> None:
-    found = {batch: TrainConfig(steps=1, global_batch=batch).lanes for batch in (1, 12, 16, 17, 34, 1024)}
-    assert found == {1: 1, 12: 12, 16: 16, 17: 1, 34: 2, 1024: 16}
+def test_lanes_are_the_greatest_divisor_of_the_batch_that_gives_each_eight_rows() -> None:
+    found = {batch: TrainConfig(steps=1, global_batch=batch).lanes for batch in (1, 12, 32, 37, 34, 1024)}
+    assert found == {1: (1,), 12: (12,), 32: (32,), 37: (1,), 34: (17,), 1024: (128,)}
+    # Those of the paper's stages go into its 88 workers.
+    paper = [TrainConfig(steps=1, global_batch=batch, workers=88).lanes[0] / 88 for batch in (11264, 2112)]
+    assert paper == [16, 3]
+    # A lane that two workers share is read twice.
+    for batch, workers in ((64, 8), (96, 12), (256, 8), (1024, 64), (2112, 88), (2112, 66), (11264, 88)):
+        (lanes,) = TrainConfig(steps=1, global_batch=batch).lanes
+        of_row = np.arange(batch) * lanes // batch
+        read = sum(len(set(part.tolist())) for part in np.split(of_row, workers))
+        assert read / lanes <= 1 + 8 * workers / batch
+    narrow: Any = {"shuffle_window": 4}
+    assert TrainConfig(steps=1, global_batch=64, data=narrow).lanes == (16,)
 
 
 def test_config_errors_say_what_is_expected() -> None:

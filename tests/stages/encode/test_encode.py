@@ -21,7 +21,10 @@ from stages.runner.contract import Job, StageError
 from stages.train.stage import COLUMNS
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
 from tests.unidiffuser.test_clip_preprocess import clip_with
+from training.heldout import LISTED
+from training.index import index_of
 from training.latents import LatentReader, Selection
+from training.told import Told
 from training.where import Comparison
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.text_decoder import TextCodec
@@ -126,8 +129,14 @@ def test_a_heads_score_is_a_threshold_at_training_and_binaries_have_no_dictionar
     assert {row["key"]: row["aesthetic"] for row in table_of(latents, "key", "aesthetic")} == pytest.approx(scores)
     bound = sorted(scores.values())[4] - 1e-6
     shards = [latents.url(entry) for entry in latents.files]
-    index = LatentReader(shards, Selection((Comparison.parse(f"aesthetic >= {bound}"),), 0.0)).index()
+    index = index_of(LatentReader(shards, Selection((Comparison.parse(f"aesthetic >= {bound}"),), 0.0)))
     assert index.train.sum() == 6
+    # What it tells of its shards is what they hold.
+    told = [Told(store.url(f"{latents.folder}/files.parquet"), store.root)]
+    scanned, listed = (index_of(LatentReader(shards, Selection((), LISTED)), found) for found in ((), told))
+    assert scanned.spec == listed.spec and latents.manifest.file_columns == ["groups", "listed", "hashes"]
+    for name in ("file", "group", "train", "held"):
+        assert getattr(scanned, name).tolist() == getattr(listed, name).tolist()
     assert set(COLUMNS) <= set(latents.manifest.columns), "what a recipe's conditions may name"
 
 

@@ -90,6 +90,19 @@ def test_nodes_and_their_inputs(recipe: Path) -> None:
         ("train.small.data=[a, a]", "train.small.data: the subset a is there twice"),
         ("train.small.data={where: [width >= 3]}", "train.small.data: expected a list of subsets, or {subsets:"),
         ("train.small.data={subsets: [a], where: [beauty > 3]}", "train.small.data: where names beauty; latents have clip_sim"),
+        (
+            "train.small.data={subsets: [a], weights: {b: 1, a: 1}}",
+            "train.small.data.weights: b is not in data.subsets .a.; give",
+        ),
+        (
+            "train.large.data={subsets: [a, b], weights: {a: 1}}",
+            "train.large.data.weights: b has no share; give every subset one",
+        ),
+        ("train.large.data={subsets: [a, b], weights: {a: 1, b: 0}}", "train.large.data.weights.b: input should be greater than"),
+        (
+            "train.large.data={subsets: [a, b], weights: {a: 1, b: 6}}",
+            "train.large: global_batch .* is not divisible by 7, the sum",
+        ),
         ("train.small.data={subsets: [a], were: []}", "train.small.data.were: unknown field"),
         ("train.small.model.depth=3", "train.small.model: depth is 3; it must be even"),
         ("train.small.optimizer.lr=fast", "train.small.optimizer.lr: input should be a valid number"),

@@ -15,7 +15,7 @@ from pipelines.pages.lineage import ancestors
 from stages.runner.contract import StageError
 from stages.runner.document import parse
 from stages.runner.run import phase_states
-from stages.train.origin import arrived
+from stages.train.origin import Shard, arrived
 from stages.train.stage import Train
 from tests.stages.train.trainings import Trainings, same_tensors
 
@@ -36,6 +36,7 @@ CHANGES: list[tuple[dict[str, Any], bool]] = [
     ({"data": {"where": ["aesthetic >= 1"]}}, False),
     ({"data": {"shuffle_window": 2}}, False),
     ({"data": {"lanes": 1}}, False),
+    ({"data": {"weights": {"x": 1}}}, False),
     ({"optimizer": {"decay": "matrices"}}, True),
     ({"optimizer": {"kind": "muon"}}, True),
     ({"noise": {"beta_start": 0.005, "beta_end": 0.02}}, True),
@@ -152,12 +153,34 @@ def test_what_is_forked_unchanged_from_a_dataset_or_its_folder_is_the_same_to_th
 
 
 def test_new_shards_come_behind_the_old_ones_whatever_their_place_in_the_recipe() -> None:
-    now = [("new1", "a"), ("two", "b"), ("twice", "c"), ("one", "d"), ("twice", "e"), ("twice", "f"), ("new2", "g")]
+    told = [("new1", "a"), ("two", "b"), ("twice", "c"), ("one", "d"), ("twice", "e"), ("twice", "f"), ("new2", "g")]
+    now = [Shard(digest, address, "x") for digest, address in told]
     assert arrived(now, []) == now
     before = ["one", "twice", "two", "twice"]
-    assert arrived(now, before) == [
+    assert [shard[:2] for shard in arrived(now, before)] == [
         ("one", "d"), ("twice", "c"), ("two", "b"), ("twice", "e"), ("new1", "a"), ("twice", "f"), ("new2", "g"),
     ]  # fmt: skip
+
+
+def test_a_mixture_goes_on_when_a_subset_grows_and_not_when_its_share_changes(training: Trainings, tmp_path: Path) -> None:
+    (few,) = training.inputs.values()
+    training.grow(tmp_path / "two", 2, "8" * 24)
+    (other,) = training.inputs.values()
+    shares: dict[str, Any] = {"data": {"weights": {"x": 3, "y": 1}}}
+    training.inputs = {"data.x": few, "data.y": other}
+    training(steps=5, **shares)
+    training.grow(tmp_path / "more", 3)
+    (more,) = training.inputs.values()
+    training.inputs = {"data.x": few, "data.y": more}
+    grown = training(steps=9, **shares)
+    assert training.began == [0, 5] and grown.manifest.summary["began"]["changed"] == ["data: 4 -> 5 shards"]
+    told = json.loads(grown.open(grown.file("order.json")).read())
+    assert [name.split("/")[0] for name in told["shards"]] == ["x", "x", "y", "y", "y"] and told["data.weights"] == {
+        "x": 3,
+        "y": 1,
+    }
+    error = refusal(training, steps=12, data={"weights": {"x": 1, "y": 1}})
+    assert "data.weights.x: 3 -> 1" in str(error.value) and "order" not in parse(str(error.value).split("`")[1])["from"]["keep"]
 
 
 def test_growing_data_goes_on_by_itself(training: Trainings, tmp_path: Path) -> None:
