@@ -22,8 +22,8 @@ MUON = {"optimizer": {"kind": "muon", "lr": 5e-3, "iteration": "fp32", "rest": {
 
 @pytest.fixture(scope="module")
 def place(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of finished runs: `one` (one worker), `zero0`, `zero1`, `zero2`, `zero3` (two workers), `killed` while a worker writes its
-    share of step 6; those of Muon begin with `muon-`."""
+    """Folders of finished runs: `one` (one worker), `zero0`, `zero1`, `zero2`, `zero3` (two workers), `killed` while a worker
+    writes its share of step 6; those of Muon begin with `muon-`."""
     folder = tmp_path_factory.mktemp("gang")
     shards = write_shards(folder / "shards")
 
