@@ -82,8 +82,9 @@ encoders: setup
 text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
-# One small network, five distributions, against a known truth (docs/results/shapes.md): an hour on 2 cores, resumable.
+# One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour on 2 cores, resumable.
 shapes: setup
+	$(VENV)/bin/unidiffuser run configs/shapes.yaml
 	$(PY) -m examples.shapes
 
 # What outside tools really do (findings/README.md), each in an environment of its own: some minutes, and a package registry.

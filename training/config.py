@@ -119,6 +119,11 @@ class DataConfig(Section):
         description="For a model with model.data_type_token, the type of the rows: 0 or 1 for all, or a condition like those of "
         "`where`, which rows of type 1 meet. In the published version 1, type 0 is web data and type 1 cleaner pairs.",
     )
+    order: Literal["shuffled", "written"] = Field(
+        "shuffled",
+        description="How the rows of an epoch are ordered: permuted, or as they were written, for rows whose order was made with "
+        "care. With data.lanes 1 and validation.fraction 0, the n-th row is then the n-th to be read.",
+    )
     shuffle_window: int = Field(
         32,
         ge=1,

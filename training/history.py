@@ -1,8 +1,9 @@
 """What a run tells about itself: one flat row for every `log_every` steps, and one for every validation.
 
 Fields of a row: `kind` ("train" or "validation"), `step` (steps done), `epoch` (a fraction), `samples` (seen so far), `loss`
-and `loss_<part>` (mean squared errors, means over the interval); for "train" also `lr`, `grad_norm`, `samples_per_s` and
-`seconds` (of the interval). All but the last two are the same for an interrupted and an uninterrupted run.
+and `loss_<part>` (mean squared errors, means over the interval); for "train" also `lr`, `grad_norm`, `samples_per_s`, `seconds`
+and `core_seconds` (of the interval, by the clock and of processor time of the first worker). All but the last three are the same
+for an interrupted and an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-TIMINGS = ("samples_per_s", "seconds")
+TIMINGS = ("samples_per_s", "seconds", "core_seconds")
 
 
 def write_history(path: str | Path, rows: Iterable[Row]) -> None:
@@ -42,7 +43,8 @@ class Meter:
         self.rows: list[Row] = []
         self.pending: dict[str, float] = {}
         self.pending_steps = 0
-        self._since, self._timed_steps = time.perf_counter(), 0
+        self._timed_steps = 0
+        self._since, self._cores_since = time.perf_counter(), time.process_time()
 
     def step(self, steps_done: int, lr: float, values: dict[str, float]) -> Row | None:
         """Take in the values of a step; gives the row when the interval is full."""
@@ -53,13 +55,15 @@ class Meter:
         if steps_done % self.log_every:
             return None
         means = {name: total / self.pending_steps for name, total in self.pending.items()}
-        seconds = time.perf_counter() - self._since
+        now, cores = time.perf_counter(), time.process_time()
+        seconds = now - self._since
         row = {
             **self._place("train", steps_done), **means, "lr": lr,
             "samples_per_s": round(self._timed_steps * self.global_batch / seconds, 2), "seconds": round(seconds, 3),
+            "core_seconds": round(cores - self._cores_since, 3),
         }  # fmt: skip
         self.pending, self.pending_steps = {}, 0
-        self._since, self._timed_steps = time.perf_counter(), 0
+        self._since, self._cores_since, self._timed_steps = now, cores, 0
         self.rows.append(row)
         return row
 
@@ -72,9 +76,10 @@ class Meter:
     @contextmanager
     def excluded(self) -> Iterator[None]:
         """Leave the time of a validation or a checkpoint out of the speed."""
-        started = time.perf_counter()
+        started, cores = time.perf_counter(), time.process_time()
         yield
         self._since += time.perf_counter() - started
+        self._cores_since += time.process_time() - cores
 
     def _place(self, kind: str, steps_done: int) -> Row:
         samples = steps_done * self.global_batch

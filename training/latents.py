@@ -1,7 +1,8 @@
 """Reading latent shards: which rows count, and the bytes of a row group.
 
 A shard is a Parquet file of small row groups with the columns `key`, `moments`, `clip` and `text` (the last three
-fixed-size fp16 binaries) and numeric score columns; its schema metadata says the shapes.
+fixed-size fp16 binaries) and numeric score columns; its schema metadata says the shapes. Without `clip`, there and as a column,
+an image is its latent alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from training.names import column_of
 from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
+OPTIONAL = "clip"
 # By name, fp16 of `PARTS` and int64 of `data_type`.
 Parts = dict[str, NDArray[Any]]
 OPEN_FILES = 32
@@ -69,10 +71,10 @@ def _line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """Shapes of a row: moments (2C, h, w), clip (D,), text (L, d), and the autoencoder's scaling factor."""
+    """Shapes of a row: moments (2C, h, w), clip (D,) or None, text (L, d), and the autoencoder's scaling factor."""
 
     moments: tuple[int, int, int]
-    clip: tuple[int]
+    clip: tuple[int] | None
     text: tuple[int, int]
     scaling_factor: float
 
@@ -84,23 +86,24 @@ class LatentSpec:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By part, in the order of the columns."""
-        return {part: getattr(self, part) for part in PARTS}
+        return {part: shape for part in PARTS if (shape := getattr(self, part)) is not None}
 
     @classmethod
     def of(cls, schema: pa.Schema, name: str) -> LatentSpec:
         """From the schema's metadata. Raises ShardError when it is not there or does not fit the columns."""
-        missing = [column for column in ("key", *PARTS) if column not in schema.names]
+        told = json.loads((schema.metadata or {}).get(b"unidiffuser", b"{}"))
+        parts = [part for part in PARTS if part != OPTIONAL or part in told or part in schema.names]
+        missing = [column for column in ("key", *parts) if column not in schema.names]
         if missing:
             raise ShardError(f"{name}: no column {', '.join(missing)}; a latent shard has key, {', '.join(PARTS)}")
-        told = json.loads((schema.metadata or {}).get(b"unidiffuser", b"{}"))
-        lacking = [field for field in (*PARTS, "scaling_factor") if field not in told]
+        lacking = [field for field in (*parts, "scaling_factor") if field not in told]
         if lacking:
             raise ShardError(f"{name}: the schema metadata lacks {', '.join(lacking)}; write it with the encode stage")
-        for part in PARTS:
+        for part in parts:
             width = 2 * int(np.prod(told[part]))
             if schema.field(part).type != pa.binary(width):
                 raise ShardError(f"{name}: {part} is {schema.field(part).type}, expected fixed_size_binary[{width}]")
-        moments, clip, text = (tuple(told[part]) for part in PARTS)
+        moments, clip, text = (tuple(told[part]) if part in parts else None for part in PARTS)
         return cls(moments, clip, text, float(told["scaling_factor"]))
 
 
@@ -259,7 +262,7 @@ class LatentReader:
         with self._opened(file) as parquet:
             spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
             columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
-            table = self._table(parquet, file, group, ["key", *columns, *PARTS])
+            table = self._table(parquet, file, group, ["key", *columns, *spec.shapes])
         parts: Parts = {part: self._numbers(table, part, shape, file, group) for part, shape in spec.shapes.items()}
         parts["data_type"] = self.selection.types(table, columns)
         return RowGroup(table["key"].to_pylist(), parts, *self.selection.split(table, columns))

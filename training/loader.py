@@ -73,8 +73,9 @@ def modalities_of(spec: LatentSpec, config: TrainConfig) -> tuple[Modality, Moda
     """The paper's modalities in the shapes of the shards, with the configuration's patch size and loss weights."""
     weights = config.objective.part_weights
     return paper_modalities(
-        spec.latent, spec.clip[0], spec.text, config.model.patch, (weights.latent, weights.clip, weights.text)
-    )
+        spec.latent, spec.clip[0] if spec.clip else None, spec.text, config.model.patch,
+        (weights.latent, weights.clip, weights.text),
+    )  # fmt: skip
 
 
 def to_fp32(half: NDArray[np.float16]) -> Tensor:
@@ -140,7 +141,9 @@ class Loader:
         self.index: ShardIndex = self.reader.index(rank, world, gather)
         grown = [Growth(place, int(np.searchsorted(self.index.file, parts))) for place, parts in growth]
         window = max(1, config.data.shuffle_window // config.lanes)
-        self.order = Order(self.index.train, config.seed, window, config.lanes, config.global_batch, grown)
+        self.order = Order(
+            self.index.train, config.seed, window, config.lanes, config.global_batch, grown, config.data.order == "shuffled"
+        )
         self.modalities = modalities_of(self.index.spec, config)
         self._starts = lru_cache(STEPS_MADE_AHEAD + STEPS_READ_AHEAD)(self._window_starts)
 
@@ -248,7 +251,7 @@ class Loader:
         z, *others = (tensor.numpy().reshape(count, -1) for tensor in (latent, *noise.values()))
         draws.fill_normal(self.config.seed, stream, int(places[0]), [z, *others])
         draw_latents(z, rows["moments"], spec.scaling_factor)
-        clean = {"latent": latent, "clip": to_fp32(rows["clip"]), "text": to_fp32(rows["text"])}
+        clean = {"latent": latent} | {part: to_fp32(rows[part]) for part in noise if part != "latent"}
         columns = (torch.from_numpy(np.ascontiguousarray(column)) for column in timesteps.T)
         times = dict(zip((modality.name for modality in self.modalities), columns, strict=True))
         return Batch(clean, noise, times, torch.from_numpy(rows["data_type"]))

@@ -27,7 +27,7 @@ from training.history import Meter, Row
 from training.job import Outcome, Source, TrainingError, TrainJob
 from training.loader import Batch, Loader
 from training.masters import Masters
-from training.rates import Plateau, learning_rate
+from training.rates import Plateau, learning_rate, set_learning_rates
 from training.weights import ForeignWeights
 from unidiffuser.modalities import Modality, all_parts, resized
 from unidiffuser.objective import JointObjective
@@ -190,8 +190,7 @@ class _Run:
     def _train_step(self, batch: Batch, stop_requested: Callable[[], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""
         schedule, drops, step = self.config.schedule, self.plateau.drops, self.step - self.begin.schedule_from
-        for group in self.masters.optimizer.param_groups:
-            group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)
+        set_learning_rates(self.masters.optimizer, step, schedule, drops)
         lr = learning_rate(step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
         totals = torch.zeros(2 + len(self.parts), device=self.device)

@@ -6,14 +6,12 @@ posterior has a constant variance: latents stay small and smooth, and the decode
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from examples.encoders.progress import late_fall, train
-from examples.shapes.history import History
 from examples.shapes.pictures import (
     PALETTE,
     RADIUS,
@@ -25,15 +23,18 @@ from examples.shapes.pictures import (
     render,
 )
 from examples.shapes.world import COLOURS, FORMS, draw
+from training.config import EmaConfig
+from training.optimizers.adamw import AdamW
+from training.single import SingleTraining, late_fall
 
 CHANNELS = 8
 GRID = SIDE // 8
 WIDTH = 96
-STEPS = 1500
 BATCH = 16
 PRESENT = 0.6
 CROWD_SPACING = 20.0
-PEAK_LEARNING_RATE = 4e-3
+OPTIMIZER = AdamW(lr=4e-3, betas=(0.9, 0.98), weight_decay=0.01)
+AVERAGE = EmaConfig(decay=0.998)
 POSTERIOR_DEVIATION = 0.15
 SQUARE_WEIGHT = 5e-4
 LATENT_DEVIATION = 0.7
@@ -66,6 +67,13 @@ class Autoencoder(nn.Module):
         )  # fmt: skip
         self.register_buffer("mean", torch.zeros(CHANNELS, GRID, GRID))
         self.register_buffer("scale", torch.ones(()))
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Autoencoder:
+        """The frozen codec of stored tensors."""
+        model = cls()
+        model.load_state_dict(dict(tensors))
+        return model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> Tensor:
@@ -104,28 +112,26 @@ def crowded_pictures(seed: int, count: int) -> np.ndarray:
     return pictures
 
 
-def reconstruction_loss(model: Autoencoder, values: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+def reconstruction_loss(model: Autoencoder, values: Tensor, noise: Tensor) -> Tensor:
     """Squared and absolute error of the picture, and the price of the latents."""
     latents = model.encoder(values)
     difference = model.decoder(latents + POSTERIOR_DEVIATION * noise) - values
-    squared, absolute, price = difference.square().mean(), difference.abs().mean(), latents.square().mean()
-    return 5 * squared + absolute + SQUARE_WEIGHT * price, {"mse": squared.item(), "l1": absolute.item(), "z2": price.item()}
+    return 5 * difference.square().mean() + difference.abs().mean() + SQUARE_WEIGHT * latents.square().mean()
 
 
-def fit(state: Path, device: torch.device, steps: int) -> tuple[Autoencoder, History]:
-    """Train to `steps`, or go on where the last run stopped, and give the frozen codec."""
+def fit(device: torch.device, steps: int, say: Callable[[int, float], None] = lambda step, loss: None) -> Autoencoder:
+    """Train the codec, tell `say` the loss of every step, and give it frozen."""
     torch.manual_seed(0)
-    model, history = Autoencoder().to(device), History(state / "codec.jsonl")
+    model = Autoencoder().to(device)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
         noise = torch.randn(BATCH, CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(step))
-        loss, figures = reconstruction_loss(model, to_values(crowded_pictures(step, BATCH)).to(device), noise.to(device))
-        history.note(loss=loss.item(), **figures)
-        return loss, figures
+        return reconstruction_loss(model, to_values(crowded_pictures(step, BATCH)).to(device), noise.to(device)), {}
 
-    rate = late_fall(steps, PEAK_LEARNING_RATE)
-    weights = train(state / "codec.pt", model, loss_at, steps, rate, watch=lambda step, _: history.row(step, steps))
-    model.load_state_dict(weights)
+    training = SingleTraining(model, [OPTIMIZER.build(model.named_parameters())], late_fall(steps), AVERAGE)
+    for done, loss, _ in training.run(loss_at, steps):
+        say(done, loss)
+    training.take_average()
     rng = np.random.default_rng(steps)
     model.centre(np.stack([render(scene, rng) for scene in draw(rng, SCALING_PICTURES)]))
-    return model.eval().requires_grad_(False), history
+    return model.eval().requires_grad_(False)

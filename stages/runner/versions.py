@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 RECORD = Path(__file__).with_name("versions.json")
 # How a stage is run, planned, watched and stored does not decide what it makes.
 MACHINERY = ("stages/__init__.py", "stages/__main__.py", "stages/catalog.py", "stages/runner/", "stages/train/preview.py")
-ROOMS = ("stages", "training", "unidiffuser")
+ROOMS = ("stages", "training", "unidiffuser", "examples")
 
 
 def sources(stage: str) -> list[Path]:

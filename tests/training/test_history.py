@@ -10,6 +10,7 @@ from training.history import Meter
 def test_a_row_is_the_mean_of_its_steps_and_the_speed_of_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr("training.history.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("training.history.time.process_time", lambda: 2 * now[0])
     meter = Meter(4, lambda steps: steps * 4 / 16, 2)
     now[0] += 1.5
     assert meter.step(1, 0.1, {"loss": 1.0}) is None
@@ -19,5 +20,6 @@ def test_a_row_is_the_mean_of_its_steps_and_the_speed_of_its_seconds(monkeypatch
     row = meter.step(2, 0.2, {"loss": 0.5})
     assert row == {
         "kind": "train", "step": 2, "epoch": 0.5, "samples": 8, "loss": 0.75, "lr": 0.2, "samples_per_s": 2.67, "seconds": 3.0,
+        "core_seconds": 6.0,
     }  # fmt: skip
     assert (meter.rows, meter.pending, meter.pending_steps) == ([row], {}, 0)
