@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from training.averaging import EmaConfig
 from training.optimizers.adamw import AdamW
 from training.optimizers.choice import OptimizerConfig
 from training.rates import ScheduleConfig
@@ -93,16 +94,6 @@ class LoraConfig(Section):
     alpha: int = Field(16, ge=1, description="The adapters count alpha / rank times.")
     targets: tuple[Literal["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"], ...] = Field(
         ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"), min_length=1, description="Linear layers of the blocks that get one."
-    )
-
-
-class EmaConfig(Section):
-    """Exponential moving average of the weights, which sampling uses."""
-
-    decay: float = Field(0.9999, ge=0, lt=1, description="Decay once warmed up; U-ViT's is 0.9999.")
-    warmup: bool = Field(
-        True,
-        description="Use min(decay, (1 + n) / (10 + n)) at the n-th update, so that short runs forget their start.",
     )
 
 

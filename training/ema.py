@@ -8,22 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from training.config import EmaConfig
+from training.averaging import EmaConfig, ema_decay
 
 
 class Weighted(Protocol):
     """Weights in some tensors, such as `training.masters.Masters`."""
 
     vectors: Sequence[Tensor]
-
-
-def ema_decay(updates: int, config: EmaConfig) -> float:
-    """Decay of update number `updates`, counted from 0: the configured one, less while there is little to average.
-
-    >>> ema_decay(0, EmaConfig()), ema_decay(10**6, EmaConfig())
-    (0.1, 0.9999)
-    """
-    return min(config.decay, (1 + updates) / (10 + updates)) if config.warmup else config.decay
 
 
 class Ema:

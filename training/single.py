@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.config import EmaConfig
+from training.averaging import EmaConfig
 from training.ema import Ema
 from training.rates import ScheduleConfig, set_learning_rates
 

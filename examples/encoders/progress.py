@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from training.config import EmaConfig
+from training.averaging import EmaConfig
 from training.optimizers.adamw import AdamW
 from training.single import SingleTraining, late_fall
 

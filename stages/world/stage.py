@@ -55,7 +55,7 @@ class CodecTrainer:
         import torch
         from safetensors.torch import save_file
 
-        from examples.shapes.autoencoder import fit
+        from examples.shapes.pretraining import fit
 
         started, cores = time.monotonic(), time.process_time()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

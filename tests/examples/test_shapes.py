@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from examples.shapes import autoencoder
-from examples.shapes.autoencoder import LATENT_DEVIATION, Autoencoder, crowded_pictures
+from examples.shapes.autoencoder import LATENT_DEVIATION, Autoencoder
 from examples.shapes.codec import LENGTH, WORD_SCALE, WORDS, decode_captions, encode_captions
 from examples.shapes.measure import accuracy, distribution, floor, total_variation, variations
 from examples.shapes.pictures import PALETTE, PAPER, SIDE, read_picture, render
+from examples.shapes.pretraining import crowded_pictures, fit
 from examples.shapes.world import (
     COLOURS,
     PHRASINGS,
@@ -162,8 +162,8 @@ def test_the_codec_learns_and_its_latents_are_centred_at_their_scale() -> None:
         return float(np.square(codec.decode(codec.encode(pictures)).astype(float) - pictures).mean())
 
     told: list[int] = []
-    early = autoencoder.fit(torch.device("cpu"), 1)
-    codec = autoencoder.fit(torch.device("cpu"), 40, lambda step, loss: told.append(step))
+    early = fit(torch.device("cpu"), 1)
+    codec = fit(torch.device("cpu"), 40, lambda step, loss: told.append(step))
     assert error(codec) < 0.5 * error(early) and told == list(range(1, 41))
     rng = np.random.default_rng(1)
     latents = codec.encode(np.stack([render(scene, rng) for scene in draw(rng, 500)]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training import single
-from training.config import EmaConfig
+from training.averaging import EmaConfig
 from training.optimizers.adamw import AdamW
 from training.rates import ScheduleConfig, learning_rate
 from training.single import SingleTraining, late_fall
