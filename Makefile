@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders text-decoder shapes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders text-decoder shapes shapes-changes findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -84,9 +84,14 @@ encoders: setup
 text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
-# One small network, five distributions, against a known truth (docs/results/shapes.md): an hour on 2 cores, resumable.
+# One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour on 2 cores, resumable.
 shapes: setup
+	$(VENV)/bin/unidiffuser run configs/shapes.yaml
 	$(PY) -m examples.shapes
+
+# What single changes of that recipe give, each in a short training of its own: two hours on 2 cores, resumable.
+shapes-changes: setup
+	$(PY) -m benchmarks.shapes --changes --steps 4000 --json docs/results/shapes-changes.json
 
 # What outside tools really do (findings/README.md), each in an environment of its own: some minutes, and a package registry.
 findings:

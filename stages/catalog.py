@@ -13,6 +13,7 @@ STAGES = {
     "download": "stages.download.stage:Download",
     "folder": "stages.folder.stage:Folder",
     "filter": "stages.filter.stage:Filter",
+    "world": "stages.world.stage:World",
     "text-codec": "stages.encode.text_codec:TextCodecStage",
     "encode": "stages.encode.stage:Encode",
     "train": "stages.train.stage:Train",
@@ -22,6 +23,11 @@ STAGES = {
 SUBSET_STAGES = ("select", "download", "filter", "encode")
 # Of a corpus of one's own, which is there already.
 FOLDER_STAGES = ("folder", "filter", "encode")
+# Of a world that the project makes itself, each with the measure that knows its truth.
+MADE_STAGES = {"world": "shapes"}
+ROW_STAGES = tuple(dict.fromkeys((*SUBSET_STAGES, *FOLDER_STAGES, *MADE_STAGES)))
+# Those whose datasets are latents, which train reads.
+LATENT_STAGES = ("encode", "world")
 
 
 def stage_class(name: str) -> type[Stage]:

@@ -15,13 +15,13 @@ from stages.runner import versions
 ROOT = Path(__file__).parent.parent
 BELOW = {
     "pipelines": {"stages", "training", "unidiffuser", "infra", "examples"},
-    "stages": {"training", "unidiffuser", "infra"},
+    "stages": {"training", "unidiffuser", "infra", "examples"},
     "training": {"unidiffuser", "infra"},
     "unidiffuser": set(),
     "infra": set(),
-    "examples": {"unidiffuser", "infra"},
+    "examples": {"training", "unidiffuser", "infra"},
 }
-STAGE_FOLDERS = {"select", "download", "folder", "filter", "encode", "train", "evaluate"}
+STAGE_FOLDERS = {"select", "download", "folder", "filter", "encode", "train", "evaluate", "world"}
 FORBIDDEN = {
     "stages": {"prefect"},
     "training": {"prefect"},

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from training.averaging import EmaConfig
 from training.damage import DamageConfig
 from training.mixture import reduced
 from training.optimizers.adamw import AdamW
@@ -104,16 +105,6 @@ class LoraConfig(Section):
     )
 
 
-class EmaConfig(Section):
-    """Exponential moving average of the weights, which sampling uses."""
-
-    decay: float = Field(0.9999, ge=0, lt=1, description="Decay once warmed up; U-ViT's is 0.9999.")
-    warmup: bool = Field(
-        True,
-        description="Use min(decay, (1 + n) / (10 + n)) at the n-th update, so that short runs forget their start.",
-    )
-
-
 class DataConfig(Section):
     """Which rows of the latent shards are read, and in which order."""
 
@@ -126,6 +117,11 @@ class DataConfig(Section):
         None,
         description="For a model with model.data_type_token, the type of the rows: 0 or 1 for all, or a condition like those of "
         "`where`, which rows of type 1 meet. In the published version 1, type 0 is web data and type 1 cleaner pairs.",
+    )
+    order: Literal["shuffled", "written"] = Field(
+        "shuffled",
+        description="How the rows of an epoch are ordered: permuted, or as they were written, for rows whose order was made with "
+        "care. With data.lanes 1 and validation.fraction 0, the n-th row is then the n-th to be read.",
     )
     shuffle_window: int = Field(
         32,

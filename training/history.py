@@ -13,10 +13,11 @@ and means over the interval, of the steps that were not skipped, or over the hel
 Where subsets have weights, `epoch_data.SUBSET` is the epoch of each, and `epoch` the least of them.
 
 A row of kind "train" has also `lr`, `grad_norm`, and what is measured, on rank 0: `samples_per_s`, `tokens_per_s`, `mfu` (see
-`training.speed`), `memory` in GiB, and the `seconds` of the interval, of which `data_wait` are spent waiting for the loader.
-Validations and what checkpoints hold up are not in these seconds; `checkpoint_wait` is the latter, since the row before. What is
-not measured is the same for an interrupted and an uninterrupted run. Where there was damage, such rows count the steps `skipped`,
-the `rollbacks` and the `damaged_groups` of rows so far, and rows of kind "damage" say in `said` what was done.
+`training.speed`), `memory` in GiB, the `core_seconds` of processor time, and the `seconds` of the interval, of which `data_wait`
+are spent waiting for the loader. Validations and what checkpoints hold up are not in these; `checkpoint_wait` is the latter,
+since the row before. What is not measured is the same for an interrupted and an uninterrupted run. Where there was damage, such rows
+count the steps `skipped`, the `rollbacks` and the `damaged_groups` of rows so far, and rows of kind "damage" say in `said` what
+was done.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ Row = dict[str, Any]
 Wait = Literal["data", "checkpoint"]
 WAITS: tuple[Wait, ...] = ("data", "checkpoint")
 TIMINGS = (
-    "samples_per_s", "tokens_per_s", "mfu", "memory", "seconds", *(f"{kind}_wait" for kind in WAITS), "damaged_groups",
+    "samples_per_s", "tokens_per_s", "mfu", "memory", "seconds", "core_seconds", *(f"{kind}_wait" for kind in WAITS),
+    "damaged_groups",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -73,7 +75,7 @@ class Meter:
 
     def begin(self) -> None:
         """The interval's time counts from here."""
-        self._since, self._timed_steps = time.perf_counter(), 0
+        self._since, self._cores_since, self._timed_steps = time.perf_counter(), time.process_time(), 0
         self._waited: dict[Wait, float] = dict.fromkeys(WAITS, 0.0)
 
     def step(
@@ -101,7 +103,7 @@ class Meter:
         row = {
             **self._place("train", steps_done), **means(self.pending), "lr": lr, "samples_per_s": round(speed, 2),
             **self.gauges(speed), **{f"{kind}_wait": round(waited, 3) for kind, waited in self._waited.items()},
-            "seconds": round(seconds, 3), **(damage or {}),
+            "seconds": round(seconds, 3), "core_seconds": round(time.process_time() - self._cores_since, 3), **(damage or {}),
         }  # fmt: skip
         self.pending = {}
         self.begin()
@@ -124,8 +126,10 @@ class Meter:
     def excluded(self) -> Iterator[None]:
         """Leave the time of a validation or a checkpoint out of the speed; one inside another counts once."""
         started, since = time.perf_counter(), self._since
+        cores, cores_since = time.process_time(), self._cores_since
         yield
         self._since = since + time.perf_counter() - started
+        self._cores_since = cores_since + time.process_time() - cores
 
     @contextmanager
     def waiting(self, kind: Wait) -> Iterator[None]:

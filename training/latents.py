@@ -1,7 +1,8 @@
 """Reading latent shards: which rows count, and the bytes of a row group.
 
 A shard is a Parquet file of small row groups with the columns `key`, `moments`, `clip` and `text` (the last three
-fixed-size fp16 binaries) and numeric score columns; its schema metadata says the shapes.
+fixed-size fp16 binaries) and numeric score columns; its schema metadata says the shapes. Without `clip`, there and as a column,
+an image is its latent alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from training.told import FACTS
 from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
+OPTIONAL = "clip"
 # By name, fp16 of `PARTS` and int64 of `data_type`.
 Parts = dict[str, NDArray[Any]]
 # Footers that are kept; one of a shard of 10,000 rows is 100 kB.
@@ -48,10 +50,10 @@ def _line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """Shapes of a row: moments (2C, h, w), clip (D,), text (L, d), and the autoencoder's scaling factor."""
+    """Shapes of a row: moments (2C, h, w), clip (D,) or None, text (L, d), and the autoencoder's scaling factor."""
 
     moments: tuple[int, int, int]
-    clip: tuple[int]
+    clip: tuple[int] | None
     text: tuple[int, int]
     scaling_factor: float
 
@@ -63,15 +65,16 @@ class LatentSpec:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By part, in the order of the columns."""
-        return {part: getattr(self, part) for part in PARTS}
+        return {part: shape for part in PARTS if (shape := getattr(self, part)) is not None}
 
     @classmethod
     def of(cls, schema: pa.Schema, name: str) -> LatentSpec:
         """From the schema's metadata. Raises ShardError when it is not there or does not fit the columns."""
-        missing = [column for column in ("key", *PARTS) if column not in schema.names]
+        facts = json.loads((schema.metadata or {}).get(FACTS, b"{}"))
+        missing = [column for column in ("key", *_parts(facts, schema.names)) if column not in schema.names]
         if missing:
             raise ShardError(f"{name}: no column {', '.join(missing)}; a latent shard has key, {', '.join(PARTS)}")
-        spec = cls.told(json.loads((schema.metadata or {}).get(FACTS, b"{}")), name)
+        spec = cls.told(facts, name, schema.names)
         for part, shape in spec.shapes.items():
             width = 2 * int(np.prod(shape))
             if schema.field(part).type != pa.binary(width):
@@ -79,13 +82,18 @@ class LatentSpec:
         return spec
 
     @classmethod
-    def told(cls, facts: dict[str, Any], name: str) -> LatentSpec:
-        """From what the metadata says. Raises ShardError when something lacks."""
-        lacking = [field for field in (*PARTS, "scaling_factor") if field not in facts]
+    def told(cls, facts: dict[str, Any], name: str, columns: Collection[str] = ()) -> LatentSpec:
+        """From what the metadata says, and the columns that are known. Raises ShardError when something lacks."""
+        parts = _parts(facts, columns)
+        lacking = [field for field in (*parts, "scaling_factor") if field not in facts]
         if lacking:
             raise ShardError(f"{name}: the schema metadata lacks {', '.join(lacking)}; write it with the encode stage")
-        moments, clip, text = (tuple(facts[part]) for part in PARTS)
+        moments, clip, text = (tuple(facts[part]) if part in parts else None for part in PARTS)
         return cls(moments, clip, text, float(facts["scaling_factor"]))
+
+
+def _parts(facts: dict[str, Any], columns: Collection[str]) -> list[str]:
+    return [part for part in PARTS if part != OPTIONAL or part in facts or part in columns]
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,7 @@ class LatentReader:
         with self._opened(file) as parquet:
             spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
             columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
-            table = self._table(parquet, file, group, ["key", *columns, *PARTS])
+            table = self._table(parquet, file, group, ["key", *columns, *spec.shapes])
         parts: Parts = {part: self._numbers(table, part, shape, file, group) for part, shape in spec.shapes.items()}
         parts["data_type"] = self.selection.types(table, columns)
         train, held = self.selection.split(table, columns)

@@ -82,8 +82,9 @@ def modalities_of(spec: LatentSpec, config: TrainConfig) -> tuple[Modality, Moda
     """The paper's modalities in the shapes of the shards, with the configuration's patch size and loss weights."""
     weights = config.objective.part_weights
     return paper_modalities(
-        spec.latent, spec.clip[0], spec.text, config.model.patch, (weights.latent, weights.clip, weights.text)
-    )
+        spec.latent, spec.clip[0] if spec.clip else None, spec.text, config.model.patch,
+        (weights.latent, weights.clip, weights.text),
+    )  # fmt: skip
 
 
 def to_fp32(half: NDArray[np.float16]) -> Tensor:
@@ -192,7 +193,9 @@ class Loader:
             if self.subsets and not train[chosen].any():
                 raise ValueError(f"no row of {self.subsets[number]} is left to train on: loosen data.where or give other shards")
             grown = growth_of(growth, chosen, (weight, sum(config.shares)))
-            orders.append(Order(train[chosen], config.seed, *config.lanes_of(batch), batch, grown))
+            orders.append(
+                Order(train[chosen], config.seed, *config.lanes_of(batch), batch, grown, config.data.order == "shuffled")
+            )
             groups.append(np.flatnonzero(chosen))
         return Mixture(orders, groups, config.shares)
 
@@ -317,7 +320,7 @@ class Loader:
         z, *others = (tensor.numpy().reshape(count, -1) for tensor in (latent, *noise.values()))
         draws.fill_normal(self.config.seed, stream, int(places[0]), [z, *others])
         draw_latents(z, rows["moments"], spec.scaling_factor)
-        clean = {"latent": latent, "clip": to_fp32(rows["clip"]), "text": to_fp32(rows["text"])}
+        clean = {"latent": latent} | {part: to_fp32(rows[part]) for part in noise if part != "latent"}
         columns = (torch.from_numpy(np.ascontiguousarray(column)) for column in timesteps.T)
         times = dict(zip((modality.name for modality in self.modalities), columns, strict=True))
         return Batch(clean, noise, times, torch.from_numpy(rows["data_type"]), torch.from_numpy(subsets))

@@ -31,7 +31,7 @@ from training.loader import Batch, Loader, too_many_damaged
 from training.losses import Losses, Sums
 from training.masters import Masters
 from training.profiling import Profile
-from training.rates import Plateau, learning_rate
+from training.rates import Plateau, learning_rate, set_learning_rates
 from training.rollback import Back, GoBack, go_back
 from training.saving import NotFinite, Saver
 from training.shares import share_name
@@ -236,8 +236,7 @@ class _Run:
     def _train_step(self, batch: Batch, stop_requested: Callable[[int], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""
         schedule, drops, step = self.config.schedule, self.plateau.drops, self.step - self.begin.schedule_from
-        for group in self.masters.optimizer.param_groups:
-            group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)
+        set_learning_rates(self.masters.optimizer, step, schedule, drops)
         lr = learning_rate(step, self.config.optimizer.lr, schedule, drops)
         micro_batches = batch.split(self.engine.train_micro_batch_size_per_gpu())
         totals = torch.zeros(3 + self.losses.size, device=self.device)

@@ -15,6 +15,10 @@ rows of a batch or fewer, where eight divides the batch, and W workers fetch at 
 Epochs follow each other without a gap: place g of the training is place g % N of epoch g // N, and step s reads the places
 s * B to (s + 1) * B - 1. So resuming at a step needs that step alone, and every row comes exactly once an epoch.
 
+Rows that were written in the order in which they are to be read are not permuted: S is then the rows as they lie, in every
+epoch. With one lane and none held out, place g reads row g % N. Where the rows follow a low-discrepancy sequence and the
+timesteps another dimension of it, every stretch of steps so has close to its share of each kind of row at each timestep.
+
 Data that grows while a training is at place g: the epoch that is under way ends first, over the rows that it began with, so
 that every old row is read once in it. The next epoch, and all after it, are permutations of all rows, old and new.
 """
@@ -48,11 +52,13 @@ class Epoch:
         window: row groups whose rows are mixed.
         lanes: parallel stretches; divides `batch`.
         batch: rows of a global batch.
+        shuffled: whether row groups, and the rows of a window, are permuted.
     """
 
-    def __init__(self, counts: Ints, seed: int, number: int, window: int, lanes: int, batch: int) -> None:
+    def __init__(self, counts: Ints, seed: int, number: int, window: int, lanes: int, batch: int, shuffled: bool = True) -> None:
         self.seed, self.number, self.window, self.lanes, self.batch = seed, number, window, lanes, batch
-        self.groups = _generator(seed, 0, number, 0).permutation(len(counts))
+        self.shuffled = shuffled
+        self.groups = _generator(seed, 0, number, 0).permutation(len(counts)) if shuffled else np.arange(len(counts))
         self.starts = np.concatenate([[0], np.cumsum(counts[self.groups])])
         self.rows = int(self.starts[-1])
         self.mixed = lru_cache(maxsize=2 * lanes + 2)(self._mixed)
@@ -61,7 +67,9 @@ class Epoch:
         """Group and row of each place of a window, both (rows of the window,)."""
         first, last = window * self.window, min((window + 1) * self.window, len(self.groups))
         start, end = self.starts[first], self.starts[last]
-        places = start + _generator(self.seed, 1, self.number, window).permutation(end - start)
+        places = np.arange(start, end)
+        if self.shuffled:
+            places = start + _generator(self.seed, 1, self.number, window).permutation(end - start)
         within = np.searchsorted(self.starts, places, side="right") - 1
         return self.groups[within], places - self.starts[within]
 
@@ -101,14 +109,23 @@ class Order:
     """The sequence of the whole training.
 
     Args:
-        counts, seed, window, lanes, batch: as of `Epoch`.
+        counts, seed, window, lanes, batch, shuffled: as of `Epoch`.
         growth: how many row groups there were, by place, ascending; by default all of them from place 0 on.
 
     Raises:
         ValueError: there is no row.
     """
 
-    def __init__(self, counts: Ints, seed: int, window: int, lanes: int, batch: int, growth: Sequence[Growth] = ()) -> None:
+    def __init__(
+        self,
+        counts: Ints,
+        seed: int,
+        window: int,
+        lanes: int,
+        batch: int,
+        growth: Sequence[Growth] = (),
+        shuffled: bool = True,
+    ) -> None:
         self.rows = int(counts.sum())
         if self.rows == 0:
             raise ValueError("no row is left to train on: loosen data.where or give other shards")
@@ -119,7 +136,9 @@ class Order:
                 # It has grown again before the first epoch over what came before.
                 self.stretches.pop()
             self.stretches.append(_Stretch(start, number, groups, int(counts[:groups].sum())))
-        self._made = lru_cache(maxsize=2)(lambda groups, number: Epoch(counts[:groups], seed, number, window, lanes, batch))
+        self._made = lru_cache(maxsize=2)(
+            lambda groups, number: Epoch(counts[:groups], seed, number, window, lanes, batch, shuffled)
+        )
 
     def _next_epoch(self, place: int) -> tuple[int, int]:
         """Place and number of the first epoch that begins at a place or after it."""

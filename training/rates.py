@@ -7,11 +7,14 @@ what it looks at is a part of the configuration that decides the result, so a ru
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.section import Section
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 PLATEAU_DIVISOR = 10
 
@@ -97,3 +100,9 @@ def learning_rate(step: int, peak: float, schedule: ScheduleConfig, drops: int =
     progress = min(1.0, max(0.0, (step - start) / (schedule.decay_steps - start)))
     share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.decay == "cosine" else 1 - progress
     return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * share)
+
+
+def set_learning_rates(optimizer: Optimizer, step: int, schedule: ScheduleConfig, drops: int = 0) -> None:
+    """Give every group of an optimizer, whose peak is its `initial_lr`, the `learning_rate` of a step."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, group["initial_lr"], schedule, drops)

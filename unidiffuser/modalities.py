@@ -129,7 +129,7 @@ def resized(modalities: Sequence[Modality], shapes: dict[str, tuple[int, ...]]) 
 
 def paper_modalities(
     latent: tuple[int, int, int] = (4, 64, 64),
-    clip: int = 512,
+    clip: int | None = 512,
     text: tuple[int, int] = (77, 64),
     patch: int = 2,
     weights: tuple[float, float, float] = (0.75, 0.02, 0.23),
@@ -138,16 +138,11 @@ def paper_modalities(
 
     Args:
         latent: channels, height and width of the autoencoder's latent; the position table is sized for it.
-        clip: width of the CLIP image embedding.
+        clip: width of the CLIP image embedding; None for an image that is its latent alone.
         text: tokens and width of the text latent.
         patch: side of a patch of the latent.
         weights: loss weights of latent, clip and text; for the default's arithmetic see ``objective``.
     """
-    image = Modality(
-        name="image",
-        parts=(
-            Part(name="latent", shape=latent, patch=patch, weight=weights[0]),
-            Part(name="clip", shape=(clip,), weight=weights[1]),
-        ),
-    )
+    embedding = () if clip is None else (Part(name="clip", shape=(clip,), weight=weights[1]),)
+    image = Modality(name="image", parts=(Part(name="latent", shape=latent, patch=patch, weight=weights[0]), *embedding))
     return image, Modality(name="text", parts=(Part(name="text", shape=text, weight=weights[2]),))

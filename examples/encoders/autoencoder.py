@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
 
-from examples.encoders.progress import adamw, late_fall, train
+from examples.encoders.progress import adamw, train
 from examples.little_web.compose import BACKGROUNDS, DRAWINGS, all_scenes, paint, render
 
 CHANNELS = (8, 8, 24, 48, 96, 128)
@@ -97,13 +97,14 @@ def solve_last_layer(model: Any, x: torch.Tensor) -> None:
     model.decoder.conv_out.bias.copy_(solution.solution[-1])
 
 
-def parameter_groups(model: Any) -> list[dict[str, Any]]:
+def optimizer(model: Any) -> torch.optim.Optimizer:
     """Groups by size of the filters: the more inputs a filter has, the smaller its steps must be, as each of them adds up."""
-    groups: dict[float, list[nn.Parameter]] = {}
-    for value in model.parameters():
+    groups: dict[float, list[tuple[str, nn.Parameter]]] = {}
+    for name, value in model.named_parameters():
         scale = min(1.0, (72 / value[0].numel()) ** 0.5) if value.ndim == 4 else 0.5
-        groups.setdefault(scale, []).append(value)
-    return [{"params": values, "scale": scale} for scale, values in groups.items()]
+        groups.setdefault(scale, []).append((name, value))
+    parts = [adamw(scale * PEAK_LEARNING_RATE).groups(named) for scale, named in groups.items()]
+    return torch.optim.AdamW([group for part in parts for group in part], fused=True)
 
 
 @lru_cache(maxsize=1)
@@ -172,17 +173,13 @@ def fit(state: Path, folder: Path, steps: int = STEPS) -> None:
         loss, absolute, divergence = reconstruction_loss(model, x.contiguous(memory_format=torch.channels_last), noise)
         return loss, {"px": px, "l1": absolute.item(), "kl": divergence.item()}
 
-    values = train(
-        state / "vae.pt", model, loss_at, steps, late_fall(steps, PEAK_LEARNING_RATE), [adamw(parameter_groups(model))]
-    )
-    write(values, folder)
+    train(state / "vae.pt", model, loss_at, steps, optimizer(model))
+    write(model, folder)
 
 
 @torch.no_grad()
-def write(values: dict[str, torch.Tensor], folder: Path) -> None:
+def write(model: Any, folder: Path) -> None:
     """Save weights in half precision, with the scaling factor that gives the latents of real scenes a deviation of one."""
-    model = build()
-    model.load_state_dict(values)
     scenes = random.Random(0).sample(all_scenes(), 64)
     mean = model.encode(to_tensor([render(scene, 256) for scene in scenes])).latent_dist.mean
     model.register_to_config(scaling_factor=round(1 / mean.std().item(), 5))

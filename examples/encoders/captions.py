@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from examples.encoders.progress import late_fall, train
+from examples.encoders.progress import adamw, train
 from examples.little_web.compose import PHRASINGS, Scene, all_scenes, caption
 from unidiffuser.text_decoder import EOS
 
@@ -99,7 +99,7 @@ def fit(state: Path, folder: Path, steps: int = STEPS) -> None:
         loss = loss_of(model, tokenizer, [caption(rng.choice(seen), rng) for _ in range(BATCH)])
         return loss, {"perplexity": math.exp(loss.item())}
 
-    model.load_state_dict(train(state / "gpt2.pt", model, loss_at, steps, late_fall(steps, peak=1e-3)))
+    train(state / "gpt2.pt", model, loss_at, steps, adamw(1e-3).build(model.named_parameters()))
     model.half().save_pretrained(folder, safe_serialization=True)
 
 

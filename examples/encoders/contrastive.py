@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 from examples.encoders.captions import CONTEXT, scenes, tokenizer_in
-from examples.encoders.progress import late_fall, train
+from examples.encoders.progress import adamw, train
 from examples.little_web.compose import BACKGROUNDS, DRAWINGS, PLACES, SIZES, Scene, caption, render
 
 IMAGE_SIZE = 96
@@ -100,7 +100,7 @@ def fit(state: Path, folder: Path, tokenizer_folder: Path, steps: int = STEPS) -
         loss = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
         return loss, {"accuracy": (logits.argmax(1) == target).float().mean().item()}
 
-    model.load_state_dict(train(state / "clip.pt", model, loss_at, steps, late_fall(steps, peak=1.5e-3)))
+    train(state / "clip.pt", model, loss_at, steps, adamw(1.5e-3).build(model.named_parameters()))
     save(model, config, folder)
     tokenizer.save_pretrained(folder)
 

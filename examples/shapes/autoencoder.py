@@ -1,43 +1,19 @@
-"""The picture codec: a small convolutional autoencoder, trained first and then frozen, from (3, 64, 64) to (8, 8, 8) and back.
-
-Its latents carry noise of a fixed deviation in training and pay for their square, which is a variational autoencoder whose
-posterior has a constant variance: latents stay small and smooth, and the decoder forgives what the network gets slightly wrong.
-"""
+"""The picture codec: a small convolutional autoencoder, trained first and then frozen, from (3, 64, 64) to (8, 8, 8) and back."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from examples.encoders.progress import late_fall, train
-from examples.shapes.history import History
-from examples.shapes.pictures import (
-    PALETTE,
-    RADIUS,
-    RADIUS_JITTER,
-    SHADE_JITTER,
-    SIDE,
-    blank,
-    paint,
-    render,
-)
-from examples.shapes.world import COLOURS, FORMS, draw
+from examples.shapes.pictures import SIDE
 
 CHANNELS = 8
 GRID = SIDE // 8
 WIDTH = 96
-STEPS = 1500
-BATCH = 16
-PRESENT = 0.6
-CROWD_SPACING = 20.0
-PEAK_LEARNING_RATE = 4e-3
-POSTERIOR_DEVIATION = 0.15
-SQUARE_WEIGHT = 5e-4
 LATENT_DEVIATION = 0.7
-SCALING_PICTURES = 500
 
 
 def to_values(pictures: np.ndarray) -> Tensor:
@@ -67,6 +43,13 @@ class Autoencoder(nn.Module):
         self.register_buffer("mean", torch.zeros(CHANNELS, GRID, GRID))
         self.register_buffer("scale", torch.ones(()))
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Autoencoder:
+        """The frozen codec of stored tensors."""
+        model = cls()
+        model.load_state_dict(dict(tensors))
+        return model.eval().requires_grad_(False)
+
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> Tensor:
         """Latents (n, 8, 8, 8), on the codec's device, of pictures (n, 64, 64, 3), uint8."""
@@ -85,47 +68,3 @@ class Autoencoder(nn.Module):
         latents = self.encoder(to_values(pictures).to(self.mean.device))
         self.mean.copy_(latents.mean(0))
         self.scale.copy_(LATENT_DEVIATION / (latents - self.mean).std())
-
-
-def crowded_pictures(seed: int, count: int) -> np.ndarray:
-    """Pictures (count, 64, 64, 3), uint8, of up to nine forms, each of any kind and colour.
-
-    There is more to learn from them than from scenes of one or two, and nothing of the world's distribution.
-    """
-    rng = np.random.default_rng(seed)
-    pictures = np.stack([blank(jitter) for jitter in rng.uniform(-1, 1, count)])
-    for picture in pictures:
-        shift = rng.uniform(-CROWD_SPACING / 3, CROWD_SPACING / 3, 2)
-        for row, column in np.argwhere(rng.random((3, 3)) < PRESENT):
-            place = SIDE / 2 + CROWD_SPACING * np.array((column - 1, row - 1)) + shift
-            shade = np.array(PALETTE[COLOURS[rng.integers(len(COLOURS))]]) + SHADE_JITTER * rng.uniform(-1, 1, 3)
-            radius = RADIUS * (1 + RADIUS_JITTER * rng.uniform(-1, 1))
-            paint(picture, FORMS[rng.integers(len(FORMS))], place, radius, shade)
-    return pictures
-
-
-def reconstruction_loss(model: Autoencoder, values: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Squared and absolute error of the picture, and the price of the latents."""
-    latents = model.encoder(values)
-    difference = model.decoder(latents + POSTERIOR_DEVIATION * noise) - values
-    squared, absolute, price = difference.square().mean(), difference.abs().mean(), latents.square().mean()
-    return 5 * squared + absolute + SQUARE_WEIGHT * price, {"mse": squared.item(), "l1": absolute.item(), "z2": price.item()}
-
-
-def fit(state: Path, device: torch.device, steps: int) -> tuple[Autoencoder, History]:
-    """Train to `steps`, or go on where the last run stopped, and give the frozen codec."""
-    torch.manual_seed(0)
-    model, history = Autoencoder().to(device), History(state / "codec.jsonl")
-
-    def loss_at(step: int) -> tuple[Tensor, dict[str, float]]:
-        noise = torch.randn(BATCH, CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(step))
-        loss, figures = reconstruction_loss(model, to_values(crowded_pictures(step, BATCH)).to(device), noise.to(device))
-        history.note(loss=loss.item(), **figures)
-        return loss, figures
-
-    rate = late_fall(steps, PEAK_LEARNING_RATE)
-    weights = train(state / "codec.pt", model, loss_at, steps, rate, watch=lambda step, _: history.row(step, steps))
-    model.load_state_dict(weights)
-    rng = np.random.default_rng(steps)
-    model.centre(np.stack([render(scene, rng) for scene in draw(rng, SCALING_PICTURES)]))
-    return model.eval().requires_grad_(False), history

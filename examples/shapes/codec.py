@@ -1,8 +1,4 @@
-"""What the network sees: the declared modalities, how they are noised, and the caption codec, which needs no training.
-
-A picture is a latent of `autoencoder.Autoencoder`, (8, 8, 8), in patches of 2: 16 tokens. A caption is 7 words, each a scaled
-unit vector, less the mean of all captions: (7, 21).
-"""
+"""The caption codec, which needs no training: 7 words, each a scaled unit vector, less the mean of all captions, (7, 21)."""
 
 from __future__ import annotations
 
@@ -10,30 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.shapes.autoencoder import CHANNELS, GRID
 from examples.shapes.world import PHRASINGS, all_captions, joint
-from unidiffuser.modalities import Modality, Part
-from unidiffuser.schedule import NoiseSchedule
 
 WORD_SCALE = 2.5
 PAD = ""
 WORDS = (PAD, *sorted({word for text, _ in all_captions() for word in text.split()}))
 LENGTH = max(len(text.split()) for text, _ in all_captions())
 NUMBER_OF_WORD = {word: number for number, word in enumerate(WORDS)}
-
-MODALITIES = (
-    Modality(
-        name="image",
-        codec="shapes_picture",
-        parts=(Part(name="latent", shape=(CHANNELS, GRID, GRID), patch=2, weight=1.0),),
-    ),
-    Modality(name="text", codec="shapes_caption", parts=(Part(name="words", shape=(LENGTH, len(WORDS)), weight=1.0),)),
-)
-
-# Stable Diffusion's schedule leaves 7% of the data at its last timestep, at which all numbers of a picture together still tell
-# half a nat about its scene. A network that learned to lean on it looks for the scene in pure noise when it has no picture, and
-# never learns which words go together. This schedule leaves 0.3%, and spends fewer of its steps on nearly clean data.
-SCHEDULE = NoiseSchedule(beta_start=0.005, beta_end=0.02)
 
 
 def _unit_vectors(captions: list[str]) -> Tensor:

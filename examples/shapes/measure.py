@@ -14,21 +14,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from examples.shapes.autoencoder import Autoencoder
-from examples.shapes.codec import MODALITIES, SCHEDULE, decode_captions, encode_captions
+from examples.shapes.codec import decode_captions, encode_captions
 from examples.shapes.pictures import read_picture, render
 from examples.shapes.world import SCENES, VALUES, Scene, draw, draw_captions, joint, read_caption
 from unidiffuser.sampling import sample
+from unidiffuser.schedule import NoiseSchedule
+from unidiffuser.uvit import UViT
 
 FLOOR_ROUNDS = 200
 CODEC_PICTURES = 3
 
 
+TASKS = ("t2i", "i2t", "joint", "i", "t")
+# Scenes that drawn pictures show, and that drawn captions say; None what cannot be read.
+Read = list[Scene | None]
+
+
 @dataclass(frozen=True)
 class Protocol:
-    """How samples are drawn for the final figures.
+    """How samples are drawn: so many of each task with an input and of each without one.
 
     Guidance serves the conditional tasks alone: it sharpens, and so would change what the others are measured by. Fresh noise at
     every step forgets what the network got slightly wrong at the steps before.
@@ -111,48 +117,67 @@ def distribution(scenes: Sequence[Scene | None]) -> dict[str, Any]:
 class Artist:
     """A trained network with its codec, which draws pictures (n, 64, 64, 3), uint8, and writes captions; one sample a seed."""
 
-    def __init__(self, model: nn.Module, codec: Autoencoder, protocol: Protocol) -> None:
+    def __init__(self, model: UViT, codec: Autoencoder, protocol: Protocol) -> None:
         self.model, self.codec, self.protocol = model.eval(), codec, protocol
+        self.schedule = NoiseSchedule.of(model.config.noise)
 
-    def paint(self, captions: list[str]) -> np.ndarray:
-        """Text to image: a picture for each caption."""
-        return self.codec.decode(self._latents("t2i", len(captions), {"words": encode_captions(captions)})["latent"])
+    def paint(self, captions: list[str], first: int = 0) -> np.ndarray:
+        """Text to image: a picture for each caption, with the seeds from `first` on."""
+        return self.codec.decode(self._latents("t2i", first, len(captions), {"text": encode_captions(captions)})["latent"])
 
-    def describe(self, pictures: np.ndarray) -> list[str]:
+    def describe(self, pictures: np.ndarray, first: int = 0) -> list[str]:
         """Image to text: a caption for each picture."""
-        return decode_captions(self._latents("i2t", len(pictures), {"latent": self.codec.encode(pictures)})["words"])
+        given = {"latent": self.codec.encode(pictures)}
+        return decode_captions(self._latents("i2t", first, len(pictures), given)["text"])
 
-    def imagine(self, count: int) -> tuple[np.ndarray, list[str]]:
+    def imagine(self, count: int, first: int = 0) -> tuple[np.ndarray, list[str]]:
         """Joint: pictures with their captions."""
-        drawn = self._latents("joint", count)
-        return self.codec.decode(drawn["latent"]), decode_captions(drawn["words"])
+        drawn = self._latents("joint", first, count)
+        return self.codec.decode(drawn["latent"]), decode_captions(drawn["text"])
 
-    def pictures(self, count: int) -> np.ndarray:
+    def pictures(self, count: int, first: int = 0) -> np.ndarray:
         """Image only."""
-        return self.codec.decode(self._latents("i", count)["latent"])
+        return self.codec.decode(self._latents("i", first, count)["latent"])
 
-    def captions(self, count: int) -> list[str]:
+    def captions(self, count: int, first: int = 0) -> list[str]:
         """Text only."""
-        return decode_captions(self._latents("t", count)["words"])
+        return decode_captions(self._latents("t", first, count)["text"])
 
-    def _latents(self, task: str, count: int, given: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    def _latents(
+        self, task: str, first: int, count: int, given: dict[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
         settings = self.protocol
+        seeds = range(settings.seed + first, settings.seed + first + count)
         drawn = sample(
-            self.model, task, MODALITIES, settings.batch, settings.steps, settings.guidance if given else 0.0,
-            range(settings.seed, settings.seed + count), settings.sampler, given, schedule=SCHEDULE,
+            self.model, task, self.model.config.modalities, settings.batch, settings.steps, settings.guidance if given else 0.0,
+            seeds, settings.sampler, given, schedule=self.schedule,
         )  # fmt: skip
         return {name: values.cpu() for name, values in drawn.items()}
 
 
-def conditional(artist: Artist, count: int, seed: int) -> dict[str, dict[str, float]]:
-    """`accuracy` of text to image and of image to text, for scenes, pictures and captions that training never saw."""
-    rng = np.random.default_rng(seed)
-    scenes = draw(rng, count)
-    captions, pictures = draw_captions(scenes, rng), np.stack([render(scene, rng) for scene in scenes])
-    return {
-        "t2i": accuracy(scenes, [read_picture(picture) for picture in artist.paint(captions)]),
-        "i2t": accuracy(scenes, [read_caption(text) for text in artist.describe(pictures)]),
-    }
+def asked(protocol: Protocol) -> tuple[list[Scene], list[str], np.ndarray]:
+    """Scenes with captions and pictures that training never saw, which the tasks with an input are given."""
+    rng = np.random.default_rng(protocol.seed)
+    scenes = draw(rng, protocol.conditional)
+    return scenes, draw_captions(scenes, rng), np.stack([render(scene, rng) for scene in scenes])
+
+
+def read_samples(artist: Artist, task: str, start: int, stop: int) -> tuple[Read, Read]:
+    """What samples `start` to `stop` - 1 of a task show and what they say; empty where it draws no pictures, or no captions."""
+    pictures, captions = np.empty((0,)), list[str]()
+    if task in ("t2i", "i2t"):
+        _, texts, seen = asked(artist.protocol)
+        if task == "t2i":
+            pictures = artist.paint(texts[start:stop], start)
+        else:
+            captions = artist.describe(seen[start:stop], start)
+    elif task == "joint":
+        pictures, captions = artist.imagine(stop - start, start)
+    elif task == "i":
+        pictures = artist.pictures(stop - start, start)
+    else:
+        captions = artist.captions(stop - start, start)
+    return [read_picture(picture) for picture in pictures], [read_caption(text) for text in captions]
 
 
 def codec_accuracy(codec: Autoencoder) -> dict[str, float]:
@@ -163,14 +188,15 @@ def codec_accuracy(codec: Autoencoder) -> dict[str, float]:
     return accuracy(scenes, [read_picture(picture) for picture in decoded])
 
 
-def measure(artist: Artist) -> dict[str, Any]:
-    """All five distributions of one network, measured."""
-    protocol = artist.protocol
-    result: dict[str, Any] = {"codec": codec_accuracy(artist.codec)}
-    result |= conditional(artist, protocol.conditional, protocol.seed)
-    pictures, captions = artist.imagine(protocol.unconditional)
-    shown, said = [read_picture(picture) for picture in pictures], [read_caption(text) for text in captions]
-    result["joint"] = {"consistency": accuracy(said, shown), "image": distribution(shown), "text": distribution(said)}
-    result["i"] = distribution([read_picture(picture) for picture in artist.pictures(protocol.unconditional)])
-    result["t"] = distribution([read_caption(text) for text in artist.captions(protocol.unconditional)])
-    return result
+def measure(codec: Autoencoder, protocol: Protocol, read: dict[str, tuple[Read, Read]]) -> dict[str, Any]:
+    """All five distributions of one network, measured, of what `read_samples` gave for each task."""
+    scenes, _, _ = asked(protocol)
+    shown, said = read["joint"]
+    return {
+        "codec": codec_accuracy(codec),
+        "t2i": accuracy(scenes, read["t2i"][0]),
+        "i2t": accuracy(scenes, read["i2t"][1]),
+        "joint": {"consistency": accuracy(said, shown), "image": distribution(shown), "text": distribution(said)},
+        "i": distribution(read["i"][0]),
+        "t": distribution(read["t"][1]),
+    }

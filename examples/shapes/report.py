@@ -1,52 +1,51 @@
-"""What is published: the figures as JSON, and a page with tables, curves and samples."""
+"""What is published: the figures, and a page with tables, the curve of the losses and samples."""
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from examples.shapes.codec import LENGTH, SCHEDULE
-from examples.shapes.history import History
+from examples.shapes.codec import LENGTH
 from examples.shapes.measure import Artist
-from examples.shapes.sheets import curve, sheet
-from examples.shapes.training import BATCH, CONFIG, MIN_SNR_GAMMA
 from examples.shapes.world import SCENES, VALUES
 
-COMMAND = "python -m examples.shapes"
-
+COMMAND = "unidiffuser run configs/shapes.yaml"
 
 BARS = (
-    ("t2i_accuracy", "text to image, attributes right", 0.90, True),
-    ("i2t_accuracy", "image to text, attributes right", 0.90, True),
-    ("joint_consistency", "joint samples whose picture and caption agree in all four attributes", 0.90, True),
+    ("t2i_accuracy", "text to image, attributes right", 0.99, True),
+    ("i2t_accuracy", "image to text, attributes right", 0.99, True),
+    ("joint_consistency", "joint samples whose picture and caption agree in all four attributes", 0.99, True),
     ("image_marginal_tv", f"image only, total variation over all {len(SCENES)} scenes", 0.05, False),
     ("text_marginal_tv", f"text only, total variation over all {len(SCENES)} scenes", 0.05, False),
-    ("minutes", "minutes of training", 60, False),
+    ("minutes", "minutes of training", 28, False),
 )
 
 
-def figures(found: dict[str, Any], codec: History, network: History, artist: Artist) -> dict[str, Any]:
+def figures(
+    artist: Artist, found: dict[str, Any], made: dict[str, Any], training: dict[str, Any], rows: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The content of shapes.json: seven figures, and below `details` what they are made of.
 
     Args:
         found: of `measure.measure`.
-        codec: history of the codec's training; the minutes count.
-        network: history of the U-ViT's training.
+        made: the summary of the dataset of pairs; the minutes count.
+        training: the configuration of the network's training.
+        rows: of the history of that.
     """
-    protocol = artist.protocol
+    protocol, network, schedule = artist.protocol, artist.model.config, artist.schedule
+    minutes, core_minutes = (sum(row[name] for row in rows) / 60 for name in ("seconds", "core_seconds"))
+    pairs = made["latents"]["minutes"]
     return {
         "t2i_accuracy": round(found["t2i"]["attributes"], 4),
         "i2t_accuracy": round(found["i2t"]["attributes"], 4),
         "joint_consistency": round(found["joint"]["consistency"]["all"], 4),
         "image_marginal_tv": round(found["i"]["joint"], 4),
         "text_marginal_tv": round(found["t"]["joint"], 4),
-        "minutes": round(codec.minutes + network.minutes, 1),
-        "core_minutes": round(codec.core_minutes + network.core_minutes, 1),
+        "minutes": round(made["codec"]["minutes"] + pairs + minutes, 1),
+        "core_minutes": round(made["codec"]["core_minutes"] + pairs + core_minutes, 1),
         "parameters": parameters(artist.model),
         "details": rounded(found),
         "samples": {"conditional": protocol.conditional, "unconditional": protocol.unconditional},
@@ -57,21 +56,18 @@ def figures(found: dict[str, Any], codec: History, network: History, artist: Art
             "guidance_unconditional": 0.0,
         },
         "training": {
-            "min_snr_gamma": MIN_SNR_GAMMA,
-            "last_signal": round(SCHEDULE.alpha_bar[-1].sqrt().item(), 4),
-            "steps": network.rows[-1]["step"],
-            "batch": BATCH,
-            "minutes": round(network.minutes, 1),
+            "min_snr_gamma": training["objective"]["min_snr_gamma"],
+            "last_signal": round(schedule.alpha_bar[-1].sqrt().item(), 4),
+            "steps": rows[-1]["step"],
+            "batch": training["global_batch"],
+            "minutes": round(minutes, 1),
         },
-        "network": {"width": CONFIG.width, "depth": CONFIG.depth, "heads": CONFIG.heads},
-        "codec": {
-            "parameters": parameters(artist.codec),
-            "steps": codec.rows[-1]["step"],
-            "minutes": round(codec.minutes, 1),
-        },
+        "network": {"width": network.width, "depth": network.depth, "heads": network.heads},
+        "codec": {name: made["codec"][name] for name in ("parameters", "steps", "minutes")},
+        "pairs": made["latents"],
         "command": COMMAND,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": next(artist.model.parameters()).device.type,
         "torch": torch.__version__,
     }
@@ -119,16 +115,18 @@ read pictures and captions back; what they cannot read counts as wrong, and is a
 *Captions are green where a parser finds that picture and caption agree, red where not.*
 
 One U-ViT of {values["parameters"]:,} parameters learns all five distributions from scratch: {training["steps"]:,} steps of
-{training["batch"]} fresh pairs, {training["minutes"]} minutes, with the project's own model, sampler and objective (min-SNR
-weights, gamma {training["min_snr_gamma"]}). The noise schedule leaves {training["last_signal"]:.1%} of the data at its end;
-scenes and timesteps come from a Sobol sequence, so that no stretch of steps has more than its share of any; Muon moves the
-matrices of the blocks, AdamW the rest; the learning rate falls along a cosine.
+{training["batch"]} pairs, {training["minutes"]} minutes, by the stages that train on anything else: the recipe is
+`configs/shapes.yaml`. Its objective has min-SNR weights (gamma {training["min_snr_gamma"]}). The noise schedule leaves
+{training["last_signal"]:.1%} of the data at its end; scenes and timesteps come from one Sobol sequence, so that no stretch of
+steps has more than its share of any; Muon moves the matrices of the blocks, AdamW the rest; the learning rate falls along a
+cosine.
 
 Before it, and frozen after, a small convolutional autoencoder is trained as picture codec ({codec["parameters"]:,} parameters,
 {codec["minutes"]} minutes), on crowds of forms that tell nothing of the world's distribution: 64 x 64 pixels become 16 image
-tokens. The caption codec, a scaled unit vector for each of {LENGTH} words, needs no training. Together {values["minutes"]}
-minutes by the clock (cores: {values["cores"]}, threads: {values["threads"]}), checks on the way included, and
-{values["core_minutes"]} minutes of processor time ({values["device"]}, torch {values["torch"]}).
+tokens. The caption codec, a scaled unit vector for each of {LENGTH} words, needs no training. Making the pairs takes
+{values["pairs"]["minutes"]} minutes of one core. Together {values["minutes"]} minutes by the clock (cores: {values["cores"]},
+threads: {values["threads"]}) and {values["core_minutes"]} minutes of processor time ({values["device"]}, torch
+{values["torch"]}).
 
 | figure | value | bar | met |
 |---|---|---|---|
@@ -153,19 +151,9 @@ which no model beats):
 {tv_row("joint: pictures", details["joint"]["image"])}
 {tv_row("joint: captions", details["joint"]["text"])}
 
-All samples are drawn in {sampling["steps"]} steps of `{sampling["sampler"]}`, with the moving average of the weights. The dots of
-the curve are small checks on the way:
+All samples are drawn in {sampling["steps"]} steps of `{sampling["sampler"]}`, with the moving average of the weights.
 
-![Losses, and the accuracy of each attribute, against minutes of training](shapes-curve.png)
+![Losses against minutes of training](shapes-curve.png)
 
-`make shapes` (or `{COMMAND}`) trains and measures again, and goes on where it was stopped; the figures are in `shapes.json`.
+`make shapes` runs `{COMMAND}`, which goes on where it was stopped, and keeps its report here; the figures are in `shapes.json`.
 """
-
-
-def write(folder: Path, values: dict[str, Any], network: History, artist: Artist) -> None:
-    """shapes.json, shapes.md, shapes-curve.png and shapes-samples.png in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "shapes.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / "shapes.md").write_text(page(values), encoding="utf-8")
-    curve(folder / "shapes-curve.png", network.rows)
-    sheet(folder / "shapes-samples.png", artist)

@@ -1,47 +1,36 @@
-"""What a person looks at: the curves of a training run, and a sheet of samples of all five tasks."""
+"""What a person looks at: the losses of a training run, and a sheet of samples of all five tasks."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from examples.shapes.measure import Artist
 from examples.shapes.pictures import read_picture, render
-from examples.shapes.world import VALUES, draw, draw_captions, read_caption
+from examples.shapes.world import draw, draw_captions, read_caption
 
 INK, PALE, GOOD, BAD = "#22272e", "#8b949e", "#1a7f37", "#cf222e"
 COLUMNS = 7
 SIDE_INCHES, GAP, TITLE, CAPTION = 1.6, 0.14, 0.36, 0.46
 
 
-def curve(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Losses and accuracies of the network's training against its minutes."""
-    figure = Figure(figsize=(9, 5), dpi=110, facecolor="white")
-    above, below = figure.subplots(2, 1, sharex=True)
-    losses = [row for row in rows if "loss" in row]
-    for name, color in (("image", "C0"), ("text", "C1")):
-        above.plot([row["minutes"] for row in losses], [row[name] for row in losses], color=color, linewidth=1, label=name)
-    above.set_yscale("log")
-    above.set_ylabel("squared error of the noise")
-    checks = [row for row in rows if "t2i" in row]
-    for task, name, style in (("t2i", "text to image", "-"), ("i2t", "image to text", "--")):
-        for number, attribute in enumerate(VALUES):
-            values = [row[task][attribute] for row in checks]
-            below.plot([row["minutes"] for row in checks], values, f"o{style}", color=f"C{number + 2}", markersize=3, linewidth=1,
-                       label=f"{name}: {attribute}")  # fmt: skip
-    below.set_ylim(0, 1.03)
-    below.set_ylabel("attribute right")
-    below.set_xlabel("minutes of training")
-    for axes in (above, below):
-        axes.grid(color=PALE, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+def curve(file: Path | IO[bytes], rows: list[dict[str, Any]]) -> None:
+    """Losses of the network's training against its minutes, from rows with `seconds`, `loss_latent` and `loss_text`."""
+    figure = Figure(figsize=(9, 3), dpi=110, facecolor="white")
+    axes = figure.subplots()
+    minutes = np.cumsum([row["seconds"] for row in rows]) / 60
+    for name, color in (("latent", "C0"), ("text", "C1")):
+        axes.plot(minutes, [row[f"loss_{name}"] for row in rows], color=color, linewidth=1, label=name)
+    axes.set(yscale="log", ylabel="squared error of the noise", xlabel="minutes of training")
+    axes.grid(color=PALE, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(file, metadata={"Software": None})
 
 
 def sheet(path: Path, artist: Artist) -> None:

@@ -64,6 +64,13 @@ def draw(rng: np.random.Generator, count: int) -> list[Scene]:
     return [SCENES[index] for index in rng.choice(len(SCENES), size=count, p=joint().ravel())]
 
 
+def scene_at(point: float) -> Scene:
+    """The scene at a number in 0 .. 1, of which each has its probability as a stretch."""
+    return SCENES[int(np.searchsorted(_ENDS, point, side="right"))]
+
+
+_ENDS = joint().ravel().cumsum()[:-1]
+
 NUMBERS = {1: "one", 2: "two"}
 WHERE = {
     "left": "on the left",
@@ -74,21 +81,23 @@ WHERE = {
 PHRASINGS = ("{number} {colour} {things} {where}", "{where} {number} {colour} {things}", "{number} {things} {where} in {colour}")
 
 
-def caption(scene: Scene, phrasing: int) -> str:
-    """One of the ways to say it.
+def caption(scene: Scene, point: float) -> str:
+    """One of the ways to say it, by a number in 0 .. 1.
 
-    >>> [caption(Scene("red", "square", "left", 2), n) for n in range(len(PHRASINGS))]
+    >>> [caption(Scene("red", "square", "left", 2), point) for point in (0.1, 0.5, 0.9)]
     ['two red squares on the left', 'on the left two red squares', 'two squares on the left in red']
     """
     things = scene.form if scene.count == 1 else scene.form + "s"
-    return PHRASINGS[phrasing].format(number=NUMBERS[scene.count], colour=scene.colour, things=things, where=WHERE[scene.place])
+    return PHRASINGS[int(len(PHRASINGS) * point)].format(
+        number=NUMBERS[scene.count], colour=scene.colour, things=things, where=WHERE[scene.place]
+    )
 
 
 def all_captions() -> Iterator[tuple[str, Scene]]:
     """Every caption that the grammar has, with its scene."""
     for scene in SCENES:
         for phrasing in range(len(PHRASINGS)):
-            yield caption(scene, phrasing), scene
+            yield caption(scene, (phrasing + 0.5) / len(PHRASINGS)), scene
 
 
 @lru_cache(maxsize=1)
@@ -103,6 +112,4 @@ def read_caption(text: str) -> Scene | None:
 
 def draw_captions(scenes: list[Scene], rng: np.random.Generator) -> list[str]:
     """A caption for each scene, its phrasing drawn uniformly."""
-    return [
-        caption(scene, phrasing) for scene, phrasing in zip(scenes, rng.integers(len(PHRASINGS), size=len(scenes)), strict=True)
-    ]
+    return [caption(scene, point) for scene, point in zip(scenes, rng.random(len(scenes)), strict=True)]

@@ -21,7 +21,7 @@ from stages.runner.recipe import Document, Encoders
 # Section -> where it is written in a recipe; those of stages have the stage's name.
 PLACES = {
     "recipe": "",
-    **{name: f"subsets.SUBSET.{name}" for name in ("select", "download", "folder", "filter", "encode")},
+    **{name: f"subsets.SUBSET.{name}" for name in ("select", "download", "folder", "filter", "encode", "world")},
     "text-codec": "text-codec",
     "train": "train.NAME",
     "evaluate": "evaluate",

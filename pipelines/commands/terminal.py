@@ -21,7 +21,7 @@ from rich.text import Text
 from infra.dataset import Stats
 from pipelines.commands.brief import short
 from pipelines.flows.run import Outcome, Run
-from stages.catalog import FOLDER_STAGES, SUBSET_STAGES
+from stages.catalog import ROW_STAGES
 from stages.runner.graph import Planned
 from stages.runner.recipe import Recipe
 
@@ -190,7 +190,7 @@ def funnel_table(recipe: Recipe, stats: Mapping[str, Stats]) -> Table:
     table.add_column("dropped")
     first: dict[str, int] = {}
     for node, counted in stats.items():
-        if recipe.nodes[node].stage not in (*SUBSET_STAGES, *FOLDER_STAGES) and not counted.dropped:
+        if recipe.nodes[node].stage not in ROW_STAGES and not counted.dropped:
             continue
         before = recipe.nodes[node].inputs.get("rows")
         first[node] = first.get(before or "", counted.rows_in)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipelines.flows.parameters import Choice, place_of
-from stages.catalog import FOLDER_STAGES, SUBSET_STAGES
+from stages.catalog import ROW_STAGES
 from stages.runner.recipe import Node, Recipe
 
 AS_WRITTEN = "as in the recipe"
@@ -122,7 +122,7 @@ def _joined(tabs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _group(node: Node) -> tuple[str, str]:
     """The subset or section that a node is written in, and its name there."""
-    if node.stage in (*SUBSET_STAGES, *FOLDER_STAGES):
+    if node.stage in ROW_STAGES:
         return node.name.removesuffix(f"-{node.stage}"), node.stage
     return node.stage, node.name.removeprefix(f"{node.stage}-")
 

@@ -18,7 +18,7 @@ LIMIT = "gpu"
 # How long the slots of a holder that died stay taken, and how often a waiting node looks whether its run is to stop, in seconds.
 LEASE = 60.0
 GLANCE = 20.0
-GPU_STAGES = frozenset({"filter", "text-codec", "encode", "train", "evaluate"})
+GPU_STAGES = frozenset({"filter", "text-codec", "encode", "world", "train", "evaluate"})
 
 
 @contextmanager

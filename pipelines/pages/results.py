@@ -99,6 +99,10 @@ def _codec(node: str, summary: Mapping[str, Any]) -> list[str]:
 
 def _scores(dataset: Dataset) -> list[str]:
     summary = dataset.manifest.summary
+    if "preference" not in summary:
+        lines = [(name.replace("_", " "), f"**{value:g}**") for name, value in summary.items()]
+        pictures = [image(name, data_uri(dataset, dataset.file(f"shapes-{name}.png")), WIDTH) for name in ("samples", "curve")]
+        return ["## Scores", table(("", ""), lines), *pictures]
     told = f"closer to its own picture than to another, of {summary['prompts']:,} prompts"
     lines = [(SCORES.get(name, name), f"**{value:.1%}**") for name, value in summary["preference"].items()]
     return ["## Scores", table(("", told), lines), image("losses", data_uri(dataset, dataset.file("loss-curve.png")), WIDTH)]

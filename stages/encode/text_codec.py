@@ -25,6 +25,7 @@ from stages.shards.tables import read_table
 from unidiffuser.references import weights_digest
 
 if TYPE_CHECKING:
+    from training.single import SingleTraining
     from unidiffuser.encoders import ClipEncoder
     from unidiffuser.text_decoder import TextCodec
 
@@ -146,20 +147,17 @@ class Trainer:
 
         config = self.config
         order = torch.Generator().manual_seed(config.seed)
-        optimizer = torch.optim.AdamW(self.codec.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        best, state, waited, history, losses = -1.0, None, 0, [], []
-        start = last_word = time.monotonic()
-        for step in range(1, config.steps + 1):
+
+        def loss_at(step: int) -> tuple[Any, dict[str, float]]:
             picks = torch.randint(len(train), (min(config.batch, len(train)),), generator=order).tolist()
             batch = [train[i] for i in picks]
             self.codec.train()
-            loss = self.codec.loss(self.codec.encode(self.clip.tokens(batch).clone()), batch, config.noise)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
+            return self.codec.loss(self.codec.encode(self.clip.tokens(batch).clone()), batch, config.noise), {}
+
+        best, state, waited, history, losses = -1.0, None, 0, [], []
+        start = last_word = time.monotonic()
+        for step, loss, _ in self.training().run(loss_at, config.steps):
+            losses.append(loss)
             if time.monotonic() - last_word > 5:
                 rate = step / (time.monotonic() - start)
                 more = {"loss": round(losses[-1], 4), "steps_per_s": round(rate, 2), **time_left(config.steps - step, rate)}
@@ -184,12 +182,17 @@ class Trainer:
         self.codec.standardise(self.clip.tokens([train[i] for i in some]))
         return history
 
-    def rate(self, step: int) -> float:
-        import math
+    def training(self) -> SingleTraining:
+        """AdamW on the codec, whose learning rate falls to zero over the steps."""
+        from training.optimizers.adamw import AdamW
+        from training.rates import ScheduleConfig
+        from training.single import SingleTraining
 
         config = self.config
-        warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-        return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+        optimizer = AdamW(lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.999)).build(self.codec.named_parameters())
+        warmup = min(config.warmup_steps, config.steps - 1)
+        schedule = ScheduleConfig(warmup_steps=warmup, decay="cosine", decay_steps=config.steps)
+        return SingleTraining(self.codec, [optimizer], schedule, clip=0)
 
     def bleu(self, captions: list[str], beams: int) -> float:
         return bleu4(self.clip, self.codec, captions, self.config.batch, beams)
@@ -221,7 +224,7 @@ class TextCodecStage(Stage):
     """One dataset: codec.json, codec.safetensors and the GPT-2 folder that `TextCodec.load` reads."""
 
     name = "text-codec"
-    version = 4
+    version = 5
     Config = TextCodecConfig
     phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources, memory=("batch",)),)
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.nearest import nearest
 from infra.text import TextError, text_of
-from stages.catalog import FOLDER_STAGES, STAGES, SUBSET_STAGES, stage_class
+from stages.catalog import FOLDER_STAGES, LATENT_STAGES, MADE_STAGES, STAGES, SUBSET_STAGES, stage_class
 from stages.runner.deployment import Deploy
 from stages.runner.document import DocumentError, parse
 
@@ -63,7 +63,7 @@ class Document(BaseModel):
     description: str = Field("", description="one line for people")
     encoders: Encoders = Field(default_factory=lambda: Encoders.model_validate({}), description="what all stages share")
     subsets: dict[str, dict[str, Any]] = Field(
-        description="SUBSET -> its stages: select, download or folder, then filter and encode"
+        description="SUBSET -> its stages: select, download or folder, then filter and encode; or world"
     )
     text_codec: dict[str, Any] | None = Field(
         None, alias="text-codec", description="the text decoder; needed where text is encoded"
@@ -189,9 +189,12 @@ class _Builder:
         if before is not None and "folder" in stages:
             raise RecipeError(f"{place}.from: a folder has nothing before it; remove `from` or `folder`")
         own = "folder" in stages or (before is not None and self.nodes[before].stage == "folder")
-        chain = FOLDER_STAGES if own else SUBSET_STAGES
+        made = next((stage for stage in MADE_STAGES if stage in stages), None)
+        chain = (made,) if made else FOLDER_STAGES if own else SUBSET_STAGES
         if unknown := [key for key in stages if key not in (*chain, "from")]:
             raise RecipeError(f"{place}.{unknown[0]}: unknown; expected {', '.join(chain)} or from")
+        if before is not None and made:
+            raise RecipeError(f"{place}.from: {made} has nothing before it; remove `from` or `{made}`")
         start = 0 if before is None else chain.index(self.nodes[before].stage) + 1
         if early := [stage for stage in chain[:start] if stage in stages]:
             raise RecipeError(f"{place}.{early[0]}: {before} already stands after it; remove it or `from`")
@@ -228,10 +231,23 @@ class _Builder:
                 continue
             if last is None:
                 raise RecipeError(f"{stage}: needs a training stage; add one below `train`")
-            inputs = {"checkpoint": last, "codec": "text-codec"}
+            inputs = {"checkpoint": last, "codec": self.codec(stage, values, last)}
             if stage == "evaluate":
                 inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
             self.add(stage, stage, values, stage, inputs)
+
+    def codec(self, stage: str, values: dict[str, Any], training: str) -> str:
+        """The node whose codec a checkpoint is drawn with: that of the data's own world, or the text codec."""
+        data = (self.nodes[node] for name, node in self.nodes[training].inputs.items() if name.startswith("data."))
+        made, measure = next((node for node in data if node.stage in MADE_STAGES), None), values.get("measure")
+        if made is None:
+            if measure in MADE_STAGES.values():
+                raise RecipeError(f"{stage}.measure: {measure} knows no pictures but its own; leave it out")
+            return "text-codec"
+        if stage == "evaluate" and measure == MADE_STAGES[made.stage]:
+            return made.name
+        fix = f"write `measure: {MADE_STAGES[made.stage]}`" if stage == "evaluate" else "leave it out"
+        raise RecipeError(f"{stage}: {made.name} has no text codec; {fix}")
 
     def training(self, name: str, values: dict[str, Any]) -> str:
         place = f"train.{name}"
@@ -247,9 +263,10 @@ class _Builder:
         _check_weights(f"{place}.data.weights", data, (values.get("data") or {}).get("weights"))
         inputs = {}
         for subset in data:
-            if f"{subset}-encode" not in self.nodes:
+            latents = next((node for stage in LATENT_STAGES if (node := f"{subset}-{stage}") in self.nodes), None)
+            if latents is None:
                 raise RecipeError(f"{place}.data: the subset {subset} has no encode")
-            inputs[f"data.{subset}"] = f"{subset}-encode"
+            inputs[f"data.{subset}"] = latents
         node = f"train-{name}"
         if before is not None:
             values["from"] = before = self.origin(node, f"{place}.from", before)

@@ -29,7 +29,7 @@ MACHINERY = (
     "stages/train/preview.py",
     "stages/train/track",
 )
-ROOMS = ("stages", "training", "unidiffuser")
+ROOMS = ("stages", "training", "unidiffuser", "examples")
 
 
 def sources(stage: str) -> list[Path]:

@@ -227,6 +227,7 @@ def order_told(config: Any, digests: list[str]) -> dict[str, Any]:
         "seed": config.seed,
         "global_batch": config.global_batch,
         "data.lanes": list(config.lanes),
+        "data.order": config.data.order,
         "data.shuffle_window": config.data.shuffle_window,
         "data.where": list(config.data.where),
         "data.weights": config.data.weights,

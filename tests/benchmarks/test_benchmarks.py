@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import training
+from benchmarks import shapes, training
 from benchmarks.frame import interleaved
 from benchmarks.matmuls import Product, replay
+from stages.runner.recipe import load_recipe
 from training.config import ModelConfig, TrainConfig
 from unidiffuser.modalities import paper_modalities
 
@@ -94,3 +95,19 @@ def test_sides_take_turns_in_changing_order():
     order: list[str] = []
     seconds = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU)
     assert order == list("abbaab") and all(len(values) == 3 for values in seconds.values())
+
+
+def test_every_change_of_shapes_changes_what_it_names():
+    plain = load_recipe(shapes.RECIPE).nodes
+    for name, change in shapes.CHANGES.items():
+        nodes = load_recipe(shapes.RECIPE, [f"name=shapes-{name}", *change.fields]).nodes
+        changed = [node for node in plain if nodes[node].config != plain[node].config]
+        assert len(changed) == bool(change.fields), name
+        assert change.fields or change.share != 1 or name == "none"
+
+
+def test_shapes_meets_its_bars_only_with_all_of_them():
+    good = {**shapes.AT_LEAST, **shapes.AT_MOST}
+    assert shapes.met(good)
+    assert not any(shapes.met({**good, name: bar - 0.01}) for name, bar in shapes.AT_LEAST.items())
+    assert not any(shapes.met({**good, name: bar + 0.01}) for name, bar in shapes.AT_MOST.items())

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
-from examples.encoders.progress import cosine_fall
-from examples.shapes import autoencoder, measure, training
-from examples.shapes.__main__ import main
-from examples.shapes.autoencoder import LATENT_DEVIATION, Autoencoder, crowded_pictures
+from examples.shapes.autoencoder import LATENT_DEVIATION, Autoencoder
 from examples.shapes.codec import LENGTH, WORD_SCALE, WORDS, decode_captions, encode_captions
-from examples.shapes.history import History
 from examples.shapes.measure import accuracy, distribution, floor, total_variation, variations
 from examples.shapes.pictures import PALETTE, PAPER, SIDE, read_picture, render
-from examples.shapes.training import batch_at, evenly
+from examples.shapes.pretraining import crowded_pictures, fit
 from examples.shapes.world import (
     COLOURS,
     PHRASINGS,
@@ -30,9 +25,8 @@ from examples.shapes.world import (
     draw_captions,
     joint,
     read_caption,
+    scene_at,
 )
-from training.config import ScheduleConfig
-from training.rates import learning_rate
 
 RED_SQUARES = Scene("red", "square", "left", 2)
 
@@ -162,138 +156,27 @@ def test_a_sampler_of_the_truth_scores_the_floor_and_wrong_ones_do_not() -> None
     assert variations(table * 1000, 0)["joint"] == pytest.approx(0, abs=1e-9)
 
 
-class Pixels(Autoencoder):
-    """A codec that loses nothing: 8 x 8 pixel patches as channels."""
-
-    def encode(self, pictures: np.ndarray) -> torch.Tensor:
-        return torch.nn.functional.pixel_unshuffle(torch.from_numpy(pictures).permute(0, 3, 1, 2).float(), 8)
-
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
-        return torch.nn.functional.pixel_shuffle(latents, 8).byte().permute(0, 2, 3, 1).numpy()
-
-
-def test_a_step_sees_the_same_pairs_whenever_it_is_done_and_they_belong_together() -> None:
-    (first, first_t), (again, again_t), (other, other_t) = (batch_at(step, 32, Pixels()) for step in (7, 7, 8))
-    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
-    assert all(torch.equal(first_t[name], again_t[name]) and not torch.equal(first_t[name], other_t[name]) for name in first_t)
-    scenes = [read_picture(picture) for picture in Pixels().decode(first["latent"])]
-    assert None not in scenes and scenes == [read_caption(text) for text in decode_captions(first["words"])]
-
-
-def test_every_stretch_of_steps_has_its_share_of_each_scene_at_each_pair_of_timesteps() -> None:
-    points = np.concatenate([evenly(step, 64) for step in range(100, 612)])
-    assert np.array_equal(evenly(611, 64), points[-64:]) and points.min() >= 0 and points.max() < 1
-    # Against random points: the numbers in each of 4^4 equal boxes of the cube vary by the square root of their mean.
-    boxes = np.histogramdd(points, bins=4, range=[(0, 1)] * 4)[0]
-    assert boxes.std() < 0.1 * boxes.mean() ** 0.5
-    timesteps = torch.cat([torch.stack(list(batch_at(step, 64, Pixels())[1].values())) for step in range(32)], dim=1)
-    assert timesteps.min() == 1 and timesteps.max() == 1000
-    assert abs(timesteps.double().mean(1) - 500.5).max() < 1 and abs(torch.corrcoef(timesteps.double())[0, 1]) < 0.01
-
-
-def test_each_parameter_is_moved_by_one_optimizer_and_the_matrices_of_the_blocks_by_muon(small) -> None:
-    model = training.build()
-    muon, rest = training.optimizers(model)
-    moved = [value for optimizer in (muon, rest) for group in optimizer.param_groups for value in group["params"]]
-    assert sorted(map(id, moved)) == sorted(map(id, model.parameters()))
-    by_muon = {id(value) for value in muon.param_groups[0]["params"]}
-    assert all(id(block.attn.qkv.weight) in by_muon for block in (*model.in_blocks, model.mid_block, *model.out_blocks))
-    assert not by_muon & {id(value) for module in (model.inputs, model.outputs) for value in module.parameters()}
-
-
-def test_the_learning_rate_falls_as_the_trainer_lets_it() -> None:
-    schedule = ScheduleConfig(warmup_steps=100, decay="cosine", decay_steps=1000)
-    rate = cosine_fall(1000, peak=2.0, warmup=100)
-    for step in range(1000):
-        assert rate(step) == pytest.approx(learning_rate(step, 2.0, schedule), abs=1e-12)
-
-
-def test_the_state_of_an_older_version_is_refused(small, tmp_path) -> None:
-    training.fit(tmp_path, Autoencoder(), 1)
-    state = torch.load(tmp_path / "shapes.pt", weights_only=True)
-    torch.save({name: value for name, value in state.items() if name != "optimizers"}, tmp_path / "shapes.pt")
-    with pytest.raises(SystemExit, match=r"shapes.pt is of an older version: delete it to train anew"):
-        training.fit(tmp_path, Autoencoder(), 2)
-
-
-def test_the_codec_learns_and_its_latents_are_centred_at_their_scale(tmp_path) -> None:
+def test_the_codec_learns_and_its_latents_are_centred_at_their_scale() -> None:
     def error(codec: Autoencoder) -> float:
         pictures = crowded_pictures(999, 16)
         return float(np.square(codec.decode(codec.encode(pictures)).astype(float) - pictures).mean())
 
-    early, _ = autoencoder.fit(tmp_path / "early", torch.device("cpu"), 1)
-    codec, history = autoencoder.fit(tmp_path / "later", torch.device("cpu"), 40)
-    assert error(codec) < 0.5 * error(early)
+    told: list[int] = []
+    early = fit(torch.device("cpu"), 1)
+    codec = fit(torch.device("cpu"), 40, lambda step, loss: told.append(step))
+    assert error(codec) < 0.5 * error(early) and told == list(range(1, 41))
     rng = np.random.default_rng(1)
     latents = codec.encode(np.stack([render(scene, rng) for scene in draw(rng, 500)]))
     assert latents.std().item() == pytest.approx(LATENT_DEVIATION, rel=0.05)
     assert latents.mean(0).square().mean().sqrt() < 0.15 * LATENT_DEVIATION
-    assert [row["step"] for row in history.rows] == [25, 40]
 
 
 def test_captions_are_drawn_in_all_phrasings() -> None:
     drawn = draw_captions([RED_SQUARES] * 60, np.random.default_rng(0))
-    assert set(drawn) == {caption(RED_SQUARES, phrasing) for phrasing in range(len(PHRASINGS))}
+    assert set(drawn) == {caption(RED_SQUARES, point) for point in (0.1, 0.5, 0.9)}
 
 
-def test_the_history_goes_on_after_an_interruption_and_counts_the_time_of_steps_done_twice(tmp_path) -> None:
-    history = History(tmp_path / "history.jsonl")
-    history.before = 5.0, 9.0
-    history.add(25, loss=1.0)
-    history.add(50, loss=0.9)
-    history.add(50, t2i={"attributes": 0.5})
-    resumed = History(tmp_path / "history.jsonl")
-    assert resumed.minutes >= 5.0 and resumed.core_minutes >= 9.0 and resumed.rows == history.rows
-    resumed.add(50, loss=0.8)
-    assert [(row["step"], row.get("loss")) for row in resumed.rows] == [(25, 1.0), (50, None), (50, 0.8)]
-    resumed.add(40, loss=0.7)
-    assert [row["step"] for row in resumed.rows] == [25, 40]
-
-
-@pytest.fixture
-def small(monkeypatch) -> None:
-    """A tiny network, and no compiler."""
-    monkeypatch.setattr(training, "CONFIG", training.CONFIG.model_copy(update={"width": 16, "depth": 2, "heads": 2}))
-    monkeypatch.setattr(training, "BATCH", 4)
-    monkeypatch.setattr(training, "CHECK", training.Protocol(conditional=2, steps=2))
-    monkeypatch.setattr(measure, "CODEC_PICTURES", 1)
-    monkeypatch.setattr(measure, "FLOOR_ROUNDS", 20)
-    monkeypatch.setattr(training, "find_compiler", lambda _: None)
-
-
-def test_the_experiment_runs_end_to_end_and_goes_on_where_it_stopped(small, tmp_path, capsys) -> None:
-    arguments = f"--state {tmp_path}/state --out {tmp_path}/out --samples 10 --threads 1 --codec-steps 3 --steps 4"
-    main(arguments.split())
-    assert "without compilation" in capsys.readouterr().out
-    out = tmp_path / "out"
-    values = json.loads((out / "shapes.json").read_text())
-    for name in ("t2i_accuracy", "i2t_accuracy", "joint_consistency", "image_marginal_tv", "text_marginal_tv"):
-        assert 0 <= values[name] <= 1
-    assert values["parameters"] == sum(p.numel() for p in training.build().parameters())
-    assert values["t2i_accuracy"] == 0 and values["image_marginal_tv"] > 0.3  # it has learned nothing
-    page = (out / "shapes.md").read_text()
-    assert "| text to image, attributes right | 0.0 | at least 0.9 | **no** |" in page and "| at most 60 | yes |" in page
-    assert all((out / name).stat().st_size > 5000 for name in ("shapes-curve.png", "shapes-samples.png"))
-
-    training.fit(tmp_path / "state", Autoencoder(), 5)
-    assert "going on from step 4" in capsys.readouterr().out
-
-
-def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(small, tmp_path, monkeypatch) -> None:
-    codec = Autoencoder()
-    straight, _ = training.fit(tmp_path / "straight", codec, 6)
-
-    def stop(*arguments) -> dict:
-        if arguments[0] == 3:
-            raise KeyboardInterrupt
-        return batch_at(*arguments)
-
-    monkeypatch.setattr("examples.encoders.progress.SAVE_EVERY_SECONDS", 0.0)
-    monkeypatch.setattr(training, "batch_at", stop)
-    with pytest.raises(KeyboardInterrupt):
-        training.fit(tmp_path / "broken", codec, 6)
-    monkeypatch.setattr(training, "batch_at", batch_at)
-    resumed, history = training.fit(tmp_path / "broken", codec, 6)
-    for name, value in straight.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    assert [row["step"] for row in history.rows if "t2i" in row] == [1, 2, 3, 4, 5, 6]
+def test_every_scene_has_its_probability_as_a_stretch_of_the_numbers() -> None:
+    points = (np.arange(100_000) + 0.5) / 100_000
+    counts = Counter(scene_at(point) for point in points)
+    assert [counts[scene] / 100_000 for scene in SCENES] == pytest.approx(joint().ravel().tolist(), abs=2e-5)

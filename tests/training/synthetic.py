@@ -26,7 +26,7 @@ MOMENTS, CLIP, TEXT, SCALE = (4, 4, 4), (6,), (3, 5), 0.18215
 
 
 def write_shards(
-    folder: Path, files: int = 2, rows: int = 40, group: int = 8, logvar: float = 0.0, side: int = 4
+    folder: Path, files: int = 2, rows: int = 40, group: int = 8, logvar: float = 0.0, side: int = 4, clip: bool = True
 ) -> tuple[str, ...]:
     """Shards whose row i of file f has the key FFFFIIII, random moments, and `aesthetic` = i % 10 (null where i % 10 is 9)."""
     moments = (MOMENTS[0], side, side)
@@ -45,6 +45,9 @@ def write_shards(
             "text": _binary(rng.standard_normal((rows, *TEXT)).astype(np.float16)),
             "aesthetic": pa.array([None if row % 10 == 9 else float(row % 10) for row in range(rows)], pa.float32()),
         }
+        if not clip:
+            columns.pop("clip")
+            told.pop("clip", None)
         table = pa.table(columns).replace_schema_metadata({b"unidiffuser": json.dumps(told).encode()})
         path = folder / f"{file:05d}.parquet"
         pq.write_table(table, path, row_group_size=group, compression="none", use_dictionary=False, write_page_checksum=True)

@@ -17,7 +17,8 @@ from PIL import Image
 
 from infra.dataset import FileEntry, Stats
 from infra.store import Store
-from stages.evaluate.stage import Draw, EvaluateConfig, Model, Report, plan_draws, plan_report
+from stages.evaluate.preference import Draw, Model, Report, plan_draws, plan_report
+from stages.evaluate.stage import EvaluateConfig
 from stages.runner.contract import Job, Output, Unit, UnitRecord
 from tests.stages.committed import dataset_of
 from unidiffuser.modalities import paper_modalities
@@ -75,7 +76,7 @@ def test_the_floor_has_prompts_of_its_own_number(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {n}\n" for n in range(60)))
     config = EvaluateConfig(prompts="prompts.txt", count=52, untrained=30)
     job = Job(Store(str(tmp_path)), "evaluate", "evaluate", config, {}, {str(tmp_path / "prompts.txt"): "d"}, {})
-    assert [(unit.name, unit.payload["stop"]) for unit in plan_draws(job, {})] == [
+    assert [(unit.name, unit.payload["stop"]) for unit in plan_draws(job)] == [
         ("model-00000", 25), ("model-00025", 50), ("model-00050", 52), ("untrained-00000", 25), ("untrained-00025", 30),
     ]  # fmt: skip
 
@@ -151,8 +152,8 @@ def reported(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> t
     assert unit.digests == (checkpoint.manifest.fingerprint, "model0", "model3", "untrained0", "captions0")
 
     sheet: list[Any] = []
-    monkeypatch.setattr("stages.evaluate.stage.sample_sheet", lambda file, rows: sheet.extend(rows))
-    monkeypatch.setattr("stages.evaluate.stage.loss_curve", lambda file, histories: None)
+    monkeypatch.setattr("stages.evaluate.preference.sample_sheet", lambda file, rows: sheet.extend(rows))
+    monkeypatch.setattr("stages.evaluate.preference.loss_curve", lambda file, histories: None)
     report.run(unit, out := Output(tmp_path / "report"))
     return json.loads((out.folder / "report.json").read_text()), sheet
 

@@ -14,7 +14,7 @@ from infra.dataset import Stats
 from pipelines.commands.checkpoints import Misuse
 from pipelines.commands.sampling import read_image
 from stages.encode.stage import Encoder
-from stages.evaluate.stage import Model
+from stages.evaluate.preference import Model
 from stages.filter.stage import decode
 from stages.runner.contract import StageError
 from stages.shards.images import ImageConfig

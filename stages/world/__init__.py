@@ -1,0 +1,1 @@
+"""world: pairs of a world whose every distribution is known, as latents."""
