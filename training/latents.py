@@ -88,8 +88,8 @@ class LatentSpec:
         lacking = [field for field in (*parts, "scaling_factor") if field not in facts]
         if lacking:
             raise ShardError(f"{name}: the schema metadata lacks {', '.join(lacking)}; write it with the encode stage")
-        moments, clip, text = (tuple(facts[part]) if part in parts else None for part in PARTS)
-        return cls(moments, clip, text, float(facts["scaling_factor"]))
+        shapes = {part: tuple(facts[part]) for part in parts}
+        return cls(shapes["moments"], shapes.get(OPTIONAL), shapes["text"], float(facts["scaling_factor"]))
 
 
 def _parts(facts: dict[str, Any], columns: Collection[str]) -> list[str]:
