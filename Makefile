@@ -98,9 +98,10 @@ findings:
 	@for script in findings/*.sh; do echo "$$script"; bash $$script || exit 1; done
 
 # Pins every dependency with hashes; run it after changing pyproject.toml.
+# The other trackers hold back packages of ours: who wants one installs it beside them.
 lock: | $(UV)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-		--all-extras pyproject.toml --output-file requirements.lock
+		--extra dev --extra lora --extra tensorboard pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv runs
