@@ -103,8 +103,8 @@ class LatentSpec:
             width = 2 * int(np.prod(told[part]))
             if schema.field(part).type != pa.binary(width):
                 raise ShardError(f"{name}: {part} is {schema.field(part).type}, expected fixed_size_binary[{width}]")
-        moments, clip, text = (tuple(told[part]) if part in parts else None for part in PARTS)
-        return cls(moments, clip, text, float(told["scaling_factor"]))
+        shapes = {part: tuple(told[part]) for part in parts}
+        return cls(shapes["moments"], shapes.get(OPTIONAL), shapes["text"], float(told["scaling_factor"]))
 
 
 def held_out(key: str, fraction: float) -> bool:
