@@ -60,6 +60,7 @@ CHANGES = {
     "half-the-batch": Change(_training(global_batch="32")),
     "half-the-batch-twice-the-steps": Change(_training(global_batch="32"), 2),
     "twice-the-batch-half-the-steps": Change(_training(global_batch="128"), 0.5),
+    "bf16": Change(_training(precision="bf16", zero_stage="1")),
     "not-compiled": Change(_training(compile="false")),
 }
 
