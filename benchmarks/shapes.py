@@ -60,6 +60,7 @@ CHANGES = {
     "half-the-batch": Change(_training(global_batch="32")),
     "half-the-batch-twice-the-steps": Change(_training(global_batch="32"), 2),
     "twice-the-batch-half-the-steps": Change(_training(global_batch="128"), 0.5),
+    "bf16": Change(_training(precision="bf16", zero_stage="1")),
     "not-compiled": Change(_training(compile="false")),
 }
 
@@ -112,11 +113,12 @@ def main(
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
 ) -> None:
     """Learn the world of shapes; the ratio is that of an earlier commit's minutes, or of the bar's 28, to this one's."""
-    words, whole = machine(torch.device("cpu")), load_recipe(RECIPE).nodes["train-shapes"].config.steps
+    config: Any = load_recipe(RECIPE).nodes["train-shapes"].config
+    words = machine(torch.device("cpu"))
     chosen = {name: CHANGES[name] for name in (only or CHANGES)} if changes else {"none": CHANGES["none"]}
     table: dict[str, dict[str, Any]] = {}
     for name, change in chosen.items():
-        found = learned(store, name, change, steps or whole)
+        found = learned(store, name, change, steps or config.steps)
         table[name] = {figure: found[figure] for figure in SHOWN} | {"steps": found["training"]["steps"]}
         progress(" ".join([name, *(f"{figure}={value}" for figure, value in table[name].items())]))
     peer = learned_before(before, store) if before else None

@@ -14,7 +14,8 @@ from training.averaging import EmaConfig, ema_decay
 class Weighted(Protocol):
     """Weights in some tensors, such as `training.masters.Masters`."""
 
-    vectors: Sequence[Tensor]
+    @property
+    def vectors(self) -> Sequence[Tensor]: ...
 
 
 class Ema:

@@ -17,7 +17,7 @@ import torch
 
 from examples.shapes.autoencoder import Autoencoder
 from examples.shapes.codec import decode_captions, encode_captions
-from examples.shapes.pictures import read_picture, render
+from examples.shapes.pictures import SIDE, read_picture, render
 from examples.shapes.world import SCENES, VALUES, Scene, draw, draw_captions, joint, read_caption
 from unidiffuser.sampling import sample
 from unidiffuser.schedule import NoiseSchedule
@@ -164,7 +164,7 @@ def asked(protocol: Protocol) -> tuple[list[Scene], list[str], np.ndarray]:
 
 def read_samples(artist: Artist, task: str, start: int, stop: int) -> tuple[Read, Read]:
     """What samples `start` to `stop` - 1 of a task show and what they say; empty where it draws no pictures, or no captions."""
-    pictures, captions = np.empty((0,)), list[str]()
+    pictures, captions = np.empty((0, SIDE, SIDE, 3), np.uint8), list[str]()
     if task in ("t2i", "i2t"):
         _, texts, seen = asked(artist.protocol)
         if task == "t2i":
@@ -177,7 +177,7 @@ def read_samples(artist: Artist, task: str, start: int, stop: int) -> tuple[Read
         pictures = artist.pictures(stop - start, start)
     else:
         captions = artist.captions(stop - start, start)
-    return [read_picture(picture) for picture in pictures], [read_caption(text) for text in captions]
+    return [read_picture(np.asarray(picture)) for picture in pictures], [read_caption(text) for text in captions]
 
 
 def codec_accuracy(codec: Autoencoder) -> dict[str, float]:

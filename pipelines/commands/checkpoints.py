@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from infra.dataset import Dataset, by_prefix, find, pointed
 from infra.store import Store, StoreError
+from stages.catalog import MADE_STAGES
 from stages.drawing.assembly import assemble
 from stages.evaluate.export import ExportConfig
 from stages.runner.contract import Job, StageError
@@ -194,6 +195,11 @@ def training_job(checkpoint: Dataset, named: Named) -> Job:
     store, node = checkpoint.store, checkpoint.manifest.node
     data = next(reference for name, reference in checkpoint.manifest.inputs.items() if name.startswith("data."))
     encode = find(store, data.stage, data.fingerprint)
+    if encode is not None and encode.manifest.stage in MADE_STAGES:
+        measure = MADE_STAGES[encode.manifest.stage]
+        raise Misuse(
+            f"{node} was trained on {encode.manifest.node}, which has no text codec: `evaluate: {{measure: {measure}}}` draws it"
+        )
     reference = encode.manifest.inputs["codec"] if encode else None
     codec = find(store, reference.stage, reference.fingerprint) if reference else None
     if encode is None or codec is None:

@@ -61,9 +61,9 @@ class Draw(_Drawer):
         read = dict(zip(WRITTEN, read_samples(self.artist, unit.payload["task"], start, stop), strict=True))
         numbers = {scene: number for number, scene in enumerate(SCENES)}
         columns = {
-            name: pa.array(
-                [UNREADABLE if scene is None else numbers[scene] for scene in scenes] or [None] * (stop - start), pa.int8()
-            )
+            name: pa.array([UNREADABLE if scene is None else numbers[scene] for scene in scenes], pa.int8())
+            if scenes
+            else pa.nulls(stop - start, pa.int8())
             for name, scenes in read.items()
         }
         write_table(pa.table(columns), out.path("drawn.parquet", stop - start))

@@ -267,6 +267,8 @@ class _Builder:
             if latents is None:
                 raise RecipeError(f"{place}.data: the subset {subset} has no encode")
             inputs[f"data.{subset}"] = latents
+            if self.nodes[latents].stage in MADE_STAGES and (values.get("preview") or {}).get("count"):
+                raise RecipeError(f"{place}.preview: {latents} has no text codec to draw with; remove it")
         node = f"train-{name}"
         if before is not None:
             values["from"] = before = self.origin(node, f"{place}.from", before)

@@ -68,8 +68,8 @@ def flop_of(width: int, depth: int, batch: int, latent: int, text: int) -> int:
 def test_the_products_of_a_step_are_those_of_the_formula(checkpointing):
     model = ModelConfig(width=64, depth=4, heads=2, activation_checkpointing=checkpointing)
     config = TrainConfig(steps=1, global_batch=3, model=model)
-    products = training.Step(config, paper_modalities((4, 8, 8), text=(5, 64)), CPU).products()
-    expected = flop_of(width=64, depth=4, batch=3, latent=8, text=5)
+    products = training.Step(config, paper_modalities((4, 12, 12), text=(5, 64)), CPU).products()
+    expected = flop_of(width=64, depth=4, batch=3, latent=12, text=5)
     found = sum(product.flop for product in products)
     assert found > expected if checkpointing else found == expected
 

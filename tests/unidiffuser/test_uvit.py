@@ -14,7 +14,7 @@ from unidiffuser.modalities import (
     resized,
     token_order,
 )
-from unidiffuser.uvit import Block, UViT, UViTConfig, resize_positions
+from unidiffuser.uvit import Block, UViT, UViTConfig, plain_attention, resize_positions
 
 
 def small_config(
@@ -194,7 +194,7 @@ def test_attention_runs_in_the_autocast_type(monkeypatch):
         return attention(query, key, value)
 
     monkeypatch.setattr("unidiffuser.uvit.F.scaled_dot_product_attention", record)
-    model = UViT(small_config())
+    model = UViT(small_config(latent=(4, 12, 12)))
     x, t = inputs(model.config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(x, t)
@@ -228,3 +228,9 @@ def test_wrong_declarations_are_named(parts, message):
             heads=1,
             modalities=(Modality(name="m", parts=tuple(Part(**p) for p in parts)),),
         )
+
+
+def test_attention_written_out_is_torchs():
+    query, key, value = torch.randn(3, 2, 4, 25, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    assert torch.allclose(plain_attention(query, key, value), theirs, atol=1e-6)

@@ -297,6 +297,30 @@ def test_a_plan_says_what_differs_from_the_dataset_that_a_node_gave_last(
     assert (found.state, found.reasons) == ("stale", [reason.format(version=version) for reason in reasons])
 
 
+SHAPES = Path(__file__).parent.parent.parent.parent / "configs" / "shapes.yaml"
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("export={}", "export: shapes-world has no text codec; leave it out"),
+        ("evaluate={prompts: x.txt}", "evaluate: shapes-world has no text codec; write `measure: shapes`"),
+        ("evaluate={measure: shapes, prompts: x.txt}", "evaluate: prompts: shapes has its own; leave it out"),
+        ("train.shapes.preview={count: 2}", "train.shapes.preview: shapes-world has no text codec to draw with; remove it"),
+        ("subsets.shapes.encode={}", "subsets.shapes.encode: unknown; expected world or from"),
+    ],
+)
+def test_what_a_world_of_its_own_has_not_is_refused(change: str, line: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(SHAPES, [change])
+    assert str(refused.value).startswith(line)
+
+
+def test_the_measure_of_a_world_is_for_that_world_alone() -> None:
+    with pytest.raises(RecipeError, match="^evaluate.measure: shapes knows no pictures but its own; leave it out$"):
+        load_recipe(SHAPES.with_name("demo.yaml"), ["evaluate={measure: shapes}"])
+
+
 def test_the_recipes_that_we_ship_are_good() -> None:
     for path in (Path(__file__).parent.parent.parent.parent / "configs").glob("*.yaml"):
         assert load_recipe(path).nodes
