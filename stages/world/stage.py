@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
+from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord
 from stages.runner.run import emit_progress
 from stages.shards.latents import binaries
 from stages.shards.tables import write_table
@@ -42,7 +42,6 @@ class WorldConfig(StageConfig):
     )
     codec_steps: int = Field(1500, ge=1, description="training steps of the picture codec")
     seed: int = Field(0, ge=0, lt=2**31, description="decides the pairs")
-    workers: int | None = operational(None, "rendering processes at most; as many as the cluster holds when not given", ge=1)
 
 
 class CodecTrainer:
@@ -167,7 +166,7 @@ class World(Stage):
     Config = WorldConfig
     phases = (
         Phase("codec", plan_codec, worker=CodecTrainer, resources=codec_resources),
-        Phase("latents", plan_shards, worker=Renderer, resources=lambda config: Resources(workers=config.workers)),
+        Phase("latents", plan_shards, worker=Renderer),
     )
 
     @classmethod

@@ -110,7 +110,7 @@ def test_the_nodes_that_wait_for_gpus_are_those_whose_workers_take_some(monkeypa
         )
     assert waited == taken == {
         "select": 0, "download": 0, "folder": 0, "filter": 3, "text-codec": 1, "encode": 3,
-        "train": 1, "evaluate": 3, "export": 0,
+        "train": 1, "evaluate": 3, "export": 0, "world": 1,
     }  # fmt: skip
 
 
