@@ -18,7 +18,7 @@ from pydantic import Field
 from infra.dataset import FileEntry
 from infra.external import fetch_outside
 from stages.encode.pinned import check_codec, codec_files, load_codec
-from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, StageError, Unit, UnitRecord
+from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, StageError, Unit, UnitRecord, single_trainer
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.tables import read_table
@@ -210,23 +210,13 @@ def plan_training(job: Job, _: Records) -> list[Unit]:
     return [Unit("codec", digests, rows=sum(entry.rows for entry in entries))]
 
 
-def trainer_resources(config: TextCodecConfig) -> Resources:
-    import ray
-
-    from stages.runner.pool import gpus_each
-
-    gpus, cpus = gpus_each(), ray.cluster_resources().get("CPU", 1)
-    # Without a GPU the one worker may as well use the cores of a small machine, since nothing else runs meanwhile.
-    return Resources(cpus=1 if gpus else min(4, cpus), gpus=gpus, workers=1)
-
-
 class TextCodecStage(Stage):
     """One dataset: codec.json, codec.safetensors and the GPT-2 folder that `TextCodec.load` reads."""
 
     name = "text-codec"
     version = 5
     Config = TextCodecConfig
-    phases = (Phase("train", plan_training, worker=Trainer, resources=trainer_resources, memory=("batch",)),)
+    phases = (Phase("train", plan_training, worker=Trainer, resources=single_trainer, memory=("batch",)),)
 
     @classmethod
     def weights(cls, config: TextCodecConfig) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord
+from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord, single_trainer
 from stages.runner.run import emit_progress
 from stages.shards.latents import binaries
 from stages.shards.tables import write_table
@@ -148,16 +148,6 @@ def plan_shards(job: Job, records: Records) -> Iterator[Unit]:
         yield Unit(f"{number:05d}", (entry.sha256,), {"codec": entry.path, "start": start, "stop": stop}, stop - start)
 
 
-def codec_resources(config: WorldConfig) -> Resources:
-    """All cores of a small machine: nothing else runs meanwhile."""
-    import ray
-
-    from stages.runner.pool import gpus_each
-
-    gpus, cpus = gpus_each(), ray.cluster_resources().get("CPU", 1)
-    return Resources(cpus=1 if gpus else min(4, cpus), gpus=gpus, workers=1)
-
-
 class World(Stage):
     """codec.safetensors, and latents in Parquet without a column `clip`."""
 
@@ -165,7 +155,7 @@ class World(Stage):
     version = 1
     Config = WorldConfig
     phases = (
-        Phase("codec", plan_codec, worker=CodecTrainer, resources=codec_resources),
+        Phase("codec", plan_codec, worker=CodecTrainer, resources=single_trainer),
         Phase("latents", plan_shards, worker=Renderer),
     )
 
