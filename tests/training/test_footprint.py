@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.training.peak import peak_of
-from tests.training.synthetic import config, write_shards
+from tests.training.synthetic import KeepIn, config, write_shards
 from training.config import TrainConfig
 from training.footprint import fitting, footprint, parameters
 from training.job import TrainJob
@@ -17,14 +17,10 @@ from training.job import TrainJob
 SIDE, TOKENS = 32, 16 * 16 + 1 + 3 + 2
 
 
-def publish(folder: str, step: int, metrics: Any) -> None:
-    """Keeps nothing."""
-
-
 def measured(folder: Path, **changes: Any) -> tuple[int, TrainConfig]:
     settings = config(**{"steps": 2, "validation": {"fraction": 0.0}, "checkpoint_every": 100, **changes})
     shards = write_shards(folder / "shards", files=1, side=SIDE)
-    return peak_of(TrainJob(settings, shards, str(folder / "work"), publish), folder), settings
+    return peak_of(TrainJob(settings, shards, str(folder / "work"), KeepIn(str(folder / "kept"))), folder), settings
 
 
 SMALL, LARGE = ({"width": width, "depth": 6, "heads": 4} for width in (256, 512))
