@@ -63,6 +63,16 @@ def test_a_group_that_lives_and_takes_no_step_is_given_up() -> None:
     assert "no step has ended for 1001 s, after step 2" in str(silence.verdict(heard(3, 2), began + STILL_TIMES * longest + 1))
 
 
+def test_a_group_that_went_back_takes_steps_again() -> None:
+    """It needs longer from the checkpoint of step 10 to step 100 than a group may stand still."""
+    silence, allowed = Silence(60), 60 * STILL_TIMES
+    for step in range(100):
+        assert silence.verdict({0: (sign(0, step), 1.0)}, float(step)) is None
+    for step in range(11, 100):
+        assert silence.verdict({0: (sign(0, step), 1.0)}, 100 + 20.0 * (step - 10)) is None
+    assert silence.verdict({0: (sign(0, 99), 1.0)}, 100 + 20.0 * 89 + allowed + 1) is not None
+
+
 def test_the_end_of_a_worker_is_told_by_what_it_left() -> None:
     assert _how_it_ended("Fatal Python error: Segmentation fault\n\nThread 0x1:\n", None) == "crashed (Segmentation fault)"
     assert _how_it_ended("", None).startswith("was killed (SIGKILL")
