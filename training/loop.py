@@ -114,6 +114,7 @@ class _Run:
         measured = gauges(trained, precision, device, self.world, self.config.lora is not None)
         self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every, measured)
         self.step, self.optimizer_steps, self.plateau = self.begin.step, 0, Plateau()
+        self.met, self.damaged_groups = 0, dict[int, str]()
         self.adapters: Adapters | None = None
         self.saver = Saver(job.publish)
         self._start(folder)
@@ -231,6 +232,7 @@ class _Run:
         finally:
             batches.close()  # type: ignore[attr-defined]
             self.saver.close()
+            profile.close()
         return Outcome(self.step, self.meter.rows[-1] if self.meter.rows else {}, stopped and self.step < config.steps)
 
     def _train_step(self, batch: Batch, stop_requested: Callable[[int], bool]) -> tuple[Row | None, bool]:
@@ -258,10 +260,25 @@ class _Run:
                 self.saver.commit()
         values, sums = self.losses.unpack(numbers, self.world)
         values, sums = self._counted({**values, "grad_norm": self.guard.norm}, sums)
-        if groups > (allowed := self.config.damage.skip_damaged):
-            raise too_many_damaged(self.config, int(groups), "; ".join(self.loader.damaged.values()) or f"more than {allowed}")
-        damage = self.damage.told() | ({"damaged_groups": int(groups)} if groups else {})
-        return self.meter.step(self.step, lr, values, sums, damage), bool(stop)
+        damage = self.damage.told() | self._damaged_groups(int(groups))
+        # After steps that were skipped there would be no checkpoint: the next one that is not is waited for.
+        return self.meter.step(self.step, lr, values, sums, damage), bool(stop) and not self.damage.in_a_row
+
+    def _damaged_groups(self, met: int) -> dict[str, int]:
+        """How many row groups are damaged, if any is; all workers must call it.
+
+        Args:
+            met: the sum of how many each worker has met; in another epoch another worker meets the same one.
+
+        Raises:
+            ShardError: more than are allowed.
+        """
+        if met != self.met:
+            self.met = met
+            self.damaged_groups = dict(pair for pairs in gathered(list(self.loader.damaged.items())) for pair in pairs)
+            if len(self.damaged_groups) > self.config.damage.skip_damaged:
+                raise too_many_damaged(self.config, len(self.damaged_groups), "; ".join(self.damaged_groups.values()))
+        return {"damaged_groups": len(self.damaged_groups)} if self.damaged_groups else {}
 
     def _counted(self, values: dict[str, float], sums: Sums) -> tuple[dict[str, float], Sums]:
         """What a step gives to the history: nothing if it was skipped.
@@ -298,7 +315,8 @@ class _Run:
         if int(self.loader.index.held.sum()) == 0:
             return
         # Weights and average change places, so what is still to be written of them is copied first.
-        self.saver.seal()
+        with self.meter.waiting("checkpoint"):
+            self.saver.seal()
         with self.meter.excluded():
             values = self._mean_losses(self.held_out)
             with self.masters.computing_with(self.ema.vectors):
