@@ -233,7 +233,7 @@ class _Run:
             batches.close()  # type: ignore[attr-defined]
             self.saver.close()
             profile.close()
-        return Outcome(self.step, self.meter.rows[-1] if self.meter.rows else {}, stopped and self.step < config.steps)
+        return Outcome(self.step, stopped and self.step < config.steps)
 
     def _train_step(self, batch: Batch, stop_requested: Callable[[int], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""

@@ -100,7 +100,7 @@ class Cluster:
                 self.step, end = cluster.ends.pop(0)
                 if isinstance(end, Exception):
                     raise end
-                return Outcome(self.step, {}, end)
+                return Outcome(self.step, end)
 
         return Group()
 
@@ -115,7 +115,7 @@ def test_a_group_goes_on_with_the_greatest_number_that_fits_and_shares_the_batch
     ends = [(5, Lost("a", frozenset())), (9, True), (12, False)]
     cluster = Cluster(monkeypatch, [9, 9, 7, 3], ends)
     outcome = train(job(workers={"min": 1, "max": 8}))
-    assert (cluster.workers, outcome) == ([8, 4, 2], Outcome(12, {}, False))
+    assert (cluster.workers, outcome) == ([8, 4, 2], Outcome(12, False))
 
 
 def test_a_run_that_loses_workers_gives_up_where_it_comes_no_further(
@@ -140,7 +140,7 @@ def test_a_stop_is_kept_to_while_there_is_no_room(monkeypatch: pytest.MonkeyPatc
     stop = threading.Event()
     cluster = Cluster(monkeypatch, [2, 2, 0], [(3, Lost("gone"))])
     monkeypatch.setattr(threading.Event, "wait", lambda event, timeout: event.set() or True)
-    assert train(job(workers=2), stop=stop) == Outcome(3, {}, True)
+    assert train(job(workers=2), stop=stop) == Outcome(3, True)
     assert cluster.workers == [2]
 
 
