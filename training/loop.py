@@ -22,7 +22,7 @@ from training.config import TrainConfig
 from training.damage import Damage
 from training.ema import Ema
 from training.engine import compiled, initialise_engine, resolve_precision
-from training.fetching import Fetching, gathered
+from training.fetching import Fetching, agreed, gathered
 from training.fitting import fitted
 from training.guard import Guard, unless_finite
 from training.history import Meter, Row, means
@@ -96,6 +96,7 @@ class _Run:
         self.keep = job.keep if folder is None else ALL
         folder = folder if folder is not None else fetching(job.init_from)
         state = read_state(folder) if folder is not None else None
+        agreed(state.step if state is not None else 0)
         self.begin = begin(state, self.keep, len(job.shards), self.config.global_batch)
         self.damage, self.tries = Damage() if state is None or not counts_on(self.keep) else state.damage, 0
         if back is not None:
