@@ -136,7 +136,7 @@ class Checkpoint:
     """A checkpoint opened for reading, for a model whose grids may have other sizes.
 
     Args:
-        folder: as written by `write_checkpoint`.
+        folder: as `training.saving` has it written.
         model: configuration of the model that will take the weights.
 
     Raises:

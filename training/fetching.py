@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from training.job import Source
+from training.job import Source, TrainingError
 
 
 def gathered(found: list) -> list[list]:
@@ -16,6 +16,20 @@ def gathered(found: list) -> list[list]:
     everybody: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everybody, found)
     return everybody
+
+
+def agreed(step: int) -> None:
+    """Hold the step that this worker begins from against all others': each machine fetches for itself, and takes an older
+    checkpoint in place of one that it finds damaged.
+
+    Raises:
+        TrainingError: they are not the same.
+    """
+    if len(steps := sorted({found for (found,) in gathered([step])})) > 1:
+        told = " and ".join(map(str, steps))
+        raise TrainingError(
+            f"machines begin from the checkpoints of steps {told}, as one of them found the newer damaged; run again"
+        )
 
 
 class Fetching:

@@ -108,8 +108,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: steps done, the newest row of the history, and whether it was stopped before its last step."""
+    """How a run ended: steps done, and whether it was stopped before its last step."""
 
     step: int
-    metrics: Row
     stopped: bool

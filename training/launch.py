@@ -92,7 +92,7 @@ def train(
                     return outcome
                 step, reason = outcome.step, _why_stopped(attempt, outcome.step)
             if requested.is_set() or (found := room.again(requested)) is None:
-                return Outcome(step, {}, True)
+                return Outcome(step, True)
             workers, job = found, plan()
             log.warning("%s; going on from the newest checkpoint with %d workers", reason, workers)
 

@@ -125,14 +125,14 @@ class Loader:
     Args:
         config: the run.
         shards: latent shards in their fixed order; paths or fsspec URLs.
-        subsets: names, of each shard; they are needed where `data.weights` gives subsets their shares.
+        subsets: name of the one that each shard is of; by default they are all of one. `data.weights` gives them their shares,
+            and a validation looks at as many rows of each.
         told: what datasets tell of the shards.
         rank, world: this worker takes the `rank`-th of `world` equal slices of every global batch.
         gather: see `training.index`.
         timesteps: N of the noise schedule; timesteps are drawn from 1 .. N.
         order_from: the step that reads place 0 of the order.
         growth: how many of the shards there were, by place; by default all of them from place 0 on.
-        inputs: number of the input that each shard is of; by default they are all of one.
 
     Raises:
         ShardError: a shard cannot be used.

@@ -22,7 +22,7 @@ from training.config import TrainConfig
 from training.damage import Damage
 from training.ema import Ema
 from training.engine import compiled, initialise_engine, resolve_precision
-from training.fetching import Fetching, gathered
+from training.fetching import Fetching, agreed, gathered
 from training.fitting import fitted
 from training.guard import Guard, unless_finite
 from training.history import Meter, Row, means
@@ -96,6 +96,7 @@ class _Run:
         self.keep = job.keep if folder is None else ALL
         folder = folder if folder is not None else fetching(job.init_from)
         state = read_state(folder) if folder is not None else None
+        agreed(state.step if state is not None else 0)
         self.begin = begin(state, self.keep, len(job.shards), self.config.global_batch)
         self.damage, self.tries = Damage() if state is None or not counts_on(self.keep) else state.damage, 0
         if back is not None:
@@ -114,6 +115,7 @@ class _Run:
         measured = gauges(trained, precision, device, self.world, self.config.lora is not None)
         self.meter = Meter(self.config.global_batch, self.loader.epochs, self.config.log_every, measured)
         self.step, self.optimizer_steps, self.plateau = self.begin.step, 0, Plateau()
+        self.met, self.damaged_groups = 0, dict[int, str]()
         self.adapters: Adapters | None = None
         self.saver = Saver(job.publish)
         self._start(folder)
@@ -231,7 +233,8 @@ class _Run:
         finally:
             batches.close()  # type: ignore[attr-defined]
             self.saver.close()
-        return Outcome(self.step, self.meter.rows[-1] if self.meter.rows else {}, stopped and self.step < config.steps)
+            profile.close()
+        return Outcome(self.step, stopped and self.step < config.steps)
 
     def _train_step(self, batch: Batch, stop_requested: Callable[[int], bool]) -> tuple[Row | None, bool]:
         """One optimizer step; gives the row of the history when its interval is full, and whether to stop."""
@@ -258,10 +261,25 @@ class _Run:
                 self.saver.commit()
         values, sums = self.losses.unpack(numbers, self.world)
         values, sums = self._counted({**values, "grad_norm": self.guard.norm}, sums)
-        if groups > (allowed := self.config.damage.skip_damaged):
-            raise too_many_damaged(self.config, int(groups), "; ".join(self.loader.damaged.values()) or f"more than {allowed}")
-        damage = self.damage.told() | ({"damaged_groups": int(groups)} if groups else {})
-        return self.meter.step(self.step, lr, values, sums, damage), bool(stop)
+        damage = self.damage.told() | self._damaged_groups(int(groups))
+        # After steps that were skipped there would be no checkpoint: the next one that is not is waited for.
+        return self.meter.step(self.step, lr, values, sums, damage), bool(stop) and not self.damage.in_a_row
+
+    def _damaged_groups(self, met: int) -> dict[str, int]:
+        """How many row groups are damaged, if any is; all workers must call it.
+
+        Args:
+            met: the sum of how many each worker has met; in another epoch another worker meets the same one.
+
+        Raises:
+            ShardError: more than are allowed.
+        """
+        if met != self.met:
+            self.met = met
+            self.damaged_groups = dict(pair for pairs in gathered(list(self.loader.damaged.items())) for pair in pairs)
+            if len(self.damaged_groups) > self.config.damage.skip_damaged:
+                raise too_many_damaged(self.config, len(self.damaged_groups), "; ".join(self.damaged_groups.values()))
+        return {"damaged_groups": len(self.damaged_groups)} if self.damaged_groups else {}
 
     def _counted(self, values: dict[str, float], sums: Sums) -> tuple[dict[str, float], Sums]:
         """What a step gives to the history: nothing if it was skipped.
@@ -298,7 +316,8 @@ class _Run:
         if int(self.loader.index.held.sum()) == 0:
             return
         # Weights and average change places, so what is still to be written of them is copied first.
-        self.saver.seal()
+        with self.meter.waiting("checkpoint"):
+            self.saver.seal()
         with self.meter.excluded():
             values = self._mean_losses(self.held_out)
             with self.masters.computing_with(self.ema.vectors):

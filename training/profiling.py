@@ -66,3 +66,9 @@ class Profile:
             self.running.export_chrome_trace(str(file))
             self.running = None
             self.done(str(file))
+
+    def close(self) -> None:
+        """The run ends or goes back: a trace that is not whole is given up, which would grow otherwise."""
+        if self.running is not None:
+            self.running.stop()
+            self.running = None

@@ -24,6 +24,7 @@ from stages.runner.graph import Planned
 from stages.runner.ledger import chain_of, where_it_begins
 from stages.runner.recipe import Node, Recipe, RecipeError
 from stages.runner.run import check_disk, make_job
+from stages.world.stage import CAPTION_WORDS, LATENT_SIDE, WorldConfig
 from training.config import TrainConfig
 from training.footprint import footprint, too_much
 from unidiffuser.availability import unavailable
@@ -242,10 +243,17 @@ def _memory(recipe: Recipe, nodes: Mapping[str, Node]) -> Iterator[Problem]:
 
 
 def _tokens(recipe: Recipe, node: Node) -> int:
-    """Tokens of a sample of a training: two timesteps, CLIP's embedding and text, and the largest latents of its subsets."""
-    encodes = [cast(EncodeConfig, recipe.nodes[made].config) for name, made in node.inputs.items() if name.startswith("data.")]
-    side = max(config.size for config in encodes) // REDUCTION
-    return 2 + 1 + TEXT + (side // cast(TrainConfig, node.config).model.patch) ** 2
+    """Tokens of a sample of a training: two timesteps, and those of the largest of its subsets."""
+    patch = cast(TrainConfig, node.config).model.patch
+    made = [recipe.nodes[name].config for input, name in node.inputs.items() if input.startswith("data.")]
+    return 2 + max(_parts(config, patch) for config in made)
+
+
+def _parts(config: BaseModel, patch: int) -> int:
+    """Tokens of a row that a stage makes: of its latent, its text, and CLIP's embedding."""
+    if isinstance(config, WorldConfig):
+        return (LATENT_SIDE // patch) ** 2 + CAPTION_WORDS
+    return (cast(EncodeConfig, config).size // REDUCTION // patch) ** 2 + TEXT + 1
 
 
 def _workers() -> tuple[str, int, list[int]]:

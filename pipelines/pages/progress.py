@@ -69,7 +69,7 @@ class TrainingArtifact:
             picture = picture_uri(self.run.store.read(fields["picture"]))
             self.sheet = [f"## Samples at step {fields['done']}", f"![samples]({picture})"]
         elif "loss" in fields:
-            self.rows.append({"kind": fields["phase"], "step": fields["done"], "loss": fields["loss"]})
+            self._add(fields["phase"], fields["done"], fields["loss"])
             if time.monotonic() - self.drawn < CURVE_EVERY and fields["done"] < fields["total"]:
                 return
         else:
@@ -82,6 +82,12 @@ class TrainingArtifact:
             return
         with get_client(sync_client=True) as client:
             client.update_artifact(self.artifact, ArtifactUpdate(data=self._page()))
+
+    def _add(self, kind: str, step: int, loss: float) -> None:
+        """A row; in place of those of workers that were lost, whose steps come again, and of steps that were gone back from."""
+        if self.rows and self.rows[-1]["step"] >= step:
+            self.rows = [row for row in self.rows if row["step"] < step or (row["step"] == step and row["kind"] != kind)]
+        self.rows.append({"kind": kind, "step": step, "loss": loss})
 
     def _page(self) -> str:
         from stages.drawing.pictures import loss_curve

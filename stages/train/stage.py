@@ -183,9 +183,7 @@ def train_chain(chain: Chain) -> None:
     from training.job import TrainingBug, TrainingError
     from training.launch import train
 
-    job, previews = chain.job, Previews(chain)
-    done = chain.done()
-    tracking = Tracking(chain, done.get(chain.start(done)))
+    job, previews, tracking = chain.job, Previews(chain), Tracking(chain)
 
     def on_row(row: dict[str, Any]) -> None:
         if row["kind"] == "damage":
@@ -202,9 +200,14 @@ def train_chain(chain: Chain) -> None:
 
     with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
         starts = itertools.count()
-        try:
+
+        def plan() -> TrainJob:
+            tracking.go_on()
             # A folder a start: a worker of the one before may not have ended yet.
-            outcome = train(lambda: _plan(chain, f"{folder}/{next(starts)}"), on_row=on_row)
+            return _plan(chain, f"{folder}/{next(starts)}")
+
+        try:
+            outcome = train(plan, on_row=on_row)
         except TrainingBug as error:
             raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:

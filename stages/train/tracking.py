@@ -1,16 +1,19 @@
 """The rows of a training in the trackers that the recipe names, each row once, whatever became of the run before.
 
-The history of the checkpoint that a run goes on from tells what a tracker may have missed, and each tracker how far it is. A
-tracker that fails is left alone with a warning, and gets what it missed when the run goes on.
+The history of the checkpoint that workers go on from tells what a tracker may have missed, as workers that are killed have rows
+that nobody has heard of, and each tracker says how far it is. A tracker that fails is left alone with a warning, and gets what it
+missed when the run goes on.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from contextlib import suppress
 
+from infra.store import StoreError
 from stages.runner.chain import Chain
-from stages.runner.contract import UnitRecord, result_fields
+from stages.runner.contract import result_fields
 from stages.train.trackers import TRACKERS, Name, Place, Tracker
 from training.begin import counts_on
 from training.history import Row
@@ -27,11 +30,10 @@ class Tracking:
 
     Args:
         chain: the run.
-        begun: the record of the checkpoint that it goes on from, if there is one.
     """
 
-    def __init__(self, chain: Chain, begun: UnitRecord | None) -> None:
-        job = chain.job
+    def __init__(self, chain: Chain) -> None:
+        self.chain, job = chain, chain.job
         self.node, self.trackers = job.node, dict[Name, Tracker]()
         self.reached: dict[tuple[Name, str], int] = {}
         place = Place(job.store, FOLDER, job.recipe or job.stage, job.node, chain.key, result_fields(job.config))
@@ -40,7 +42,10 @@ class Tracking:
                 self.trackers[name] = TRACKERS[name](place)
             except Exception as error:
                 self._failed(name, error)
-        for row in _before(chain, begun) if self.trackers else []:
+
+    def go_on(self) -> None:
+        """Workers are about to begin: take the rows before."""
+        for row in _before(self.chain) if self.trackers else []:
             self.add(row)
 
     def add(self, row: Row) -> None:
@@ -74,11 +79,15 @@ class Tracking:
         log.warning("%s: %s is left out until the run goes on anew: %s", self.node, name, reason)
 
 
-def _before(chain: Chain, begun: UnitRecord | None) -> list[Row]:
-    """The rows before the run: of its own checkpoint, or of that of another training whose count goes on."""
-    parent = chain.parent
-    if begun is None and parent is not None and parent.chain and counts_on(parent.keep):  # type: ignore[arg-type]
+def _before(chain: Chain) -> list[Row]:
+    """The rows before a start: of its newest checkpoint that can be read, or of another training whose count goes on."""
+    done, parent = chain.done(), chain.parent
+    records = [record for step, record in done.items() if step <= chain.start(done)]
+    if not records and parent is not None and parent.chain and counts_on(parent.keep):  # type: ignore[arg-type]
         begun = chain.job.unit_done(parent.unit)
-    if begun is None:
-        return []
-    return [json.loads(line) for line in chain.job.store.read(begun.file("history.jsonl").path).decode().splitlines()]
+        records = [begun] if begun is not None else []
+    for record in reversed(records):
+        # One that is damaged is not gone on from.
+        with suppress(StoreError, OSError, ValueError):
+            return [json.loads(line) for line in chain.job.store.read(record.file("history.jsonl").path).decode().splitlines()]
+    return []

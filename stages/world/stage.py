@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 ROW_GROUP = 1024
 SHARD_ROWS = 16 * ROW_GROUP
-# Numbers of a row: fp16 moments of (8, 8, 8) and a caption of 7 words out of 21.
-ROW_BYTES = 2 * (16 * 8 * 8 + 7 * 21) + 100
+LATENT_SIDE, CAPTION_WORDS = 8, 7
+# Of a row: fp16 moments, twice 8 channels, and a caption, each word one out of 21.
+ROW_BYTES = 2 * (16 * LATENT_SIDE**2 + CAPTION_WORDS * 21) + 100
 CODEC = "codec.safetensors"
 
 

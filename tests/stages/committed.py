@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit
 from infra.store import Store, sha256_of
 from stages.catalog import stage_class
@@ -60,3 +62,10 @@ def flip(path: str | Path, where: bytes | int) -> None:
     place = where if isinstance(where, int) else data.index(where) + len(where) // 2
     data[place] ^= 1
     Path(path).write_bytes(data)
+
+
+def damage_moments(path: str, group: int) -> None:
+    """Change a byte of the moments of a row group."""
+    column = pq.ParquetFile(path).metadata.row_group(group).column(2)
+    assert column.path_in_schema == "moments"
+    flip(path, column.data_page_offset + column.total_compressed_size // 2)

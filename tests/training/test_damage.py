@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.stages.committed import flip
+from tests.stages.committed import damage_moments
 from tests.training.plain import loss_of, start
 from tests.training.synthetic import KeepIn, config, history, write_shards
 from training.checkpoint import read_state
@@ -44,12 +45,6 @@ def poison(shards: tuple[str, ...], key: str) -> None:
     column = table.schema.get_field_index("clip")
     table = table.set_column(column, table.schema.field(column), pa.array(cells, table.schema.field(column).type))
     pq.write_table(table, path, row_group_size=8, compression="none", use_dictionary=False, write_page_checksum=True)
-
-
-def damage_moments(path: str, group: int) -> None:
-    column = pq.ParquetFile(path).metadata.row_group(group).column(2)
-    assert column.path_in_schema == "moments"
-    flip(path, column.data_page_offset + column.total_compressed_size // 2)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +108,19 @@ def test_too_many_go_back_to_the_last_checkpoint_and_on_past_their_places(shards
     assert history(tmp_path / "again/7") == history(tmp_path / "7")
     share = "7/share-00000-of-00001.safetensors"
     assert (tmp_path / "again" / share).read_bytes() == (tmp_path / share).read_bytes()
+
+
+def test_a_stop_waits_for_a_step_that_is_not_skipped(shards: tuple[str, ...], tmp_path: Path) -> None:
+    outcome = run(job(tmp_path, shards, {}, checkpoint_every=100), CPU, stop_requested=lambda step: step >= BAD + 1)
+    assert outcome.stopped and KeepIn(str(tmp_path)).steps() == [outcome.step] == [BAD + 2]
+
+
+def test_a_trace_that_is_broken_off_ends(shards: tuple[str, ...], tmp_path: Path) -> None:
+    """The fifth step goes back to the checkpoint of step 4, when that step is traced already."""
+    traced: list[str] = []
+    on = job(tmp_path, shards, {"steps_in_a_row": 0}, profile={"from": 4, "steps": 3})
+    run(replace(on, traced=traced.append), CPU)
+    assert not traced and not torch.autograd._profiler_enabled()
 
 
 def test_more_rollbacks_than_are_allowed_stop_with_what_was_seen(shards: tuple[str, ...], tmp_path: Path) -> None:

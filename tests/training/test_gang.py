@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.stages.committed import damage_moments
 from tests.training.gang import run_gang
 from tests.training.plain import is_muons, start
 from tests.training.synthetic import KeepIn, config, history, losses, write_shards
+from training.history import read_history
 from training.job import TrainJob
+from training.loader import Loader
 from training.loop import run
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -33,7 +37,11 @@ def place(alone: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(job("one"), torch.device("cpu"))
     run(job("muon-one", **MUON), torch.device("cpu"))
     # ZeRO 3 comes last: DeepSpeed then replaces torch's linear in the process for good, which changes the last bit.
+    broken = write_shards(folder / "broken")
+    damage_moments(broken[0], 3)
+    damaged = job("damaged", workers=2, steps=16, log_every=8, damage={"skip_damaged": 1}, validation={"fraction": 0})
     jobs = [
+        replace(damaged, shards=broken),
         job("zero0", workers=2, zero_stage=0),
         job("zero1", workers=2),
         job("zero2", workers=2, zero_stage=2, micro_batch=2),
@@ -81,6 +89,17 @@ def test_every_matrix_of_a_block_is_orthogonalised(place: Path, name: str) -> No
         if torch.dist(update.double(), u @ values.diag() @ v) < 1e-3 * values.norm() and 0.7 < values.max() < 1.3:
             found.append(tensor)
     assert sorted(found) == sorted(tensor for tensor, old in before.items() if is_muons(tensor, old)) and len(found) == 13
+
+
+def test_a_damaged_row_group_counts_once_however_many_workers_meet_it(place: Path) -> None:
+    """In two epochs, its rows come in the batches of both."""
+    shards = tuple(str(path) for path in sorted((place / "shards").glob("*.parquet")))
+    hit = {f"0000{row:04d}" for row in range(24, 32)}
+    loader = Loader(config(validation={"fraction": 0}), shards)
+    for half in (slice(4), slice(4, 8)):
+        assert hit & {key for step in range(16) for key in loader.keys(step)[half]}
+    told = [row.get("damaged_groups") for row in read_history(place / "damaged/16/history.jsonl")]
+    assert told[-1] == 1 and set(told) <= {None, 1}
 
 
 def test_after_sigkill_the_resumed_run_is_the_uninterrupted_one(place: Path) -> None:

@@ -63,6 +63,16 @@ def test_a_group_that_lives_and_takes_no_step_is_given_up() -> None:
     assert "no step has ended for 1001 s, after step 2" in str(silence.verdict(heard(3, 2), began + STILL_TIMES * longest + 1))
 
 
+def test_a_group_that_went_back_takes_steps_again() -> None:
+    """It needs longer from the checkpoint of step 10 to step 100 than a group may stand still."""
+    silence, allowed = Silence(60), 60 * STILL_TIMES
+    for step in range(100):
+        assert silence.verdict({0: (sign(0, step), 1.0)}, float(step)) is None
+    for step in range(11, 100):
+        assert silence.verdict({0: (sign(0, step), 1.0)}, 100 + 20.0 * (step - 10)) is None
+    assert silence.verdict({0: (sign(0, 99), 1.0)}, 100 + 20.0 * 89 + allowed + 1) is not None
+
+
 def test_the_end_of_a_worker_is_told_by_what_it_left() -> None:
     assert _how_it_ended("Fatal Python error: Segmentation fault\n\nThread 0x1:\n", None) == "crashed (Segmentation fault)"
     assert _how_it_ended("", None).startswith("was killed (SIGKILL")
@@ -90,7 +100,7 @@ class Cluster:
                 self.step, end = cluster.ends.pop(0)
                 if isinstance(end, Exception):
                     raise end
-                return Outcome(self.step, {}, end)
+                return Outcome(self.step, end)
 
         return Group()
 
@@ -105,7 +115,7 @@ def test_a_group_goes_on_with_the_greatest_number_that_fits_and_shares_the_batch
     ends = [(5, Lost("a", frozenset())), (9, True), (12, False)]
     cluster = Cluster(monkeypatch, [9, 9, 7, 3], ends)
     outcome = train(job(workers={"min": 1, "max": 8}))
-    assert (cluster.workers, outcome) == ([8, 4, 2], Outcome(12, {}, False))
+    assert (cluster.workers, outcome) == ([8, 4, 2], Outcome(12, False))
 
 
 def test_a_run_that_loses_workers_gives_up_where_it_comes_no_further(
@@ -130,7 +140,7 @@ def test_a_stop_is_kept_to_while_there_is_no_room(monkeypatch: pytest.MonkeyPatc
     stop = threading.Event()
     cluster = Cluster(monkeypatch, [2, 2, 0], [(3, Lost("gone"))])
     monkeypatch.setattr(threading.Event, "wait", lambda event, timeout: event.set() or True)
-    assert train(job(workers=2), stop=stop) == Outcome(3, {}, True)
+    assert train(job(workers=2), stop=stop) == Outcome(3, True)
     assert cluster.workers == [2]
 
 

@@ -64,6 +64,16 @@ def test_losses_and_weights_equal_plain_torch(every_step: Path, shards: tuple[st
         torch.testing.assert_close(trained[name], tensor, rtol=0, atol=2e-5)
 
 
+def test_machines_that_fetched_different_steps_do_not_train_together(
+    every_step: Path, shards: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.fetching.gathered", lambda found: [found, [3]])
+    with pytest.raises(
+        TrainingError, match="^machines begin from the checkpoints of steps 3 and 4, as one .* damaged; run again$"
+    ):
+        run(job(tmp_path, shards, config(), resume=str(every_step / "4")), CPU)
+
+
 def test_each_part_has_its_weight_and_its_loss_is_reported(
     alone: None, every_step: Path, shards: tuple[str, ...], tmp_path: Path
 ) -> None:

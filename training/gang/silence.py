@@ -27,7 +27,8 @@ class Silence:
             told = ", ".join(f"{sign} after step {sign.step}" for sign, _ in silent)
             return f"no sign of life for {max(age for _, age in silent):.0f} s of {told}"
         step = min((sign.step for sign, _ in heard.values()), default=0)
-        if step > self.step:
+        # One that goes back to an earlier checkpoint takes steps as well.
+        if step != self.step:
             if self.step > 0:
                 self.longest = max(self.longest, now - self.since)
             self.step, self.since = step, now

@@ -23,6 +23,7 @@ from training.config import ModelConfig
 from training.footprint import parameters
 from unidiffuser.uvit import UViT, UViTConfig
 
+SHAPES = Path(__file__).parents[3] / "configs" / "shapes.yaml"
 FILE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
@@ -178,6 +179,16 @@ def test_a_batch_that_no_worker_can_hold_at_once_is_refused_with_what_to_lower(
     assert line.endswith("a GPU here has 80.0; lower micro_batch (now all), or set model.activation_checkpointing: 1")
     for fits in ("train.large.micro_batch=32", "train.large.micro_batch=auto", "train.large.model.activation_checkpointing=1"):
         assert say(*arguments, "train.large.workers=2", "--set", fits) == (0, [])
+
+
+def test_the_memory_of_a_training_on_the_shapes_is_known_too(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "check_disk", lambda *_: None)
+    arguments = ("run", SHAPES, "--dry-run", "--store", tmp_path / "store")
+    assert say(*arguments) == (0, [])
+    code, (line,) = say(*arguments, "--set", "train.shapes.model.width=24000")
+    # 4 x 4 patches, 7 words and two timesteps; there is no embedding.
+    activations = 64 * (16 + 7 + 2) * 24000 * 4 * (4 * 16 + 3 * 19 + 13) / 2**30
+    assert code == 1 and f"activations of 64 samples at once {activations:.1f})" in line
 
 
 def test_what_takes_memory_off_a_gpu_is_refused_where_there_is_none(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch) -> None:

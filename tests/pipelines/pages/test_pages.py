@@ -177,6 +177,19 @@ def test_a_server_that_refuses_fails_neither_progress_nor_pages(
     assert len(said) == 5 and sum("nobody there" in line for line in said) == 4
 
 
+def test_the_losses_of_steps_that_come_again_are_drawn_once(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "create_markdown_artifact", lambda *_: "a page")
+    page = progress.TrainingArtifact(a_run(recipe(tmp_path, 256), store), "a-select")
+    told = [(0, "validation"), (5, "train"), (10, "train"), (10, "validation"), (15, "train"), (20, "train"), (20, "validation")]
+    # The workers are lost after step 20, and others go on from step 8; they come to the end.
+    for loss, (step, kind) in enumerate([*told, *told[2:]]):
+        page.report({"phase": kind, "done": step, "total": 30, "loss": loss})
+    assert [(row["step"], row["kind"]) for row in page.rows] == told
+    assert [row["loss"] for row in page.rows] == [0, 1, 7, 8, 9, 10, 11]
+
+
 @pytest.fixture
 def server(kept: Kept) -> Iterator[None]:
     """Prefect's client of this process asks the server of `kept`, which is left as it was."""

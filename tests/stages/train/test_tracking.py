@@ -6,16 +6,20 @@ import gzip
 import json
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from infra.dataset import Dataset
 from stages.runner.contract import StageError
 from stages.train import stage as train_stage
 from stages.train.stage import Train, TrainStageConfig
 from tests.stages.train.trainings import Trainings
+from training.job import TrainJob
+from training.loop import run
 
 Points = dict[str, list[tuple[int, float]]]
 
@@ -122,6 +126,38 @@ def test_a_tracker_holds_every_row_once_after_a_run_that_broke_and_went_on(
     assert len(found["train/samples_per_s"]) == len(found["train/memory"]) == 6
 
 
+def points(training: Trainings, folder: Path, **settings: Any) -> list[int]:
+    """The steps of the rows that TensorBoard holds."""
+    found = of_tensorboard(folder / "store/.state/tracking", f"train-256-{training.chain(**settings).key[:8]}")
+    return [step for step, _ in found["train/loss"]]
+
+
+def test_rows_that_killed_workers_had_not_told_of_come_from_their_checkpoint(
+    training: Trainings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def killed(plan: Callable[[], TrainJob], **more: Any) -> Any:
+        """Of the first workers, nothing is heard; they leave a checkpoint of step 5."""
+        job = plan()
+        run(replace(job, config=job.config.model_copy(update={"steps": 5})), torch.device("cpu"))
+        return training.train(plan, **more)
+
+    monkeypatch.setattr("training.launch.train", killed)
+    training(steps=8, track=["tensorboard"])
+    assert points(training, tmp_path, steps=8) == list(range(1, 9))
+
+
+def test_a_checkpoint_without_its_history_is_a_damaged_one_for_trackers_too(training: Trainings, tmp_path: Path) -> None:
+    training.stop_at = 7
+    with pytest.raises(StageError, match="stopped at step 7"):
+        training(steps=8, track=["tensorboard"])
+    training.stop_at = None
+    chain = training.chain(steps=8)
+    (told,) = Path(training.store.url(chain.job.unit_folder(chain.key_of(7)))).glob("@*/history.jsonl")
+    told.unlink()
+    training(steps=8, track=["tensorboard"])
+    assert training.began == [0, 5] and points(training, tmp_path, steps=8) == list(range(1, 9))
+
+
 def history(dataset: Dataset) -> list[dict[str, Any]]:
     lines = dataset.store.read(dataset.file("history.jsonl").path).decode().splitlines()
     return [json.loads(line) for line in lines]
@@ -159,5 +195,5 @@ def test_a_profile_is_a_chrome_trace_of_its_steps_on_the_store(training: Trainin
     events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
     names = [event["name"] for event in events]
     # The forward pass of a U-ViT of two blocks and a middle one: attention three times, in each of two steps.
-    assert names.count("aten::_softmax") == 6
+    assert names.count("aten::softmax") == 6
     assert "[memory]" in names and dataset.manifest.summary["step"] == 5
