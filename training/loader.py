@@ -2,8 +2,9 @@
 
 Everything random about the sample at place g of the training (the latent drawn from its moments, the noise of each part) comes
 from a counter-based generator, see `training.draws`, whose key is the seed and whose counters belong to g; `training.timesteps`
-draws a timestep for each modality likewise. So it depends neither on the number of workers nor on the micro-batch nor on where
-the run was resumed. A batch is made as a whole: nothing here is done for each sample in Python.
+draws a timestep for each modality likewise, and `training.captions` which caption of the row. So it depends neither on the number
+of workers nor on the micro-batch nor on where the run was resumed. A batch is made as a whole: nothing here is done for each
+sample in Python.
 """
 
 from __future__ import annotations

@@ -171,11 +171,11 @@ class Encoder:
         import torch
 
         found = np.zeros((len(captions), self.text.context_length, self.codec.latent_width), np.float16)
-        given = [row for row, caption in enumerate(captions) if caption is not None]
-        for rows in in_batches(given, self.job.config.batch):
+        given = [(row, caption) for row, caption in enumerate(captions) if caption is not None]
+        for batch in in_batches(given, self.job.config.batch):
             with torch.inference_mode():
-                hidden = self.text.tokens([captions[row] for row in rows])
-                found[rows] = self.codec.encode(hidden.float()).half().cpu().numpy()
+                hidden = self.text.tokens([caption for _, caption in batch])
+                found[[row for row, _ in batch]] = self.codec.encode(hidden.float()).half().cpu().numpy()
         return found
 
 

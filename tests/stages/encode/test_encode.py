@@ -23,10 +23,12 @@ from stages.filter.stage import Filter
 from stages.runner.contract import Job, StageError
 from stages.train.stage import COLUMNS
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
+from tests.training.synthetic import config as training
 from tests.unidiffuser.test_clip_preprocess import clip_with
 from training.heldout import LISTED
 from training.index import index_of
 from training.latents import LatentReader, Selection
+from training.loader import Loader
 from training.told import Told
 from training.where import Comparison
 from unidiffuser.encoders import ClipEncoder, ImageLatents
@@ -199,5 +201,8 @@ def test_further_captions_have_columns_of_their_own_and_are_trained_on(store, ma
     assert {"caption.alt", "caption.long", "text.alt", "text.long"} <= set(latents.manifest.columns)
     told = [Told(store.url(f"{latents.folder}/files.parquet"), store.root)]
     shards = [latents.url(entry) for entry in latents.files]
+    alt = training(global_batch=10, data={"captions": {"alt": 1.0}}, validation={"fraction": 0.0})
     for known in ((), told):
-        assert index_of(LatentReader(shards, Selection((), LISTED), ["alt", "long"]), known).spec.captions == ("alt", "long")
+        loader = Loader(alt, shards, told=known)
+        read = [rows[key]["text.alt"] or rows[key]["text"] for key in loader.keys(0)]
+        assert loader.batch(0).clean["text"].numpy().astype(np.float16).tobytes() == b"".join(read)
