@@ -4,7 +4,7 @@
     optimizer   the optimizer's state, and how many steps it has taken; without it, it begins empty
     ema         the moving average, and how many updates it has had; without it, it begins at the weights
     schedule    the learning rate goes on at its step; without it, the warm-up comes again
-    order       rows, timesteps and noise go on at their place; without it, they begin at place 0
+    order       rows, captions, timesteps and noise go on at their place; without it, they begin at place 0
 
 The count of steps goes on with the schedule or the order, and with it the history; with neither it begins at 0. With all of
 them a run is the same, to the last bit, as the one that wrote the checkpoint would have been.

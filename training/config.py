@@ -6,6 +6,7 @@ See `training.section` for fields that cannot change the result.
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import fsum
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -144,6 +145,20 @@ class DataConfig(Section):
         "exactly its share of each. A subset that is smaller for its share is read more often. Default: every row is read once "
         "an epoch, whichever subset it is of.",
     )
+
+    captions: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=dict,
+        description="Probabilities of the further captions that rows have, by name, such as {synthetic: 0.5}; one is drawn each "
+        "time that a row is read. What is left to 1 is the row's own caption, which also stands in where a row has none of that "
+        "name. Names are those of `captions` of the subset's select or folder.",
+    )
+
+    @field_validator("captions")
+    @classmethod
+    def _at_most_1(cls, given: dict[str, float]) -> dict[str, float]:
+        if (total := fsum(given.values())) > 1:
+            raise ValueError(f"the probabilities sum to {total:.6g}; lower them to 1 at most: the row's own caption has the rest")
+        return given
 
     @field_validator("where", "data_type")
     @classmethod

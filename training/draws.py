@@ -7,9 +7,9 @@ makes the words of a whole batch:
     key      (seed, 0)
     counter  (place * n + i, stream, 0, 0)      i = 0 .. n - 1, with n counters for each place
 
-The streams are numbered apart from those of `training.order`, whose counters look alike; the key of `training.timesteps` is
-another one. Box and Muller's transform makes two
-normal numbers of two halves of a word. It runs on the host, for every device alike, so the numbers are the same on all of
+The streams are numbered apart from those of `training.order`, whose counters look alike. What draws a few numbers in 0 .. 1 for a
+place (`training.timesteps`, `training.captions`) has another second word of the key. Box and Muller's transform makes two normal
+numbers of two halves of a word. It runs on the host, for every device alike, so the numbers are the same on all of
 them; only another processor's vector units can round a logarithm or a cosine otherwise.
 """
 
@@ -32,6 +32,19 @@ def random_words(seed: int, stream: int, first: int, count: int, each: int) -> N
     counters = -(-each // (2 * WORDS))
     generator = np.random.Philox(key=[seed, 0], counter=[first * counters, stream, 0, 0])
     return generator.random_raw(count * counters * WORDS).view(np.int32).reshape(count, -1)
+
+
+def uniform(seed: int, key: int, places: NDArray[np.int64], each: int, stream: int = 0) -> NDArray[np.float64]:
+    """Independent numbers in 0 .. 1, (n, each), for places (n,), n of 1 or more: each place has counters of its own."""
+    counters = -(-each // WORDS)
+    # Places that follow each other are one stretch of the generator's numbers.
+    stretches = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+    words = []
+    for stretch in stretches:
+        generator = np.random.Philox(key=[seed, key], counter=[int(stretch[0]) * counters, stream, 0, 0])
+        words.append(generator.random_raw(len(stretch) * counters * WORDS))
+    found = np.concatenate(words).reshape(len(places), counters * WORDS)[:, :each]
+    return (found >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def fill_normal(seed: int, stream: int, first: int, outs: Sequence[NDArray[np.float32]]) -> None:

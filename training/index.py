@@ -7,14 +7,15 @@ share of the shards, many at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from training.captions import column_of_caption
 from training.heldout import LISTED
 from training.latents import LatentReader, LatentSpec, ShardError
 from training.told import Told, ToldFile
@@ -26,7 +27,8 @@ Gather = Callable[[list], list[list]]
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The row groups of all shards, in the given order: file, number in the file, training and held-out rows, (G,) each."""
+    """The row groups of all shards, in the given order: file, number in the file, training and held-out rows, (G,) each.
+    `spec` has the further captions that are read."""
 
     spec: LatentSpec
     file: Counts
@@ -61,7 +63,8 @@ def index_of(
         gather: gives everybody what every worker found, in the order of the ranks; needed when `world` > 1.
 
     Raises:
-        ShardError: a file is damaged, has other shapes than the first, or lacks a column.
+        ShardError: a file is damaged, has other shapes than the first, or lacks a column; no file has a further caption that is
+            to be read.
     """
     everybody = gather or (lambda found: [found])
     selection = reader.selection
@@ -72,11 +75,23 @@ def index_of(
     if left:
         found += _merged(everybody(_scanned(reader, left[rank::world])))
     found.sort(key=lambda part: int(part.files[0]))
+    _check_captions(reader.captions, {name for part in found for name in part.spec.captions})
+    # A file without a caption that others have gives its rows' own.
+    spec = replace(found[0].spec, captions=reader.captions)
     for part in found:
-        if part.spec != found[0].spec:
-            raise ShardError(f"{part.source}: rows are {part.spec}, but {found[0].source} has {found[0].spec}")
+        if replace(part.spec, captions=reader.captions) != spec:
+            raise ShardError(f"{part.source}: rows are {part.spec}, but {found[0].source} has {spec}")
         reader.sizes |= {file: size for file, size in zip(part.files.tolist(), part.sizes.tolist(), strict=True) if size}
-    return _ordered(found)
+    return _ordered(spec, found)
+
+
+def _check_captions(wanted: Sequence[str], there: Collection[str]) -> None:
+    if lost := [name for name in wanted if name not in there]:
+        have = ", ".join(map(column_of_caption, sorted(there))) or "none"
+        raise ShardError(
+            f"data.captions names {lost[0]}, but no shard has a column {column_of_caption(lost[0])}; of further captions there "
+            f"are: {have}; name one of these, or give the subset's select or folder `captions`"
+        )
 
 
 def _merged(everybody: Iterable[list[_Found]]) -> list[_Found]:
@@ -135,7 +150,7 @@ def _scanned(reader: LatentReader, files: Sequence[int]) -> list[_Found]:
     return found
 
 
-def _ordered(found: Sequence[_Found]) -> ShardIndex:
+def _ordered(spec: LatentSpec, found: Sequence[_Found]) -> ShardIndex:
     """All parts as one, by number of the shard."""
     files, groups, train, held = (
         np.concatenate([getattr(part, name) for part in found]) for name in ("files", "groups", "train", "held")
@@ -145,4 +160,4 @@ def _ordered(found: Sequence[_Found]) -> ShardIndex:
     rows = _stretches(starts[order], groups[order])
     of_group = np.repeat(files[order], groups[order]).astype(np.int32)
     number = _stretches(np.zeros(len(order), np.int64), groups[order]).astype(np.int32)
-    return ShardIndex(found[0].spec, of_group, number, train[rows].astype(np.int32), held[rows].astype(np.int32))
+    return ShardIndex(spec, of_group, number, train[rows].astype(np.int32), held[rows].astype(np.int32))

@@ -2,7 +2,7 @@
 
 A shard is a Parquet file of small row groups with the columns `key`, `moments`, `clip` and `text` (the last three
 fixed-size fp16 binaries) and numeric score columns; its schema metadata says the shapes. Without `clip`, there and as a column,
-an image is its latent alone.
+an image is its latent alone. Further captions are columns `text.NAME` like `text`, see `training.captions`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec.core
@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from infra.ranges import RangeFile
+from training.captions import PREFIX, column_of_caption
 from training.heldout import held_out
 from training.names import column_of
 from training.told import FACTS
@@ -32,7 +33,7 @@ from training.where import Comparison
 
 PARTS = ("moments", "clip", "text")
 OPTIONAL = "clip"
-# By name, fp16 of `PARTS` and int64 of `data_type`.
+# By name, fp16 of `PARTS` and of further captions, and int64 of `data_type`.
 Parts = dict[str, NDArray[Any]]
 # Footers that are kept; one of a shard of 10,000 rows is 100 kB.
 FOOTERS = 128
@@ -50,12 +51,14 @@ def _line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """Shapes of a row: moments (2C, h, w), clip (D,) or None, text (L, d), and the autoencoder's scaling factor."""
+    """Shapes of a row: moments (2C, h, w), clip (D,) or None, text (L, d), and the autoencoder's scaling factor; names of further
+    captions, each (L, d)."""
 
     moments: tuple[int, int, int]
     clip: tuple[int] | None
     text: tuple[int, int]
     scaling_factor: float
+    captions: tuple[str, ...] = ()
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -65,13 +68,15 @@ class LatentSpec:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By part, in the order of the columns."""
-        return {part: shape for part in PARTS if (shape := getattr(self, part)) is not None}
+        own = {part: shape for part in PARTS if (shape := getattr(self, part)) is not None}
+        return own | {column_of_caption(name): self.text for name in self.captions}
 
     @classmethod
     def of(cls, schema: pa.Schema, name: str) -> LatentSpec:
         """From the schema's metadata. Raises ShardError when it is not there or does not fit the columns."""
         facts = json.loads((schema.metadata or {}).get(FACTS, b"{}"))
-        missing = [column for column in ("key", *_parts(facts, schema.names)) if column not in schema.names]
+        needed = ("key", *_parts(facts, schema.names), *map(column_of_caption, facts.get("captions", ())))
+        missing = [column for column in needed if column not in schema.names]
         if missing:
             raise ShardError(f"{name}: no column {', '.join(missing)}; a latent shard has key, {', '.join(PARTS)}")
         spec = cls.told(facts, name, schema.names)
@@ -89,7 +94,8 @@ class LatentSpec:
         if lacking:
             raise ShardError(f"{name}: the schema metadata lacks {', '.join(lacking)}; write it with the encode stage")
         shapes = {part: tuple(facts[part]) for part in parts}
-        return cls(shapes["moments"], shapes.get(OPTIONAL), shapes["text"], float(facts["scaling_factor"]))
+        named = {column.removeprefix(PREFIX) for column in columns if column.startswith(PREFIX)} | {*facts.get("captions", ())}
+        return cls(shapes["moments"], shapes.get(OPTIONAL), shapes["text"], float(facts["scaling_factor"]), tuple(sorted(named)))
 
 
 def _parts(facts: dict[str, Any], columns: Collection[str]) -> list[str]:
@@ -165,12 +171,13 @@ class LatentReader:
     Args:
         shards: paths or fsspec URLs.
         selection: which rows count.
+        captions: names of the further captions that are read.
     """
 
-    def __init__(self, shards: Sequence[str], selection: Selection) -> None:
+    def __init__(self, shards: Sequence[str], selection: Selection, captions: Sequence[str] = ()) -> None:
         if not shards:
             raise ShardError("no latent shard was given to train on")
-        self.shards, self.selection = list(shards), selection
+        self.shards, self.selection, self.captions = list(shards), selection, tuple(captions)
         self.sizes: dict[int, int] = {}
         self._footers: OrderedDict[int, Future[pq.FileMetaData]] = OrderedDict()
         self._lock = threading.Lock()
@@ -247,10 +254,13 @@ class LatentReader:
             ShardError: it is damaged, has other rows than are known, or a row lacks a part.
         """
         with self._opened(file) as parquet:
-            spec = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            found = LatentSpec.of(parquet.schema_arrow, self.shards[file])
+            spec = replace(found, captions=tuple(name for name in self.captions if name in found.captions))
             columns = self.selection.columns(parquet.schema_arrow, self.shards[file])
             table = self._table(parquet, file, group, ["key", *columns, *spec.shapes])
         parts: Parts = {part: self._numbers(table, part, shape, file, group) for part, shape in spec.shapes.items()}
+        for column in map(column_of_caption, self.captions):
+            parts[column] = _or_own(table[column], parts[column], parts["text"]) if column in parts else parts["text"]
         parts["data_type"] = self.selection.types(table, columns)
         train, held = self.selection.split(table, columns)
         if rows not in (None, (len(train), len(held))):
@@ -262,8 +272,15 @@ class LatentReader:
 
     def _numbers(self, table: pa.Table, part: str, shape: tuple[int, ...], file: int, group: int) -> NDArray[np.float16]:
         column = table[part].combine_chunks()
-        if column.null_count:
+        if column.null_count and not part.startswith(PREFIX):
             raise ShardError(f"{self.shards[file]}: row group {group}: {column.null_count} rows have no {part}")
         width = int(np.prod(shape))
         flat = np.frombuffer(column.buffers()[1], dtype=np.float16, count=len(column) * width, offset=2 * width * column.offset)
         return flat.reshape(len(column), *shape)
+
+
+def _or_own(column: pa.ChunkedArray, further: NDArray[np.float16], own: NDArray[np.float16]) -> NDArray[np.float16]:
+    """The text latents of a further caption, and of the row's own where there is a null."""
+    if not column.null_count:
+        return further
+    return np.where(column.is_valid().to_numpy()[:, None, None], further, own)

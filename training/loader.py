@@ -2,8 +2,9 @@
 
 Everything random about the sample at place g of the training (the latent drawn from its moments, the noise of each part) comes
 from a counter-based generator, see `training.draws`, whose key is the seed and whose counters belong to g; `training.timesteps`
-draws a timestep for each modality likewise. So it depends neither on the number of workers nor on the micro-batch nor on where
-the run was resumed. A batch is made as a whole: nothing here is done for each sample in Python.
+draws a timestep for each modality likewise, and `training.captions` which caption of the row. So it depends neither on the number
+of workers nor on the micro-batch nor on where the run was resumed. A batch is made as a whole: nothing here is done for each
+sample in Python.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from training import draws
 from training.begin import Growth
+from training.captions import texts
 from training.config import TrainConfig
 from training.held import spread
 from training.index import Gather, ShardIndex, index_of
@@ -160,7 +162,7 @@ class Loader:
         conditions, kind = config.data.conditions, config.data.data_type
         where = conditions[: len(config.data.where)]
         selection = Selection(where, config.validation.fraction, conditions[-1] if isinstance(kind, str) else kind)
-        self.reader = LatentReader(shards, selection)
+        self.reader = LatentReader(shards, selection, sorted(config.data.captions))
         self.index: ShardIndex = index_of(self.reader, told, rank, world, gather)
         grown = [Growth(place, int(np.searchsorted(self.index.file, parts))) for place, parts in growth]
         self.subsets = sorted(config.data.weights or ())
@@ -320,6 +322,7 @@ class Loader:
         z, *others = (tensor.numpy().reshape(count, -1) for tensor in (latent, *noise.values()))
         draws.fill_normal(self.config.seed, stream, int(places[0]), [z, *others])
         draw_latents(z, rows["moments"], spec.scaling_factor)
+        rows = rows | {"text": texts(self.config.data.captions, self.config.seed, stream, places, rows)}
         clean = {"latent": latent} | {part: to_fp32(rows[part]) for part in noise if part != "latent"}
         columns = (torch.from_numpy(np.ascontiguousarray(column)) for column in timesteps.T)
         times = dict(zip((modality.name for modality in self.modalities), columns, strict=True))

@@ -13,33 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from training import draws
+
 Ints = NDArray[np.int64]
 
 # Second word of the key, so that no other draw of a training has these numbers.
 KEY = 1
-# Numbers of 64 bits that Philox makes at each value of its counter.
-WORDS = 4
 # The bits of torch's Sobol sequences, which so have 2**30 points; the next of as many places take another scrambling.
 BITS = 30
 
 
 def timesteps_at(kind: Literal["uniform", "sobol"], seed: int, places: Ints, modalities: int, last: int) -> Ints:
     """Timesteps 1 .. last, (n, modalities), of the samples at places (n,) of the training, n of 1 or more."""
-    drawn = _uniform(seed, places, modalities) if kind == "uniform" else _sobol(seed, places, modalities)
+    drawn = draws.uniform(seed, KEY, places, modalities) if kind == "uniform" else _sobol(seed, places, modalities)
     return 1 + (drawn * last).astype(np.int64)
-
-
-def _uniform(seed: int, places: Ints, modalities: int) -> NDArray[np.float64]:
-    """Independent numbers in 0 .. 1, (n, modalities): each place has counters of its own."""
-    counters = -(-modalities // WORDS)
-    # Places that follow each other are one stretch of the generator's numbers.
-    stretches = np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
-    words = []
-    for stretch in stretches:
-        generator = np.random.Philox(key=[seed, KEY], counter=[int(stretch[0]) * counters, 0, 0, 0])
-        words.append(generator.random_raw(len(stretch) * counters * WORDS))
-    drawn = np.concatenate(words).reshape(len(places), counters * WORDS)[:, :modalities]
-    return (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _sobol(seed: int, places: Ints, modalities: int) -> NDArray[np.float64]:

@@ -26,6 +26,7 @@ from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
 from stages.download.proxy import ENVIRONMENT, Proxies
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
+from stages.shards.captions import names_of, schema_of
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.scores import METADATA_SCORES
 from stages.shards.tables import read_table, write_table
@@ -243,6 +244,7 @@ class Download(Stage):
         sample = {"key": "string", "caption": "string", "url": "string", "language": "string", "hash": "int64"}
         return (
             sample
+            | schema_of(names_of(job.inputs["rows"].manifest.columns))
             | dict.fromkeys(METADATA_SCORES, "float")
             | {field.name: str(field.type) for field in RESULT if field.name != "status"}
         )

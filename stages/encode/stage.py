@@ -3,6 +3,8 @@
 A row holds the autoencoder's moments (so that z is drawn anew each epoch), the CLIP image embedding, the text latent of the
 codec, and every score that the row gathered on its way, so that a training stage can tighten a threshold without encoding.
 
+Further captions, `caption.NAME` of the input, stay, and each has its text latents in `text.NAME`, null where a row has none.
+
 A filter that embedded the images with the same CLIP passes its embeddings on (see `passed_on`). It saw the whole image, where
 encode sees the square that it cuts out and resizes; CLIP's own centre crop takes the same square. On the little web's images the
 two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more at 512 px. A CLIP that is shown all of an image
@@ -13,17 +15,20 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
+from stages.shards.captions import caption_of, column_of_caption, names_of
 from stages.shards.latents import binaries
 from stages.shards.scores import SCORES
 from stages.shards.tables import open_table, read_table, with_dictionary
@@ -56,6 +61,7 @@ class Encoder:
 
         config: EncodeConfig = job.config
         self.job = job
+        self.further = names_of(job.inputs["rows"].manifest.columns)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         half = config.precision == "bf16" or (config.precision == "auto" and self.device == "cuda")
         dtype = torch.bfloat16 if half else torch.float32
@@ -104,8 +110,6 @@ class Encoder:
 
     def images(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Any]]:
         """Samples of a shard with their pixels, (3, size, size) uint8; what is too small or unreadable is counted as dropped."""
-        import numpy as np
-
         from unidiffuser.images import PictureError, open_picture, to_square
 
         size = self.job.config.size
@@ -123,10 +127,34 @@ class Encoder:
 
     def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes], out: Output) -> pa.Table | None:
         """One row group: the encoders run over it in batches. A row with a number that is not finite is counted as dropped."""
-        import numpy as np
+        samples = [sample for sample, _ in group]
+        parts = self.parts(group, passed)
+        shapes = {name: list(values.shape[1:]) for name, values in parts.items()}
+        facts = {"size": self.job.config.size, "scaling_factor": self.vae.scaling_factor, **shapes}
+        facts |= {"captions": self.further} if self.further else {}
+        captions = {name: [caption_of(sample, name) for sample in samples] for name in self.further}
+        parts |= {f"text.{name}": self.texts(given) for name, given in captions.items()}
+        columns: dict[str, Any] = {"key": pa.array([s.key for s in samples]), "caption": pa.array([s.caption for s in samples])}
+        columns |= {column_of_caption(name): pa.array(given, pa.string()) for name, given in captions.items()}
+        columns |= {name: binaries(values) for name, values in parts.items()}
+        for name in self.further:
+            known = columns[column_of_caption(name)].is_valid()
+            columns[f"text.{name}"] = pc.if_else(known, columns[f"text.{name}"], None)
+        columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
+        columns |= {name: pa.array([s.meta[name] for s in samples], pa.int32()) for name in ("width", "height")}
+        finite = np.logical_and.reduce([np.isfinite(values).reshape(len(group), -1).all(1) for values in parts.values()])
+        for _ in range(len(group) - int(finite.sum())):
+            out.stats.drop("not_finite")
+        if not finite.any():
+            return None
+        table = pa.table(columns).replace_schema_metadata({"unidiffuser": json.dumps(facts, sort_keys=True)})
+        return table if finite.all() else table.filter(pa.array(finite))
+
+    def parts(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes]) -> dict[str, np.ndarray]:
+        """Moments, embedding and text latents of the rows, (n, ...) fp16 each."""
         import torch
 
-        moments, clips, texts = [], [], []
+        moments, clips = [], []
         for batch in in_batches(group, self.job.config.batch):
             pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
             with torch.inference_mode():
@@ -135,23 +163,20 @@ class Encoder:
                     clips.append(self.clip.image(pixels).half().cpu().numpy())
                 else:
                     clips.append(np.stack([np.frombuffer(passed[sample.key], np.float16) for sample, _ in batch]))
-                hidden = self.text.tokens([sample.caption for sample, _ in batch])
-                texts.append(self.codec.encode(hidden.float()).half().cpu().numpy())
-        parts = {"moments": np.concatenate(moments), "clip": np.concatenate(clips), "text": np.concatenate(texts)}
-        finite = np.logical_and.reduce([np.isfinite(values).reshape(len(group), -1).all(1) for values in parts.values()])
-        for _ in range(len(group) - int(finite.sum())):
-            out.stats.drop("not_finite")
-        if not finite.any():
-            return None
-        parts = {name: values[finite] for name, values in parts.items()}
-        shapes = {name: list(values.shape[1:]) for name, values in parts.items()}
-        facts = {"size": self.job.config.size, "scaling_factor": self.vae.scaling_factor, **shapes}
-        samples = [sample for (sample, _), keep in zip(group, finite, strict=True) if keep]
-        columns = {"key": pa.array([s.key for s in samples]), "caption": pa.array([s.caption for s in samples])}
-        columns |= {name: binaries(values) for name, values in parts.items()}
-        columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
-        columns |= {name: pa.array([s.meta[name] for s in samples], pa.int32()) for name in ("width", "height")}
-        return pa.table(columns).replace_schema_metadata({"unidiffuser": json.dumps(facts, sort_keys=True)})
+        text = self.texts([sample.caption for sample, _ in group])
+        return {"moments": np.concatenate(moments), "clip": np.concatenate(clips), "text": text}
+
+    def texts(self, captions: Sequence[str | None]) -> np.ndarray:
+        """Text latents of captions, (n, L, d) fp16; 0 for one that is None."""
+        import torch
+
+        found = np.zeros((len(captions), self.text.context_length, self.codec.latent_width), np.float16)
+        given = [(row, caption) for row, caption in enumerate(captions) if caption is not None]
+        for batch in in_batches(given, self.job.config.batch):
+            with torch.inference_mode():
+                hidden = self.text.tokens([caption for _, caption in batch])
+                found[[row for row, _ in batch]] = self.codec.encode(hidden.float()).half().cpu().numpy()
+        return found
 
 
 def passed_on(job: Job) -> bool:
@@ -167,12 +192,13 @@ def passed_on(job: Job) -> bool:
 
 
 def plan_shards(job: Job, _: Records) -> Iterator[Unit]:
-    """A unit for every WebDataset shard of the input, decided by the table of embeddings too where these are passed on."""
-    passed = passed_on(job)
+    """A unit for every WebDataset shard of the input, decided by the table of embeddings too where these are passed on, and by
+    the names of further captions."""
+    passed, further = passed_on(job), names_of(job.inputs["rows"].manifest.columns)
     digests = {entry.path: entry.sha256 for entry in job.inputs["rows"].files}
     for entry in job.inputs["rows"].files:
         if entry.name.endswith(".tar") and entry.rows:
-            unit = Unit(entry.name.removesuffix(".tar"), (entry.sha256,), {"path": entry.path}, entry.rows)
+            unit = Unit(entry.name.removesuffix(".tar"), (entry.sha256, *further), {"path": entry.path}, entry.rows)
             table = f"{entry.path.removesuffix('.tar')}.parquet"
             if passed:
                 unit = replace(unit, digests=(*unit.digests, digests[table]), payload={**unit.payload, "embeddings": table})
@@ -205,9 +231,10 @@ class Encode(Stage):
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp16 moments of an 8 times smaller, 8-channel latent are the largest known; embeddings and text take 20 kB at most.
+        # fp16 moments of an 8 times smaller, 8-channel latent are the largest known; embedding and each caption 10 kB at most.
         rows = job.inputs["rows"].manifest.stats.rows_out
-        return rows * ((job.config.size // 8) ** 2 * 16 + 20_000)
+        captions = 1 + len(names_of(job.inputs["rows"].manifest.columns))
+        return rows * ((job.config.size // 8) ** 2 * 16 + 10_000 + captions * 10_000)
 
     @classmethod
     def file_columns(cls, job: Job, records: list[UnitRecord]) -> pa.Table:

@@ -1,8 +1,9 @@
 """folder: a corpus of one's own, images with their captions in files beside them, packed as `download` packs the web's.
 
-``photo.jpg`` belongs to ``photo.txt``. Beside each ``SHARD.tar`` lies ``SHARD.parquet`` with every image and what became of it.
-A shard ends where a hash of the next file's name says so: files that are added or removed change the shards they fall into and
-no others. Where the files lie changes nothing, only their names and contents do.
+``photo.jpg`` belongs to ``photo.txt``, which is one caption, or one a line where `captions` names those behind the first.
+Beside each ``SHARD.tar`` lies ``SHARD.parquet`` with every image and what became of it. A shard ends where a hash of the next
+file's name says so: files that are added or removed change the shards they fall into and no others. Where the files
+lie changes nothing, only their names and contents do.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import external_file
+from stages.shards.captions import Names, column_of_caption, schema_of
 from stages.shards.images import RESULT, ImageConfig, Outcome
 from stages.shards.outside import UNPACKING
 from stages.shards.tables import write_table
@@ -46,6 +48,12 @@ class FolderConfig(ImageConfig):
 
     images: list[str] = external_file(..., "image files: paths, globs (** is any folder) or fsspec URLs", min_length=1)
     caption_extension: str = Field("txt", pattern=r"^\w+$", description="what the caption's file ends in instead of the image's")
+    captions: Names = Field(
+        (),
+        description="names of further captions, which are the lines behind the first one of a caption's file, in this order; a "
+        "line that is empty or missing is none. Without names the whole file is one caption. A training's data.captions draws "
+        "from them",
+    )
     shard_rows: int = Field(1000, ge=1, description="images of a shard, on average")
     cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
     workers: int | None = operational(None, "workers at most", ge=1)
@@ -76,44 +84,52 @@ class Packer:
         before = ""
         with ShardWriter(out.path(tar_name)) as tar:
             for pair in sorted((Pair(*values) for values in unit.payload["pairs"]), key=lambda pair: pair.key):
-                caption, image, outcome = (None, b"", Outcome("duplicate_file")) if pair.key == before else self.pack(pair)
+                captions, image, outcome = ({}, b"", Outcome("duplicate_file")) if pair.key == before else self.pack(pair)
                 before = pair.key
-                rows.append({"key": pair.key, "file": pair.name, "caption": caption, "status": outcome.reason or "success"})
+                rows.append({"key": pair.key, "file": pair.name, **captions, "status": outcome.reason or "success"})
                 rows[-1] |= outcome.measured()
                 if outcome.reason:
                     out.stats.drop(outcome.reason)
                     continue
-                assert caption is not None
-                tar.add(Sample(pair.key, image, self.config.encode_format, caption, {"file": pair.name, **outcome.measured()}))
+                caption, meta = captions.pop("caption"), {"file": pair.name, **captions, **outcome.measured()}
+                tar.add(Sample(pair.key, image, self.config.encode_format, caption, meta))
                 out.rows[tar_name] += 1
         out.stats.rows_in, out.stats.rows_out = len(rows), out.rows[tar_name]
-        schema = pa.schema([("key", pa.string()), ("file", pa.string()), ("caption", pa.string()), *RESULT])
+        texts = ("key", "file", "caption", *schema_of(self.config.captions))
+        schema = pa.schema([*((name, pa.string()) for name in texts), *RESULT])
         write_table(pa.Table.from_pylist(rows, schema), out.path(f"{unit.name}.parquet", len(rows)))
 
-    def pack(self, pair: Pair) -> tuple[str | None, bytes, Outcome]:
-        """(caption, bytes to store, outcome) of one image."""
+    def pack(self, pair: Pair) -> tuple[dict[str, str], bytes, Outcome]:
+        """(captions by column, bytes to store, outcome) of one image; without its own caption there are none."""
         try:
             return self._pack(pair)
         except UNPACKING:
-            return None, b"", Outcome("damaged_in_archive")
+            return {}, b"", Outcome("damaged_in_archive")
 
-    def _pack(self, pair: Pair) -> tuple[str | None, bytes, Outcome]:
+    def _pack(self, pair: Pair) -> tuple[dict[str, str], bytes, Outcome]:
         if not pair.caption:
-            return None, b"", Outcome("no_caption")
+            return {}, b"", Outcome("no_caption")
         try:
-            caption = text_of(_read(pair.caption)).strip()
+            captions = self.captions(text_of(_read(pair.caption)))
         except TextError:
-            return None, b"", Outcome("caption_not_utf8")
-        if not caption:
-            return None, b"", Outcome("no_caption")
+            return {}, b"", Outcome("caption_not_utf8")
+        if "caption" not in captions:
+            return {}, b"", Outcome("no_caption")
         data = _read(pair.image)
         found = hashlib.sha256(data).hexdigest()
         if len(pair.digest) == SHA256_DIGITS and pair.digest != found:
             raise StageError(f"{pair.image}: changed while it was being read; run again")
         if len(data) > self.config.max_bytes:
-            return caption, b"", Outcome("too_large", sha256=found)
+            return captions, b"", Outcome("too_large", sha256=found)
         image, width, height, original_width, original_height, reason = self.resize(BytesIO(data))
-        return caption, image or b"", Outcome(reason or "", width, height, original_width, original_height, found)
+        return captions, image or b"", Outcome(reason or "", width, height, original_width, original_height, found)
+
+    def captions(self, text: str) -> dict[str, str]:
+        """The captions that a file holds, by column."""
+        names = self.config.captions
+        columns = ("caption", *map(column_of_caption, names))
+        lines = (line.strip() for line in (text.split("\n") if names else [text]))
+        return {column: line for column, line in zip(columns, lines, strict=False) if line}
 
 
 def _read(address: str) -> bytes:
@@ -186,4 +202,5 @@ class Folder(Stage):
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
         sample = {"key": "string", "caption": "string", "file": "string"}
-        return sample | {field.name: str(field.type) for field in RESULT if field.name != "status"}
+        further = schema_of(job.config.captions)
+        return sample | further | {field.name: str(field.type) for field in RESULT if field.name != "status"}

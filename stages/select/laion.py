@@ -191,7 +191,7 @@ def detect(address: str, arrow: pa.Schema, reading: Reading) -> tuple[str, dict[
     if wanted:
         raise StageError(
             f"{address}: columns found: {', '.join(found)}; columns needed: {'; '.join(wanted)}; "
-            "name them in `columns` or leave the condition out"
+            "name them in `columns` or leave the condition or the caption out"
         )
     for own, kind in reading.others.values():
         check_column(address, arrow, own, kind)

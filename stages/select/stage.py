@@ -64,6 +64,7 @@ from stages.select.lists import (
 )
 from stages.select.presets import PRESETS
 from stages.select.where import Where
+from stages.shards.captions import Names, columns_read, schema_of
 from stages.shards.conditions import Condition, Verdict, columns_of, conditions
 from stages.shards.tables import write_table
 from stages.shards.words import WORDS
@@ -85,6 +86,11 @@ class SelectConfig(StageConfig):
         "auto", "laion2B-en", "laion2B-en-joined", "laion-high-resolution", "laion-aesthetics", "relaion"
     ] = Field("auto", description="the set whose columns every file must have; auto: whichever each file fits")  # fmt: skip
     columns: dict[str, str] = Field({}, description="column names of a corpus that is not LAION's, such as {url: link}")
+    captions: Names = Field(
+        (),
+        description="columns of further captions beside the row's own, by the file's names; a training's data.captions draws "
+        "from them",
+    )
     preset: Literal["laion2B-en-256", "laion-high-resolution-512", "laion-aesthetics-512"] | None = operational(
         None, "thresholds of one of the paper's subsets; the fields beside it override them, null takes one away"
     )
@@ -143,7 +149,7 @@ def conditions_of(config: SelectConfig) -> tuple[list[Condition], Reading]:
     """All conditions, and the reading that gives the columns that they ask for."""
     own = [Where.parse(text) for text in config.where]
     usual = conditions(config)
-    others = {where.label: (where.column, where.type) for where in own}
+    others = {where.label: (where.column, where.type) for where in own} | columns_read(config.captions)
     reading = Reading(config.laion_schema, config.columns, frozenset(columns_of(usual)), others)
     return usual + [where.condition() for where in own], reading
 
@@ -238,7 +244,9 @@ class Write:
     def __init__(self, job: Job):
         self.job = job
         self.config: SelectConfig = job.config
-        self.reading = Reading(self.config.laion_schema, self.config.columns)
+        further = columns_read(self.config.captions)
+        self.reading = Reading(self.config.laion_schema, self.config.columns, others=further)
+        self.names = [*CANONICAL.names[1:], *further]
 
     def run(self, unit: Unit, out: Output) -> None:
         number = unit.payload["number"]
@@ -254,7 +262,7 @@ class Write:
                         keep[rows] = False
                 out.stats.drop(f"duplicate_{kind}", int(before - keep.sum()))
             out.stats.rows_out = int(keep.sum())
-            tables = metadata.kept(CANONICAL.names[1:], keep)
+            tables = metadata.kept(self.names, keep)
             for count, shard in enumerate(self._shards(unit.payload["file"], tables)):
                 path = out.path(f"{unit.name}-{count:05d}.parquet", shard.num_rows)
                 write_table(shard, path, GROUP)
@@ -337,7 +345,7 @@ def by_pattern(patterns: Sequence[str], addresses: Iterable[str]) -> list[list[s
 
 
 # What a phase does not name counts through the content of the files that it reads.
-_PICK = frozenset(SelectConfig.model_fields) - {"shard_rows", "allow_by", "deny_by"}
+_PICK = frozenset(SelectConfig.model_fields) - {"captions", "shard_rows", "allow_by", "deny_by"}
 _READ = frozenset({"laion_schema", "columns"})
 
 
@@ -352,7 +360,7 @@ class Select(Stage):
         Phase("match", match_units, Match, fields=frozenset(), resources=_resources),
         Phase("admit", admit_units, Admit, fields=frozenset(), resources=_resources),
         Phase("duplicates", _duplicate_units, Duplicates, fields=frozenset(), resources=_resources),
-        Phase("write", _write_units, Write, fields=_READ | {"shard_rows"}, resources=_resources),
+        Phase("write", _write_units, Write, fields=_READ | {"captions", "shard_rows"}, resources=_resources),
     )
 
     @classmethod
@@ -377,7 +385,7 @@ class Select(Stage):
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:
-        return {field.name: str(field.type) for field in CANONICAL}
+        return {field.name: str(field.type) for field in CANONICAL} | schema_of(job.config.captions)
 
     @classmethod
     def summary(cls, job: Job, records: Records) -> dict[str, Any]:

@@ -273,6 +273,12 @@ class Train(Stage):
     def check_before(
         cls, config: TrainStageConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
     ) -> None:
+        named = {name for stage in ("select", "folder") for source in before.get(stage, ()) for name in source.captions}
+        if lost := sorted(config.data.captions.keys() - named):
+            have = ", ".join(sorted(named)) or "none"
+            raise StageError(
+                f"data.captions names {lost[0]}, which no subset's select or folder has among its captions; there are: {have}"
+            )
         width = next((codec.latent_width for codec in before.get("text-codec", ())), None)
         for encode in before.get("encode", ()) if "weights" in lists else ():
             check_data(config, lists["weights"], config.text, encode, width)

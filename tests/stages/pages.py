@@ -20,7 +20,12 @@ def selector(folder: Path, make: Callable[..., Dataset]) -> Callable[..., Datase
     """(store, page names or URLs) -> the select dataset of these pages; `columns` are further ones of the metadata."""
 
     def select(
-        store: Store, names: Sequence[str], file: str = "pages", shard_rows: int = 1000, columns: dict[str, Any] | None = None
+        store: Store,
+        names: Sequence[str],
+        file: str = "pages",
+        shard_rows: int = 1000,
+        columns: dict[str, Any] | None = None,
+        captions: Sequence[str] = (),
     ) -> Dataset:
         table = {
             "URL": [f"http://{HOST}/{name}" if "://" not in name else name for name in names],
@@ -30,7 +35,7 @@ def selector(folder: Path, make: Callable[..., Dataset]) -> Callable[..., Datase
             **(columns or {}),
         }
         pq.write_table(pa.table(table), folder / f"{file}.parquet")
-        return make(Select, store, metadata=[str(folder / "pages*.parquet")], shard_rows=shard_rows)
+        return make(Select, store, metadata=[str(folder / "pages*.parquet")], shard_rows=shard_rows, captions=captions)
 
     return select
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from infra.store import Store
 from stages.download.network import Guard, dial
 from stages.download.stage import Download, DownloadConfig
+from stages.filter.stage import Filter
 from stages.runner.contract import StageError
 from tests.stages.hostile_files import FILES, JPEG
 from tests.stages.hostile_tls import TLS, TLS_STATUS, tls_web
@@ -104,6 +105,24 @@ def test_pixels_are_those_of_the_page(store, web, select, make, in_process):
             assert (image.height > image.width) == (name[-1] in "5678")
         else:
             assert red[:, 5].mean() - red[:, -5].mean() > 100, name
+
+
+def test_further_captions_travel_with_the_rows(store, web, select, make, in_process):
+    names = ["jpeg", "png", "status-404"]
+    given = {"alt": ["an alt", None, "x"], "re caption": ["a long one", "another", "x"]}
+    rows = select(store, names, columns=given, captions=["alt", "re caption"])
+    assert {"caption.alt", "caption.re caption"} <= set(rows.manifest.columns)
+    downloaded = make(Download, store, {"rows": rows}, hosts={HOST: web}, **FAST)
+    kept = make(Filter, store, {"rows": downloaded}, min_side=None, duplicate_tolerance=None, clip_scores=False)
+    for dataset in (downloaded, kept):
+        samples = {name_of(one.meta["url"]): one for one in samples_of(dataset)}
+        found = {name: (one.caption, *(one.meta[f"caption.{further}"] for further in given)) for name, one in samples.items()}
+        assert found == {"jpeg": ("caption of jpeg", "an alt", "a long one"), "png": ("caption of png", None, "another")}
+        assert {"caption.alt", "caption.re caption"} <= set(dataset.manifest.columns)
+    with pytest.raises(
+        StageError, match="columns found: .*; columns needed: lost; name them in `columns` or leave the condition or"
+    ):
+        select(store, names, columns=given, captions=["lost"])
 
 
 def test_bytes_that_need_no_change_are_kept(store, web, select, make, in_process):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import os
 import random
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,10 +23,12 @@ from stages.filter.stage import Filter
 from stages.runner.contract import Job, StageError
 from stages.train.stage import COLUMNS
 from tests.stages.packed import blots, cut_between_samples, download, encoded, kept_of, sample
+from tests.training.synthetic import config as training
 from tests.unidiffuser.test_clip_preprocess import clip_with
 from training.heldout import LISTED
 from training.index import index_of
 from training.latents import LatentReader, Selection
+from training.loader import Loader
 from training.told import Told
 from training.where import Comparison
 from unidiffuser.encoders import ClipEncoder, ImageLatents
@@ -167,3 +172,37 @@ def test_latents_that_were_cut_before_the_commit_are_named(store, make, inputs):
     os.truncate(where, os.path.getsize(where) // 2)
     with pytest.raises(StageError, match=f"^{where}: .*; delete {os.path.dirname(where)} and run again$"):
         make(Encode, store, inputs, size=SIZE)
+
+
+def test_further_captions_have_columns_of_their_own_and_are_trained_on(store, make, inputs, in_process):
+    def captioned(one, number):
+        given = {"alt": f"a drawing of number {number}" if number % 3 else None, "long": " " if number == 4 else f"long {number}"}
+        return replace(one, meta=one.meta | {f"caption.{name}": caption for name, caption in given.items()})
+
+    samples = [captioned(one, number) for number, one in enumerate(kept_of(inputs["rows"]))]
+    plain = download(store, [samples])
+    named = {"columns": {"caption.alt": "string", "caption.long": "string"}, "fingerprint": "d" * 24}
+    manifest = plain.manifest.model_copy(update=named)
+    latents = make(Encode, store, inputs | {"rows": commit(store, manifest)}, size=SIZE, batch=4)
+    rows = {row["key"]: row for row in table_of(latents, "key", "caption", "caption.alt", "text", "text.alt", "text.long")}
+    assert len(rows) == 10
+    clip = ClipEncoder.load("embedded")
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        codec = TextCodec.load(inputs["codec"].fetch(Path(folder))).eval()
+        for number, one in enumerate(samples):
+            row = rows[one.key]
+            own, alt = row["caption"], row["caption.alt"]
+            assert (own, alt) == (one.caption, one.meta["caption.alt"])
+            assert (row["text.alt"] is None, row["text.long"] is None) == (number % 3 == 0, number == 4)
+            for column, caption in (("text", own), ("text.alt", alt), ("text.long", f"long {number}")):
+                if row[column] is not None:
+                    expected = codec.encode(clip.tokens([caption])).numpy().ravel()
+                    assert np.frombuffer(row[column], np.float16) == pytest.approx(expected, abs=0.01)
+    assert {"caption.alt", "caption.long", "text.alt", "text.long"} <= set(latents.manifest.columns)
+    told = [Told(store.url(f"{latents.folder}/files.parquet"), store.root)]
+    shards = [latents.url(entry) for entry in latents.files]
+    alt = training(global_batch=10, data={"captions": {"alt": 1.0}}, validation={"fraction": 0.0})
+    for known in ((), told):
+        loader = Loader(alt, shards, told=known)
+        read = [rows[key]["text.alt"] or rows[key]["text"] for key in loader.keys(0)]
+        assert loader.batch(0).clean["text"].numpy().astype(np.float16).tobytes() == b"".join(read)

@@ -92,6 +92,21 @@ def test_however_a_caption_is_encoded_it_is_the_same(tmp_path, store, make):
 
 
 @pytest.mark.usefixtures("in_process")
+def test_lines_of_a_file_are_captions_of_their_own_where_they_have_names(tmp_path, store, make, in_process):
+    texts = {"a": "one\r\ntwo\n three \nfour", "b": "one\n\nthree", "c": "one", "d": "\ntwo"}
+    for number, (name, text) in enumerate(texts.items()):
+        (tmp_path / f"{name}.jpg").write_bytes(different(number))
+        (tmp_path / f"{name}.txt").write_text(text)
+    dataset = make(Folder, store, images=[f"{tmp_path}/*.jpg"], captions=["long", "alt"])
+    samples = {one.meta["file"]: one for one in samples_of(dataset)}
+    found = {name: (one.caption, *(one.meta.get(f"caption.{n}") for n in ("long", "alt"))) for name, one in samples.items()}
+    assert found == {"a.jpg": ("one", "two", "three"), "b.jpg": ("one", None, "three"), "c.jpg": ("one", None, None)}
+    assert dataset.manifest.stats.dropped == {"no_caption": 1}
+    rows = {row["file"]: row for row in table_of(dataset).to_pylist()}
+    assert [rows[f"{name}.jpg"]["caption.alt"] for name in texts] == ["three", "three", None, None]
+    assert dataset.manifest.columns["caption.alt"] == "string"
+
+
 def test_where_it_lies_changes_nothing_and_one_more_file_changes_one_shard(tmp_path, store, make, corpus, digests):
     first = make(Folder, store, images=[str(corpus / "**" / "*.jpg")], shard_rows=4)
     moved = shutil.move(corpus, tmp_path / "elsewhere")

@@ -160,6 +160,19 @@ def test_what_a_training_begins_from_must_be_there(recipe: Path, tmp_path: Path,
     assert len(prints) == 2
 
 
+def test_captions_that_no_subset_has_are_refused_before_anything_runs(recipe: Path, store: Store) -> None:
+    wanted = "train.small.data={subsets: [a], captions: {alt: 0.5, long: 0.2}}"
+    metadata = recipe.parent / "m" / "0.parquet"
+    pq.write_table(pq.read_table(metadata).append_column("alt", [["b"]]), metadata)
+    for given, lost, have in ("[]", "alt", "none"), ("[alt]", "long", "alt"):
+        line = f"^train-small: data.captions names {lost}, which no subset's select or folder has among its captions; .*: {have}$"
+        with pytest.raises(RecipeError, match=line):
+            plan(load_recipe(recipe, [wanted, f"subsets.a.select.captions={given}"]), store)
+    plan(load_recipe(recipe, [wanted.replace(", long: 0.2", ""), "subsets.a.select.captions=[alt]"]), store)
+    with pytest.raises(RecipeError, match="subsets.a.select.captions: alt is there twice"):
+        load_recipe(recipe, ["subsets.a.select.captions=[alt, alt]"])
+
+
 def test_training_data_is_a_list_of_subsets_or_a_section(recipe: Path) -> None:
     where = "train.large.data={subsets: [a, b], where: [AESTHETIC_SCORE >= 5], shuffle_window: 4}"
     node = load_recipe(recipe, [where]).nodes["train-large"]
