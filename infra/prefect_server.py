@@ -11,6 +11,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def check_api(api: str) -> None:
             ) from None
         # A hosted one does not tell its version.
         return
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ServerError(f"no Prefect server answers at {api} ({reason}); start it, or unset PREFECT_API_URL") from None
     ours = version("prefect")
@@ -189,7 +190,8 @@ def answers(address: str) -> bool:
     try:
         with open_url(urllib.request.Request(f"{address}/api/health"), timeout=2) as reply:
             return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
+    # Another program may have taken the port, and answer in a language of its own.
+    except (OSError, HTTPException):
         return False
 
 

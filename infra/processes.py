@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,9 @@ from infra.loopback import without_proxy
 # Every process below a server inherits this variable, whatever becomes of its parent: that is how survivors are recognised.
 MARK = "UNIDIFFUSER_SERVERS"
 SERVERS = ("prefect", "ray", "worker")
+# Below those that a system gives to connections and to whoever asks for any: one of these would take the port of a server in the
+# seconds before it listens, or in the days between two of its starts.
+PORTS = range(20_000, 32_768)
 
 
 class ServerError(Exception):
@@ -62,16 +66,21 @@ def free_port(wanted: int = 0) -> int:
 
 
 def free_ports(*hosts: str) -> list[int]:
-    """As many free TCP ports as hosts, each another number: asked for one by one, two could be the same."""
+    """As many free TCP ports as hosts, each another number: asked for one by one, two could be the same.
+
+    Raises:
+        ServerError: all are taken.
+    """
     with contextlib.ExitStack() as held:
         ports: list[int] = []
-        while len(ports) < len(hosts):
+        for port in random.sample(PORTS, len(PORTS)):
             sock = held.enter_context(socket.socket())
-            sock.bind((hosts[len(ports)], 0))
-            # Another address may well have the same number free.
-            if (port := int(sock.getsockname()[1])) not in ports:
+            with contextlib.suppress(OSError):
+                sock.bind((hosts[len(ports)], port))
                 ports.append(port)
-        return ports
+            if len(ports) == len(hosts):
+                return ports
+    raise ServerError(f"no free port from {PORTS[0]} to {PORTS[-1]}; stop what listens there")
 
 
 def spawn(name: str, command: list[str], environment: dict[str, str], state: Path, **details: str | None) -> Server:

@@ -22,7 +22,7 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
 from infra import prefect_server, ray_jobs
-from infra.prefect_server import check_api
+from infra.prefect_server import answers, check_api
 from infra.processes import (
     ServerError,
     free_port,
@@ -106,11 +106,37 @@ def test_the_record_is_for_its_owner_only(tmp_path: Path) -> None:
     stop(server, tmp_path)
 
 
-def test_a_port_in_use_is_not_taken() -> None:
+def test_a_port_in_use_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = free_ports("127.0.0.1", "127.0.0.1")
+    monkeypatch.setattr("infra.processes.PORTS", [one, other])
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
+        taken.bind(("127.0.0.1", one))
         taken.listen()
-        assert taken.getsockname()[1] not in {free_port() for _ in range(50)}
+        assert {free_port() for _ in range(20)} == {other}
+        monkeypatch.setattr("infra.processes.PORTS", [one])
+        with pytest.raises(ServerError, match=f"^no free port from {one} to {one}; stop what listens there$"):
+            free_port()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where the range can be read")
+def test_no_connection_of_this_system_takes_the_port_of_a_server_that_is_about_to_start() -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(free_ports(*["127.0.0.1"] * 500)) < first
+
+
+def test_a_program_that_speaks_another_language_at_the_address_is_no_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def speak() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(b"\0\0\x12\4\0\0\0\0\0")
+
+        thread = threading.Thread(target=speak)
+        thread.start()
+        assert not answers(f"http://127.0.0.1:{other.getsockname()[1]}")
+        thread.join()
 
 
 def test_ports_of_one_server_differ_also_on_different_addresses() -> None:
