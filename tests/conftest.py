@@ -26,7 +26,7 @@ def ray_cluster() -> Iterator[None]:
     # Workers run at niceness 15 otherwise: on a busy machine a test would wait minutes for one to start.
     os.environ["RAY_worker_niceness"] = "0"
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     yield
     ray.shutdown()
 

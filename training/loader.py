@@ -273,6 +273,11 @@ class Loader:
 
     def _read(self, group: int) -> RowGroup:
         """A row group; in place of one that is damaged, rows of the next ones, as far as the configuration allows that."""
+        read = self._whole(group)
+        return self._instead(group) if read is None else read
+
+    def _whole(self, group: int) -> RowGroup | None:
+        """A row group; None where it is damaged, which is counted."""
         index = self.index
         rows = int(index.train[group]), int(index.held[group])
         try:
@@ -285,17 +290,17 @@ class Loader:
                 self.damaged[group] = str(error)
             if len(self.damaged) > self.config.damage.skip_damaged:
                 raise too_many_damaged(self.config, len(self.damaged), error) from error
-            return self._instead(group)
+            return None
 
     def _instead(self, group: int) -> RowGroup:
-        """As many rows for training and as many held-out ones as a damaged row group has, of the next ones of its subset."""
+        """As many rows for training and as many held-out ones as a damaged row group has, of the next one of its subset."""
         groups, kinds = len(self.index.train), (self.index.train, self.index.held)
         wanted = int(self.index.train[group]), int(self.index.held[group])
         for other in ((group + step) % groups for step in range(1, groups)):
             if self.subset_of_group[other] != self.subset_of_group[group]:
                 continue
-            if all(counts[other] > 0 or not rows for counts, rows in zip(kinds, wanted, strict=True)):
-                read = self._read(other)
+            has = all(counts[other] > 0 or not rows for counts, rows in zip(kinds, wanted, strict=True))
+            if has and (read := self._whole(other)) is not None:
                 train, held = (np.resize(rows, count) for rows, count in zip((read.train, read.held), wanted, strict=True))
                 return RowGroup(read.keys, read.parts, train, held)
         raise ShardError(f"{self.reader.shards[int(self.index.file[group])]}: no row group is left in place of a damaged one")

@@ -7,6 +7,7 @@ of pictures and of captions are from the world's. The report is a page with its 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from stages.shards.tables import read_table, write_table
 SAMPLES_A_UNIT = 2000
 UNREADABLE = -1
 WRITTEN = ("shown", "said")
+# What the picture codec is called in the dataset of its world.
+CODEC = "codec.safetensors"
 
 
 class _Drawer:
@@ -35,20 +38,21 @@ class _Drawer:
     def __init__(self, job: Job):
         import torch
 
+        from training.shares import merge
         from unidiffuser.weights import load_native
 
         self.job, config = job, job.config
         self.protocol = Protocol(
             config.count, config.samples, config.steps, config.sampler, config.guidance, config.batch, config.seed
         )
-        wanted = ("config.json", f"{config.weights}.safetensors")
-        files = [entry for entry in job.inputs["checkpoint"].files if entry.name in wanted]
-        codec = [entry for entry in job.inputs["codec"].files if entry.name == "codec.safetensors"]
         with tempfile.TemporaryDirectory() as scratch:
-            folder = fetch_files(job.store, [*files, *codec], Path(scratch, "model"))
-            (folder / wanted[1]).rename(folder / "model.safetensors")
+            checkpoint, folder = job.inputs["checkpoint"].fetch(Path(scratch, "checkpoint")), Path(scratch, "model")
+            folder.mkdir()
+            shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+            merge(checkpoint, config.weights, folder / "model.safetensors")
             model = load_native(folder)
-            self.codec = Autoencoder.of(load_file(folder / "codec.safetensors"))
+            codec = fetch_files(job.store, [job.inputs["codec"].file(CODEC)], Path(scratch, "codec"))
+            self.codec = Autoencoder.of(load_file(codec / CODEC))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.artist = Artist(model.to(device), self.codec.to(device), self.protocol)
 

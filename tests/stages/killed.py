@@ -70,7 +70,7 @@ def on_ray(root: str, number: int) -> None:
     os.environ["RAY_worker_niceness"] = "0"
     driver = os.getpid()
     hook = {"worker_process_setup_hook": lambda: kill_at(root, number, driver)}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hook)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hook)
     kill_at(root, number, driver)
     run_stage(planned(Squares), Store(root), Squares)
 

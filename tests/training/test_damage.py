@@ -207,3 +207,13 @@ def test_rows_of_the_next_group_take_the_place_of_a_damaged_one_as_often_as_is_a
     damage_moments(broken[0], 0)
     with pytest.raises(ShardError, match=r"^2 row groups are damaged, and damage.skip_damaged allows 1: .*row group"):
         run(job(tmp_path / "two", broken, {"skip_damaged": 1}), CPU)
+
+
+def test_a_subset_whose_row_groups_are_all_damaged_is_told(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    weights = settings(damage={"skip_damaged": 50}, data={"weights": {"web": 1, "art": 1}})
+    loader = Loader(weights, shards, subsets=("web", "art"))
+    for group in range(5):
+        damage_moments(shards[1], group)
+    with pytest.raises(ShardError, match="00001.parquet: no row group is left in place of a damaged one"):
+        loader.batch(0)

@@ -27,6 +27,7 @@ from tests.stages.committed import dataset_of
 from training.config import TrainConfig
 from training.loader import Loader
 from training.loop import uvit_config
+from training.shares import key_of, share_name
 from training.timesteps import timesteps_at
 from unidiffuser.uvit import UViT
 
@@ -126,7 +127,10 @@ def checkpoint(made: Dataset, store: Store, tmp_path: Path) -> Dataset:
     loader = Loader(settings, [made.url(entry) for entry in made.files[1:]])
     sizes = uvit_config(settings, loader.modalities)
     (folder / "config.json").write_text(sizes.model_dump_json())
-    save_file(UViT(sizes).state_dict(), folder / "ema.safetensors")
+    weights = UViT(sizes).state_dict()
+    pieces = {key_of("ema", name, 0): tensor.flatten() for name, tensor in weights.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    save_file(pieces, folder / share_name(0, 1), {"shapes": json.dumps(shapes)})
     rows = [{"kind": "train", "step": 4, "loss_latent": 1.0, "loss_text": 0.5, "seconds": 90.0, "core_seconds": 150.0}] * 2
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dataset = dataset_of(store, "train", folder, {})
