@@ -68,7 +68,7 @@ def connect_ray() -> None:
     if address:
         ray.init(address=address, log_to_driver=True)
     else:
-        ray.init(include_dashboard=False, log_to_driver=True)
+        ray.init("local", include_dashboard=False, log_to_driver=True)
 
 
 def report(planned: Planned, dataset: Dataset) -> None:
