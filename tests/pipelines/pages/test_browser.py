@@ -111,6 +111,14 @@ def world(web: Web) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def page(page: Any, world: World) -> Any:
     sign_in(page, world.store.root)
+    goto = page.goto
+
+    def leave_for(address: str) -> None:
+        # Who leaves a page of Prefect's while it still asks whether the sign-in holds is signed out: it is shown when it knows.
+        page.get_by_role("link", name="Deployments", exact=True).first.wait_for()
+        goto(address)
+
+    page.goto = leave_for
     return page
 
 
