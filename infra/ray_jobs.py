@@ -81,8 +81,13 @@ class RayJobs:
         Raises:
             ServerError: Ray does not answer, or no machine is there.
         """
-        nodes = self._call("GET", "/nodes?view=summary", timeout=SHORT_TIMEOUT)["data"]["summary"]
-        alive = [node for node in nodes if node.get("mem") and node.get("raylet", {}).get("state") == "ALIVE"]
+        until, alive = time.monotonic() + SHORT_TIMEOUT, list[dict[str, Any]]()
+        # A machine tells of its memory some seconds after it has come, and later where it is busy.
+        while not alive and time.monotonic() < until:
+            nodes = self._call("GET", "/nodes?view=summary", timeout=SHORT_TIMEOUT)["data"]["summary"]
+            alive = [node for node in nodes if node.get("mem") and node.get("raylet", {}).get("state") == "ALIVE"]
+            if not alive:
+                time.sleep(0.5)
         # A head that takes no work has no CPUs.
         working = [node for node in alive if node["raylet"].get("resourcesTotal", {"CPU": 1}).get("CPU")] or alive
         if not working:

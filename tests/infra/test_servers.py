@@ -324,3 +324,13 @@ def test_no_ray_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", jobs.address)
     with pytest.raises(ServerError, match="no Ray Jobs API answers at .*; start the cluster, or unset RAY_ADDRESS"):
         jobs.statuses()
+
+
+def test_a_machine_that_has_just_come_is_waited_for_until_it_tells_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = {"raylet": {"state": "ALIVE", "resourcesTotal": {"CPU": 2.0}}}
+    told, jobs = [silent, silent | {"mem": [2**30, 0, 0, 0]}], RayJobs("http://127.0.0.1:1", "secret")
+    monkeypatch.setattr(jobs, "_call", lambda *_, **__: {"data": {"summary": [told.pop(0) if told else silent]}})
+    assert jobs.memory() == ([2**30], [])
+    monkeypatch.setattr(ray_jobs, "SHORT_TIMEOUT", 0.1)
+    with pytest.raises(ServerError, match="has no machine yet"):
+        jobs.memory()
