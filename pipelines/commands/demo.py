@@ -19,10 +19,11 @@ HOST = "little-web.example"
 # What the recipe takes of the shipped base, and the longer and quicker training that does without it.
 FROM_SCRATCH = (
     "text-codec.weights=null",
+    "evaluate.before=null",
+    *(f"train.{name}.model.position_side=null" for name in (256, 512)),
+    *(f"train.{name}.optimizer.{field}=2.0e-3" for name in (256, 512) for field in ("lr", "rest.lr")),
     "train.256.weights=null",
     "train.256.steps=1100",
-    "train.256.optimizer.lr=2.0e-3",
-    "train.256.optimizer.rest.lr=2.0e-3",
 )
 
 

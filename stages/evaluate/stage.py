@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import Field
 
 from stages.drawing.assembly import encoder_digests
-from stages.measuring.config import EvaluationConfig, check_prompts, check_world, judge_weights
+from stages.measuring.config import EvaluationConfig, begun_from, check_prompts, check_world, judge_weights
 from stages.measuring.phases import Draw, Looker, Report, plan_draw, plan_look, plan_report
 from stages.runner.contract import Job, Phase, Records, Resources, Stage, UnitRecord, operational
 from stages.runner.recipe import encoder
@@ -49,6 +49,10 @@ class Evaluate(Stage):
     @classmethod
     def sources(cls, config: EvaluateConfig) -> list[str]:
         return [] if config.prompts is None else [config.prompts]
+
+    @classmethod
+    def lists(cls, config: EvaluateConfig) -> dict[str, list[str]]:
+        return begun_from(config)
 
     @classmethod
     def check(cls, config: EvaluateConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:

@@ -7,10 +7,11 @@ from typing import Annotated
 from pydantic import Field
 
 from stages.measuring.captions import Captions
+from stages.measuring.judged import Judge
 from stages.measuring.matching import ClipScore, Preference
 from stages.measuring.pictures import Cmmd, Fid, Kid, PrecisionRecall
 from stages.measuring.scenes import Shapes
 
 AnyMeasure = Annotated[
-    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Shapes, Field(discriminator="kind")
+    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Judge | Shapes, Field(discriminator="kind")
 ]
