@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from stages.measuring.judged import scenes_of
 from stages.measuring.measures import AnyMeasure
 from stages.measuring.networks import inception_missing, judge_of
 from stages.measuring.presets import PRESETS
@@ -100,6 +101,8 @@ def check_prompts(config: Any, sources: Mapping[str, str]) -> None:
     asked = Asked(prompts.count, prompts.pictures, Samples("t2i", config.steps, config.guidance, config.sampler))
     for measure in config.measures:
         measure.needs(asked)
+    if any(measure.kind == "judge" for measure in config.measures):
+        scenes_of(prompts.captions(0, prompts.count))
 
 
 def check_world(config: Any, before: Mapping[str, Sequence[Any]]) -> None:

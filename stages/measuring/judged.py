@@ -70,7 +70,6 @@ def scenes_of(captions: Sequence[str], strict: bool = True) -> list[Any]:
 
     found = [scene_of(caption) for caption in captions]
     if strict and None in found:
-        raise StageError(
-            f"measures: judge knows the demo's little web alone, and not {captions[found.index(None)]!r}; leave it out"
-        )
+        other = captions[found.index(None)]
+        raise StageError(f"measures: judge knows the captions of the demo's little web alone, and not {other!r}; leave it out")
     return found
