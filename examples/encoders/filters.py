@@ -35,5 +35,5 @@ class FilterMuon(torch.optim.Optimizer):
                 momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                 momentum.lerp_(parameter.grad, 1 - MOMENTUM)
                 matrix = parameter.grad.lerp(momentum, MOMENTUM).flatten(1)
-                update = orthogonalised(matrix[None], torch.float32)[0].view_as(parameter)
+                update = orthogonalised(matrix[None], torch.bfloat16)[0].float().view_as(parameter)
                 parameter.add_(update, alpha=-group["lr"])
