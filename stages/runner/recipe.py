@@ -388,7 +388,8 @@ def explain(error: ValidationError, place: str) -> str:
     message = (first["msg"][0].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
-    elif first["type"] != "missing":
+    # A whole section, of which several fields do not go together, would bury the line.
+    elif first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict)):
         message += f" (got {first['input']!r})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     # A URL may hold a password.
