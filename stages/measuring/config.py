@@ -36,9 +36,6 @@ class EvaluationConfig(StageConfig):
     sampler: Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde"] = Field("dpm++2m", description="sampler's name")
     beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
     seed: int = Field(0, ge=0, lt=2**62, description="seed of the first sample; the n-th has seed + n")
-    before: str | None = external_file(
-        None, "what training began from, a folder with uvit/ such as an export's: the measure judge tells what that draws"
-    )
     judge: str | None = encoder(None, "open_clip model that judges; the one that embeds the model's images when not given")
     inception: str | None = external_file(None, "path of torch-fidelity's Inception-v3, for measures with `features: inception`")
     data_type: Literal[0, 1] | None = Field(None, description="of a model with a data-type token; 1 when not given")
@@ -79,13 +76,6 @@ def judge_weights(config: Any) -> dict[str, str]:
     if any(measure.kind == "judge" for measure in config.measures):
         found["scenes"] = weights_digest("embedded", "judge")
     return found
-
-
-def begun_from(config: Any) -> dict[str, list[str]]:
-    """The files of the network that training began from."""
-    if config.before is None:
-        return {}
-    return {"before": [f"{config.before}/uvit/{name}" for name in ("config.json", "model.safetensors")]}
 
 
 def check_prompts(config: Any, sources: Mapping[str, str]) -> None:
