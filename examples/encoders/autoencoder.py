@@ -34,9 +34,9 @@ from examples.little_web.compose import BACKGROUNDS, DRAWINGS, PLACES, SIZES, al
 # Two outer levels of equal width, so that what comes in fits the level inside them.
 CHANNELS = (8, 8, 16, 32, 64, 96, 128)
 LATENT_CHANNELS = 8
-STEPS = 4000
+STEPS = 6000
 # Outer levels that are left out, and up to which share of the steps.
-GROWTH = ((2, 0.6), (1, 0.85), (0, 1.0))
+GROWTH = ((2, 0.75), (1, 0.9), (0, 1.0))
 PEAK_LEARNING_RATES = {"filters": 1.2e-2, "rest": 2e-3}
 DEVIATION = 0.2
 SQUARE_WEIGHT = 1e-3
