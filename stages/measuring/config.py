@@ -90,16 +90,20 @@ def check_prompts(config: Any, sources: Mapping[str, str]) -> None:
         measure.needs(asked)
 
 
-def check_world(config: Any, before: Mapping[str, Sequence[Any]]) -> None:
+def check_world(config: Any, data: str | None, before: Mapping[str, Sequence[Any]]) -> None:
     """Whether the measures and the held-out data go with what was trained on.
+
+    Args:
+        data: held-out rows of the store, in place of files.
 
     Raises:
         StageError: they do not.
     """
     own = "text-codec" not in before
-    if own and config.prompts is not None:
-        raise StageError("prompts: a world of its own has them itself; leave it out")
-    if not own and config.prompts is None:
-        raise StageError("prompts: field required; name a file of held-out captions")
+    given = config.prompts is not None or data is not None
+    if own and given:
+        raise StageError(f"{'prompts' if data is None else 'data'}: a world of its own has them itself; leave it out")
+    if not own and not given:
+        raise StageError("prompts: field required; name a file of held-out captions, or rows of the store as `data`")
     if not own and any(measure.kind == "shapes" for measure in config.measures):
         raise StageError("measures: shapes knows no pictures but its own; leave it out")

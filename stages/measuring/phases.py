@@ -23,8 +23,9 @@ from stages.measuring.checkpoint import identity
 from stages.measuring.history import histories
 from stages.measuring.networks import framed, judge_of, looks_at, network
 from stages.measuring.painters import painter_of
+from stages.measuring.rows import HELD_OUT
 from stages.measuring.samples import Asked, Need, Samples
-from stages.measuring.view import HELD_OUT, Stored, View, named
+from stages.measuring.view import Stored, View, named
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, canonical
 from stages.shards.tables import read_table, write_table
 

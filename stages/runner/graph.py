@@ -115,7 +115,7 @@ def plan_node(
     try:
         inputs |= stage.datasets(node.config, store)
     except NotThere as error:
-        raise RecipeError(f"{node.place}.from: {error}") from None
+        raise RecipeError(f"{node.place}.{stage.names_datasets}: {error}") from None
     identity = [
         stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in inputs.items()},
         _by_content(sources), weights, *([{part: _by_content(found) for part, found in lists.items()}] if lists else []),
