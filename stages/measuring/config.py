@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,9 @@ class EvaluationConfig(StageConfig):
     preset: Literal["paper", "small", "laptop"] | None = operational(
         None, "a whole evaluation by name: paper is that of arXiv 2303.06555, small for one GPU, laptop for none"
     )
-    measures: tuple[AnyMeasure, ...] = Field(({"kind": "preference"},), validate_default=True, description="what is measured")
+    measures: tuple[AnyMeasure, ...] = Field(
+        cast(Any, ({"kind": "preference"},)), validate_default=True, description="what is measured"
+    )
     prompts: str | None = external_file(
         None,
         "held-out captions: text with one a line, or Parquet with a column `caption`, `image` (bytes) where there are real "

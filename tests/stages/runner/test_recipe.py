@@ -344,6 +344,7 @@ def test_the_measure_of_a_world_is_for_that_world_alone_and_so_is_its_held_out_d
 
 
 def test_held_out_rows_are_those_of_a_subset_or_of_a_dataset(recipe: Path, store: Store) -> None:
+    Path(store.root).mkdir()
     held_out = ["evaluate.prompts=null", "evaluate.data=b"]
     loaded = load_recipe(recipe, held_out)
     assert loaded.nodes["evaluate"].inputs["held-out"] == "b-filter"
