@@ -247,7 +247,18 @@ class _Builder:
             inputs = {"checkpoint": last, "codec": self.codec(stage, last)}
             if stage == "evaluate":
                 inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
+                inputs |= self.held_out(values.get("data"))
             self.add(stage, stage, values, stage, inputs)
+
+    def held_out(self, data: Any) -> dict[str, str]:
+        """The rows of a subset that a checkpoint is measured on: those of its filter."""
+        if data is None or "/" in str(data):
+            return {}
+        if (node := f"{data}-filter") not in self.nodes:
+            subsets = [name.removesuffix("-filter") for name, node in self.nodes.items() if node.stage == "filter"]
+            known = f"expected one that has a filter, or a dataset as filter/FINGERPRINT{nearest(str(data), subsets)}"
+            raise RecipeError(f"evaluate.data: no subset {data}; {known}")
+        return {"held-out": node}
 
     def codec(self, stage: str, training: str) -> str:
         """The node whose codec a checkpoint is drawn with: that of the data's own world, or the text codec."""
