@@ -72,15 +72,15 @@ def pixels(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def agreement(said: Sequence[Scene], shown: Sequence[Scene]) -> dict[str, float]:
-    """Shares of the pairs that agree in each part, and in `all_four`.
+def agreement(said: Sequence[Scene | None], shown: Sequence[Scene]) -> dict[str, float]:
+    """Shares of the pairs that agree in each part, and in `all_four`; what says no scene agrees in none.
 
     >>> scene = Scene("lion", "small", "left", "red")
     >>> agreement([scene], [Scene("lion", "small", "left", "blue")])
     {'drawing': 1.0, 'background': 0.0, 'place': 1.0, 'size': 1.0, 'all_four': 0.0}
     """
     pairs = list(zip(said, shown, strict=True))
-    right = [[getattr(a, part) == getattr(b, part) for part in PARTS] for a, b in pairs]
+    right = [[a is not None and getattr(a, part) == getattr(b, part) for part in PARTS] for a, b in pairs]
     shares = {part: sum(row[i] for row in right) / len(pairs) for i, part in enumerate(PARTS)}
     shares["all_four"] = sum(map(all, right)) / len(pairs)
     return {name: round(share, 4) for name, share in shares.items()}
