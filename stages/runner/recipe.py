@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -170,6 +170,19 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
     return Recipe(outer.name, outer.description, build.ordered(), document, folder, outer.deploy)
 
 
+def lone_node(stage: str, values: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Node:
+    """A node of a stage that no recipe has: its fields, over which `overrides` go as ``a.b=c``.
+
+    Raises:
+        RecipeError: a field is unknown, of the wrong type or out of bounds.
+    """
+    document: dict[str, Any] = {stage: dict(values)}
+    for override in overrides:
+        _override(document, f"{stage}.{override}")
+    build = _Builder(Document(name=stage, subsets={}), folder.resolve())
+    return build.nodes[build.add(stage, stage, document[stage], stage, {})]
+
+
 class _Builder:
     """Turns the document into nodes; keeps the order of the file except where an input must come first."""
 
@@ -231,23 +244,31 @@ class _Builder:
                 continue
             if last is None:
                 raise RecipeError(f"{stage}: needs a training stage; add one below `train`")
-            inputs = {"checkpoint": last, "codec": self.codec(stage, values, last)}
+            inputs = {"checkpoint": last, "codec": self.codec(stage, last)}
             if stage == "evaluate":
                 inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
+                inputs |= self.held_out(values.get("data"))
             self.add(stage, stage, values, stage, inputs)
 
-    def codec(self, stage: str, values: dict[str, Any], training: str) -> str:
+    def held_out(self, data: Any) -> dict[str, str]:
+        """The rows of a subset that a checkpoint is measured on: those of its filter."""
+        if data is None or "/" in str(data):
+            return {}
+        if (node := f"{data}-filter") not in self.nodes:
+            subsets = [name.removesuffix("-filter") for name, node in self.nodes.items() if node.stage == "filter"]
+            known = f"expected one that has a filter, or a dataset as filter/FINGERPRINT{nearest(str(data), subsets)}"
+            raise RecipeError(f"evaluate.data: no subset {data}; {known}")
+        return {"held-out": node}
+
+    def codec(self, stage: str, training: str) -> str:
         """The node whose codec a checkpoint is drawn with: that of the data's own world, or the text codec."""
         data = (self.nodes[node] for name, node in self.nodes[training].inputs.items() if name.startswith("data."))
-        made, measure = next((node for node in data if node.stage in MADE_STAGES), None), values.get("measure")
+        made = next((node for node in data if node.stage in MADE_STAGES), None)
         if made is None:
-            if measure in MADE_STAGES.values():
-                raise RecipeError(f"{stage}.measure: {measure} knows no pictures but its own; leave it out")
             return "text-codec"
-        if stage == "evaluate" and measure == MADE_STAGES[made.stage]:
+        if stage == "evaluate":
             return made.name
-        fix = f"write `measure: {MADE_STAGES[made.stage]}`" if stage == "evaluate" else "leave it out"
-        raise RecipeError(f"{stage}: {made.name} has no text codec; {fix}")
+        raise RecipeError(f"{stage}: {made.name} has no text codec; leave it out")
 
     def training(self, name: str, values: dict[str, Any]) -> str:
         place = f"train.{name}"
@@ -378,7 +399,8 @@ def explain(error: ValidationError, place: str) -> str:
     message = (first["msg"][0].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
-    elif first["type"] != "missing":
+    # A whole section, of which several fields do not go together, would bury the line.
+    elif first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict)):
         message += f" (got {first['input']!r})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     # A URL may hold a password.

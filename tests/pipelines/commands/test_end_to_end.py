@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.main import get_command
 
 from benchmarks.overhead import nodes_of
@@ -28,6 +29,7 @@ from infra.dataset import Dataset, all_datasets, find, verify
 from infra.processes import recorded
 from infra.store import Store
 from pipelines.command import app
+from pipelines.commands import evaluation
 from pipelines.commands.checkpoints import Named, opened
 from stages.runner.graph import Planned, plan
 from stages.runner.ledger import chain_of
@@ -35,6 +37,7 @@ from stages.runner.recipe import Recipe, load_recipe
 from stages.runner.run import make_job
 from stages.train.stage import Train
 from tests.pipelines.conftest import CHROMIUM, ask, picture, sign_in, start, survivors
+from tests.stages import killed
 
 NODES = [
     "little-select", "little-download", "little-filter", "text-codec", "little-encode", "large-filter", "large-encode",
@@ -141,14 +144,32 @@ def test_the_second_training_stage_starts_from_the_first(world: World) -> None:
     assert [row["step"] for row in history if row["kind"] == "validation"][-1] == 3
 
 
+def test_any_checkpoint_is_measured_on_any_held_out_rows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.runner.pool.run_pool", killed.in_process)
+    monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
+    rows = world.dataset("little-filter").manifest.fingerprint
+    asked = [f"data=filter/{rows}", "count=2", "steps=1", "beams=1", "measures=[{kind: clip-score}]"]
+    for node, inputs in (("train-256", {"codec", "history.train-256"}), ("export", set())):
+        dataset = world.dataset(node)
+        request = evaluation.Request(dataset.manifest.fingerprint, settings=asked)
+        code, made = evaluation.run(request, world.store, Named(), Console(file=io.StringIO()))
+        assert code == 0 and made is not None
+        assert made.manifest.inputs.keys() == {"checkpoint", "held-out"} | inputs
+        assert made.manifest.summary["checkpoint"] == dataset.manifest.fingerprint
+        names = [figure["name"] for figure in made.manifest.summary["figures"]]
+        assert names == ["clip_score_t2i", "clip_score_i2t", "clip_score_real"]
+
+
 def test_pictures_are_pictures_and_the_export_samples(world: World, tmp_path: Path) -> None:
     evaluation = world.dataset("evaluate")
     for name in ("sample-sheet.png", "loss-curve.png"):
         with evaluation.open(evaluation.file(name)) as file:
             assert min(Image.open(file).size) > 300
     report = json.loads(world.store.read(evaluation.file("report.json").path))
-    assert set(report["preference"]) == {"text_to_image", "text_to_image_untrained", "text_to_image_real", "image_to_text"}
-    assert all(0 <= value <= 1 for value in report["preference"].values())
+    found = {figure["name"]: figure["value"] for figure in report["figures"]}
+    assert {f"preference_{name}" for name in ("t2i", "untrained", "real", "i2t")} | {"fid_clip", "clip_score_i2t"} <= found.keys()
+    assert all(0 <= value <= 1 for name, value in found.items() if name.startswith("preference"))
+    assert evaluation.manifest.summary["figures"] == report["figures"]
 
     from unidiffuser.generation import UniDiffuser
 
