@@ -36,7 +36,9 @@ class EvaluateConfig(StageConfig):
     samples: int = Field(20_000, ge=1, description="of shapes: samples of each task without an input")
     steps: int = Field(20, ge=1, le=999, description="network calls a sample")
     guidance: float = Field(3.0, ge=0, le=100, description="scale s of c + s * (c - u)")
-    sampler: Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde"] = Field("dpm++2m", description="sampler's name")
+    sampler: Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde", "era", "analytic-dpm"] = Field(
+        "dpm++2m", description="sampler's name"
+    )
     beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
     seed: int = Field(0, ge=0, lt=2**62, description="seed of the first sample; the n-th has seed + n")
     weights: str = Field("ema", pattern="^(ema|model)$", description="which weights: the moving average or the last")
@@ -88,7 +90,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png and loss-curve.png; its rows are prompts. Of shapes: its page, and its rows are samples."""
 
     name = "evaluate"
-    version = 4
+    version = 5
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (
