@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shapes, training
+from benchmarks import efficiency, shapes, training
 from benchmarks.frame import interleaved
 from benchmarks.matmuls import Product, replay
 from stages.runner.recipe import load_recipe
@@ -49,6 +49,18 @@ def test_sampling_compares_both_tasks_with_diffusers(tmp_path):
         for phases in measured["phases"].values():
             assert sum(phases.values()) - phases["all"] <= phases["all"]
     assert found["ratio"] == min(found["details"]["tasks"][task]["ratio"] for task in ("t2i", "i2t"))
+    assert file.with_suffix(".md").read_text() == efficiency.page(found)
+
+
+def test_the_efficiency_table_shows_what_was_measured():
+    kept = Path("docs/results/sampling.json")
+    found = json.loads(kept.read_text())
+    page = kept.with_suffix(".md").read_text()
+    assert page == efficiency.page(found)
+    for task, name in (("t2i", "text to image"), ("i2t", "image to text")):
+        measured = found["details"]["tasks"][task]
+        seconds, gigabytes = measured["median"]["ours"], measured["memory_mib"]["ours"] * 1.048576e-3
+        assert f"| {name} | this project | {seconds:.2f} | {gigabytes:.2f} |" in page
 
 
 def flop_of(width: int, depth: int, batch: int, latent: int, text: int) -> int:
