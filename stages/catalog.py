@@ -23,8 +23,8 @@ STAGES = {
 SUBSET_STAGES = ("select", "download", "filter", "encode")
 # Of a corpus of one's own, which is there already.
 FOLDER_STAGES = ("folder", "filter", "encode")
-# Of a world that the project makes itself, each with the measure that knows its truth.
-MADE_STAGES = {"world": "shapes"}
+# Of a world that the project makes itself, with a codec of its own.
+MADE_STAGES = ("world",)
 ROW_STAGES = tuple(dict.fromkeys((*SUBSET_STAGES, *FOLDER_STAGES, *MADE_STAGES)))
 # Those whose datasets are latents, which train reads.
 LATENT_STAGES = ("encode", "world")

@@ -35,7 +35,8 @@ PARTS = {
     "runner": {"catalog"},
     "shards": {"runner"},
     "drawing": {"shards", "runner"},
-    **dict.fromkeys(STAGE_FOLDERS, {"shards", "drawing", "runner"}),
+    "measuring": {"shards", "drawing", "runner", "catalog"},
+    **dict.fromkeys(STAGE_FOLDERS, {"shards", "drawing", "measuring", "runner"}),
 }
 
 

@@ -47,6 +47,7 @@ class Protocol:
     guidance: float = 1.0
     batch: int = 250
     seed: int = 1_000_000
+    condition_t: int = 0
 
 
 def accuracy(wanted: Sequence[Scene | None], got: Sequence[Scene | None]) -> dict[str, float]:
@@ -150,7 +151,7 @@ class Artist:
         seeds = range(settings.seed + first, settings.seed + first + count)
         drawn = sample(
             self.model, task, self.model.config.modalities, settings.batch, settings.steps, settings.guidance if given else 0.0,
-            seeds, settings.sampler, given, schedule=self.schedule,
+            seeds, settings.sampler, given, settings.condition_t if given else 0, schedule=self.schedule,
         )  # fmt: skip
         return {name: values.cpu() for name, values in drawn.items()}
 

@@ -196,10 +196,7 @@ def training_job(checkpoint: Dataset, named: Named) -> Job:
     data = next(reference for name, reference in checkpoint.manifest.inputs.items() if name.startswith("data."))
     encode = find(store, data.stage, data.fingerprint)
     if encode is not None and encode.manifest.stage in MADE_STAGES:
-        measure = MADE_STAGES[encode.manifest.stage]
-        raise Misuse(
-            f"{node} was trained on {encode.manifest.node}, which has no text codec: `evaluate: {{measure: {measure}}}` draws it"
-        )
+        raise Misuse(f"{node} was trained on {encode.manifest.node}, which has no text codec: `unidiffuser evaluate` draws it")
     reference = encode.manifest.inputs["codec"] if encode else None
     codec = find(store, reference.stage, reference.fingerprint) if reference else None
     if encode is None or codec is None:

@@ -18,13 +18,6 @@ WIDTH = 520
 LOSSES = 6
 # The end of the name of a loss of one eighth of the timesteps.
 EIGHTH = re.compile(r"_t[1-8]$")
-# What each score of an evaluation is, by its name in report.json.
-SCORES = {
-    "text_to_image": "text to image",
-    "text_to_image_untrained": "the same of an untrained network (the floor)",
-    "text_to_image_real": "the same of the real pictures (the ceiling)",
-    "image_to_text": "image to text",
-}
 
 
 def results(dataset: Dataset) -> list[str]:
@@ -99,10 +92,10 @@ def _codec(node: str, summary: Mapping[str, Any]) -> list[str]:
 
 def _scores(dataset: Dataset) -> list[str]:
     summary = dataset.manifest.summary
-    if "preference" not in summary:
-        lines = [(name.replace("_", " "), f"**{value:g}**") for name, value in summary.items()]
-        pictures = [image(name, data_uri(dataset, dataset.file(f"shapes-{name}.png")), WIDTH) for name in ("samples", "curve")]
-        return ["## Scores", table(("", ""), lines), *pictures]
-    told = f"closer to its own picture than to another, of {summary['prompts']:,} prompts"
-    lines = [(SCORES.get(name, name), f"**{value:.1%}**") for name, value in summary["preference"].items()]
-    return ["## Scores", table(("", told), lines), image("losses", data_uri(dataset, dataset.file("loss-curve.png")), WIDTH)]
+    lines = [
+        (figure["name"].replace("_", " "), f"**{figure['value']:g}**", f"{figure['samples']:,}", figure["by"], figure["note"])
+        for figure in summary["figures"]
+    ]
+    scores = table(("", "", "samples", "seen by", ""), lines)
+    curve = image("losses", data_uri(dataset, dataset.file("loss-curve.png")), WIDTH)
+    return ["## Scores", scores, curve]

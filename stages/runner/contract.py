@@ -57,10 +57,16 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         if not _is_operational(type(config), name):
-            value = getattr(config, name)
-            told = result_fields(value) if isinstance(value, BaseModel) else TypeAdapter(Any).dump_python(value, mode="json")
-            values[info.alias or name] = told
+            values[info.alias or name] = _told(getattr(config, name))
     return values
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return result_fields(value)
+    if isinstance(value, list | tuple):
+        return [_told(each) for each in value]
+    return TypeAdapter(Any).dump_python(value, mode="json")
 
 
 def canonical(value: Any) -> str:
@@ -250,6 +256,7 @@ class Phase:
         worker: job -> Worker, called once in each worker process.
         gang: for a chain (each unit builds on the one before), in place of both.
         fields: the config fields that this phase's result depends on; None means all. Others may change without redoing it.
+        by_content: the digests of its units are all that decides it: they name what matters of configuration, weights and inputs.
         resources: config -> what a worker takes.
         memory: the config fields of which lower values take less memory.
     """
@@ -259,6 +266,7 @@ class Phase:
     worker: Callable[[Job], Worker] | None = None
     gang: Gang | None = None
     fields: frozenset[str] | None = None
+    by_content: bool = False
     resources: Callable[[Any], Resources] = lambda config: Resources()
     memory: tuple[str, ...] = ()
 

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def unit_keys(stage: type[Stage], phase: Phase, job: Job, generation: int) -> Callable[[Unit], str]:
-    """Unit -> hash(stage, version, phase, the config fields that decide it, weights, whole inputs, the unit's own digests)."""
+    """Unit -> hash(stage, version, phase, the config fields that decide it, weights, whole inputs, the unit's own digests).
+
+    Of a phase by content the unit's own digests stand for configuration, weights and inputs.
+    """
+    if phase.by_content:
+        return _keys(stage, phase, {}, {}, {}, generation)
     inputs = {name: dataset.manifest.fingerprint for name, dataset in job.inputs.items()}
     return _keys(stage, phase, decisive(phase, job.config), job.weights, inputs, generation)
 

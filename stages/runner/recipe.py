@@ -231,23 +231,20 @@ class _Builder:
                 continue
             if last is None:
                 raise RecipeError(f"{stage}: needs a training stage; add one below `train`")
-            inputs = {"checkpoint": last, "codec": self.codec(stage, values, last)}
+            inputs = {"checkpoint": last, "codec": self.codec(stage, last)}
             if stage == "evaluate":
                 inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
             self.add(stage, stage, values, stage, inputs)
 
-    def codec(self, stage: str, values: dict[str, Any], training: str) -> str:
+    def codec(self, stage: str, training: str) -> str:
         """The node whose codec a checkpoint is drawn with: that of the data's own world, or the text codec."""
         data = (self.nodes[node] for name, node in self.nodes[training].inputs.items() if name.startswith("data."))
-        made, measure = next((node for node in data if node.stage in MADE_STAGES), None), values.get("measure")
+        made = next((node for node in data if node.stage in MADE_STAGES), None)
         if made is None:
-            if measure in MADE_STAGES.values():
-                raise RecipeError(f"{stage}.measure: {measure} knows no pictures but its own; leave it out")
             return "text-codec"
-        if stage == "evaluate" and measure == MADE_STAGES[made.stage]:
+        if stage == "evaluate":
             return made.name
-        fix = f"write `measure: {MADE_STAGES[made.stage]}`" if stage == "evaluate" else "leave it out"
-        raise RecipeError(f"{stage}: {made.name} has no text codec; {fix}")
+        raise RecipeError(f"{stage}: {made.name} has no text codec; leave it out")
 
     def training(self, name: str, values: dict[str, Any]) -> str:
         place = f"train.{name}"

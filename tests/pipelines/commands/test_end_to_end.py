@@ -147,8 +147,10 @@ def test_pictures_are_pictures_and_the_export_samples(world: World, tmp_path: Pa
         with evaluation.open(evaluation.file(name)) as file:
             assert min(Image.open(file).size) > 300
     report = json.loads(world.store.read(evaluation.file("report.json").path))
-    assert set(report["preference"]) == {"text_to_image", "text_to_image_untrained", "text_to_image_real", "image_to_text"}
-    assert all(0 <= value <= 1 for value in report["preference"].values())
+    found = {figure["name"]: figure["value"] for figure in report["figures"]}
+    assert {f"preference_{name}" for name in ("t2i", "untrained", "real", "i2t")} | {"fid_clip", "clip_score_i2t"} <= found.keys()
+    assert all(0 <= value <= 1 for name, value in found.items() if name.startswith("preference"))
+    assert evaluation.manifest.summary["figures"] == report["figures"]
 
     from unidiffuser.generation import UniDiffuser
 

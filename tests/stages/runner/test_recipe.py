@@ -317,8 +317,6 @@ SHAPES = Path(__file__).parent.parent.parent.parent / "configs" / "shapes.yaml"
     ("change", "line"),
     [
         ("export={}", "export: shapes-world has no text codec; leave it out"),
-        ("evaluate={prompts: x.txt}", "evaluate: shapes-world has no text codec; write `measure: shapes`"),
-        ("evaluate={measure: shapes, prompts: x.txt}", "evaluate: prompts: shapes has its own; leave it out"),
         ("train.shapes.preview={count: 2}", "train.shapes.preview: shapes-world has no text codec to draw with; remove it"),
         ("subsets.shapes.encode={}", "subsets.shapes.encode: unknown; expected world or from"),
     ],
@@ -329,9 +327,28 @@ def test_what_a_world_of_its_own_has_not_is_refused(change: str, line: str) -> N
     assert str(refused.value).startswith(line)
 
 
-def test_the_measure_of_a_world_is_for_that_world_alone() -> None:
-    with pytest.raises(RecipeError, match="^evaluate.measure: shapes knows no pictures but its own; leave it out$"):
-        load_recipe(SHAPES.with_name("demo.yaml"), ["evaluate={measure: shapes}"])
+def test_the_measure_of_a_world_is_for_that_world_alone_and_so_is_its_held_out_data(recipe: Path, store: Store) -> None:
+    def refused(path: Path, *changes: str) -> str:
+        with pytest.raises(RecipeError) as error:
+            plan(load_recipe(path, changes), store)
+        return str(error.value)
+
+    shapes = "evaluate.measures=[{kind: shapes}]"
+    assert refused(recipe, shapes) == "evaluate: measures: shapes knows no pictures but its own; leave it out"
+    assert refused(recipe, "evaluate.prompts=null") == "evaluate: prompts: field required; name a file of held-out captions"
+    (recipe.parent / "x.txt").write_text("one\ntwo\n")
+    with_prompts = refused(SHAPES, f"evaluate.prompts={recipe.parent / 'x.txt'}")
+    assert with_prompts == "evaluate: prompts: a world of its own has them itself; leave it out"
+
+
+def test_the_networks_of_a_measure_are_named_where_they_are_missing(recipe: Path, store: Store, tmp_path: Path) -> None:
+    over_inception = "evaluate.measures=[{kind: fid, features: inception}]"
+    wanted = "weights-inception-2015-12-05-6726825d.pth"
+    with pytest.raises(RecipeError, match=f"^evaluate: inception: field required; it is the path of {wanted}, from https://"):
+        load_recipe(recipe, [over_inception])
+    there = f"evaluate.inception={tmp_path}/nowhere.pth"
+    with pytest.raises(RecipeError, match=f"^evaluate: inception: {tmp_path}/nowhere.pth: no such file; .*{wanted}"):
+        plan(load_recipe(recipe, [over_inception, there]), store)
 
 
 def test_the_recipes_that_we_ship_are_good() -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -14,8 +15,8 @@ from infra.dataset import Stats
 from pipelines.commands.checkpoints import Misuse
 from pipelines.commands.sampling import read_image
 from stages.encode.stage import Encoder
-from stages.evaluate.preference import Model
 from stages.filter.stage import decode
+from stages.measuring.prompts import Prompts
 from stages.runner.contract import StageError
 from stages.shards.images import ImageConfig
 from stages.shards.picture import ImageResizer
@@ -89,8 +90,8 @@ def test_every_entrance_sees_the_same(tmp_path, store):
         (tmp_path / "picture").write_bytes(PICTURES[name].data)
         assert np.array_equal(pixels(read_image(tmp_path / "picture")), seen[name]), name
     images = pa.table({"image": [PICTURES[name].data for name in names]})
-    prompts = SimpleNamespace(prompts=images, job=SimpleNamespace(sources={"prompts.parquet": ""}))
-    for name, picture in zip(names, Model.real_images(prompts, 0, len(names)), strict=True):
+    pq.write_table(images.append_column("caption", pa.array(names)), place := str(tmp_path / "prompts.parquet"))
+    for name, picture in zip(names, Prompts({place: ""}, len(names)).images(0, len(names)), strict=True):
         assert np.array_equal(pixels(picture), seen[name]), name
     for name, square in encodes(tmp_path, store, [PICTURES[name].data for name in names], HEIGHT).items():
         name = names[int(name)]
@@ -119,10 +120,10 @@ def test_a_picture_that_cannot_be_read_is_a_counted_row_or_named(tmp_path, store
     with pytest.raises(Misuse, match=r"none\.heic: not a picture that can be read \(unsupported_heic\)$"):
         read_image(tmp_path / "none.heic")
     for lost, why in ((b"none", "not_an_image"), (None, "empty")):
-        table = pa.table({"image": pa.array([rgb_png(), lost], pa.binary())})
-        prompts = SimpleNamespace(prompts=table, job=SimpleNamespace(sources={"prompts.parquet": ""}))
-        with pytest.raises(StageError, match=rf"^prompts\.parquet: row 1, column image: {why}; "):
-            Model.real_images(prompts, 0, 2)
+        table = pa.table({"caption": ["a", "b"], "image": pa.array([rgb_png(), lost], pa.binary())})
+        pq.write_table(table, place := str(tmp_path / "prompts.parquet"))
+        with pytest.raises(StageError, match=rf"prompts\.parquet: row 1, column image: {why}; "):
+            Prompts({place: ""}, 2).images(0, 2)
 
 
 def test_text_and_profiles_of_megabytes_do_not_lose_a_picture():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from infra.store import Store
-from stages.evaluate.prompts import read_prompts
+from stages.measuring.prompts import Prompts
 from stages.runner.contract import StageError
 from stages.runner.graph import plan
 from stages.runner.recipe import RecipeError, load_recipe
@@ -41,19 +42,55 @@ STRUCTS = [{"bytes": picture, "path": "x.jpg"} for picture in PICTURES]
 def test_captions_and_pictures_in_whatever_type(tmp_path: Path, columns: dict) -> None:
     pq.write_table(pa.table(columns), tmp_path / "prompts.parquet", row_group_size=2)
     (tmp_path / "prompts.parquet").rename(tmp_path / "prompts")
-    table = read_prompts([str(tmp_path / "prompts")], 100)
-    assert table.to_pydict() == {"caption": ["one", "two", "three"], "image": PICTURES}
-    assert read_prompts([str(tmp_path / "prompts")], 2).to_pydict() == {"caption": ["one", "two"], "image": PICTURES[:2]}
+    prompts = Prompts({str(tmp_path / "prompts"): "d"}, 100)
+    prompts.check()
+    assert (prompts.count, prompts.pictures, prompts.captions(0, 3)) == (3, True, ["one", "two", "three"])
+    assert prompts.references(1, 3) == [["two"], ["three"]]
+    assert [picture.getpixel((0, 0)) for picture in prompts.images(1, 3)] == [pixel(picture) for picture in PICTURES[1:]]
+    assert Prompts({str(tmp_path / "prompts"): "d"}, 2).count == 2
+
+
+def pixel(picture: bytes) -> object:
+    return Image.open(io.BytesIO(picture)).getpixel((0, 0))
+
+
+def test_rows_of_several_files_follow_each_other_and_count_by_their_own_file(tmp_path: Path) -> None:
+    sources = {}
+    for number, words in enumerate((["a", "b", "c"], ["d"], ["e", "f"], ["g"])):
+        pq.write_table(pa.table({"caption": words}), place := str(tmp_path / f"{number}.parquet"), row_group_size=1)
+        sources[place] = f"digest {number}"
+    prompts = Prompts(sources, 6)
+    assert (prompts.count, prompts.pictures) == (6, False)
+    for start in range(6):
+        for stop in range(start + 1, 7):
+            assert prompts.captions(start, stop) == list("abcdef")[start:stop]
+    assert prompts.digests(0, 3) == ("digest 0",) and prompts.digests(2, 5) == ("digest 0", "digest 1", "digest 2")
+    pq.write_table(pa.table({"caption": ["g"], "image": PICTURES[:1]}), list(sources)[1])
+    with pytest.raises(StageError, match="0.parquet: has no column image, and others have; give all, or leave image out of all"):
+        Prompts(sources, 6).pictures  # noqa: B018
+
+
+@pytest.mark.parametrize("beside", [{}, {"caption": ["p", "q"]}])
+def test_several_captions_of_a_picture_are_all_references_and_the_first_is_the_prompt(tmp_path: Path, beside: dict) -> None:
+    pq.write_table(pa.table({**beside, "captions": [["one", "uno", None], ["two"]]}), place := str(tmp_path / "prompts.parquet"))
+    prompts = Prompts({place: "d"}, 9)
+    prompts.check()
+    assert prompts.references(0, 2) == [["one", "uno"], ["two"]]
+    assert prompts.captions(0, 2) == beside.get("caption", ["one", "two"])
 
 
 def test_a_text_has_a_prompt_a_line(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("caf\u00e9\r\n\r\n two \r\nthree".encode("utf-16"))
-    assert read_prompts([str(tmp_path / "prompts.txt")], 2).to_pydict() == {"caption": ["caf\u00e9", "two"]}
+    prompts = Prompts({str(tmp_path / "prompts.txt"): "d"}, 2)
+    prompts.check()
+    assert (prompts.captions(0, 2), prompts.captions(1, 2)) == (["caf\u00e9", "two"], ["two"]) and not prompts.pictures
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
+        ({"captions": CAPTIONS}, "column captions is string, expected lists of text"),
+        ({"captions": [["one"], [" "]]}, "row 1: has no caption"),
         ({"words": CAPTIONS}, "columns found: words; needed: caption"),
         ({"caption": [1, 2, 3]}, "column caption is int64, expected string"),
         ({"caption": ["one", "two", " "]}, "row 2: has no caption"),
@@ -76,7 +113,7 @@ def test_a_text_has_a_prompt_a_line(tmp_path: Path) -> None:
 def test_prompts_that_cannot_be_used_are_named(tmp_path: Path, columns: dict, message: str) -> None:
     pq.write_table(pa.table(columns), tmp_path / "prompts.parquet", row_group_size=1)
     with pytest.raises(StageError, match=f"prompts.parquet(: |, ){message}") as error:
-        read_prompts([str(tmp_path / "prompts.parquet")], 100)
+        Prompts({str(tmp_path / "prompts.parquet"): "d"}, 100).check()
     assert "\n" not in str(error.value)
 
 
@@ -87,7 +124,4 @@ def test_prompts_are_opened_in_the_plan(tmp_path: Path, store: Store) -> None:
         plan(load_recipe(tmp_path / "recipe.yaml"), store)
     assert "\n" not in str(error.value)
     (tmp_path / "prompts.2").write_text("two\nthree\n")
-    with pytest.raises(RecipeError, match=r"evaluate: prompts: 2 files, .*prompts.1 and .*prompts.2 among them; name one"):
-        plan(load_recipe(tmp_path / "recipe.yaml"), store)
-    (tmp_path / "prompts.1").unlink()
     assert plan(load_recipe(tmp_path / "recipe.yaml"), store)["evaluate"].state == "miss"

@@ -1,0 +1,105 @@
+"""What an evaluation is told: the held-out data, how samples are drawn, and the measures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from stages.measuring.measures import AnyMeasure
+from stages.measuring.networks import inception_missing, judge_of
+from stages.measuring.presets import PRESETS
+from stages.measuring.prompts import Prompts
+from stages.measuring.samples import Asked, Samples
+from stages.runner.contract import StageConfig, StageError, operational
+from stages.runner.recipe import encoder, external_file
+from unidiffuser.references import weights_digest
+
+
+class EvaluationConfig(StageConfig):
+    preset: Literal["paper", "small", "laptop"] | None = operational(
+        None, "a whole evaluation by name: paper is that of arXiv 2303.06555, small for one GPU, laptop for none"
+    )
+    measures: tuple[AnyMeasure, ...] = Field(({"kind": "preference"},), validate_default=True, description="what is measured")
+    prompts: str | None = external_file(
+        None,
+        "held-out captions: text with one a line, or Parquet with a column `caption`, `image` (bytes) where there are real "
+        "pictures, and `captions` (a list) where each has several; a world of its own has them itself",
+    )
+    count: int = Field(200, ge=2, description="captions to use, the first of the files")
+    steps: int = Field(20, ge=1, le=999, description="network calls a sample")
+    guidance: float = Field(3.0, ge=0, le=100, description="scale s of c + s * (c - u)")
+    sampler: Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde"] = Field("dpm++2m", description="sampler's name")
+    beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
+    seed: int = Field(0, ge=0, lt=2**62, description="seed of the first sample; the n-th has seed + n")
+    judge: str | None = encoder(None, "open_clip model that judges; the one that embeds the model's images when not given")
+    inception: str | None = external_file(None, "path of torch-fidelity's Inception-v3, for measures with `features: inception`")
+    data_type: Literal[0, 1] | None = Field(None, description="of a model with a data-type token; 1 when not given")
+    batch: int = operational(25, "samples drawn at once", ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(name := values.get("preset"), str):
+            return PRESETS.get(name, {}) | values
+        return values
+
+    @model_validator(mode="after")
+    def _each_once(self) -> EvaluationConfig:
+        if not self.measures:
+            raise ValueError("measures: name at least one")
+        count = Counter((measure.kind, getattr(measure, "features", None)) for measure in self.measures)
+        if twice := [kind for (kind, _), found in count.items() if found > 1]:
+            raise ValueError(f"measures: {twice[0]} is there twice; its figures would have one name, so leave one")
+        if any(getattr(measure, "features", None) == "inception" for measure in self.measures) and self.inception is None:
+            raise ValueError(inception_missing(None))
+        return self
+
+
+def judge_weights(config: Any) -> dict[str, str]:
+    """Digests of the networks that judge, by the name of their field.
+
+    Raises:
+        FileNotFoundError: one is not there; the message names the file that is wanted.
+    """
+    found = {"judge": weights_digest(judge_of(config), "clip")}
+    if config.inception is not None:
+        if not Path(config.inception).is_file():
+            raise FileNotFoundError(inception_missing(config.inception))
+        from infra.store import sha256_of
+
+        found["inception"] = sha256_of(Path(config.inception))
+    return found
+
+
+def check_prompts(config: Any, sources: Mapping[str, str]) -> None:
+    """Look at the held-out data as far as the measures need it.
+
+    Raises:
+        StageError: it cannot be used.
+    """
+    if config.prompts is None:
+        return
+    prompts = Prompts(sources, config.count)
+    prompts.check()
+    asked = Asked(prompts.count, prompts.pictures, Samples("t2i", config.steps, config.guidance, config.sampler))
+    for measure in config.measures:
+        measure.needs(asked)
+
+
+def check_world(config: Any, before: Mapping[str, Sequence[Any]]) -> None:
+    """Whether the measures and the held-out data go with what was trained on.
+
+    Raises:
+        StageError: they do not.
+    """
+    own = "text-codec" not in before
+    if own and config.prompts is not None:
+        raise StageError("prompts: a world of its own has them itself; leave it out")
+    if not own and config.prompts is None:
+        raise StageError("prompts: field required; name a file of held-out captions")
+    if not own and any(measure.kind == "shapes" for measure in config.measures):
+        raise StageError("measures: shapes knows no pictures but its own; leave it out")

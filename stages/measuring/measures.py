@@ -1,0 +1,16 @@
+"""All measures, by the `kind` that recipes name them by."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.measuring.captions import Captions
+from stages.measuring.matching import ClipScore, Preference
+from stages.measuring.pictures import Cmmd, Fid, Kid, PrecisionRecall
+from stages.measuring.scenes import Shapes
+
+AnyMeasure = Annotated[
+    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Shapes, Field(discriminator="kind")
+]

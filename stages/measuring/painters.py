@@ -1,0 +1,180 @@
+"""Who draws the samples of a checkpoint: the model with its encoders, or the small one of a world of its own."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from infra.dataset import fetch_files
+from stages.catalog import MADE_STAGES
+from stages.drawing.assembly import assemble
+from stages.measuring.prompts import Prompts
+from stages.measuring.samples import Samples
+from stages.measuring.worlds import WorldPrompts
+from stages.runner.contract import Job, StageError
+
+# What the picture codec is called in the dataset of its world.
+CODEC = "codec.safetensors"
+Drawn = tuple[list[Any] | None, list[str] | None]
+
+
+class Model:
+    """A model with its encoders, loaded when it first draws.
+
+    Class attributes:
+        at_once: samples of a unit, which is what is lost when a worker dies.
+    """
+
+    at_once: ClassVar[int] = 25
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        self.held_out = self.prompts(job)
+
+    @staticmethod
+    def prompts(job: Job) -> Prompts:
+        return Prompts(job.sources, job.config.count)
+
+    @cached_property
+    def unidiffuser(self) -> Any:
+        from unidiffuser.generation import UniDiffuser
+
+        with tempfile.TemporaryDirectory() as folder:
+            return UniDiffuser.load(assemble(self.job, Path(folder, "model")), device=_device())
+
+    @cached_property
+    def trained(self) -> Any:
+        return self.unidiffuser.uvit
+
+    @cached_property
+    def untrained(self) -> Any:
+        """A network of the same size that has learned nothing."""
+        return _untrained(self.trained, self.config.seed)
+
+    def draw(self, samples: Samples, start: int, stop: int) -> Drawn:
+        """Pictures and captions of the samples `start` to `stop` - 1, each None where the task has none.
+
+        Raises:
+            StageError: a network computes what is not finite.
+        """
+        from unidiffuser.tensors import NotFinite
+
+        inputs: dict[str, Any] = {}
+        if samples.task == "t2i":
+            inputs["prompts"] = self.held_out.captions(start, stop)
+        elif samples.task == "i2t":
+            inputs["images"] = self.held_out.images(start, stop)
+        trained = self.trained
+        self.unidiffuser.uvit = self.untrained if samples.untrained else trained
+        first = self.config.seed + start
+        try:
+            drawn = self.unidiffuser.generate(
+                samples.task, count=1 if inputs else stop - start, seeds=range(first, first + stop - start), steps=samples.steps,
+                guidance=samples.guidance, sampler=samples.sampler, beams=samples.beams, batch=self.config.batch,
+                condition_t=samples.condition_t, data_type=self.config.data_type, **inputs,
+            )  # fmt: skip
+        except NotFinite as error:
+            raise StageError(f"{self.job.node}: {error}; or the checkpoint has diverged") from None
+        images, captions = [each.image for each in drawn], [each.caption for each in drawn]
+        return (images if images[0] is not None else None), (captions if captions[0] is not None else None)
+
+
+class World:
+    """The network of a world of its own with the codec of that."""
+
+    at_once: ClassVar[int] = 2000
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        self.held_out = self.prompts(job)
+
+    @staticmethod
+    def prompts(job: Job) -> WorldPrompts:
+        return WorldPrompts(job.config.count, job.config.seed)
+
+    @cached_property
+    def codec(self) -> Any:
+        from safetensors.torch import load_file
+
+        from examples.shapes.autoencoder import Autoencoder
+
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = fetch_files(self.job.store, [self.job.inputs["codec"].file(CODEC)], Path(scratch, "codec"))
+            return Autoencoder.of(load_file(folder / CODEC)).to(_device())
+
+    @cached_property
+    def trained(self) -> Any:
+        from training.shares import merge
+        from unidiffuser.weights import load_native
+
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint, folder = self.job.inputs["checkpoint"].fetch(Path(scratch, "checkpoint")), Path(scratch, "model")
+            folder.mkdir()
+            shutil.copyfile(checkpoint / "config.json", folder / "config.json")
+            merge(checkpoint, self.config.weights, folder / "model.safetensors")
+            return load_native(folder).to(_device())
+
+    @cached_property
+    def untrained(self) -> Any:
+        """A network of the same size that has learned nothing."""
+        return _untrained(self.trained, self.config.seed)
+
+    def artist(self, samples: Samples) -> Any:
+        """What draws in one way."""
+        from examples.shapes.measure import Artist, Protocol
+
+        protocol = Protocol(
+            conditional=self.config.count, steps=samples.steps, sampler=samples.sampler, guidance=samples.guidance,
+            batch=self.config.batch, seed=self.config.seed, condition_t=samples.condition_t,
+        )  # fmt: skip
+        return Artist(self.untrained if samples.untrained else self.trained, self.codec, protocol)
+
+    def draw(self, samples: Samples, start: int, stop: int) -> Drawn:
+        """As `Model.draw`."""
+        artist, count = self.artist(samples), stop - start
+        if samples.task == "t2i":
+            return _pictures(artist.paint(self.held_out.captions(start, stop), start)), None
+        if samples.task == "i2t":
+            seen = np.stack([np.asarray(picture) for picture in self.held_out.images(start, stop)])
+            return None, artist.describe(seen, start)
+        if samples.task == "joint":
+            pictures, captions = artist.imagine(count, start)
+            return _pictures(pictures), captions
+        if samples.task == "i":
+            return _pictures(artist.pictures(count, start)), None
+        return None, artist.captions(count, start)
+
+
+Painter = Model | World
+
+
+def painter_of(job: Job) -> type[Painter]:
+    """Who draws the job's checkpoint: its codec says it."""
+    return World if job.inputs["codec"].manifest.stage in MADE_STAGES else Model
+
+
+def _pictures(drawn: Sequence[Any]) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(np.asarray(picture)) for picture in drawn]
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _untrained(trained: Any, seed: int) -> Any:
+    import torch
+
+    from unidiffuser.uvit import UViT
+
+    torch.manual_seed(seed)
+    return UViT(trained.config).to(_device()).eval()
