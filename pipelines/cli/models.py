@@ -88,6 +88,41 @@ def sample(
         console.print(f"in {out}, with their settings in {sampling.RESULTS}", soft_wrap=True)
 
 
+@group.command(
+    rich_help_panel="Checkpoints", epilog="Example: unidiffuser evaluate 3f9a2c --preset laptop --prompts held_out.parquet"
+)
+def evaluate(
+    target: Annotated[str, typer.Argument(help="Recipe file, or CHECKPOINT as of `sample`.", metavar="RECIPE|CHECKPOINT")],
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Held-out captions: text, or Parquet with caption and image.", metavar="FILE")
+    ] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="paper, small or laptop.", metavar="NAME")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of evaluate (repeatable); `unidiffuser fields evaluate` has all.", metavar="a.b=c"),
+    ] = None,
+    vae: VaeOption = None,
+    clip: ClipOption = None,
+    text: TextOption = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Measure a checkpoint on held-out data: FID, KID, CLIP score, BLEU-4 and more; what was drawn before is not drawn again."""
+    from infra.store import Store
+    from pipelines.commands import evaluation
+    from pipelines.commands.checkpoints import Named
+
+    view = Console(stderr=True) if as_json else console
+    request = evaluation.Request(target, prompts, preset, settings or [])
+    code, dataset = evaluation.run(request, Store(store), Named(vae, clip, text), view)
+    if dataset is not None and as_json:
+        print(json.dumps(evaluation.as_json(dataset), ensure_ascii=False))
+    elif dataset is not None:
+        console.print(evaluation.figures_table(dataset))
+        console.print(f"report and sheet of samples: {dataset.where}", soft_wrap=True)
+    raise typer.Exit(code)
+
+
 @group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser convert runs/export/3f9a2c my-pipeline --to diffusers")
 def convert(
     source: Annotated[str, typer.Argument(help="CHECKPOINT as of `sample`, or a lone U-ViT: a folder or .pth.", metavar="SRC")],

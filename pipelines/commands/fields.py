@@ -78,7 +78,11 @@ def _rows(section: str, schema: Mapping[str, Any], models: Mapping[str, Any], un
         yield FieldRow(section, f"{under}{name}", _type_of(spec, models), default, " ".join(about.split()))
         if inner is not None:
             yield from _rows(section, inner, models, f"{under}{name}{'[]' if listed else ''}.")
-        yield from _rows_by_kind(section, spec, models, f"{under}{name}.")
+        each = spec.get("items", {})
+        if "oneOf" in each:
+            yield from _rows_by_kind(section, each, models, f"{under}{name}[].", None)
+        else:
+            yield from _rows_by_kind(section, spec, models, f"{under}{name}.", 0)
 
 
 def _model_of(spec: Mapping[str, Any], models: Mapping[str, Any]) -> tuple[Mapping[str, Any] | None, bool]:
@@ -91,15 +95,18 @@ def _model_of(spec: Mapping[str, Any], models: Mapping[str, Any]) -> tuple[Mappi
     return None, False
 
 
-def _rows_by_kind(section: str, spec: Mapping[str, Any], models: Mapping[str, Any], under: str) -> Iterator[FieldRow]:
-    """The fields of a mapping that is one of several by its `kind`, the first of which is the default."""
+def _rows_by_kind(
+    section: str, spec: Mapping[str, Any], models: Mapping[str, Any], under: str, default: int | None
+) -> Iterator[FieldRow]:
+    """The fields of a mapping that is one of several by its `kind`, of which the one of this number is the default."""
     choices = [models[one["$ref"].rpartition("/")[2]] for one in spec.get("oneOf", ())]
     kinds = [choice["properties"]["kind"] for choice in choices]
     if kinds:
         about = "; ".join(f"{kind['const']}: {kind['description'].rstrip('.')}" for kind in kinds)
         yield FieldRow(
-            section, f"{under}kind", " or ".join(kind["const"] for kind in kinds), json.dumps(kinds[0]["const"]), about
-        )
+            section, f"{under}kind", " or ".join(kind["const"] for kind in kinds),
+            None if default is None else json.dumps(kinds[default]["const"]), about,
+        )  # fmt: skip
     for choice, kind in zip(choices, kinds, strict=True):
         for row in _rows(section, choice, models, under):
             if row.name != f"{under}kind":

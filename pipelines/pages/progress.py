@@ -16,8 +16,11 @@ from prefect.client.schemas.actions import ArtifactUpdate
 from pipelines.flows.run import Run
 from pipelines.pages.harmless import harmless
 from pipelines.pages.lineage import artifact_key
+from pipelines.pages.markdown import table
 from pipelines.pages.pictures import picture_uri
 
+# What of the report of an evaluation is no figure.
+REPORT = ("node", "phase", "done", "total", "unit", "report")
 # How often the bar moves and the losses are drawn, in seconds.
 PROGRESS_EVERY = 2.0
 CURVE_EVERY = 20.0
@@ -56,11 +59,13 @@ class TrainingArtifact:
         self.run, self.node = run, node
         self.rows: list[dict[str, Any]] = []
         self.sheet: list[str] = []
+        self.measured: dict[int, dict[str, Any]] = {}
         self.artifact: UUID | None = None
         self.drawn = 0.0
 
     def report(self, fields: dict[str, Any]) -> None:
-        """A loss, or a sheet that is ready; other nodes report neither, and have no page. A report that fails is skipped."""
+        """A loss, or a sheet or an evaluation that is ready; other nodes report none of these, and have no page. A report that
+        fails is skipped."""
         with harmless(f"the page of losses of {self.node}"):
             self._report(fields)
 
@@ -68,6 +73,8 @@ class TrainingArtifact:
         if "picture" in fields:
             picture = picture_uri(self.run.store.read(fields["picture"]))
             self.sheet = [f"## Samples at step {fields['done']}", f"![samples]({picture})"]
+        elif "report" in fields:
+            self.measured[fields["done"]] = {name: value for name, value in fields.items() if name not in REPORT}
         elif "loss" in fields:
             self._add(fields["phase"], fields["done"], fields["loss"])
             if time.monotonic() - self.drawn < CURVE_EVERY and fields["done"] < fields["total"]:
@@ -95,7 +102,20 @@ class TrainingArtifact:
         picture = io.BytesIO()
         loss_curve(picture, {self.node: self.rows}, "loss")
         last = [f"Step {row['step']}: {row['kind']} loss {row['loss']:.4g}." for row in self.rows[-1:]]
-        return "\n\n".join([f"# {self.node}", *last, f"![losses]({picture_uri(picture.getvalue())})", *self.sheet])
+        return "\n\n".join(
+            [f"# {self.node}", *last, f"![losses]({picture_uri(picture.getvalue())})", *self._figures(), *self.sheet]
+        )
+
+    def _figures(self) -> list[str]:
+        """A line an evaluation."""
+        if not self.measured:
+            return []
+        names = list(dict.fromkeys(name for figures in self.measured.values() for name in figures))
+        lines = [
+            (f"{step:,}", *(f"{figures[name]:.4g}" if name in figures else "" for name in names))
+            for step, figures in sorted(self.measured.items())
+        ]
+        return ["## Evaluations", table(("step", *(name.replace("_", " ") for name in names)), lines)]
 
 
 def describe_progress(fields: dict[str, Any]) -> str:

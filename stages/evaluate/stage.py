@@ -12,10 +12,11 @@ from typing import Any
 from pydantic import Field
 
 from stages.drawing.assembly import encoder_digests
+from stages.measuring.checkpoint import files_of
 from stages.measuring.config import EvaluationConfig, check_prompts, check_world, judge_weights
-from stages.measuring.phases import Draw, Looker, Report, plan_draw, plan_look, plan_report
-from stages.runner.contract import Job, Phase, Records, Resources, Stage, UnitRecord, operational
-from stages.runner.recipe import encoder
+from stages.measuring.phases import PHASES
+from stages.runner.contract import Job, Records, Stage, UnitRecord, operational
+from stages.runner.recipe import encoder, external_file
 
 
 class EvaluateConfig(EvaluationConfig):
@@ -23,14 +24,10 @@ class EvaluateConfig(EvaluationConfig):
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
     clip: str = encoder("embedded", "open_clip model that embeds images, and judges where no other does")
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
+    checkpoint: str | None = external_file(
+        None, "folder of a whole model in any layout, measured in place of the recipe's own checkpoint"
+    )
     workers: int | None = operational(None, "drawing processes at most; as many as the cluster holds when not given", ge=1)
-
-
-def sampler_resources(config: EvaluateConfig) -> Resources:
-    """One worker a GPU where there are GPUs, else one a core."""
-    from stages.runner.pool import gpus_each
-
-    return Resources(cpus=1, gpus=gpus_each(), workers=config.workers)
 
 
 class Evaluate(Stage):
@@ -40,15 +37,15 @@ class Evaluate(Stage):
     version = 6
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
-    phases = (
-        Phase("draw", plan_draw, worker=Draw, by_content=True, resources=sampler_resources, memory=("batch",)),
-        Phase("look", plan_look, worker=Looker, by_content=True, resources=sampler_resources, memory=("batch",)),
-        Phase("report", plan_report, worker=Report, resources=sampler_resources, memory=("batch",)),
-    )
+    phases = PHASES
 
     @classmethod
     def sources(cls, config: EvaluateConfig) -> list[str]:
         return [] if config.prompts is None else [config.prompts]
+
+    @classmethod
+    def lists(cls, config: EvaluateConfig) -> dict[str, list[str]]:
+        return files_of(config.checkpoint)
 
     @classmethod
     def check(cls, config: EvaluateConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
@@ -58,7 +55,8 @@ class Evaluate(Stage):
     def check_before(
         cls, config: EvaluateConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
     ) -> None:
-        check_world(config, before)
+        if config.checkpoint is None:
+            check_world(config, before)
 
     @classmethod
     def weights(cls, config: EvaluateConfig) -> dict[str, str]:

@@ -36,7 +36,7 @@ class _Pairs(Measure):
 
 
 class ClipScore(_Pairs):
-    """A hundred times the cosine of both embeddings, 0 where that is negative, on average (arXiv 2104.08718).
+    """A hundred times the mean cosine of both embeddings, or 0 where that is negative, as torchmetrics has it (arXiv 2104.08718).
 
     Of pictures drawn for held-out captions, of captions written for held-out pictures, and of the held-out pairs themselves.
     """
@@ -87,7 +87,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> float:
     """Of embeddings (n, D) of pictures and of their captions."""
-    return float(np.maximum(100 * (_unit(images) * _unit(texts)).sum(1), 0).mean())
+    return max(0.0, float(100 * (_unit(images) * _unit(texts)).sum(1).mean()))
 
 
 def preference(images: np.ndarray, texts: np.ndarray) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 
 from infra.dataset import fetch_files
 from stages.catalog import MADE_STAGES
-from stages.drawing.assembly import assemble
+from stages.measuring.checkpoint import OUTSIDE, model_folder
 from stages.measuring.damage import damaged
 from stages.measuring.prompts import Prompts
 from stages.measuring.samples import Samples
@@ -46,8 +46,8 @@ class Model:
     def unidiffuser(self) -> Any:
         from unidiffuser.generation import UniDiffuser
 
-        with tempfile.TemporaryDirectory() as folder:
-            return UniDiffuser.load(assemble(self.job, Path(folder, "model")), device=_device())
+        with model_folder(self.job) as folder:
+            return UniDiffuser.load(folder, device=_device())
 
     @cached_property
     def trained(self) -> Any:
@@ -158,7 +158,9 @@ Painter = Model | World
 
 def painter_of(job: Job) -> type[Painter]:
     """Who draws the job's checkpoint: its codec says it."""
-    return World if job.inputs["codec"].manifest.stage in MADE_STAGES else Model
+    codec = job.inputs.get("codec")
+    own = codec is not None and codec.manifest.stage in MADE_STAGES and OUTSIDE not in job.lists
+    return World if own else Model
 
 
 def _pictures(drawn: Sequence[Any]) -> list[Any]:

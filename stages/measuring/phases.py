@@ -19,12 +19,13 @@ import numpy as np
 import pyarrow as pa
 
 from stages.drawing.pictures import loss_curve, sample_sheet
+from stages.measuring.checkpoint import identity
 from stages.measuring.history import histories
 from stages.measuring.networks import framed, judge_of, looks_at, network
 from stages.measuring.painters import painter_of
 from stages.measuring.samples import Asked, Need, Samples
 from stages.measuring.view import HELD_OUT, Stored, View, named
-from stages.runner.contract import Job, Output, Records, Unit, canonical
+from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, canonical
 from stages.shards.tables import read_table, write_table
 
 SHEET = 6
@@ -65,9 +66,9 @@ def plan_draw(job: Job, _: Records) -> Iterator[Unit]:
     held_out, asked = painter.prompts(job), asked_of(job)
     config = job.config
     # All that decides a sample besides its kind and its number.
-    inputs = {name: job.inputs[name].manifest.fingerprint for name in ("checkpoint", "codec") if name in job.inputs}
+    codec = job.inputs["codec"].manifest.fingerprint if "codec" in job.inputs else ""
     weights = {name: digest for name, digest in job.weights.items() if name in ("vae", "clip", "text")}
-    drawn_by = canonical([inputs, weights, config.seed, config.weights, config.data_type])
+    drawn_by = canonical([identity(job).fingerprint, codec, weights, config.seed, config.weights, config.data_type])
     for samples, count in _samples_of(needs_of(job, asked)).items():
         for start in range(0, count, painter.at_once):
             stop = min(start + painter.at_once, count)
@@ -209,11 +210,11 @@ class Report:
 
     def _about(self, asked: Asked) -> dict[str, Any]:
         """What was measured, and how."""
-        checkpoint, config = self.job.inputs["checkpoint"].manifest, self.job.config
+        checkpoint, config = identity(self.job), self.job.config
         return {
             "checkpoint": checkpoint.fingerprint,
             "node": checkpoint.node,
-            "step": checkpoint.summary.get("step"),
+            "step": checkpoint.step,
             "weights": config.weights,
             "prompts": asked.count,
             "seed": config.seed,
@@ -231,6 +232,20 @@ class Report:
             captions = [""] * count if task == "i" else view.captions(None if task == "t2i" else need.samples, count)
             rows.append((TITLES[task], list(zip(images, captions, strict=True))))
         return rows
+
+
+def _one_each(config: Any) -> Resources:
+    """One worker a GPU where there are GPUs, else one a core."""
+    from stages.runner.pool import gpus_each
+
+    return Resources(cpus=1, gpus=gpus_each(), workers=config.workers)
+
+
+PHASES = (
+    Phase("draw", plan_draw, worker=Draw, by_content=True, resources=_one_each, memory=("batch",)),
+    Phase("look", plan_look, worker=Looker, by_content=True, resources=_one_each, memory=("batch",)),
+    Phase("report", plan_report, worker=Report, resources=_one_each, memory=("batch",)),
+)
 
 
 def _png(image: Any) -> bytes:

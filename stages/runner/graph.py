@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,54 +72,71 @@ def plan(
     """
     planned: dict[str, Planned] = {}
     for node in recipe.nodes.values():
-        stage = stage_class(node.stage)
-        try:
-            if outside is not None:
-                sources, lists = outside[node.name]
-            else:
-                sources = resolve(stage.sources(node.config), store)
-                lists = {part: resolve(patterns, store) for part, patterns in stage.lists(node.config).items()}
-        except OutsideError as error:
-            raise RecipeError(f"{_field(node, error.pattern)}: {error}") from None
-        try:
-            weights = stage.weights(node.config)
-        except FileNotFoundError as error:
-            raise RecipeError(f"{node.name}: {error}") from None
         inputs = {name: InputRef(stage=planned[n].stage, fingerprint=planned[n].fingerprint) for name, n in node.inputs.items()}
-        try:
-            inputs |= stage.datasets(node.config, store)
-        except NotThere as error:
-            raise RecipeError(f"{node.place}.from: {error}") from None
-        identity = [
-            stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in inputs.items()},
-            _by_content(sources), weights, *([{part: _by_content(found) for part, found in lists.items()}] if lists else []),
-            *([recipe.name, node.name] if node.forks_itself else []),
-        ]  # fmt: skip
-        base = digest_of(identity)
-        generation, parent = _generation(store, base, node.name in force, node.name in retry)
-        fingerprint = _fingerprint(base, generation)
-        if parent:
-            inputs["parent"] = InputRef(stage=stage.name, fingerprint=_fingerprint(base, generation - 1))
-        draft = Planned(
-            recipe.name,
-            node.name,
-            node.stage,
-            node.config,
-            inputs,
-            dict(node.inputs),
-            sources,
-            weights,
-            generation,
-            fingerprint,
-            lists=lists,
+        known = outside[node.name] if outside is not None else None
+        planned[node.name] = plan_node(
+            recipe.name, node, inputs, store, _before(recipe, node), node.name in force, node.name in retry, known
         )
-        planned[node.name] = _with_state(draft, recipe, store, stage.version)
-        if outside is None and stage.check_refuses and planned[node.name].state != "hit":
-            try:
-                stage.check(node.config, sources, lists)
-                stage.check_before(node.config, lists, _before(recipe, node))
-            except StageError as error:
-                raise RecipeError(f"{node.name}: {error}") from None
+    return planned
+
+
+def plan_node(
+    recipe: str,
+    node: Node,
+    inputs: Mapping[str, InputRef],
+    store: Store,
+    before: Mapping[str, Sequence[Any]],
+    force: bool = False,
+    retry: bool = False,
+    outside: tuple[dict[str, str], dict[str, dict[str, str]]] | None = None,
+) -> Planned:
+    """Plan one node, whose inputs are known; see `plan`.
+
+    Args:
+        before: stage -> configurations of the nodes that lead to it.
+
+    Raises:
+        RecipeError: as `plan`.
+    """
+    stage = stage_class(node.stage)
+    try:
+        if outside is not None:
+            sources, lists = outside
+        else:
+            sources = resolve(stage.sources(node.config), store)
+            lists = {part: resolve(patterns, store) for part, patterns in stage.lists(node.config).items()}
+    except OutsideError as error:
+        raise RecipeError(f"{_field(node, error.pattern)}: {error}") from None
+    try:
+        weights = stage.weights(node.config)
+    except FileNotFoundError as error:
+        raise RecipeError(f"{node.name}: {error}") from None
+    inputs = dict(inputs)
+    try:
+        inputs |= stage.datasets(node.config, store)
+    except NotThere as error:
+        raise RecipeError(f"{node.place}.from: {error}") from None
+    identity = [
+        stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in inputs.items()},
+        _by_content(sources), weights, *([{part: _by_content(found) for part, found in lists.items()}] if lists else []),
+        *([recipe, node.name] if node.forks_itself else []),
+    ]  # fmt: skip
+    base = digest_of(identity)
+    generation, parent = _generation(store, base, force, retry)
+    fingerprint = _fingerprint(base, generation)
+    if parent:
+        inputs["parent"] = InputRef(stage=stage.name, fingerprint=_fingerprint(base, generation - 1))
+    draft = Planned(
+        recipe, node.name, node.stage, node.config, inputs, dict(node.inputs), sources, weights, generation, fingerprint,
+        lists=lists,
+    )  # fmt: skip
+    planned = _with_state(draft, recipe, store, stage.version)
+    if outside is None and stage.check_refuses and planned.state != "hit":
+        try:
+            stage.check(node.config, sources, lists)
+            stage.check_before(node.config, lists, before)
+        except StageError as error:
+            raise RecipeError(f"{node.name}: {error}") from None
     return planned
 
 
@@ -170,11 +187,11 @@ def _generation(store: Store, base: str, force: bool, retry: bool) -> tuple[int,
     return int(found["generation"]), bool(found.get("retry"))
 
 
-def _with_state(draft: Planned, recipe: Recipe, store: Store, version: int) -> Planned:
+def _with_state(draft: Planned, recipe: str, store: Store, version: int) -> Planned:
     state: State
     if find(store, draft.stage, draft.fingerprint) is not None:
         state, reasons = "hit", []
-    elif (before := pointed(store, recipe.name, draft.name)) is not None:
+    elif (before := pointed(store, recipe, draft.name)) is not None:
         state, reasons = "stale", changes(draft, before, version)
     else:
         state, reasons = "miss", ["never made"]

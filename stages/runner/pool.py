@@ -13,7 +13,20 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
-from stages.runner.contract import Bug, Job, Phase, Resources, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
+from stages.runner.contract import (
+    Bug,
+    Job,
+    Phase,
+    Resources,
+    Stage,
+    StageError,
+    Unit,
+    UnitRecord,
+    Worker,
+    in_words,
+    scratch_output,
+)
+from stages.runner.keys import unit_keys
 from unidiffuser.memory import out_of_memory
 
 log = logging.getLogger("stages")
@@ -156,6 +169,22 @@ def run_pool(
     finally:
         for handle in idle + [entry[0] for entry in flying.values()]:
             ray.kill(handle)
+
+
+def run_here(stage: type[Stage], job: Job) -> dict[str, list[UnitRecord]]:
+    """The units of a stage in this process, one after the other, without a dataset in the end: for work beside other work.
+
+    Raises:
+        StageError: a unit failed.
+    """
+    records: dict[str, list[UnitRecord]] = {}
+    for phase in stage.phases:
+        worker, units = PoolWorker(job, phase), list(phase.plan(job, records))
+        key_of = unit_keys(stage, phase, job, 0)
+        keys = [unit.shared or key_of(unit) for unit in units]
+        done = job.units_done(keys)
+        records[phase.name] = [done.get(key) or worker.run(unit, key) for unit, key in zip(units, keys, strict=True)]
+    return records
 
 
 def _last_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -168,6 +168,19 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
         build.subset(subset, stages)
     build.codec_and_training()
     return Recipe(outer.name, outer.description, build.ordered(), document, folder, outer.deploy)
+
+
+def lone_node(stage: str, values: Mapping[str, Any], overrides: Sequence[str], folder: Path) -> Node:
+    """A node of a stage that no recipe has: its fields, over which `overrides` go as ``a.b=c``.
+
+    Raises:
+        RecipeError: a field is unknown, of the wrong type or out of bounds.
+    """
+    document: dict[str, Any] = {stage: dict(values)}
+    for override in overrides:
+        _override(document, f"{stage}.{override}")
+    build = _Builder(Document(name=stage, subsets={}), folder.resolve())
+    return build.nodes[build.add(stage, stage, document[stage], stage, {})]
 
 
 class _Builder:

@@ -26,6 +26,8 @@ MACHINERY = (
     "stages/__main__.py",
     "stages/catalog.py",
     "stages/runner/",
+    "stages/train/beside.py",
+    "stages/train/evaluation.py",
     "stages/train/preview.py",
     "stages/train/track",
 )

@@ -6,8 +6,8 @@ A sheet decides nothing and is no part of a dataset. It lies below `FOLDER` in t
 from __future__ import annotations
 
 import io
-import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,12 @@ from infra.dataset import FileEntry, fetch_files, find
 from stages.drawing.assembly import put_together
 from stages.drawing.pictures import sample_sheet
 from stages.runner.chain import Chain
-from stages.runner.contract import Job, StageConfig
+from stages.runner.contract import Job, StageConfig, UnitRecord
 from stages.runner.run import emit_progress
 from stages.shards.tables import open_table
-
-log = logging.getLogger("stages")
+from stages.train.beside import Beside
 
 FOLDER = ".state/previews"
-# How long a finished training waits for the sheet that is being drawn, in seconds.
-PATIENCE = 120.0
 SEED = 0
 
 
@@ -36,50 +33,21 @@ class PreviewConfig(StageConfig):
     gpus: float = Field(0, ge=0, le=1, description="share of a GPU that drawing takes; with 0 it draws on a CPU")
 
 
-class Previews:
-    """The sheets of one training run, drawn one at a time; what goes wrong with one is a warning."""
+class Previews(Beside):
+    """The sheets of one training run."""
+
+    what = "sheet of samples"
 
     def __init__(self, chain: Chain) -> None:
-        self.job, self.chain = chain.job, chain
+        config = chain.job.config
+        super().__init__(chain, config.checkpoint_every if config.preview.count else 0, config.preview.gpus)
         self.path = f"{FOLDER}/{chain.job.node}-{chain.key_of(chain.end)}.png"
-        self.last = 0
-        self.drawing: Any = None
 
-    def seen(self, step: int) -> None:
-        """Training is past `step`: announce a sheet that is ready, and begin one of the last checkpoint before this step."""
-        if self.job.config.preview.count == 0:
-            return
-        if self.drawing is not None:
-            self._collect(0.0)
-        due = step - 1 - (step - 1) % self.job.config.checkpoint_every
-        if due > self.last and self.drawing is None and (record := self.chain.record(due)) is not None:
-            self._begin(due, record.files)
+    def work(self, step: int, record: UnitRecord) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return draw_sheet, (self.job, record.files, self.path)
 
-    def close(self) -> None:
-        """Training has come to its end: wait for the sheet that is being drawn."""
-        if self.drawing is not None:
-            self._collect(PATIENCE)
-
-    def _begin(self, step: int, files: list[FileEntry]) -> None:
-        import ray
-
-        self.last = step
-        remote: Any = ray.remote(num_cpus=0, num_gpus=self.job.config.preview.gpus, max_retries=0)(draw_sheet)
-        self.drawing = remote.remote(self.job, files, self.path)
-
-    def _collect(self, patience: float) -> None:
-        import ray
-
-        if not ray.wait([self.drawing], timeout=patience)[0]:
-            return
-        try:
-            ray.get(self.drawing)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[-1]
-            log.warning("%s: no sheet of samples at step %d: %s", self.job.node, self.last, reason)
-        else:
-            emit_progress(self.job.node, "preview", self.last, max(self.job.config.steps, 1), "steps", {"picture": self.path})
-        self.drawing = None
+    def finished(self, step: int, result: Any) -> None:
+        emit_progress(self.job.node, "preview", step, max(self.job.config.steps, 1), "steps", {"picture": self.path})
 
 
 def draw_sheet(job: Job, files: list[FileEntry], path: str) -> None:

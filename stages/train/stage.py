@@ -29,6 +29,7 @@ from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, 
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
+from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
 from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
 from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, shards
@@ -75,6 +76,7 @@ class TrainStageConfig(TrainConfig):
     track: tuple[Name, ...] = operational(
         (), "where else the history goes, row by row: tensorboard, trackio, wandb, mlflow; each with its package installed"
     )
+    evaluate: BesideConfig = operational(BesideConfig(), "checkpoints measured while it trains, beside it")
     preview: PreviewConfig = operational(PreviewConfig(), "sheets of samples in the UI while it trains, one a checkpoint")
 
     @model_validator(mode="after")
@@ -184,6 +186,7 @@ def train_chain(chain: Chain) -> None:
     from training.launch import train
 
     job, previews, tracking = chain.job, Previews(chain), Tracking(chain)
+    evaluations = Evaluations(chain, tracking.add)
 
     def on_row(row: dict[str, Any]) -> None:
         if row["kind"] == "damage":
@@ -195,6 +198,7 @@ def train_chain(chain: Chain) -> None:
         emit_progress(job.node, row["kind"], row["step"], chain.end, "steps", more)
         tracking.add(row)
         previews.seen(row["step"])
+        evaluations.seen(row["step"])
         if row["kind"] == "validation":
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
@@ -212,11 +216,14 @@ def train_chain(chain: Chain) -> None:
             raise Bug(f"{job.node}: {error}") from error
         except TrainingError as error:
             raise StageError(f"{job.node}: {error}") from error
+        else:
+            if not outcome.stopped:
+                previews.close()
+                evaluations.close()
         finally:
             tracking.close()
     if outcome.stopped:
         raise StageError(f"{job.node}: stopped at step {outcome.step} of {chain.end}; run again to go on")
-    previews.close()
 
 
 class Train(Stage):
@@ -264,6 +271,8 @@ class Train(Stage):
             raise StageError(
                 f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote"
             )
+        if config.evaluate.every:
+            check_beside(config.evaluate)
         if (line := not_installed(config.track)) is not None:
             raise StageError(line)
         if config.lora is not None and find_spec("peft") is None:
@@ -273,6 +282,8 @@ class Train(Stage):
     def check_before(
         cls, config: TrainStageConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
     ) -> None:
+        if config.evaluate.every:
+            check_beside_before(config.evaluate, before)
         named = {name for stage in ("select", "folder") for source in before.get(stage, ()) for name in source.captions}
         if lost := sorted(config.data.captions.keys() - named):
             have = ", ".join(sorted(named)) or "none"

@@ -1,10 +1,13 @@
-"""One store with trainings of a small model."""
+"""One store with trainings of a small model, and the smallest world of shapes."""
 
 from pathlib import Path
 
 import pytest
 
+from tests.stages.little_world import checkpoint, made, small
 from tests.stages.train.trainings import Trainings
+
+__all__ = ["checkpoint", "made", "small"]
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from infra.dataset import Dataset, FileEntry, InputRef
 from infra.store import Store
 from stages.runner.chain import Chain
 from stages.runner.contract import RECORD, Job, Stats, UnitRecord
-from stages.train.preview import PATIENCE, Previews, draw_sheet
+from stages.train.beside import PATIENCE
+from stages.train.preview import Previews, draw_sheet
 from stages.train.stage import TrainStageConfig
 from tests.stages.committed import dataset_of
 
@@ -49,10 +50,11 @@ def previews(tmp_path: Path, begun: list[int], count: int = 2) -> Previews:
         chain.job.store.write(f"{chain.job.unit_folder(record.key)}/unit.json", RECORD.dump_json(record))
     found = Previews(chain)
 
-    def begin(step: int, files: list[FileEntry]) -> None:
+    def begin(step: int, record: UnitRecord) -> None:
+        _, (_, files, _) = found.work(step, record)
         assert [entry.path for entry in files] == [f"train/step-{step}"], "a sheet is of the checkpoint that it names"
         begun.append(step)
-        found.last, found.drawing = step, object()
+        found.last, found.running = step, object()
 
     found._begin = begin  # type: ignore[method-assign]
     return found
