@@ -24,10 +24,15 @@ from benchmarks.frame import Result, machine, progress
 from benchmarks.samplers_page import curves
 from benchmarks.sweeps import keep, kept
 from tests.unidiffuser.gaussian import IMAGE_AND_TEXT, GaussianWorld
+from unidiffuser.guidance import GuidedNoise
+from unidiffuser.sampling import NoiseSource
 from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.solver import SAMPLERS, STOCHASTIC, Maker, run
+from unidiffuser.solver import DETERMINISTIC, SAMPLERS, STOCHASTIC, Maker, run
+from unidiffuser.tasks import Task
 
 STEPS = (5, 10, 20, 25, 50)
+# Scales of guidance, and samples of each.
+SCALES, GUIDED = (1.0, 3.0, 7.0), 64
 # Last step -> what it takes of a scheduler of diffusers.
 LAST_STEPS: dict[str, dict[str, Any]] = {
     "own order": {"euler_at_final": False},
@@ -98,6 +103,34 @@ def measured(schedule: NoiseSchedule) -> list[dict[str, Any]]:
     return rows
 
 
+def guided(scale: float) -> list[dict[str, Any]]:
+    """A row a deterministic sampler: how far from where a thousand steps take the same noise, over the spread of those samples.
+
+    Pictures given texts, guided. Samplers that add noise end elsewhere when guided, so they have no place here.
+    """
+    world, schedule, task = GaussianWorld.random(IMAGE_AND_TEXT), NoiseSchedule(), Task(sample=("image",), given=("text",))
+    noise = NoiseSource(IMAGE_AND_TEXT, range(GUIDED), torch.device("cpu"))
+    start, stand_in = noise.draw(), noise.draw()
+    given = {"text": world.split(world.draw(GUIDED))["text"].float()}
+
+    def ends(sampler: str, steps: int) -> Tensor:
+        noise_of = GuidedNoise(world, IMAGE_AND_TEXT, task, given, 0, stand_in, scale, None, schedule.steps, None)
+        drawn = {name: start[name] for name in ("latent", "clip")}
+        return world.flat(run(SAMPLERS[sampler], noise_of, drawn, schedule, steps))
+
+    truth = ends("dpm++2m", schedule.steps - 1)
+    return [
+        {
+            "sampler": name,
+            "error": {
+                steps: float((ends(name, steps) - truth).square().mean().sqrt() / truth.std(0).square().mean().sqrt())
+                for steps in STEPS
+            },
+        }
+        for name in DETERMINISTIC
+    ]
+
+
 def main(
     file: Annotated[
         Path | None, typer.Option("--json", help="Write the result here; page and curves beside it.", metavar="FILE")
@@ -112,7 +145,8 @@ def main(
     best = min(by, key=lambda variant: by[variant][25])
     figures = {"dpm_2m": ours, "dpm_2m_own_order": plain, "best": best[0], "best_error": by[best][25]}
     trained = kept(file) if file is not None else {}
-    Result("samplers", plain / ours, "own-order", figures, words, {"gaussian": found}).finish(file)
+    details = {"gaussian": found, "guided": {f"{scale:g}": guided(scale) for scale in SCALES}}
+    Result("samplers", plain / ours, "own-order", figures, words, details).finish(file)
     if file is not None:
         keep(file, trained)
         curves(file.with_suffix(".png"), json.loads(file.read_text()))

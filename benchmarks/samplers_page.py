@@ -27,6 +27,13 @@ Samplers without fresh noise carry the start's error to the end: the schedule le
 they begin with pure noise. So they have a floor, and the others have none.
 
 {tables}
+### With guidance
+
+Guided samples are of no distribution that is known, but each has its place: where a thousand steps take the same noise. The
+figure is the distance from there, over the spread of the samples. Samplers that add noise have no such place.
+
+{_guided(record["details"]["guided"])}
+
 ![Error against steps](samplers.png)
 
 Measured {record["date"]} by `{record["command"]}`.
@@ -41,6 +48,17 @@ def _gaussian(rows: Sequence[Mapping[str, Any]]) -> str:
         cells = [f"**{row['error'][n]:.4f}**" if row["error"][n] == lowest[n] else f"{row['error'][n]:.4f}" for n in steps]
         mark = " (taken)" if row["last step"] == "first order" else ""
         lines.append(f"| {row['sampler']} | {row['last step']}{mark} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _guided(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    steps = list(next(iter(found.values()))[0]["error"])
+    lines = [f"| guidance | sampler | {' | '.join(f'{n} steps' for n in steps)} |", "|---|---|" + "---|" * len(steps)]
+    for scale, rows in found.items():
+        lowest = {n: min(row["error"][n] for row in rows) for n in steps}
+        for row in rows:
+            cells = [f"**{row['error'][n]:.4f}**" if row["error"][n] == lowest[n] else f"{row['error'][n]:.4f}" for n in steps]
+            lines.append(f"| {scale} | {row['sampler']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

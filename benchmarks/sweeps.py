@@ -37,13 +37,12 @@ def newest(checkpoint: str, store: str) -> str:
     return checkpoint if found is None else f"{found.manifest.stage}/{found.manifest.fingerprint}"
 
 
-def evaluated(checkpoint: str, kinds: list[str], scenes: bool, settings: Mapping[str, Any], store: str) -> dict[str, Any]:
+def evaluated(checkpoint: str, measures: list[dict[str, Any]], settings: Mapping[str, Any], store: str) -> dict[str, Any]:
     """The report of an evaluation by these measures.
 
     Raises:
         typer.Exit: the evaluation failed, and has said why.
     """
-    measures = [{"kind": kind, "features": "scenes" if scenes else "clip"} for kind in kinds]
     given = {"measures": json.dumps(measures), **{name: value for name, value in settings.items() if value is not None}}
     sets = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "pipelines.command", "evaluate", checkpoint, "--store", store, "--json", *sets]
@@ -89,6 +88,7 @@ def main(
         list[str] | None, typer.Option(help="guidance, samplers or robustness (repeatable); all if not given.")
     ] = None,
     count: Annotated[int | None, typer.Option(min=2, help="Captions; 200 if not given.")] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples without an input, of --scenes.")] = 2000,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance where it does not change; 3 if not given.")] = None,
     store: Annotated[str, typer.Option(help="Folder of the datasets.")] = "runs",
     out: Annotated[Path, typer.Option(help="Folder of the pages.")] = RESULTS,
@@ -99,7 +99,8 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(CURVES)}", param_hint="--kind")
     words = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = {"prompts": prompts and prompts.resolve(), "count": count, "guidance": guidance, "beams": 1}
-    report = evaluated(newest(checkpoint, store), kinds, scenes, settings, store)
+    measures = [{"kind": each, "features": "scenes" if scenes else "clip", "samples": samples} for each in kinds]
+    report = evaluated(newest(checkpoint, store), measures, settings, store)
     told = {
         "checkpoint": report["checkpoint"], "node": report["node"], "date": datetime.date.today().isoformat(), "machine": words,
         "command": " ".join(["python -m benchmarks.sweeps", *sys.argv[1:]]),

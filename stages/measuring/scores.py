@@ -67,7 +67,9 @@ def _of_scenes(samples: Samples, count: int) -> Score:
 
 def total_variation(numbers: np.ndarray) -> float:
     """Of scenes by number (n, 1), -1 where unreadable, from the world's own distribution."""
-    from examples.shapes.measure import distribution
-    from examples.shapes.world import SCENES
+    from examples.shapes.measure import variations
+    from examples.shapes.world import joint
 
-    return float(distribution([None if number < 0 else SCENES[int(number)] for number in numbers[:, 0]])["joint"])
+    readable = numbers[numbers >= 0].astype(int)
+    counts = np.bincount(readable, minlength=joint().size).reshape(joint().shape)
+    return variations(counts, len(numbers) - len(readable))["joint"]
