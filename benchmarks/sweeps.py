@@ -99,7 +99,9 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(CURVES)}", param_hint="--kind")
     words = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     settings = {"prompts": prompts and prompts.resolve(), "count": count, "guidance": guidance, "beams": 1}
-    measures = [{"kind": each, "features": "scenes" if scenes else "clip", "samples": samples} for each in kinds]
+    features = "scenes" if scenes else "clip"
+    own = {"samplers": {"samples": samples}}
+    measures = [{"kind": each, "features": features, **own.get(each, {})} for each in kinds]
     report = evaluated(newest(checkpoint, store), measures, settings, store)
     told = {
         "checkpoint": report["checkpoint"], "node": report["node"], "date": datetime.date.today().isoformat(), "machine": words,

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from stages.measuring.damage import CAPTIONS, PICTURES
 from stages.measuring.measure import Figure
 from stages.measuring.samples import Asked
+from stages.measuring.scores import Score
 from stages.measuring.sweep_pages import robustness_curves
 from stages.measuring.sweeps import Point, Sweep
 
@@ -31,7 +32,7 @@ class Robustness(Sweep):
     kind: Literal["robustness"] = Field(
         "robustness", description="quality against noise on what is given, and against its damage"
     )
-    noise: tuple[int, ...] = Field(
+    noise: tuple[Annotated[int, Field(ge=0, le=1000)], ...] = Field(
         tuple(range(0, 1001, 100)), min_length=1, description="timesteps of the noise on what is given, 0 to 1000"
     )
     pictures: tuple[PictureDamage, ...] = Field(tuple(PICTURES), description="what happens to given pictures")  # type: ignore[arg-type]
@@ -44,14 +45,13 @@ class Robustness(Sweep):
             found += [Point({"damage": name}, (replace(way, damage=name),)) for name in names]
         return found
 
-    def figures(self, points: Sequence[Mapping[str, Any]], better: Mapping[str, Any], view: View) -> Iterable[Figure]:
+    def figures(self, points: Sequence[Mapping[str, Any]], scored: Mapping[str, Score], view: View) -> Iterable[Figure]:
         """Every score under every damage."""
-        count = min(self.count or view.asked.count, view.asked.count)
         for point in points:
             if "damage" in point:
                 for name, value in point["values"].items():
                     told = f"{name}_{point['damage']}".replace("-", "_")
-                    yield Figure(told, value, better[name], count, self.seen_by(view))
+                    yield Figure(told, value, scored[name].better, scored[name].needs[0].count, self.seen_by(view))
 
     def draw(self, points: Sequence[Mapping[str, Any]], names: Sequence[str], out: Output) -> None:
         robustness_curves(out.path("robustness.png"), points, names)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -40,9 +40,6 @@ class Sweep(Measure):
         "clip", description="what scores: clip, or inception for FID, or scenes, which reads the pictures of the world of shapes"
     )
     count: int | None = Field(None, ge=2, description="samples of a point; as many as the evaluation has captions when not given")
-    samples: int = Field(
-        2000, ge=2, description="of scenes: samples without an input, whose distribution is compared with the truth"
-    )
 
     @property
     def of_world(self) -> bool:
@@ -60,40 +57,35 @@ class Sweep(Measure):
         return ("t2i", *(("i2t",) if asked.pictures else ()), *(("i",) if self.features == "scenes" else ()))  # type: ignore[return-value]
 
     def scores(self, point: Point, asked: Asked) -> list[Score]:
-        count = min(self.count or asked.count, asked.count)
-        return [
-            score
-            for samples in point.ways
-            for score in scores_of(samples, asked, self.features, self.samples if samples.task == "i" else count)
-        ]
+        return [score for way in point.ways for score in scores_of(way, asked, self.features, self.counted(way, asked))]
+
+    def counted(self, way: Samples, asked: Asked) -> int:
+        """How many of these samples a point has."""
+        return min(self.count or asked.count, asked.count)
 
     def needs(self, asked: Asked) -> list[Need]:
         return [need for point in self.points(asked) for score in self.scores(point, asked) for need in score.needs]
 
     def result(self, view: View, out: Output) -> Result:
         asked, points = view.asked, []
-        better: dict[str, Literal["lower", "higher"]] = {}
+        scored: dict[str, Score] = {}
         for point in self.points(asked):
             scores = self.scores(point, asked)
-            better |= {score.name: score.better for score in scores}
-            values = {score.name: round(score.value(view), DIGITS) for score in scores}
-            points.append({**point.setting, "values": values})
-        about = self.about(view)
-        out.path(f"{self.kind}.md", 1).write_text(page(self.kind, points, list(better), about), encoding="utf-8")
-        self.draw(points, list(better), out)
-        return Result(
-            list(self.figures(points, better, view)),
-            {"points": points, "figures": list(better), "better": better, "about": about},
-        )
+            scored |= {score.name: score for score in scores}
+            points.append({**point.setting, "values": {score.name: round(score.value(view), DIGITS) for score in scores}})
+        about, names = self.about(view), list(scored)
+        out.path(f"{self.kind}.md", 1).write_text(page(self.kind, points, names, about), encoding="utf-8")
+        self.draw(points, names, out)
+        return Result(list(self.figures(points, scored, view)), {"points": points, "figures": names, "about": about})
 
-    def figures(self, points: Sequence[Mapping[str, Any]], better: Mapping[str, Any], view: View) -> Iterable[Figure]:
+    def figures(self, points: Sequence[Mapping[str, Any]], scored: Mapping[str, Score], view: View) -> Iterable[Figure]:
         """The best of every score, with where it is."""
-        count = min(self.count or view.asked.count, view.asked.count)
-        for name, good in better.items():
+        for name, score in scored.items():
             having = [point for point in points if name in point["values"]]
-            best = (min if good == "lower" else max)(having, key=lambda point: point["values"][name])
+            best = (min if score.better == "lower" else max)(having, key=lambda point: point["values"][name])
             where = ", ".join(f"{key} {value}" for key, value in best.items() if key != "values")
-            yield Figure(f"{self.kind}_best_{name}", best["values"][name], good, count, self.seen_by(view), where)
+            told = f"{self.kind}_best_{name}"
+            yield Figure(told, best["values"][name], score.better, score.needs[0].count, self.seen_by(view), where)
 
     def seen_by(self, view: View) -> str:
         if self.features == "scenes":
@@ -108,9 +100,7 @@ class Sweep(Measure):
             f"{count:,} samples a point, seen by {self.seen_by(view)}. Where the table does not say otherwise: "
             f"{way.steps} steps of {way.sampler}, guidance {way.guidance:g}."
         )
-        if self.features == "scenes":
-            told += f" Total variation is of {self.samples:,} samples."
-        elif count < FID_SAMPLES:
+        if self.features != "scenes" and count < FID_SAMPLES:
             told += f" FID of fewer than {FID_SAMPLES:,} pictures is too high, for all points alike: compare within this page."
         return told
 
@@ -119,7 +109,9 @@ class Guidance(Sweep):
     """Guidance scale against distance from real pictures and agreement with the condition, both ways."""
 
     kind: Literal["guidance"] = Field("guidance", description="guidance scale against FID and CLIP score, both ways")
-    scales: tuple[float, ...] = Field((0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0), min_length=1, description="guidance scales")
+    scales: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
+        (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0), min_length=1, description="guidance scales"
+    )
 
     def points(self, asked: Asked) -> list[Point]:
         tasks = [task for task in self.tasks(asked) if task != "i"]  # nothing is given there, so nothing guides
@@ -139,7 +131,18 @@ class Samplers(Sweep):
         "samplers", description="samplers and numbers of steps against FID and CLIP score, both ways"
     )
     samplers: tuple[SamplerName, ...] = Field(ALL_SAMPLERS, min_length=1, description="samplers' names")
-    steps: tuple[int, ...] = Field((5, 10, 20, 25, 50), min_length=1, description="network calls a sample")
+    steps: tuple[Annotated[int, Field(ge=1, le=999)], ...] = Field(
+        (5, 10, 20, 25, 50), min_length=1, description="network calls a sample"
+    )
+    samples: int = Field(
+        2000, ge=2, description="of scenes: samples of image only, whose distribution is compared with the truth"
+    )
+
+    def counted(self, way: Samples, asked: Asked) -> int:
+        return self.samples if way.task == "i" else super().counted(way, asked)
+
+    def about(self, view: View) -> str:
+        return super().about(view) + (f" Total variation is of {self.samples:,} samples." if self.features == "scenes" else "")
 
     def points(self, asked: Asked) -> list[Point]:
         return [
