@@ -39,9 +39,9 @@ LAST_STEPS: dict[str, dict[str, Any]] = {
     "first order": {"euler_at_final": True},
     "to zero": {"final_sigmas_type": "zero"},
 }
-# unipc always ends with a step of first order, and has no setting for it.
-OF_UNIPC: dict[str, dict[str, Any]] = {"first order": {}, "to zero": {"final_sigmas_type": "zero"}}
-SCHEDULES = {"Stable Diffusion's": NoiseSchedule(), "of the shapes": NoiseSchedule(0.005, 0.02)}
+# These end with a step of first order anyway, and unipc has no setting for it.
+OF_FIRST_ORDER: dict[str, dict[str, Any]] = {"first order": {}, "to zero": {"final_sigmas_type": "zero"}}
+SCHEDULES = {"Stable Diffusion's": NoiseSchedule(), "the shapes'": NoiseSchedule(0.005, 0.02)}
 
 
 def variants() -> dict[tuple[str, str], Maker]:
@@ -49,10 +49,10 @@ def variants() -> dict[tuple[str, str], Maker]:
     found: dict[tuple[str, str], Maker] = {}
     for name, maker in SAMPLERS.items():
         if isinstance(maker, partial):
-            for last, settings in (OF_UNIPC if name == "unipc" else LAST_STEPS).items():
+            for last, settings in (OF_FIRST_ORDER if name in ("unipc", "ddim") else LAST_STEPS).items():
                 found[name, last] = partial(maker, **settings)
         else:
-            found[name, "first order"] = maker
+            found[name, "its own"] = maker
     return found
 
 

@@ -9,19 +9,22 @@ from typing import Any
 from unidiffuser.solver import SAMPLERS
 
 INK = "#8b949e"
+# The last steps that samplers have.
+TAKEN = ("first order", "its own")
 
 
 def gaussian_section(record: Mapping[str, Any]) -> str:
     """What was found in the Gaussian world, as Markdown."""
     tables = "\n".join(
-        f"### Noise schedule {name}\n\n{_gaussian(rows)}\n" for name, rows in record["details"]["gaussian"].items()
+        f"### {name[0].upper()}{name[1:]} noise schedule\n\n{_gaussian(rows)}\n"
+        for name, rows in record["details"]["gaussian"].items()
     )
     return f"""## Against the truth
 
 A Gaussian world with ten numbers, in which the network is exact. The figure is the distance of the samples from the data
 (2-Wasserstein, over the root of the summed variances): 0 is the truth. A row is a sampler with one way to end: a last step of its
 own order, one of first order, or one to no noise at all. All but the last end at timestep 1, where a little noise is left. The
-marked rows are what `--sampler` takes.
+marked rows are what `--sampler` takes; the lowest figure of each column is bold.
 
 Samplers without fresh noise carry the start's error to the end: the schedule leaves some of the data at its last timestep, and
 they begin with pure noise. So they have a floor, and the others have none.
@@ -46,7 +49,7 @@ def _gaussian(rows: Sequence[Mapping[str, Any]]) -> str:
     lowest = {n: min(row["error"][n] for row in rows) for n in steps}
     for row in rows:
         cells = [f"**{row['error'][n]:.4f}**" if row["error"][n] == lowest[n] else f"{row['error'][n]:.4f}" for n in steps]
-        mark = " (taken)" if row["last step"] == "first order" else ""
+        mark = " (taken)" if row["last step"] in TAKEN else ""
         lines.append(f"| {row['sampler']} | {row['last step']}{mark} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -70,13 +73,13 @@ def curves(file: Path, record: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(9, 3.8), dpi=110, facecolor="white")
     for axes, (name, rows) in zip(figure.subplots(1, len(gaussian), squeeze=False)[0], gaussian.items(), strict=True):
         for row in rows:
-            if row["last step"] == "first order":
+            if row["last step"] in TAKEN:
                 number = list(SAMPLERS).index(row["sampler"])
                 steps = [int(n) for n in row["error"]]
                 axes.plot(
                     steps, list(row["error"].values()), marker="o", markersize=3.5, color=f"C{number}", label=row["sampler"]
                 )
-        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="distance from the truth", title=f"schedule {name}")
+        axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="distance from the truth", title=f"{name} noise schedule")
         axes.set_xticks(steps, [str(n) for n in steps])
         axes.minorticks_off()
         axes.grid(color=INK, alpha=0.25)
