@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders text-decoder shapes shapes-changes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders text-decoder shapes shapes-changes samplers sweeps findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -92,6 +92,15 @@ shapes: setup
 # What single changes of that recipe give, each in a short training of its own: two hours on 2 cores, resumable.
 shapes-changes: setup
 	$(PY) -m benchmarks.shapes --changes --steps 4000 --json docs/results/shapes-changes.json
+
+# Every sampler against a known truth: some seconds.
+samplers: setup
+	$(PY) -m benchmarks.samplers --json docs/results/samplers.json
+
+# Guidance, samplers and robustness of the newest network of `make shapes`: an hour on 2 cores, resumable. Of any other network:
+# python -m benchmarks.sweeps CHECKPOINT --name NAME --prompts FILE
+sweeps: setup
+	$(PY) -m benchmarks.sweeps shapes/train-shapes --name shapes --scenes --count 400 --guidance 1
 
 # What outside tools really do (findings/README.md), each in an environment of its own: some minutes, and a package registry.
 findings:

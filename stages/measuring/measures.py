@@ -9,8 +9,11 @@ from pydantic import Field
 from stages.measuring.captions import Captions
 from stages.measuring.matching import ClipScore, Preference
 from stages.measuring.pictures import Cmmd, Fid, Kid, PrecisionRecall
+from stages.measuring.robustness import Robustness
 from stages.measuring.scenes import Shapes
+from stages.measuring.sweeps import Guidance, Samplers
 
 AnyMeasure = Annotated[
-    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Shapes, Field(discriminator="kind")
+    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Shapes | Guidance | Samplers | Robustness,
+    Field(discriminator="kind"),
 ]

@@ -14,6 +14,7 @@ import numpy as np
 from infra.dataset import fetch_files
 from stages.catalog import MADE_STAGES
 from stages.measuring.checkpoint import OUTSIDE, model_folder
+from stages.measuring.damage import damaged
 from stages.measuring.prompts import Prompts
 from stages.measuring.rows import HELD_OUT, Rows
 from stages.measuring.samples import Samples
@@ -69,9 +70,9 @@ class Model:
 
         inputs: dict[str, Any] = {}
         if samples.task == "t2i":
-            inputs["prompts"] = self.held_out.captions(start, stop)
+            inputs["prompts"] = damaged(samples.damage, self.held_out.captions(start, stop), start)
         elif samples.task == "i2t":
-            inputs["images"] = self.held_out.images(start, stop)
+            inputs["images"] = damaged(samples.damage, self.held_out.images(start, stop), start)
         trained = self.trained
         self.unidiffuser.uvit = self.untrained if samples.untrained else trained
         first = self.config.seed + start
@@ -141,9 +142,10 @@ class World:
         """As `Model.draw`."""
         artist, count = self.artist(samples), stop - start
         if samples.task == "t2i":
-            return _pictures(artist.paint(self.held_out.captions(start, stop), start)), None
+            return _pictures(artist.paint(damaged(samples.damage, self.held_out.captions(start, stop), start), start)), None
         if samples.task == "i2t":
-            seen = np.stack([np.asarray(picture) for picture in self.held_out.images(start, stop)])
+            given = damaged(samples.damage, self.held_out.images(start, stop), start)
+            seen = np.stack([np.asarray(picture) for picture in given])
             return None, artist.describe(seen, start)
         if samples.task == "joint":
             pictures, captions = artist.imagine(count, start)

@@ -9,6 +9,7 @@ from stages.runner.contract import digest_of
 
 Task = Literal["t2i", "i2t", "joint", "i", "t"]
 Network = Literal["inception", "clip-image", "clip-text", "scenes-shown", "scenes-said"]
+SamplerName = Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde", "era", "analytic-dpm"]
 SHOWS = ("t2i", "joint", "i")
 SAYS = ("i2t", "joint", "t")
 
@@ -21,6 +22,7 @@ class Samples:
 
     Attributes:
         condition_t: noise on the condition, 0 to 1000.
+        damage: what has happened to the condition, a name of `stages.measuring.damage`; nothing if empty.
         untrained: by a network of the same size that has learned nothing.
     """
 
@@ -31,6 +33,7 @@ class Samples:
     beams: int = 1
     condition_t: int = 0
     untrained: bool = False
+    damage: str = ""
 
     @property
     def name(self) -> str:

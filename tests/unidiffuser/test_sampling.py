@@ -72,7 +72,7 @@ def fixed(world: GaussianWorld, *names: str) -> tuple[dict[str, Tensor], Tensor]
 
 def enough(sampler: str, steps: int) -> int:
     """``steps`` of a second-order solver; a first-order one, or one that adds noise, takes three times as many."""
-    return 3 * steps if sampler in ("ddim", "dpm++2m-sde") else steps
+    return 3 * steps if sampler in ("ddim", "dpm++2m-sde", "analytic-dpm") else steps
 
 
 @pytest.mark.usefixtures("quick_noise")
@@ -314,8 +314,10 @@ def network() -> UViT:
     return model
 
 
-@pytest.mark.parametrize("task", TASK_NAMES)
-def test_batch_size_changes_nothing(network, task):
+@pytest.mark.parametrize(
+    ("task", "sampler"), [*((task, "dpm++2m") for task in TASK_NAMES), ("joint", "era"), ("joint", "analytic-dpm")]
+)
+def test_batch_size_changes_nothing(network, task, sampler):
     seeds = [11, 12, 13, 14, 15] if task != "interpolate" else [11] * 5
     condition = {}
     if task in ("i2t", "i2t2i", "interpolate"):
@@ -327,7 +329,7 @@ def test_batch_size_changes_nothing(network, task):
     hook = network.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0]["latent"])))
     for batch in (1, 2, 5):
         calls.clear()
-        runs.append(sample(network, task, IMAGE_AND_TEXT, batch, 8, 2.0, seeds, condition=condition, rounds=2))
+        runs.append(sample(network, task, IMAGE_AND_TEXT, batch, 8, 2.0, seeds, sampler, condition, rounds=2))
         # Guidance adds a row for each modality that is drawn.
         assert max(calls) <= batch * (3 if task in ("joint", "gibbs") else 2)
     hook.remove()
@@ -381,7 +383,7 @@ def test_wrong_requests_are_named(network):
     for task in ("joint", "i", "i2t2i", "t2i2t", "gibbs", "interpolate"):
         with pytest.raises(ValueError, match=f"condition_t goes with one draw that is given something, not with {task}"):
             draw(task, condition_t=5)
-    with pytest.raises(ValueError, match="'dpm\\+\\+2m-sde' cannot, dpm\\+\\+2m, dpm\\+\\+3m, unipc, ddim can"):
+    with pytest.raises(ValueError, match="'dpm\\+\\+2m-sde' cannot, dpm\\+\\+2m, dpm\\+\\+3m, unipc, ddim, era can"):
         draw("interpolate", sampler="dpm++2m-sde")
     with pytest.raises(ValueError, match="interpolate is given two images"):
         draw("interpolate", condition={})
