@@ -14,6 +14,7 @@ from pipelines.cli.options import (
     ClipOption,
     Gpt2Option,
     JsonOption,
+    MarkWeightsOption,
     StoreOption,
     TextOption,
     VaeOption,
@@ -54,6 +55,10 @@ def sample(
         int | None, typer.Option("--data-type", min=0, max=1, help="Of a model that tells types of data apart; 1 if not given.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Results drawn at once.")] = 16,
+    mark: Annotated[
+        bool, typer.Option("--mark/--no-mark", help="Put an invisible mark into pictures, which `detect` reads.")
+    ] = True,
+    mark_weights: MarkWeightsOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for pictures and results.jsonl.", metavar="DIR")] = None,
     device: Annotated[str, typer.Option("--device", help="auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16, fp16; auto: bf16 on CUDA, else fp32.")] = "auto",
@@ -72,8 +77,8 @@ def sample(
 
     request = sampling.Request(
         checkpoint, task, prompt or (), image or (), count, seed,
-        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds, data_type), batch, device, dtype,
-        compile,
+        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds, data_type, mark), batch, device,
+        dtype, compile, mark_weights,
     )  # fmt: skip
     # Progress is no result: with --json it goes to stderr.
     view = Console(stderr=True) if as_json else console
@@ -84,6 +89,25 @@ def sample(
     console.print(sampling.results_table(rows))
     if out is not None:
         console.print(f"in {out}, with their settings in {sampling.RESULTS}", soft_wrap=True)
+
+
+@group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser detect out/00000.png holiday.jpg")
+def detect(
+    images: Annotated[list[Path], typer.Argument(help="Pictures of any kind.", metavar="IMAGE...")],
+    mark_weights: MarkWeightsOption = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Whether pictures have the invisible mark of `sample`, and which checkpoint it names. One without is no error."""
+    from infra.store import Store
+    from pipelines.commands import detection
+
+    rows = detection.detect(images, Store(store), mark_weights)
+    if as_json:
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    else:
+        for row in rows:
+            console.print(detection.words(row), soft_wrap=True, highlight=False, markup=False)
 
 
 @group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser convert runs/export/3f9a2c my-pipeline --to diffusers")

@@ -54,7 +54,7 @@ class Model:
             return self.unidiffuser.generate(
                 task, count=1 if inputs else count, seeds=[config.seed + first + n for n in range(count)], steps=config.steps,
                 guidance=config.guidance, sampler=config.sampler, beams=config.beams, batch=config.batch,
-                data_type=config.data_type, **inputs,
+                data_type=config.data_type, mark=False, **inputs,
             )  # fmt: skip
         except NotFinite as error:
             raise StageError(f"{self.job.node}: {error}; or the checkpoint has diverged") from None
