@@ -110,6 +110,39 @@ def detect(
             console.print(detection.words(row), soft_wrap=True, highlight=False, markup=False)
 
 
+@group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser compare demo/train-256 demo/train-512")
+def compare(
+    a: Annotated[str, typer.Argument(help="Recipe, RECIPE/NODE, DATASET, or folder with a checkpoint.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="What it is compared with, likewise.", metavar="B")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Draw this (repeatable); else captions of the data.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=0, max=16, help="Samples of each task; 0 draws none.")] = 4,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=999, help="Network calls a draw.")] = 25,
+    guidance: Annotated[float, typer.Option("--guidance", min=0, max=100, help="Scale s of c + s (c - u); 0 is none.")] = 5.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first sample of both.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; by default one in the store's folder.", metavar="FILE")
+    ] = None,
+    vae: VaeOption = None,
+    clip: ClipOption = None,
+    text: TextOption = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """What differs between two runs or checkpoints, as one HTML file and a page in the Prefect UI where one is up."""
+    from infra.store import Store
+    from pipelines.commands import comparing
+    from pipelines.commands.checkpoints import Named
+    from pipelines.commands.paired_samples import Wanted
+
+    view = Console(stderr=True) if as_json else console
+    wanted = Wanted(prompt or (), count, steps, guidance, seed)
+    facts = comparing.run(a, b, Store(store), wanted, Named(vae, clip, text), out, view)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+
+
 @group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser convert runs/export/3f9a2c my-pipeline --to diffusers")
 def convert(
     source: Annotated[str, typer.Argument(help="CHECKPOINT as of `sample`, or a lone U-ViT: a folder or .pth.", metavar="SRC")],
