@@ -19,13 +19,14 @@ from pipelines.commands.paired_samples import Wanted, draw
 from pipelines.commands.sides import side_of
 from pipelines.pages.compared_curves import curves
 from pipelines.servers.machine import find_server
+from stages.runner.contract import StageError
 
 
 def run(one: str, other: str, store: Store, wanted: Wanted, named: Named, out: Path | None, console: Console) -> dict[str, Any]:
     """Compare two sides and write the file; returns what a script would read.
 
     Raises:
-        Misuse, NotThere, StageError, ServerError: with one line that says what to do.
+        Misuse, NotThere, StoreError, ServerError: with one line that says what to do.
     """
     sides = (side_of(one, store), side_of(other, store))
     file = out or state_folder(store) / "comparisons" / f"{_slug(one)}-against-{_slug(other)}.html"
@@ -36,7 +37,12 @@ def run(one: str, other: str, store: Store, wanted: Wanted, named: Named, out: P
         raise Misuse(f"--out {file}: cannot be written ({error.strerror}); name another file") from None
     facts = compare(*sides)
     curve = curves([histories(side) for side in sides])
-    samples = draw(sides, wanted, named, console)
+    try:
+        samples = draw(sides, wanted, named, console)
+    except (Misuse, StageError) as error:
+        # All else can be compared without.
+        samples = {}
+        facts["glance"].append(f"No samples: {error}.")
     file.write_text(page(facts, curve, samples), encoding="utf-8")
     for line in facts["glance"]:
         console.print(f"- {line}", highlight=False, markup=False)

@@ -162,28 +162,29 @@ def _together(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
 
 
 def _figures(made: Made) -> dict[str, float]:
-    """Numbers by dotted name. A list of objects counts under what each is called, a list of anything else not at all."""
+    """What `_measured` finds in the JSON files of an evaluation, and in the metrics of a training."""
     if made.stage == "evaluate" and made.dataset is not None:
         files = [entry for entry in made.dataset.files if entry.name.endswith(".json")]
         read = [json.loads(made.dataset.store.read(entry.path)) for entry in files]
-        found = [pair for each in read for pair in leaves(each)]
-        return {name: value for name, value in found if _is_number(value)} or _numbers(made.summary)
-    return _numbers(made.summary.get("metrics", {})) if made.stage == "train" else {}
+        return dict(pair for each in read for pair in _measured(each))
+    return dict(_measured(made.summary.get("metrics", {}))) if made.stage == "train" else {}
 
 
-def _numbers(summary: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in leaves(summary) if _is_number(value)}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _measured(told: Any) -> Iterator[tuple[str, float]]:
+    """The numbers of nested JSON by their dotted names, and the values of lists of figures, each with its `name` and `value`."""
+    for name, value in leaves(told):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+        for each in value if isinstance(value, list) else ():
+            if isinstance(each, Mapping) and {"name", "value"} <= each.keys():
+                yield f"{each['name']} ({each['by']})" if each.get("by") else str(each["name"]), each["value"]
 
 
 def histories(side: Side) -> dict[str, list[dict[str, Any]]]:
     """The training histories of a side, by node; of a folder there are none."""
     found = {}
     for name, made in side.made.items():
-        if made.stage == "train" and made.dataset is not None:
-            lines = made.dataset.store.read(made.dataset.file("history.jsonl").path).decode().splitlines()
-            found[name] = [json.loads(line) for line in lines]
+        for entry in made.dataset.files if made.dataset is not None and made.stage == "train" else ():
+            if entry.name == "history.jsonl":
+                found[name] = [json.loads(line) for line in side.store.read(entry.path).decode().splitlines()]
     return found

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from pipelines.commands.checkpoints import Named, opened, quiet_libraries, said_in_a_line
+from pipelines.commands.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
 from pipelines.commands.sides import Side
 from stages.runner.contract import StageError
 
@@ -31,13 +31,16 @@ class Wanted:
 
 
 def draw(sides: Sequence[Side], wanted: Wanted, named: Named, console: Console) -> dict[str, list[list[Cell]]]:
-    """For every task a row of (picture or None, caption) for each side that has a checkpoint; nothing where neither has one.
+    """For every task a row of (picture or None, caption) for each side; nothing if `count` is 0.
 
     Raises:
-        Misuse, StageError: a checkpoint cannot be loaded, or a network overflows.
+        Misuse, StageError: a side has no checkpoint, or one that cannot be loaded, or a network overflows.
     """
-    if wanted.count == 0 or any(side.checkpoint is None for side in sides):
+    if wanted.count == 0:
         return {}
+    for side in sides:
+        if side.checkpoint is None:
+            raise Misuse(f"{side.name} has no checkpoint")
     quiet_libraries()
     prompts = list(wanted.prompts or _captions(sides))[: wanted.count]
     drawn = [_drawn(side, prompts, wanted, named, console) for side in sides]
@@ -49,10 +52,10 @@ def _captions(sides: Sequence[Side]) -> list[str]:
     for side in sides:
         for made in reversed(side.made.values()):
             if made.dataset is not None and made.stage == "encode":
-                entry = next(entry for entry in made.dataset.files if entry.name.endswith(".parquet"))
-                with made.dataset.open(entry) as file:
-                    rows = next(pq.ParquetFile(file, page_checksum_verification=True).iter_batches(32, columns=["caption"]))
-                return list(dict.fromkeys(rows.column(0).to_pylist()))
+                for entry in (entry for entry in made.dataset.files if entry.name.endswith(".parquet")):
+                    with made.dataset.open(entry) as file:
+                        rows = next(pq.ParquetFile(file, page_checksum_verification=True).iter_batches(32, columns=["caption"]))
+                    return list(dict.fromkeys(rows.column(0).to_pylist()))
     return []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 
+from pipelines.commands.comparison import value_words
 from pipelines.pages.lineage import version_link
 from pipelines.pages.markdown import image, table
 from pipelines.pages.pictures import picture_uri
@@ -32,7 +33,7 @@ def page(facts: dict[str, Any], curve: bytes | None) -> str:
     if rows:
         parts += ["## Configuration", table(("node", "field", "A", "B"), rows)]
     measured = [
-        (node, figure, _value(left), _value(right))
+        (node, figure, *("" if each is None else _value(each) for each in (left, right)))
         for node, found in facts["figures"].items()
         for figure, (left, right) in found.items()
         if left != right
@@ -47,7 +48,7 @@ def page(facts: dict[str, Any], curve: bytes | None) -> str:
 
 
 def _value(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else value_words(value)
     return _plain(text.replace("|", "/").replace("`", "'"))
 
 

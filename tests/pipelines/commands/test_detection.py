@@ -5,26 +5,43 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from examples.little_web.compose import all_scenes, render
 from infra.store import Store
 from pipelines.commands.detection import detect, words
-from tests.pipelines.commands.test_sampling import FEW, rows_of, say, store  # noqa: F401
+from tests.pipelines.commands.test_sampling import rows_of, say, store  # noqa: F401
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
 from tests.unidiffuser.test_provenance import TOLD
+from unidiffuser.generation import UniDiffuser
 from unidiffuser.provenance import write_provenance
 
-BIG = ("--task", "i", *FEW, "--size", 128)
+SCENE = all_scenes()[7]
+
+DRAW = ("--task", "i", "--steps", 1, "--beams", 1)
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32 pixels as the network draws it, of more as one would that has learned something: a scene."""
+    decode = UniDiffuser.decode
+
+    def decoded(self: UniDiffuser, parts: dict, *more: Any) -> Any:
+        side = 4 * parts["latent"].shape[-1]
+        return decode(self, parts, *more) if side == 32 else ([render(SCENE, side)], [])
+
+    monkeypatch.setattr(UniDiffuser, "decode", decoded)
 
 
 def test_samples_are_marked_unless_told_otherwise_and_the_mark_names_the_checkpoint(export, tmp_path, say):  # noqa: F811
     folder = Path(shutil.copytree(export, tmp_path / "told"))
     write_provenance(folder, {**TOLD, "fingerprint": "3f9a2c1d" + "0" * 16})
-    for name, more in (("marked", ()), ("plain", ("--no-mark",)), ("small", ("--size", 32))):
-        code, _, complaint = say("sample", folder, *BIG, *more, "--out", tmp_path / name)
+    for name, more in (("marked", ("--size", 256)), ("plain", ("--size", 256, "--no-mark")), ("small", ())):
+        code, _, complaint = say("sample", folder, *DRAW, *more, "--out", tmp_path / name)
         assert code == 0, complaint
     pictures = [tmp_path / name / "00000.png" for name in ("marked", "plain", "small")]
     assert [rows_of(picture.parent)[0]["mark"] for picture in pictures] == ["tiled", None, None]
@@ -42,7 +59,7 @@ def test_samples_are_marked_unless_told_otherwise_and_the_mark_names_the_checkpo
 
 
 def test_a_checkpoint_of_the_store_is_named_by_its_node(store, say, tmp_path):  # noqa: F811
-    code, _, complaint = say("sample", "6578706f", "--store", store.root, *BIG, "--out", tmp_path)
+    code, _, complaint = say("sample", "6578706f", "--store", store.root, *DRAW, "--size", 256, "--out", tmp_path)
     assert code == 0, complaint
     (row,) = detect([tmp_path / "00000.png"], Store(store.root), None)
     assert row["mark"] == {
