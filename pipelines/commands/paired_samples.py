@@ -68,7 +68,8 @@ def _drawn(side: Side, prompts: list[str], wanted: Wanted, named: Named, console
     assert side.checkpoint is not None
     with said_in_a_line(), console.status(f"drawing with {side.name}"), opened(side.checkpoint, side.store, named) as folder:
         model = UniDiffuser.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
-        how: dict[str, Any] = {"steps": wanted.steps, "guidance": wanted.guidance, "beams": 1, "batch": wanted.count, "mark": False}
+        how: dict[str, Any] = {"steps": wanted.steps, "guidance": wanted.guidance, "batch": wanted.count}
+        how |= {"beams": 1, "mark": False}
         try:
             rows: dict[str, list[Cell]] = {}
             if prompts:
