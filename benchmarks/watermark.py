@@ -2,7 +2,7 @@
 
 Three families of pictures: scenes of the little web, other drawings of OpenMoji on plain backgrounds, and parts of a photograph
 (matplotlib's sample). Each is marked with a code of its own, changed as pictures are on their way, and read again. It has
-survived if its code is read. Scenes and other drawings without a mark are read for false positives, as they are and as JPEG.
+survived if its code is read. Scenes and other drawings without a mark are read for false positives.
 
 The peers are the methods dwtDct and dwtDctSvd of invisible-watermark, which comes in an environment of its own, with the same
 code and check. They know no scale: they are given resized pictures in the size that they marked, and a part as it was cut out.
@@ -134,14 +134,13 @@ def told(costs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def false_positives(count: int) -> dict[str, int]:
-    """How many clean pictures have a mark: half of them scenes, half other drawings; each read twice."""
-    found = {"as_they_are": 0, "jpeg_75": 0}
+    """How many clean pictures have a mark: half of them scenes, half other drawings."""
+    found = 0
     for number, clean in enumerate([*scenes(count // 2), *others(count - count // 2)]):
-        found["as_they_are"] += Tiled().find(clean) is not None
-        found["jpeg_75"] += Tiled().find(jpeg(clean, 75)) is not None
+        found += Tiled().find(clean) is not None
         if number % 100 == 99:
-            progress(f"clean: {number + 1} of {count}, {found}")
-    return {"pictures": count, **found}
+            progress(f"clean: {number + 1} of {count}, {found} with a mark")
+    return {"pictures": count, "found": found}
 
 
 def install(folder: Path) -> Path:
@@ -178,7 +177,7 @@ def peer(method: str, python: Path, count: int, folder: Path) -> dict[str, Any]:
 
 
 def main(
-    pictures: Annotated[int, typer.Option(min=1, help="Marked pictures of each family of drawings.")] = 200,
+    pictures: Annotated[int, typer.Option(min=1, help="Marked pictures of each family of drawings.")] = 100,
     photos: Annotated[int, typer.Option(min=1, help="Marked parts of the photograph.")] = 40,
     clean: Annotated[int, typer.Option(min=2, help="Pictures without a mark.")] = 1000,
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Measure invisible-watermark, too.")] = True,
@@ -204,7 +203,7 @@ def main(
         peer="dwtDctSvd" if peers else "none",
         figures={
             **{name: ours[name] for name in ("jpeg_75", "resize_50", "crop_50")},
-            "false_positives": max(details["clean"]["as_they_are"], details["clean"]["jpeg_75"]),
+            "false_positives": details["clean"]["found"],
             "psnr": details["scenes"]["quality"]["psnr"],
             "peer_jpeg_75": theirs,
         },
