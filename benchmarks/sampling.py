@@ -58,7 +58,7 @@ class Work:
         if self.side == "ours":
             settings = {"count": self.count, "batch": self.count, "steps": steps or self.steps, "guidance": self.guidance}
             if task == "t2i":
-                return [result.image for result in self.model.generate(task, prompts=[PROMPT], **settings)]
+                return [result.image for result in self.model.generate(task, prompts=[PROMPT], mark=False, **settings)]
             return [result.caption for result in self.model.generate(task, images=[self.picture], **settings)]
         settings = {"num_inference_steps": steps or self.steps, "guidance_scale": self.guidance + 1}
         if task == "t2i":

@@ -80,7 +80,7 @@ class Model:
             drawn = self.unidiffuser.generate(
                 samples.task, count=1 if inputs else stop - start, seeds=range(first, first + stop - start), steps=samples.steps,
                 guidance=samples.guidance, sampler=samples.sampler, beams=samples.beams, batch=self.config.batch,
-                condition_t=samples.condition_t, data_type=self.config.data_type, **inputs,
+                condition_t=samples.condition_t, data_type=self.config.data_type, mark=False, **inputs,
             )  # fmt: skip
         except NotFinite as error:
             raise StageError(f"{self.job.node}: {error}; or the checkpoint has diverged") from None
