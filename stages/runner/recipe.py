@@ -234,6 +234,8 @@ class _Builder:
             inputs = {"checkpoint": last, "codec": self.codec(stage, values, last)}
             if stage == "evaluate":
                 inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
+            elif "evaluate" in self.nodes:
+                inputs["evaluation"] = "evaluate"
             self.add(stage, stage, values, stage, inputs)
 
     def codec(self, stage: str, values: dict[str, Any], training: str) -> str:

@@ -339,3 +339,4 @@ def test_the_recipes_that_we_ship_are_good() -> None:
         assert load_recipe(path).nodes
     demo = load_recipe(Path(__file__).parent.parent.parent.parent / "configs" / "demo.yaml")
     assert demo.nodes["export"].config.layouts == ["diffusers"]
+    assert demo.nodes["export"].inputs == {"checkpoint": "train-512", "codec": "text-codec", "evaluation": "evaluate"}
