@@ -18,7 +18,7 @@ def main() -> int:
     building = actions.add_parser("build", help="the pages as HTML that needs no network, with every link checked")
     building.add_argument("--out", type=Path, default=SITE, help="a folder, which is emptied")
     walking = actions.add_parser("walk", help="run the commands of pages in a clone of their own, and the notebook")
-    walking.add_argument("pages", nargs="*", help="pages such as how-to/rerun.md; all, in their order, when none is named")
+    walking.add_argument("pages", nargs="*", help="such as README.md#on-your-own-data; all, in their order, when none is named")
     walking.add_argument("--fresh", action="store_true", help="install in the clone, as a stranger does")
     walking.add_argument("--json", type=Path, help="keep what ran and how long it took here")
     actions.add_parser("leaderboard", help="docs/results/leaderboard.md from the results beside it")

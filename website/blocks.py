@@ -27,13 +27,15 @@ MARK = re.compile(r"^<!-- not run: (.+) -->$")
 
 @dataclass(frozen=True)
 class Block:
-    """A code block of a page; `reason` says why it is not run, and is empty for one that is."""
+    """A code block of a page, below the heading of the anchor `section`; `reason` says why it is not run, and is empty for one
+    that is."""
 
     page: str
     line: int
     language: str
     code: str
     reason: str
+    section: str = ""
 
 
 def blocks(page: Page) -> Iterator[Block]:
@@ -43,8 +45,10 @@ def blocks(page: Page) -> Iterator[Block]:
         SiteError: a block is marked with a reason that is none, or a mark stands before no block.
     """
     lines = iter(enumerate(page.text.split("\n"), 1))
-    reason = ""
+    reason = section = ""
     for number, line in lines:
+        if line.startswith("#"):
+            section = re.sub(r"[^a-z0-9]+", "-", line.lower()).strip("-")
         if mark := MARK.match(line):
             reason = mark[1]
             if not reason.startswith(REASONS):
@@ -56,7 +60,7 @@ def blocks(page: Page) -> Iterator[Block]:
                 if inside.strip() == fence[1]:
                     break
                 code.append(inside)
-            yield Block(page.source, number, language, "\n".join(code), reason)
+            yield Block(page.source, number, language, "\n".join(code), reason, section)
             reason = ""
         elif reason and line.strip():
             raise SiteError(f"{page.source}:{number}: the line behind `not run` is no code block")

@@ -41,7 +41,8 @@ def _heading(path: Path) -> str:
 def _row(path: Path) -> str:
     told = read(path)
     shown = ", ".join(f"{name} {value}" for name, value in list(figures(told).items())[:4])
-    return f"| [{path.stem}](results/{path.name}): {_about(told)} | {shown} | {told.get('date', '')} |"
+    about = f": {said}" if (said := _about(told)) else ""
+    return f"| [{path.stem}](results/{path.name}){about} | {shown} | {told.get('date', '')} |"
 
 
 def _result(path: Path) -> Page:
@@ -55,8 +56,8 @@ def _result(path: Path) -> Page:
     whole = json.dumps(told, indent=1).split("\n")
     if len(whole) <= LONGEST:
         lines += ['??? note "All of it"', "", "    ```json", *(f"    {line}" for line in whole), "    ```", ""]
-    lines.append(f'The file: <a href="{path.name}" download>{path.name}</a>')
-    return Page(f"results/{path.stem}.md", f"docs/results/{path.name}", "\n".join(lines) + "\n")
+    lines.append(f'The file: <a href="../results/{path.name}" download>{path.name}</a>')
+    return Page(f"measurements/{path.stem}.md", f"docs/results/{path.name}", "\n".join(lines) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -119,6 +120,8 @@ def commands() -> Page:
     context = typer.Context(group, info_name="unidiffuser")
     text = get_docs_for_click(obj=group, ctx=context, name="unidiffuser", title="The `unidiffuser` command")
     text = re.sub(r"^(#+) `unidiffuser (\S+)`$", r"\1 \2", text, flags=re.MULTILINE)
+    # The list of commands, whose words are cut; the headings are that list.
+    text = re.sub(r"^\*\*Commands\*\*:\n\n(\* .*\n)+", "", text, flags=re.MULTILINE)
     return Page("reference/commands.md", "pipelines/command.py", text)
 
 

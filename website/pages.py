@@ -70,7 +70,7 @@ def written() -> list[Page]:
 
 
 def in_order(pages: list[Page]) -> dict[str, list[Page]]:
-    """The pages by section, each once. Pages below ``source`` are reached by links only, but for those that are named."""
+    """The pages by section, each once. What is made of results and files is reached by links only, but for what is named."""
     left = {page.path: page for page in pages}
     named = {name for names in ORDER.values() for name in names}
     sections: dict[str, list[Page]] = {}

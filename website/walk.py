@@ -15,45 +15,44 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from website.blocks import Block, to_run
-from website.pages import ROOT, SiteError, in_order, written
+from website.pages import ROOT, Page, SiteError, in_order, written
 
 # The longest of a page's commands trains for ten minutes.
 LIMIT = 45 * 60
 STAGES = ("export", "download", "filter", "encode", "train", "evaluate")
 SHOWN = 4000
+NOTEBOOK = "docs/notebook.ipynb"
+# None when it ended well, else what it said.
+Step = Callable[[], str | None]
 
 
 def walk(names: Sequence[str], fresh: bool, file: Path | None) -> int:
     """Run the commands of pages, print a line for each, and stop at the first that fails. Gives the exit code.
 
     Args:
-        names: pages; all of them if empty.
+        names: pages, or parts of them such as README.md#on-your-own-data; all pages if empty.
         fresh: let the clone have an environment of its own, instead of this one's.
         file: where the seconds are kept, as JSON.
     """
-    pages = {page.path: page for those in in_order(written()).values() for page in those}
-    if unknown := [name for name in names if name not in pages and name != "notebook.md"]:
-        raise SiteError(f"no page {unknown[0]}; there are {', '.join(pages)}")
+    pages = {page.source: page for those in in_order(written()).values() for page in those}
     chosen = list(names) or [*pages]
     if not names:
-        chosen.insert(chosen.index("tutorial.md") + 1, "notebook.md")
+        chosen.insert(chosen.index("docs/tutorial.md") + 1, NOTEBOOK)
+    if unknown := [name for name in chosen if name.partition("#")[0] not in (*pages, NOTEBOOK)]:
+        raise SiteError(f"no page {unknown[0]}; there are {', '.join([*pages, NOTEBOOK])}")
     steps: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="unidiffuser-walk-") as scratch:
         folder = Path(scratch, "unidiffuser")
         prepare(folder, fresh)
-        for name in chosen:
-            if name == "notebook.md":
-                steps.append(_timed(name, "the notebook", lambda: run_notebook(folder)))
-            for block in to_run(pages[name]) if name in pages else ():
-                steps.append(
-                    _timed(f"{block.page}:{block.line}", block.code.split("\n")[0], lambda b=block: run_block(b, folder))
-                )
-            if steps and steps[-1]["said"] is not None:
+        for place, what, run in _steps(chosen, pages, folder):
+            steps.append(_timed(place, what, run))
+            if steps[-1]["said"] is not None:
                 print(steps[-1]["said"])
                 return 1
     if file is not None:
@@ -61,7 +60,19 @@ def walk(names: Sequence[str], fresh: bool, file: Path | None) -> int:
     return 0
 
 
-def _timed(place: str, what: str, run: Any) -> dict[str, Any]:
+def _steps(chosen: Sequence[str], pages: Mapping[str, Page], folder: Path) -> Iterator[tuple[str, str, Step]]:
+    """Where each step stands, what it is, and what runs it."""
+    for name in chosen:
+        source, _, section = name.partition("#")
+        if source == NOTEBOOK:
+            yield name, "every cell", partial(run_notebook, folder)
+            continue
+        for block in to_run(pages[source]):
+            if section in ("", block.section):
+                yield f"{source}:{block.line}", block.code.split("\n")[0], partial(run_block, block, folder)
+
+
+def _timed(place: str, what: str, run: Step) -> dict[str, Any]:
     start = time.monotonic()
     said = run()
     seconds = round(time.monotonic() - start, 1)
