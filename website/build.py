@@ -131,7 +131,10 @@ def gathered() -> list[Page]:
 def placed(pages: list[Page]) -> dict[str, str]:
     """Where each file of the repository is in the site: pages, and everything else that lies in `docs`."""
     files = {path.relative_to(ROOT).as_posix(): path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*") if path.is_file()}
-    return files | {page.source: page.path for page in pages}
+    pages_of = {page.source: page.path for page in pages}
+    # Who follows a link to a result wants to read it.
+    told = {name: pages_of[text] for name in files if (text := f"{name.removesuffix('.json')}.md") in pages_of}
+    return files | told | pages_of
 
 
 def settings(pages: list[Page]) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from website import made
 from website.blocks import REASONS, blocks, to_run
-from website.build import build, gathered
+from website.build import build, gathered, placed
 from website.expand import CODE_LINE, expanded, outside_code, source_of
 from website.links import broken
 from website.llms import listing
@@ -58,6 +58,11 @@ def test_every_page_is_in_the_navigation_and_is_there_for_machines_too(site: Pat
     index = (site / "llms.txt").read_text()
     for name in re.findall(r"\]\(([^)]+)\)", index):
         assert (site / name).is_file() and (site / name.replace(".md", ".html")).is_file()
+
+
+def test_a_link_to_a_result_leads_to_its_page(site: Path) -> None:
+    for name, place in (("shapes", "results/shapes.md"), ("loader", "measurements/loader.md")):
+        assert placed(gathered())[f"docs/results/{name}.json"] == place and (site / place).is_file()
 
 
 def test_the_list_for_machines_in_the_repository_is_of_its_pages() -> None:
