@@ -110,12 +110,13 @@ class UniDiffuser:
     """A joint image-text model with everything that sampling needs.
 
     Attributes:
-        device, dtype: where it computes, and in what; see ``to``.
+        device: where it computes; see ``to``.
+        dtype: the type that it computes in.
         size: pixels a side of the pictures that it was last trained for.
         provenance: what it was trained from, as ``provenance.json`` beside its weights tells; empty where that is not told.
         watermark: the kind of mark of the pictures that it draws, which names the checkpoint; see ``watermarks``.
 
-    Example:
+    Examples:
         >>> model = UniDiffuser.load("runs/export/3f9a2c").to("cuda")
         >>> model.generate("t2i", "a large red apple", count=4)[0].image.save("apple.png")
         >>> model.generate("i2t", images="apple.png")[0].caption
