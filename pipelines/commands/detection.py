@@ -29,8 +29,8 @@ def detect(images: Sequence[Path], store: Store, weights: Path | None) -> list[d
     rows = []
     for path, picture in zip(images, pictures, strict=True):
         found = next((mark for kind in kinds if (mark := kind.find(picture)) is not None), None)
-        mark = {"kind": found.name, "checkpoint": found.checkpoint, **_dataset(found.checkpoint, store)} if found else None
-        rows.append({"image": str(path), "mark": mark, "lineage": _lineage(path)})
+        told = {"kind": found.name, "checkpoint": found.checkpoint, **_dataset(found.checkpoint, store)} if found else None
+        rows.append({"image": str(path), "mark": told, "lineage": _lineage(path)})
     return rows
 
 
