@@ -57,7 +57,8 @@ class EraScheduler:
         places = torch.tensor(self.path, dtype=torch.float64, device=bases.device)
         weights = lagrange(places[bases], places[here + 1])
         history, rows = torch.stack(self.seen), torch.arange(len(bases), device=bases.device)
-        return sum(weights[:, m, None].float() * history[bases[:, m], rows] for m in range(BASES))
+        terms = [weights[:, m, None].float() * history[bases[:, m], rows] for m in range(BASES)]
+        return torch.stack(terms).sum(0)
 
 
 def chosen(last: int, error: Tensor) -> Tensor:

@@ -334,7 +334,9 @@ def test_the_measure_of_a_world_is_for_that_world_alone_and_so_is_its_held_out_d
         return str(error.value)
 
     shapes = "evaluate.measures=[{kind: shapes}]"
-    assert refused(recipe, shapes) == "evaluate: measures: shapes knows no pictures but its own; leave it out"
+    assert (
+        refused(recipe, shapes) == "evaluate: measures: shapes knows no pictures but those of the world of shapes; leave it out"
+    )
     assert refused(recipe, "evaluate.prompts=null") == (
         "evaluate: prompts: field required; name a file of held-out captions, or rows of the store as `data`"
     )
