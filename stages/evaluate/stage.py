@@ -6,17 +6,24 @@ The units are those of `stages.measuring.phases`. A measure is a component with 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from infra.dataset import InputRef, by_prefix
+from infra.store import Store
 from stages.drawing.assembly import encoder_digests
 from stages.measuring.checkpoint import files_of
 from stages.measuring.config import EvaluationConfig, check_prompts, check_world, judge_weights
 from stages.measuring.phases import PHASES
+from stages.measuring.rows import HELD_OUT, Rows
 from stages.runner.contract import Job, Records, Stage, UnitRecord, operational
 from stages.runner.recipe import encoder, external_file
+
+# How rows are named that no subset of the recipe has.
+STORED = re.compile(r"(filter|folder|download)/[0-9a-f]{8,24}")
 
 
 class EvaluateConfig(EvaluationConfig):
@@ -24,10 +31,19 @@ class EvaluateConfig(EvaluationConfig):
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
     clip: str = encoder("embedded", "open_clip model that embeds images, and judges where no other does")
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
+    data: str | None = operational(
+        None, "held-out rows with pictures in place of `prompts`: a subset of the recipe, or a dataset as filter/FINGERPRINT"
+    )
     checkpoint: str | None = external_file(
         None, "folder of a whole model in any layout, measured in place of the recipe's own checkpoint"
     )
     workers: int | None = operational(None, "drawing processes at most; as many as the cluster holds when not given", ge=1)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> EvaluateConfig:
+        if self.prompts is not None and self.data is not None:
+            raise ValueError("data: there are prompts already; leave out one of the two")
+        return self
 
 
 class Evaluate(Stage):
@@ -37,6 +53,7 @@ class Evaluate(Stage):
     version = 6
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
+    names_datasets = "data"
     phases = PHASES
 
     @classmethod
@@ -48,6 +65,14 @@ class Evaluate(Stage):
         return files_of(config.checkpoint)
 
     @classmethod
+    def datasets(cls, config: EvaluateConfig, store: Store) -> dict[str, InputRef]:
+        if config.data is None or not STORED.fullmatch(config.data):
+            return {}
+        found = by_prefix(store, config.data)
+        Rows(found, config.count)
+        return {HELD_OUT: found.manifest.reference()}
+
+    @classmethod
     def check(cls, config: EvaluateConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
         check_prompts(config, sources)
 
@@ -55,8 +80,8 @@ class Evaluate(Stage):
     def check_before(
         cls, config: EvaluateConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
     ) -> None:
-        if config.checkpoint is None:
-            check_world(config, before)
+        # A folder from outside is a whole model, with a text codec.
+        check_world(config, config.data, before if config.checkpoint is None else {"text-codec": ()})
 
     @classmethod
     def weights(cls, config: EvaluateConfig) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,9 @@ class EvaluationConfig(StageConfig):
     preset: Literal["paper", "small", "laptop"] | None = operational(
         None, "a whole evaluation by name: paper is that of arXiv 2303.06555, small for one GPU, laptop for none"
     )
-    measures: tuple[AnyMeasure, ...] = Field(({"kind": "preference"},), validate_default=True, description="what is measured")
+    measures: tuple[AnyMeasure, ...] = Field(
+        cast(Any, ({"kind": "preference"},)), validate_default=True, description="what is measured"
+    )
     prompts: str | None = external_file(
         None,
         "held-out captions: text with one a line, or Parquet with a column `caption`, `image` (bytes) where there are real "
@@ -90,16 +92,20 @@ def check_prompts(config: Any, sources: Mapping[str, str]) -> None:
         measure.needs(asked)
 
 
-def check_world(config: Any, before: Mapping[str, Sequence[Any]]) -> None:
+def check_world(config: Any, data: str | None, before: Mapping[str, Sequence[Any]]) -> None:
     """Whether the measures and the held-out data go with what was trained on.
+
+    Args:
+        data: held-out rows of the store, in place of files.
 
     Raises:
         StageError: they do not.
     """
     own = "text-codec" not in before
-    if own and config.prompts is not None:
-        raise StageError("prompts: a world of its own has them itself; leave it out")
-    if not own and config.prompts is None:
-        raise StageError("prompts: field required; name a file of held-out captions")
+    given = config.prompts is not None or data is not None
+    if own and given:
+        raise StageError(f"{'prompts' if data is None else 'data'}: a world of its own has them itself; leave it out")
+    if not own and not given:
+        raise StageError("prompts: field required; name a file of held-out captions, or rows of the store as `data`")
     if not own and (of_world := [measure.kind for measure in config.measures if measure.of_world]):
         raise StageError(f"measures: {of_world[0]} knows no pictures but those of the world of shapes; leave it out")

@@ -16,6 +16,7 @@ from stages.catalog import MADE_STAGES
 from stages.measuring.checkpoint import OUTSIDE, model_folder
 from stages.measuring.damage import damaged
 from stages.measuring.prompts import Prompts
+from stages.measuring.rows import HELD_OUT, Rows
 from stages.measuring.samples import Samples
 from stages.measuring.worlds import WorldPrompts
 from stages.runner.contract import Job, StageError
@@ -39,8 +40,9 @@ class Model:
         self.held_out = self.prompts(job)
 
     @staticmethod
-    def prompts(job: Job) -> Prompts:
-        return Prompts(job.sources, job.config.count)
+    def prompts(job: Job) -> Prompts | Rows:
+        rows = job.inputs.get(HELD_OUT)
+        return Prompts(job.sources, job.config.count) if rows is None else Rows(rows, job.config.count)
 
     @cached_property
     def unidiffuser(self) -> Any:

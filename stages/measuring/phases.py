@@ -21,10 +21,11 @@ import pyarrow as pa
 from stages.drawing.pictures import loss_curve, sample_sheet
 from stages.measuring.checkpoint import identity
 from stages.measuring.history import histories
-from stages.measuring.networks import framed, judge_of, looks_at, network
+from stages.measuring.networks import Look, framed, judge_of, looks_at, network
 from stages.measuring.painters import painter_of
+from stages.measuring.rows import HELD_OUT
 from stages.measuring.samples import Asked, Need, Samples
-from stages.measuring.view import HELD_OUT, Stored, View, named
+from stages.measuring.view import Stored, View, named
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, canonical
 from stages.shards.tables import read_table, write_table
 
@@ -140,7 +141,8 @@ class Looker:
 
     def __init__(self, job: Job) -> None:
         self.job, self.held_out = job, painter_of(job).prompts(job)
-        self.name, self.look = "", None
+        self.name = ""
+        self.look: Look | None = None
 
     def run(self, unit: Unit, out: Output) -> None:
         name = unit.payload["network"]

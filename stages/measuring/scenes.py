@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from stages.measuring.history import histories
 from stages.measuring.measure import Figure, Measure, Result
+from stages.measuring.painters import World
 from stages.measuring.samples import Asked, Need, Network, Task
 
 if TYPE_CHECKING:
@@ -73,8 +75,6 @@ class Shapes(Measure):
         ]
 
     def result(self, view: View, out: Output) -> Result:
-        from dataclasses import replace
-
         from examples.shapes.measure import measure
         from examples.shapes.report import figures, page
         from examples.shapes.sheets import curve, sheet
@@ -83,7 +83,9 @@ class Shapes(Measure):
         for need in self.needs(view.asked):
             assert need.samples is not None
             read[need.samples.task][need.network == "scenes-said"] = self._scenes(view.features(need))
-        artist = view.painter.artist(view.asked.samples("t2i"))
+        painter = view.painter
+        assert isinstance(painter, World)
+        artist = painter.artist(view.asked.samples("t2i"))
         artist.protocol = replace(artist.protocol, unconditional=self.samples)
         checkpoint = view.job.inputs["checkpoint"].manifest
         rows = [row for row in histories(view.job).get(checkpoint.node, []) if row["kind"] == "train"]

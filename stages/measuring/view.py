@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from stages.measuring.painters import Painter, painter_of
+from stages.measuring.rows import HELD_OUT
 from stages.measuring.samples import Asked, Need, Samples
 from stages.runner.contract import Job
 from stages.shards.tables import read_table
 
 # (samples, network) -> the stored files in order; samples is "held-out" for the data, network is "" for what was drawn.
 Stored = Mapping[tuple[str, str], Sequence[str]]
-HELD_OUT = "held-out"
 
 
 def named(samples: Samples | None) -> str:

@@ -280,6 +280,7 @@ class Stage:
         phases: in order; the files of the last one are the dataset's.
         whole: names of inputs whose fingerprint decides every unit (a text codec, a checkpoint); the units of the other
             inputs are decided by their own files.
+        names_datasets: the field of its configuration that names datasets of the store, for `datasets`.
         may_be_empty: whether zero rows out is a result rather than a failure.
         can_heal: whether another try at the same units may end better (the network was down): if no row is left, the units are
             not kept.
@@ -292,6 +293,7 @@ class Stage:
     Config: ClassVar[type[BaseModel]]
     phases: ClassVar[tuple[Phase, ...]]
     whole: ClassVar[frozenset[str]] = frozenset()
+    names_datasets: ClassVar[str] = "from"
     may_be_empty: ClassVar[bool] = False
     can_heal: ClassVar[bool] = False
     check_refuses: ClassVar[bool] = True

@@ -111,13 +111,12 @@ def plan_node(
         weights = stage.weights(node.config)
     except FileNotFoundError as error:
         raise RecipeError(f"{node.name}: {error}") from None
-    inputs = dict(inputs)
     try:
-        inputs |= stage.datasets(node.config, store)
+        known = {**inputs, **stage.datasets(node.config, store)}
     except NotThere as error:
-        raise RecipeError(f"{node.place}.from: {error}") from None
+        raise RecipeError(f"{node.place}.{stage.names_datasets}: {error}") from None
     identity = [
-        stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in inputs.items()},
+        stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in known.items()},
         _by_content(sources), weights, *([{part: _by_content(found) for part, found in lists.items()}] if lists else []),
         *([recipe, node.name] if node.forks_itself else []),
     ]  # fmt: skip
@@ -125,9 +124,9 @@ def plan_node(
     generation, parent = _generation(store, base, force, retry)
     fingerprint = _fingerprint(base, generation)
     if parent:
-        inputs["parent"] = InputRef(stage=stage.name, fingerprint=_fingerprint(base, generation - 1))
+        known["parent"] = InputRef(stage=stage.name, fingerprint=_fingerprint(base, generation - 1))
     draft = Planned(
-        recipe, node.name, node.stage, node.config, inputs, dict(node.inputs), sources, weights, generation, fingerprint,
+        recipe, node.name, node.stage, node.config, known, dict(node.inputs), sources, weights, generation, fingerprint,
         lists=lists,
     )  # fmt: skip
     planned = _with_state(draft, recipe, store, stage.version)

@@ -247,7 +247,18 @@ class _Builder:
             inputs = {"checkpoint": last, "codec": self.codec(stage, last)}
             if stage == "evaluate":
                 inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
+                inputs |= self.held_out(values.get("data"))
             self.add(stage, stage, values, stage, inputs)
+
+    def held_out(self, data: Any) -> dict[str, str]:
+        """The rows of a subset that a checkpoint is measured on: those of its filter."""
+        if data is None or "/" in str(data):
+            return {}
+        if (node := f"{data}-filter") not in self.nodes:
+            subsets = [name.removesuffix("-filter") for name, node in self.nodes.items() if node.stage == "filter"]
+            known = f"expected one that has a filter, or a dataset as filter/FINGERPRINT{nearest(str(data), subsets)}"
+            raise RecipeError(f"evaluate.data: no subset {data}; {known}")
+        return {"held-out": node}
 
     def codec(self, stage: str, training: str) -> str:
         """The node whose codec a checkpoint is drawn with: that of the data's own world, or the text codec."""
@@ -388,7 +399,8 @@ def explain(error: ValidationError, place: str) -> str:
     message = (first["msg"][0].lower() + first["msg"][1:]).removeprefix("value error, ")
     if first["type"] == "extra_forbidden":
         message = "unknown field"
-    elif first["type"] != "missing":
+    # A whole section, of which several fields do not go together, would bury the line.
+    elif first["type"] != "missing" and not (first["type"] == "value_error" and isinstance(first["input"], dict)):
         message += f" (got {first['input']!r})"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     # A URL may hold a password.

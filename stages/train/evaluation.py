@@ -6,26 +6,23 @@ stage evaluate, so one that was interrupted draws the rest.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from infra.dataset import Dataset, Manifest, find
-from infra.external import local_or_url, resolve
+from infra.external import local_or_url
 from infra.listing import Listing
-from stages.catalog import MADE_STAGES, stage_class
+from stages.measuring.beside import STAGE, evaluation_of, measured
 from stages.measuring.config import EvaluationConfig, check_prompts, check_world
 from stages.measuring.networks import inception_missing
 from stages.runner.chain import Chain
-from stages.runner.contract import Job, StageError, UnitRecord, result_fields
+from stages.runner.contract import StageError, UnitRecord
 from stages.runner.run import emit_progress
 from stages.train.beside import Beside
 
 FOLDER = ".state/evaluations"
-STAGE = "evaluate"
 
 
 class BesideConfig(EvaluationConfig):
@@ -55,7 +52,7 @@ def check_beside_before(config: BesideConfig, before: Mapping[str, Sequence[Any]
         StageError: they do not.
     """
     try:
-        check_world(config, before)
+        check_world(config, None, before)
     except StageError as error:
         raise StageError(f"evaluate.{error}") from None
 
@@ -81,43 +78,3 @@ class Evaluations(Beside):
         figures = {figure["name"]: figure["value"] for figure in result["figures"]}
         emit_progress(self.job.node, STAGE, step, max(self.chain.end, 1), "steps", {**figures, "report": self.path(step)})
         self.told({"kind": STAGE, "step": step, **figures})
-
-
-def evaluation_of(training: Job, step: int, record: UnitRecord) -> Job:
-    """The evaluation of a checkpoint of a training, which is no dataset of its own.
-
-    Raises:
-        FileNotFoundError: the text codec of the latents is gone, or a network of a measure.
-    """
-    asked, stage = training.config.evaluate, stage_class(STAGE)
-    encoders = {name: getattr(training.config, name) for name in ("vae", "clip", "text")}
-    config = stage.Config.model_validate({**asked.model_dump(exclude={"every", "gpus", "preset"}), **encoders})
-    data = next(dataset for name, dataset in training.inputs.items() if name.startswith("data."))
-    manifest = Manifest(
-        stage=training.stage, node=training.node, fingerprint=record.key, generation=0, config=result_fields(training.config),
-        inputs={name: dataset.manifest.reference() for name, dataset in training.inputs.items()}, sources={}, code={},
-        columns={}, stats=record.stats, summary={"step": step}, seconds=record.seconds, created="", files=record.files,
-    )  # fmt: skip
-    inputs = {"checkpoint": Dataset(training.store, manifest), "codec": _codec(training, data)}
-    sources = resolve(stage.sources(config), training.store)
-    return Job(training.store, STAGE, training.node, config, inputs, sources, stage.weights(config), recipe=training.recipe)
-
-
-def _codec(training: Job, data: Dataset) -> Dataset:
-    if data.manifest.stage in MADE_STAGES:
-        return data
-    reference = data.manifest.inputs["codec"]
-    if (codec := find(training.store, reference.stage, reference.fingerprint)) is None:
-        raise FileNotFoundError("the text codec of the latents is no longer in the store")
-    return codec
-
-
-def measured(job: Job, path: str) -> dict[str, Any]:
-    """Evaluate, write the report to `path` in the store, and give it."""
-    # Imported here: Ray's is no business of a plan.
-    from stages.runner.pool import run_here
-
-    records = run_here(stage_class(STAGE), job)
-    report = json.loads(job.store.read(records["report"][0].file("report.json").path))
-    job.store.write_json(path, report)
-    return report

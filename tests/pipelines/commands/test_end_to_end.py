@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from rich.console import Console
 from typer.main import get_command
 
 from benchmarks.overhead import nodes_of
@@ -28,6 +29,7 @@ from infra.dataset import Dataset, all_datasets, find, verify
 from infra.processes import recorded
 from infra.store import Store
 from pipelines.command import app
+from pipelines.commands import evaluation
 from pipelines.commands.checkpoints import Named, opened
 from stages.runner.graph import Planned, plan
 from stages.runner.ledger import chain_of
@@ -35,6 +37,7 @@ from stages.runner.recipe import Recipe, load_recipe
 from stages.runner.run import make_job
 from stages.train.stage import Train
 from tests.pipelines.conftest import CHROMIUM, ask, picture, sign_in, start, survivors
+from tests.stages import killed
 
 NODES = [
     "little-select", "little-download", "little-filter", "text-codec", "little-encode", "large-filter", "large-encode",
@@ -139,6 +142,22 @@ def test_the_second_training_stage_starts_from_the_first(world: World) -> None:
     assert second.manifest.inputs["init"].fingerprint == first.manifest.fingerprint
     history = [json.loads(line) for line in world.store.read(second.file("history.jsonl").path).decode().splitlines()]
     assert [row["step"] for row in history if row["kind"] == "validation"][-1] == 3
+
+
+def test_any_checkpoint_is_measured_on_any_held_out_rows(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stages.runner.pool.run_pool", killed.in_process)
+    monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
+    rows = world.dataset("little-filter").manifest.fingerprint
+    asked = [f"data=filter/{rows}", "count=2", "steps=1", "beams=1", "measures=[{kind: clip-score}]"]
+    for node, inputs in (("train-256", {"codec", "history.train-256"}), ("export", set())):
+        dataset = world.dataset(node)
+        request = evaluation.Request(dataset.manifest.fingerprint, settings=asked)
+        code, made = evaluation.run(request, world.store, Named(), Console(file=io.StringIO()))
+        assert code == 0 and made is not None
+        assert made.manifest.inputs.keys() == {"checkpoint", "held-out"} | inputs
+        assert made.manifest.summary["checkpoint"] == dataset.manifest.fingerprint
+        names = [figure["name"] for figure in made.manifest.summary["figures"]]
+        assert names == ["clip_score_t2i", "clip_score_i2t", "clip_score_real"]
 
 
 def test_pictures_are_pictures_and_the_export_samples(world: World, tmp_path: Path) -> None:

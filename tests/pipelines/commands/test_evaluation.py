@@ -69,7 +69,7 @@ def test_a_folder_is_measured_once_by_the_measures_of_a_preset(export, prompts, 
         (["--set", "prompts=null"], "evaluate: prompts: field required; name a file of held-out captions"),
         (
             ["--set", "measures=[{kind: fid, features: inception}]"],
-            "evaluate: inception: field required; it is the path of weights-",
+            "evaluate: inception: field required; it is the path of",
         ),
         (["--set", "measures=[{kind: fod}]"], "evaluate.measures.0: input tag 'fod' found using 'kind' does not match any of"),
         (["--set", "measures=[{kind: fid}, {kind: fid}]"], "evaluate: measures: fid is there twice; its figures would have one"),

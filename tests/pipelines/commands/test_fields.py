@@ -36,6 +36,10 @@ def test_bounds_defaults_and_nested_fields_are_told() -> None:
     assert (rows["min_side"].type, rows["min_side"].default) == ("whole number, at least 1 or null", "200")
     assert rows["clip"].default == "encoders.clip"
     assert rows["heads.aesthetic.weights"].default is None
+    measures = {(row.name, row.description.partition(":")[0]): row for row in fields("evaluate")}
+    assert measures["measures[].subset", "Of kind kid"].default == "1000"
+    (kind,) = (row for row in fields("evaluate") if row.name == "measures[].kind")
+    assert kind.default is None and "precision-recall" in kind.type
     assert {row.name for row in fields("recipe")} >= {"encoders.vae", "deploy.schedules[].cron", "subsets.SUBSET.from"}
 
 

@@ -190,6 +190,21 @@ def test_the_losses_of_steps_that_come_again_are_drawn_once(
     assert [row["loss"] for row in page.rows] == [0, 1, 7, 8, 9, 10, 11]
 
 
+def test_evaluations_of_a_training_are_a_line_each_on_its_page(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(progress, "create_markdown_artifact", lambda text, *_: shown.append(text) or "a page")
+    page = progress.TrainingArtifact(a_run(recipe(tmp_path, 256), store), "a-select")
+    told = {"node": "a-select", "phase": "evaluate", "total": 400, "unit": "steps", "report": "x.json"}
+    page.measured = {100: {"fid_clip": 31.25}}
+    page.report({**told, "done": 200, "fid_clip": 25.5, "bleu4": 3.0})
+    lines = [line for line in shown[0].split("## Evaluations")[1].splitlines() if line.startswith("|")]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "--" not in line] == [
+        ["step", "fid clip", "bleu4"], ["100", "31.25", ""], ["200", "25.5", "3"],
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def server(kept: Kept) -> Iterator[None]:
     """Prefect's client of this process asks the server of `kept`, which is left as it was."""

@@ -53,6 +53,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Samples, int, 
     yield seen
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their drawings, which take longer than all else here."""
+    for name in ("sample_sheet", "loss_curve"):
+        monkeypatch.setattr(f"stages.measuring.phases.{name}", lambda file, _: file.write_bytes(b""))
+
+
 def moved(dataset: Dataset, store: Store) -> Dataset:
     return Dataset(store, dataset.manifest)
 
@@ -104,8 +111,12 @@ def test_all_measures_share_what_is_drawn_and_an_interrupted_evaluation_ends_wit
     assert interruptions >= 3 and digests(again) == digests(whole)
 
 
-def test_another_measure_or_more_samples_draw_only_what_is_not_there(
-    inputs: dict[str, Dataset], store: Store, make: Callable[..., Dataset], drawn: list[tuple[Samples, int, int]]
+def test_another_measure_draws_only_what_is_not_there(
+    inputs: dict[str, Dataset],
+    store: Store,
+    make: Callable[..., Dataset],
+    drawn: list[tuple[Samples, int, int]],
+    no_pictures: None,
 ) -> None:
     few = {**ASKED, "measures": [{"kind": "fid"}, {"kind": "captions"}]}
     make(Evaluate, store, inputs, **few)
@@ -113,13 +124,16 @@ def test_another_measure_or_more_samples_draw_only_what_is_not_there(
     drawn.clear()
     first = make(Evaluate, store, inputs, **{**few, "measures": [*few["measures"], {"kind": "clip-score"}, {"kind": "cmmd"}]})
     assert drawn == [] and len(first.manifest.summary["figures"]) == 1 + 2 + 3 + 1
-    # Captions and pictures are the first of a longer list only where they come from outside: a world draws others.
     make(Evaluate, store, inputs, **{**few, "guidance": 2.0})
     assert {samples.guidance for samples, _, _ in drawn} == {2.0}
 
 
 def test_units_that_are_run_here_are_those_of_the_stage(
-    inputs: dict[str, Dataset], store: Store, make: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+    inputs: dict[str, Dataset],
+    store: Store,
+    make: Callable[..., Dataset],
+    no_pictures: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few: dict[str, Any] = {**ASKED, "measures": [{"kind": "clip-score"}]}
     config = Evaluate.Config.model_validate(few)

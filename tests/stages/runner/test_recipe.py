@@ -334,13 +334,30 @@ def test_the_measure_of_a_world_is_for_that_world_alone_and_so_is_its_held_out_d
         return str(error.value)
 
     shapes = "evaluate.measures=[{kind: shapes}]"
-    assert (
-        refused(recipe, shapes) == "evaluate: measures: shapes knows no pictures but those of the world of shapes; leave it out"
+    named = "evaluate: measures: shapes knows no pictures but those of the world of shapes; leave it out"
+    assert refused(recipe, shapes) == named
+    assert refused(recipe, "evaluate.prompts=null") == (
+        "evaluate: prompts: field required; name a file of held-out captions, or rows of the store as `data`"
     )
-    assert refused(recipe, "evaluate.prompts=null") == "evaluate: prompts: field required; name a file of held-out captions"
     (recipe.parent / "x.txt").write_text("one\ntwo\n")
     with_prompts = refused(SHAPES, f"evaluate.prompts={recipe.parent / 'x.txt'}")
     assert with_prompts == "evaluate: prompts: a world of its own has them itself; leave it out"
+
+
+def test_held_out_rows_are_those_of_a_subset_or_of_a_dataset(recipe: Path, store: Store) -> None:
+    Path(store.root).mkdir()
+    held_out = ["evaluate.prompts=null", "evaluate.data=b"]
+    loaded = load_recipe(recipe, held_out)
+    assert loaded.nodes["evaluate"].inputs["held-out"] == "b-filter"
+    planned = plan(loaded, store)
+    assert planned["evaluate"].inputs["held-out"].fingerprint == planned["b-filter"].fingerprint
+    for change, line in (
+        ("evaluate.data=c", r"^evaluate.data: no subset c; expected one that has a filter, or a dataset as filter/FINGERPRINT"),
+        ("evaluate.prompts=x.txt", "^evaluate: data: there are prompts already; leave out one of the two$"),
+        ("evaluate.data=filter/0123456789ab", "^evaluate.data: filter/0123456789ab: no dataset"),
+    ):
+        with pytest.raises(RecipeError, match=line):
+            plan(load_recipe(recipe, [*held_out, change]), store)
 
 
 def test_the_networks_of_a_measure_are_named_where_they_are_missing(recipe: Path, store: Store, tmp_path: Path) -> None:

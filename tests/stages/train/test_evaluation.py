@@ -11,9 +11,10 @@ import ray
 
 from infra.dataset import Dataset
 from infra.store import Store
+from stages.measuring.beside import evaluation_of, measured
 from stages.runner.chain import Chain
 from stages.runner.contract import RECORD, Job, StageError, Stats, UnitRecord
-from stages.train.evaluation import Evaluations, check_beside, check_beside_before, evaluation_of, measured
+from stages.train.evaluation import Evaluations, check_beside, check_beside_before
 from stages.train.stage import TrainStageConfig
 
 MEASURES: list[dict[str, Any]] = [{"kind": "clip-score"}, {"kind": "fid"}]
