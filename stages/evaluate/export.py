@@ -67,7 +67,7 @@ class Export(Stage):
     of a training with `lora`; its rows are files."""
 
     name = "export"
-    version = 3
+    version = 4
     Config = ExportConfig
     whole = frozenset({"checkpoint", "codec"})
     phases = (Phase("export", plan_export, worker=Exporter),)
