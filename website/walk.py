@@ -47,6 +47,7 @@ def walk(names: Sequence[str], fresh: bool, file: Path | None) -> int:
     if unknown := [name for name in chosen if name.partition("#")[0] not in (*pages, NOTEBOOK)]:
         raise SiteError(f"no page {unknown[0]}; there are {', '.join([*pages, NOTEBOOK])}")
     steps: list[dict[str, Any]] = []
+    words = _machine() if file is not None else ""
     with tempfile.TemporaryDirectory(prefix="unidiffuser-walk-") as scratch:
         folder = Path(scratch, "unidiffuser")
         prepare(folder, fresh)
@@ -56,7 +57,7 @@ def walk(names: Sequence[str], fresh: bool, file: Path | None) -> int:
                 print(steps[-1]["said"])
                 return 1
     if file is not None:
-        _keep(file, steps)
+        _keep(file, steps, words)
     return 0
 
 
@@ -151,17 +152,21 @@ def run_notebook(folder: Path) -> str | None:
     return None
 
 
-def _keep(file: Path, steps: Sequence[Mapping[str, Any]]) -> None:
+def _machine() -> str:
     import torch
 
     from benchmarks.frame import machine
 
+    return machine(torch.device("cpu"))
+
+
+def _keep(file: Path, steps: Sequence[Mapping[str, Any]], words: str) -> None:
     shown = [{name: value for name, value in step.items() if name != "said"} for step in steps]
     told = {
         "minutes": round(sum(step["seconds"] for step in steps) / 60, 1),
         "commands": len(steps),
         "steps": shown,
-        "machine": machine(torch.device("cpu")),
+        "machine": words,
         "command": " ".join(["python -m website", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
