@@ -76,7 +76,8 @@ class Bare:
     @torch.inference_mode()
     def run(self, rows: Iterator[tuple[str, Image.Image, str]], size: int) -> dict[str, np.ndarray]:
         """The moments, (2C, h, w), by key."""
-        found, batch = {}, []
+        found: dict[str, np.ndarray] = {}
+        batch: list[tuple[str, Image.Image, str]] = []
         for row in rows:
             batch.append(row)
             if len(batch) == BATCH:
