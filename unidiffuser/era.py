@@ -56,9 +56,10 @@ class EraScheduler:
         bases = chosen(here, error / TOLERANCE)
         places = torch.tensor(self.path, dtype=torch.float64, device=bases.device)
         weights = lagrange(places[bases], places[here + 1])
-        history, rows = torch.stack(self.seen), torch.arange(len(bases), device=bases.device)
-        terms = [weights[:, m, None].float() * history[bases[:, m], rows] for m in range(BASES)]
-        return torch.stack(terms).sum(0)
+        noise = torch.zeros_like(self.seen[-1])
+        for place in bases.unique().tolist():
+            noise += (weights * (bases == place)).sum(1, keepdim=True).float() * self.seen[place]
+        return noise
 
 
 def chosen(last: int, error: Tensor) -> Tensor:

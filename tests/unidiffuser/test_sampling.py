@@ -19,6 +19,8 @@ from unidiffuser.uvit import UViT, UViTConfig
 COUNT = 2000
 SEEDS = range(COUNT)
 LAST = float(NoiseSchedule().alpha_bar[-1])
+# One that adds no noise, one that does, and one whose parts have a spread each; all draw every task in the test of these.
+ONE_OF_EACH_KIND = ("dpm++2m", "dpm++2m-sde", "analytic-dpm")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_every_task_and_sampler_draws_the_true_distribution(world, sampler, task
 
 
 @pytest.mark.usefixtures("quick_noise")
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize(("task", "drawn", "given"), [("t2i", "image", "text"), ("i2t", "text", "image")])
 @pytest.mark.parametrize("condition_t", [0, 300, 700, 1000])
 def test_noisy_condition_lies_between_conditional_and_marginal(world, sampler, task, drawn, given, condition_t):
@@ -128,7 +130,7 @@ def test_every_sample_noises_its_condition_anew(condition_t):
 
 
 @pytest.mark.usefixtures("quick_noise")
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ONE_OF_EACH_KIND)
 @pytest.mark.parametrize(("task", "steps_of"), [("i2t2i", ["text", "image"]), ("t2i2t", ["image", "text"])])
 def test_chains_draw_each_step_given_the_one_before(world, sampler, task, steps_of):
     condition, value = fixed(world, steps_of[-1])
@@ -144,7 +146,7 @@ def test_chains_draw_each_step_given_the_one_before(world, sampler, task, steps_
 
 
 @pytest.mark.usefixtures("quick_noise")
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ONE_OF_EACH_KIND)
 def test_gibbs_chain_keeps_the_joint_and_forgets_its_start(world, sampler):
     kept = sample(world, "gibbs", IMAGE_AND_TEXT, COUNT, enough(sampler, 60), 0.0, SEEDS, sampler, rounds=2)
     check(world.flat(kept), world.mean, world.covariance, slack=0.1)
