@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders base text-decoder shapes shapes-changes findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -98,6 +98,28 @@ shapes: setup
 shapes-changes: setup
 	$(PY) -m benchmarks.shapes --changes --steps 4000 --json docs/results/shapes-changes.json
 
+# Every sampler against a known truth: some seconds.
+samplers: setup
+	$(PY) -m benchmarks.samplers --json docs/results/samplers.json
+
+# Guidance, samplers and robustness of the newest network of `make shapes`: an hour on 2 cores, resumable. Of any other network:
+# python -m benchmarks.sweeps CHECKPOINT --name NAME --prompts FILE
+sweeps: setup
+	$(PY) -m benchmarks.sweeps shapes/train-shapes --name shapes --scenes --count 400 --guidance 1
+
+# The pages as HTML that works without a network, in runs/site/html; every link is checked.
+site: setup
+	$(PY) -m website build
+
+# Every command on the pages that needs no cluster and no server, in their order, in a clone and a store of their own, and the
+# notebook: half an hour, of which the demo is a third.
+site-test: setup
+	$(PY) -m website walk
+
+# docs/results/leaderboard.md from the results beside it.
+leaderboard: setup
+	$(PY) -m website leaderboard
+
 # What outside tools really do (findings/README.md), each in an environment of its own: some minutes, and a package registry.
 findings:
 	@for script in findings/*.sh; do echo "$$script"; bash $$script || exit 1; done
@@ -106,7 +128,7 @@ findings:
 # The other trackers hold back packages of ours: who wants one installs it beside them.
 lock: | $(UV)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-		--extra dev --extra lora --extra tensorboard pyproject.toml --output-file requirements.lock
+		--extra dev --extra lora --extra tensorboard --extra site pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv runs

@@ -9,6 +9,7 @@ sizes can gain with torch's own products; ``unidiffuser.linear`` has faster ones
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections import defaultdict
@@ -25,6 +26,7 @@ import torch
 import typer
 from PIL import Image
 
+from benchmarks.efficiency import page
 from benchmarks.frame import Result, choose_device, interleaved, machine, peak_in_child, progress, synchronise, timed
 from benchmarks.matmuls import Product, recorded, replay
 from benchmarks.pair import Sizes, build, differences, load_ours, load_peer
@@ -56,7 +58,7 @@ class Work:
         if self.side == "ours":
             settings = {"count": self.count, "batch": self.count, "steps": steps or self.steps, "guidance": self.guidance}
             if task == "t2i":
-                return [result.image for result in self.model.generate(task, prompts=[PROMPT], **settings)]
+                return [result.image for result in self.model.generate(task, prompts=[PROMPT], mark=False, **settings)]
             return [result.caption for result in self.model.generate(task, images=[self.picture], **settings)]
         settings = {"num_inference_steps": steps or self.steps, "guidance_scale": self.guidance + 1}
         if task == "t2i":
@@ -193,7 +195,9 @@ def main(
     memory: Annotated[bool, typer.Option(help="Also measure memory.")] = True,
     threads: Annotated[int, typer.Option(help="Threads on a CPU; 0 leaves torch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="auto is CUDA where it is found.")] = "auto",
-    file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here, and its table beside it as .md.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Compare sampling with diffusers' UniDiffuserPipeline."""
     tasks = tuple(task or TASKS)
@@ -229,6 +233,8 @@ def main(
     details = {"sizes": asdict(sizes), "count": count, "steps": steps, "guidance": guidance, "differences": apart, "tasks": found}
     ratio = min(result["ratio"] for result in found.values())
     Result("sampling", ratio, "diffusers", _figures(found), words, details).finish(file)
+    if file is not None:
+        file.with_suffix(".md").write_text(page(json.loads(file.read_text())))
 
 
 def _figures(found: dict[str, dict[str, Any]]) -> dict[str, float | int | str]:

@@ -76,7 +76,7 @@ class Store:
     Raises:
         StoreError: no file system of this kind is known, or its package is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> store = Store(tempfile.mkdtemp())
         >>> store.write("a/b.json", b"{}")

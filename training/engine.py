@@ -90,4 +90,7 @@ def initialise_engine(model: nn.Module, config: TrainConfig, world: int, device:
         config=deepspeed_config(config, world, precision, pin=device.type == "cuda"),
         dist_init_required=False,
     )
+    if world == 1 and config.zero_stage == 0:
+        # Nobody to sum with: DeepSpeed would copy all gradients together and apart again.
+        engine.enable_backward_allreduce = False
     return engine, precision

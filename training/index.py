@@ -8,7 +8,6 @@ share of the shards, many at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from training.captions import column_of_caption
 from training.heldout import LISTED
 from training.latents import LatentReader, LatentSpec, ShardError
+from training.threads import beside
 from training.told import Told, ToldFile
 
 SCANNED_AT_ONCE = 16
@@ -134,7 +134,7 @@ def _stretches(starts: NDArray[np.int64], lengths: Counts) -> NDArray[np.int64]:
 
 def _scanned(reader: LatentReader, files: Sequence[int]) -> list[_Found]:
     """What the shards themselves say: footers, keys and the scores of the conditions."""
-    with ThreadPoolExecutor(1 if reader.local else SCANNED_AT_ONCE, thread_name_prefix="scan") as threads:
+    with beside(1 if reader.local else SCANNED_AT_ONCE, "scan") as threads:
         scans = list(threads.map(reader.scan, files))
     # A part for each kind of shard, which is one if all is well.
     kinds: dict[LatentSpec, list[int]] = {}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +30,7 @@ from training.index import Gather, ShardIndex, index_of
 from training.latents import LatentReader, LatentSpec, Parts, RowGroup, Selection, ShardError
 from training.mixture import Mixture, Windowed, growth_of
 from training.order import Order
+from training.threads import beside
 from training.timesteps import timesteps_at
 from training.told import Told
 from training.windows import LOCAL_READERS, READERS, Windows, empty_parts
@@ -231,7 +232,7 @@ class Loader:
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """The batches of steps `first` to `last` - 1, made by threads some steps ahead."""
         windows = self._windows()
-        threads = ThreadPoolExecutor(MAKERS, thread_name_prefix="batches")
+        threads = beside(MAKERS, "batches")
         made: deque[Future[Batch]] = deque()
         try:
             for step in range(first, last + STEPS_MADE_AHEAD):

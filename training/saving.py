@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from training.job import Keeper, TrainingError, Written
 from training.shares import bytes_of, chunks, header
+from training.threads import beside
 
 Piece = tuple[str, Tensor]
 Files = list[Written]
@@ -110,7 +111,7 @@ class Saver:
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper = keeper
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = beside(1, "checkpoint")
         self._flight: _Flight | None = None
         self._memory = torch.empty(0)
 

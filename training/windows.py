@@ -8,13 +8,14 @@ the next window is read, little of the last one is still there.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 
 from training.latents import LatentSpec, Parts, RowGroup
 from training.mixture import Mixture, Windowed
 from training.order import Ints
+from training.threads import beside
 
 # Threads that read: of this machine's disk, and of a store, which answers late but many at a time.
 LOCAL_READERS, READERS = 2, 8
@@ -64,7 +65,7 @@ class Windows:
 
     def __init__(self, read: Callable[[int], RowGroup], order: Mixture, spec: LatentSpec, readers: int = LOCAL_READERS) -> None:
         self._read, self._order, self._spec = read, order, spec
-        self._threads = ThreadPoolExecutor(readers, thread_name_prefix="latents")
+        self._threads = beside(readers, "latents")
         self._held: dict[Windowed, _Window] = {}
 
     def hold(self, wanted: Mapping[Windowed, int]) -> None:

@@ -40,7 +40,7 @@ def sample_latent(moments: Tensor, scaling_factor: float, generator: torch.Gener
 class ImageLatents:
     """An AutoencoderKL, frozen.
 
-    Example:
+    Examples:
         >>> vae = ImageLatents.load("embedded")
         >>> moments = vae.moments(images)                       # (B, 3, 256, 256) uint8 -> (B, 12, 8, 8)
         >>> vae.decode(vae.sample_latent(moments)).shape        # (B, 3, 256, 256)

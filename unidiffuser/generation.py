@@ -26,6 +26,8 @@ from unidiffuser.tasks import TASK_NAMES
 from unidiffuser.tensors import NotFinite, read_settings
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.uvit import UViT
+from unidiffuser.watermarks import Watermark, code_of
+from unidiffuser.watermarks.tiled import Tiled
 from unidiffuser.weights import load_native
 
 FOLDERS = ("uvit", "vae", "clip_image", "clip_text", "text_codec")
@@ -90,23 +92,31 @@ def check_request(
 
 @dataclass(frozen=True)
 class Generated:
-    """One result: a picture, a caption, or both; ``source`` is the index of the prompt or picture it was made from."""
+    """One result: a picture, a caption, or both.
+
+    Attributes:
+        source: the index of the prompt or picture it was made from.
+        mark: the name of the watermark in the picture, if it has one.
+    """
 
     seed: int
     source: int
     image: Image.Image | None = None
     caption: str | None = None
+    mark: str | None = None
 
 
 class UniDiffuser:
     """A joint image-text model with everything that sampling needs.
 
     Attributes:
-        device, dtype: where it computes, and in what; see ``to``.
+        device: where it computes; see ``to``.
+        dtype: the type that it computes in.
         size: pixels a side of the pictures that it was last trained for.
         provenance: what it was trained from, as ``provenance.json`` beside its weights tells; empty where that is not told.
+        watermark: the kind of mark of the pictures that it draws, which names the checkpoint; see ``watermarks``.
 
-    Example:
+    Examples:
         >>> model = UniDiffuser.load("runs/export/3f9a2c").to("cuda")
         >>> model.generate("t2i", "a large red apple", count=4)[0].image.save("apple.png")
         >>> model.generate("i2t", images="apple.png")[0].caption
@@ -128,6 +138,7 @@ class UniDiffuser:
         vae.model.enable_slicing()
         self.clip_image, self.clip_text = clip_image, clip_text
         self.provenance: dict[str, Any] = {}
+        self.watermark: Watermark = Tiled()
         self.device = uvit.position.device
         check_codecs(uvit.config.modalities, self.codecs(vae.reduction))
         self.latent = {part.name: part for part in all_parts(uvit.config.modalities)}["latent"]
@@ -235,6 +246,7 @@ class UniDiffuser:
         beams: int = 5,
         rounds: int = 4,
         data_type: int | None = None,
+        mark: bool = True,
         callback: Callback | None = None,
     ) -> list[Generated]:
         """Make ``count`` results of every prompt or image, or ``count`` results in all for tasks that take neither.
@@ -249,6 +261,8 @@ class UniDiffuser:
             batch: results computed at once; changes memory and speed, and results by rounding only.
             beams: width of the beam search that writes captions; 1 is greedy.
             data_type: of a model with a data-type token; 1 if None, as in the published version 1.
+            mark: whether pictures get the invisible ``watermark``, which ``unidiffuser detect`` reads. What measures the model
+                draws without it.
             callback: called after every step with (step, timestep, latents): the step from 0, the timestep 1 .. 1000 that it
                 started at, and the drawn parts by name, (B, *shape) each, as noisy as they are then. To end the draw it raises.
 
@@ -292,7 +306,13 @@ class UniDiffuser:
         _check_finite(drawn, f"sampling in {self._arithmetic} with guidance {guidance:g}", "take another dtype or less guidance")
         pictures, captions = self.decode(drawn, beams, batch)
         nothing: list[None] = [None] * len(seeds)
-        return [Generated(*row) for row in zip(seeds, sources, pictures or nothing, captions or nothing, strict=True)]
+        marks = [self.watermark.name if mark and min(picture.size) >= self.watermark.smallest else None for picture in pictures]
+        pictures = [self._marked(picture) if name else picture for picture, name in zip(pictures, marks, strict=True)]
+        rows = zip(seeds, sources, pictures or nothing, captions or nothing, marks or nothing, strict=True)
+        return [Generated(*row) for row in rows]
+
+    def _marked(self, picture: Image.Image) -> Image.Image:
+        return self.watermark.embed(picture, code_of(self.provenance))
 
     def _data_type(self, asked: int | None) -> int | None:
         """What the network is told."""

@@ -18,7 +18,7 @@ from unidiffuser.convert import to_diffusers
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.generation import UniDiffuser
 from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.solver import SAMPLERS, scheduler_settings
+from unidiffuser.solver import SAMPLERS
 from unidiffuser.tensors import WeightsError, load_checked
 from unidiffuser.text_decoder import TextCodec
 
@@ -49,7 +49,6 @@ def save_pipeline(folder: Path | str, model: UniDiffuser) -> None:
     with torch.device("meta"):
         unet = UniDiffuserModel.from_config(unet_settings)
     unet.load_state_dict(unet_tensors, assign=True)  # every tensor in its own type, which from_pretrained would change
-    scheduler_class, settings = SAMPLERS["dpm++2m"]
     tokenizer = _tokenizer(model.clip_text)
     pipeline: Any = UniDiffuserPipeline(
         vae=model.vae.model,
@@ -60,7 +59,7 @@ def save_pipeline(folder: Path | str, model: UniDiffuser) -> None:
         text_decoder=_text_decoder(model.text_codec, model.clip_text.context_length),
         text_tokenizer=model.text_codec.tokenizer,
         unet=unet,
-        scheduler=scheduler_class(**scheduler_settings(NoiseSchedule.of(model.uvit.config.noise)), **settings),
+        scheduler=SAMPLERS["dpm++2m"](NoiseSchedule.of(model.uvit.config.noise), ()),
     )
     pipeline.save_pretrained(folder)
     forget_paths(folder)

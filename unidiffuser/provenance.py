@@ -74,15 +74,16 @@ def carry(source: Path, target: Path, layout: str) -> None:
 
 def card(provenance: Mapping[str, Any], layout: str, header: Mapping[str, Any] | None = None) -> str:
     """The model card of a set in a layout; what ``header`` holds already is kept, but for how the set is loaded."""
+    title = " ".join(str(provenance[name]) for name in ("recipe", "node") if provenance.get(name)) or "UniDiffuser"
     known = {
         "license": "other",
         "license_name": "chosen-by-who-publishes",
         "pipeline_tag": "text-to-image",
         "tags": ["unidiffuser", "text-to-image", "image-to-text"],
         "datasets": [each["node"].removesuffix(f"-{each['stage']}") for each in _sources(provenance)],
+        "model-index": _index(provenance, title),
     }
     head = known | dict(header or {}) | {"library_name": "diffusers" if layout == "diffusers" else "unidiffuser"}
-    title = " ".join(str(provenance[name]) for name in ("recipe", "node") if provenance.get(name)) or "UniDiffuser"
     told = _told(provenance) if provenance else "Where these weights come from is not recorded."
     text = yaml.safe_dump({name: value for name, value in head.items() if value}, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---\n\n# {title}\n\n{OURS}\n\n## How to load it\n\n{LOADING[layout]}\n\n{told}\n"
@@ -113,7 +114,29 @@ def _told(provenance: Mapping[str, Any]) -> str:
     settings = json.dumps(provenance.get("config", {}), indent=2, sort_keys=True)
     table = ["| dataset | fingerprint | rows in | rows out | dropped |", "|---|---|---|---|---|", *rows]
     trained = [*named, "", f"`{PROVENANCE}` holds all of this for programs. The configuration:", "", f"```json\n{settings}\n```"]
-    return "\n".join(["## What it was trained on", "", *table, "", "## How it was trained", "", *trained])
+    worth = ["## What it is worth", "", *_worth(provenance), ""] if "evaluation" in provenance else []
+    return "\n".join([*worth, "## What it was trained on", "", *table, "", "## How it was trained", "", *trained])
+
+
+def _worth(provenance: Mapping[str, Any]) -> list[str]:
+    """The figures of the evaluation as a table, with what is told beside each."""
+    evaluation = provenance["evaluation"]
+    lines = [f"As the evaluation `{evaluation['fingerprint']}` found:", "", "| figure | value | beside |", "|---|---|---|"]
+    for figure in evaluation["figures"]:
+        beside = [f"{name} {value}" for name, value in figure.items() if name not in ("name", "value", "note")]
+        told = ", ".join([*beside, *([figure["note"]] if "note" in figure else [])])
+        lines.append(f"| {figure['name'].replace('_', ' ')} | {figure['value']:.6g} | {told} |")
+    return lines
+
+
+def _index(provenance: Mapping[str, Any], title: str) -> list[dict[str, Any]]:
+    """The same figures as model hubs read them; nothing where nothing was evaluated."""
+    if not provenance.get("evaluation", {}).get("figures"):
+        return []
+    evaluation = provenance["evaluation"]
+    metrics = [{"type": figure["name"].replace(" ", "_"), "value": figure["value"]} for figure in evaluation["figures"]]
+    held_out = {"type": "held-out", "name": f"held-out data of evaluation {evaluation['fingerprint'][:12]}"}
+    return [{"name": title, "results": [{"task": {"type": "text-to-image"}, "dataset": held_out, "metrics": metrics}]}]
 
 
 def _counted(dataset: Mapping[str, Any]) -> str:

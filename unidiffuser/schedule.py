@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,10 @@ class NoiseSchedule(nn.Module):
     def of(cls, config: NoiseConfig) -> NoiseSchedule:
         """The schedule that a configuration describes."""
         return cls(config.beta_start, config.beta_end)
+
+    def evenly(self, steps: int) -> list[int]:
+        """The ``steps`` + 1 timesteps from N to 1 that are spaced evenly, up to rounding, as diffusers' linspace has them."""
+        return (np.linspace(0, self.steps - 1, steps + 1).round()[::-1].astype(int) + 1).tolist()
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """x_t (B, ...) from clean data and noise (B, ...) at timesteps (B,), or one timestep, in 0 .. N."""

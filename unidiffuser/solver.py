@@ -2,38 +2,30 @@
 
 diffusers counts timesteps from 0, where index i has the noise level of our t = i + 1; the network was trained with t, so
 it is called with i + 1. Steps are spaced evenly from T to 1, and the result is taken at t = 1, whose noise (standard
-deviation 0.03) is below what anyone sees: a last jump to 0 would be a first-order step from far away, which shrinks
-the variance of the samples.
+deviation 0.03) is below what anyone sees.
+
+These solvers step in the logarithm of signal to noise, and there the last step is several times as long as the one before it
+(of 25 steps: from t = 41 to t = 1). Carrying a curve on over it goes wrong, so the last step is of first order
+(`euler_at_final`). A last step to no noise at all would be of first order too, and longer: it shrinks the variance of the
+samples. docs/results/samplers.md compares the three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepInverseScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from unidiffuser.analytic import AnalyticScheduler
+from unidiffuser.era import EraScheduler
 from unidiffuser.schedule import NoiseSchedule
 
-# First-order DPM-Solver++ is DDIM (arXiv 2211.01095, section 4); unlike DDIMScheduler it takes any number of steps.
-SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "dpm++2m": (DPMSolverMultistepScheduler, {"solver_order": 2}),
-    "dpm++3m": (DPMSolverMultistepScheduler, {"solver_order": 3}),
-    "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
-    "ddim": (DPMSolverMultistepScheduler, {"solver_order": 1}),
-    # The same process with fresh noise at every step. It forgets the network's early errors, where the others carry them to the
-    # end as something between two things, and wants more steps.
-    "dpm++2m-sde": (DPMSolverMultistepScheduler, {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}),
-}
-
-# What these draw is a function of the starting noise: only their way can be gone back, see `invert`.
-DETERMINISTIC = tuple(name for name in SAMPLERS if not name.endswith("-sde"))
-
-NoiseOf = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
-# (step from 0, timestep in 1 .. T that the network was called with, the parts (B, *shape) after the step).
-Callback = Callable[[int, int, dict[str, Tensor]], object]
+# Makes a scheduler of diffusers' kind from a schedule and from how many numbers each part of a state has.
+Maker = Callable[[NoiseSchedule, Sequence[int]], Any]
 
 
 def scheduler_settings(schedule: NoiseSchedule) -> dict[str, Any]:
@@ -47,6 +39,36 @@ def scheduler_settings(schedule: NoiseSchedule) -> dict[str, Any]:
         "final_sigmas_type": "sigma_min",
         "prediction_type": "epsilon",
     }
+
+
+def from_diffusers(scheduler: type, schedule: NoiseSchedule, sizes: Sequence[int], **settings: Any) -> Any:
+    """A scheduler of diffusers, which treats all numbers alike."""
+    return scheduler(**scheduler_settings(schedule) | settings)
+
+
+_dpm = partial(from_diffusers, DPMSolverMultistepScheduler, euler_at_final=True)
+
+# First-order DPM-Solver++ is DDIM (arXiv 2211.01095, section 4); unlike DDIMScheduler it takes any number of steps.
+SAMPLERS: dict[str, Maker] = {
+    "dpm++2m": partial(_dpm, solver_order=2),
+    "dpm++3m": partial(_dpm, solver_order=3),
+    "unipc": partial(from_diffusers, UniPCMultistepScheduler, solver_order=2),
+    "ddim": partial(_dpm, solver_order=1),
+    # The same process with fresh noise at every step. It forgets the network's early errors, where the others carry them to the
+    # end as something between two things, and wants more steps.
+    "dpm++2m-sde": partial(_dpm, solver_order=2, algorithm_type="sde-dpmsolver++"),
+    "era": lambda schedule, sizes: EraScheduler(schedule),
+    "analytic-dpm": AnalyticScheduler,
+}
+
+# These add noise at every step. What the others draw is a function of the starting noise: only their way can be gone back, see
+# `invert`.
+STOCHASTIC = ("dpm++2m-sde", "analytic-dpm")
+DETERMINISTIC = tuple(name for name in SAMPLERS if name not in STOCHASTIC)
+
+NoiseOf = Callable[[Mapping[str, Tensor], int], dict[str, Tensor]]
+# (step from 0, timestep in 1 .. T that the network was called with, the parts (B, *shape) after the step).
+Callback = Callable[[int, int, dict[str, Tensor]], object]
 
 
 def solve(
@@ -72,22 +94,24 @@ def solve(
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler named {sampler!r}; there are {', '.join(SAMPLERS)}")
-    scheduler_class, settings = SAMPLERS[sampler]
-    scheduler = scheduler_class(**scheduler_settings(schedule), **settings)
-    return _run(scheduler, noise_of, start, schedule, steps, None if sampler in DETERMINISTIC else fresh, callback)
+    return run(SAMPLERS[sampler], noise_of, start, schedule, steps, None if sampler in DETERMINISTIC else fresh, callback)
 
 
 def invert(
     noise_of: NoiseOf, data: Mapping[str, Tensor], schedule: NoiseSchedule, steps: int, callback: Callback | None = None
 ) -> dict[str, Tensor]:
     """The noise at T from which ``solve`` makes ``data`` again: the same equation, solved the other way."""
-    settings = scheduler_settings(schedule)
-    del settings["final_sigmas_type"]
-    return _run(DPMSolverMultistepInverseScheduler(**settings), noise_of, data, schedule, steps, callback=callback)
+
+    def backwards(schedule: NoiseSchedule, sizes: Sequence[int]) -> Any:
+        settings = scheduler_settings(schedule)
+        del settings["final_sigmas_type"]
+        return DPMSolverMultistepInverseScheduler(**settings)
+
+    return run(backwards, noise_of, data, schedule, steps, callback=callback)
 
 
-def _run(
-    scheduler: Any,
+def run(
+    maker: Maker,
     noise_of: NoiseOf,
     start: Mapping[str, Tensor],
     schedule: NoiseSchedule,
@@ -95,11 +119,17 @@ def _run(
     fresh: Callable[[], Mapping[str, Tensor]] | None = None,
     callback: Callback | None = None,
 ) -> dict[str, Tensor]:
+    """``solve`` by a scheduler that is given, with fresh noise at every step if ``fresh`` is.
+
+    Raises:
+        ValueError: ``steps`` is not in 1 .. T - 1.
+    """
     if not 1 <= steps < schedule.steps:
         raise ValueError(f"steps must be in 1 .. {schedule.steps - 1}, not {steps}")
-    scheduler.set_timesteps(steps)
     names, shapes = list(start), [value.shape for value in start.values()]
     sizes = [shape[1:].numel() for shape in shapes]
+    scheduler = maker(schedule, sizes)
+    scheduler.set_timesteps(steps)
 
     def split(state: Tensor) -> dict[str, Tensor]:
         pieces = state.split(sizes, dim=1)

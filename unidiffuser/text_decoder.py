@@ -25,7 +25,7 @@ EOS = "<|EOS|>"
 class TextCodec(nn.Module):
     """Projection W -> d, prefix d -> GPT-2 width, and GPT-2.
 
-    Example:
+    Examples:
         >>> codec = TextCodec.new("embedded", clip.text_width, latent_width=32)
         >>> latent = codec.encode(clip.tokens(["a small panda at the top of a pink background"]))   # (1, 16, 32)
         >>> codec.decode(latent)

@@ -14,6 +14,7 @@ from pipelines.cli.options import (
     ClipOption,
     Gpt2Option,
     JsonOption,
+    MarkWeightsOption,
     StoreOption,
     TextOption,
     VaeOption,
@@ -54,6 +55,10 @@ def sample(
         int | None, typer.Option("--data-type", min=0, max=1, help="Of a model that tells types of data apart; 1 if not given.")
     ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Results drawn at once.")] = 16,
+    mark: Annotated[
+        bool, typer.Option("--mark/--no-mark", help="Put an invisible mark into pictures, which `detect` reads.")
+    ] = True,
+    mark_weights: MarkWeightsOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for pictures and results.jsonl.", metavar="DIR")] = None,
     device: Annotated[str, typer.Option("--device", help="auto takes CUDA where there is one.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="fp32, bf16, fp16; auto: bf16 on CUDA, else fp32.")] = "auto",
@@ -72,8 +77,8 @@ def sample(
 
     request = sampling.Request(
         checkpoint, task, prompt or (), image or (), count, seed,
-        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds, data_type), batch, device, dtype,
-        compile,
+        sampling.Settings(steps, guidance, sampler, condition_t, interval, size, beams, rounds, data_type, mark), batch, device,
+        dtype, compile, mark_weights,
     )  # fmt: skip
     # Progress is no result: with --json it goes to stderr.
     view = Console(stderr=True) if as_json else console
@@ -119,6 +124,58 @@ def evaluate(
         console.print(evaluation.figures_table(dataset))
         console.print(f"report and sheet of samples: {dataset.where}", soft_wrap=True)
     raise typer.Exit(code)
+
+
+@group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser detect out/00000.png holiday.jpg")
+def detect(
+    images: Annotated[list[Path], typer.Argument(help="Pictures of any kind.", metavar="IMAGE...")],
+    mark_weights: MarkWeightsOption = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """Whether pictures have the invisible mark of `sample`, and which checkpoint it names. One without is no error."""
+    from infra.store import Store
+    from pipelines.commands import detection
+
+    rows = detection.detect(images, Store(store), mark_weights)
+    if as_json:
+        print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    else:
+        for row in rows:
+            console.print(detection.words(row), soft_wrap=True, highlight=False, markup=False)
+
+
+@group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser compare demo/train-256 demo/train-512")
+def compare(
+    a: Annotated[str, typer.Argument(help="Recipe, RECIPE/NODE, DATASET, or folder with a checkpoint.", metavar="A")],
+    b: Annotated[str, typer.Argument(help="What it is compared with, likewise.", metavar="B")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Draw this (repeatable); else captions of the data.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=0, max=16, help="Samples of each task; 0 draws none.")] = 4,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=999, help="Network calls a draw.")] = 25,
+    guidance: Annotated[float, typer.Option("--guidance", min=0, max=100, help="Scale s of c + s (c - u); 0 is none.")] = 5.0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**62, help="Seed of the first sample of both.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="HTML file; by default one in the store's folder.", metavar="FILE")
+    ] = None,
+    vae: VaeOption = None,
+    clip: ClipOption = None,
+    text: TextOption = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """What differs between two runs or checkpoints, as one HTML file and a page in the Prefect UI where one is up."""
+    from infra.store import Store
+    from pipelines.commands import comparing
+    from pipelines.commands.checkpoints import Named
+    from pipelines.commands.paired_samples import Wanted
+
+    view = Console(stderr=True) if as_json else console
+    wanted = Wanted(prompt or (), count, steps, guidance, seed)
+    facts = comparing.run(a, b, Store(store), wanted, Named(vae, clip, text), out, view)
+    if as_json:
+        print(json.dumps(facts, indent=1))
 
 
 @group.command(rich_help_panel="Checkpoints", epilog="Example: unidiffuser convert runs/export/3f9a2c my-pipeline --to diffusers")

@@ -39,6 +39,9 @@ VaeOption = Annotated[str | None, typer.Option("--vae", help="Autoencoder, where
 ClipOption = Annotated[str | None, typer.Option("--clip", help="CLIP of the images, likewise.", metavar="REF")]
 TextOption = Annotated[str | None, typer.Option("--text", help="CLIP of the captions, likewise.", metavar="REF")]
 Gpt2Option = Annotated[str | None, typer.Option("--gpt2", help="GPT-2 of official files.", metavar="REF")]
+MarkWeightsOption = Annotated[
+    Path | None, typer.Option("--mark-weights", help="Folder with TrustMark's files: its mark, not ours.", metavar="DIR")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Override a field of the recipe (repeatable; the last of a field counts).", metavar="a.b=c"),

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from os import SEEK_END
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -25,6 +25,9 @@ from pipelines.commands.bounds import check_out, check_size, memory_said
 from pipelines.commands.checkpoints import Misuse, Named, opened, quiet_libraries, said_in_a_line
 from pipelines.commands.terminal import ReportTable
 from stages.runner.contract import StageError
+
+if TYPE_CHECKING:
+    from unidiffuser.watermarks import Watermark
 
 RESULTS = "results.jsonl"
 # Without a terminal, a line of progress in this many seconds.
@@ -44,6 +47,7 @@ class Settings:
     beams: int = 5
     rounds: int = 4
     data_type: int | None = None
+    mark: bool = True
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Request:
     device: str = "auto"
     dtype: str = "auto"
     compile: bool = False
+    mark_weights: Path | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -104,10 +109,12 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
     if out is None and request.task in DRAWS_IMAGES:
         raise Misuse(f"{request.task} draws pictures: say where they go with --out DIR")
     device, dtype = _hardware(request)
+    watermark = by_weights(request.mark_weights, device) if request.mark_weights is not None else None
     loading = memory_said(request, drawing=False)
     with said_in_a_line(), loading, console.status("loading the model"), opened(request.checkpoint, store, named) as folder:
         model = UniDiffuser.load(folder, device, dtype)
         lineage = _lineage(Path(request.checkpoint), model.provenance)
+        model.watermark = watermark or model.watermark
     if request.compile:
         try:
             model.compile()
@@ -141,7 +148,7 @@ def _lineage(checkpoint: Path, provenance: Mapping[str, Any]) -> dict[str, Any]:
     return identity(provenance) | files
 
 
-def read_image(path: Path) -> Any:
+def read_image(path: Path, argument: str = "--image ") -> Any:
     """The picture in a file as training sees it: upright, RGB.
 
     Raises:
@@ -152,11 +159,25 @@ def read_image(path: Path) -> Any:
     try:
         return open_picture(path)
     except FileNotFoundError:
-        raise Misuse(f"--image {path}: no such file") from None
+        raise Misuse(f"{argument}{path}: no such file") from None
     except PictureError as reason:
-        raise Misuse(f"--image {path}: not a picture that can be read ({reason})") from None
+        raise Misuse(f"{argument}{path}: not a picture that can be read ({reason})") from None
     except OSError as error:
-        raise Misuse(f"--image {path}: cannot be read ({error.strerror})") from None
+        raise Misuse(f"{argument}{path}: cannot be read ({error.strerror})") from None
+
+
+def by_weights(folder: Path, device: str) -> Watermark:
+    """The watermark by the weights in a folder.
+
+    Raises:
+        Misuse: a file is missing, or the package that reads them.
+    """
+    from unidiffuser.watermarks.trustmark import TrustMark
+
+    try:
+        return TrustMark(folder, device)
+    except FileNotFoundError as error:
+        raise Misuse(f"--mark-weights {error}") from None
 
 
 def _hardware(request: Request) -> tuple[str, Any]:
@@ -205,6 +226,7 @@ class Writer:
             "caption": result.caption,
             "seed": result.seed,
             **asdict(request.settings),
+            "mark": result.mark,
             "size": result.image.width if result.image is not None else None,
             "checkpoint": request.checkpoint,
             "lineage": self.lineage,

@@ -188,6 +188,22 @@ def find_api(state: Path) -> str:
     raise ServerError("no Prefect server to deploy to; `unidiffuser up` starts one for this store, or set PREFECT_API_URL")
 
 
+def find_server(state: Path) -> str | None:
+    """As `find_api`, or the server that a run of this store keeps up at the moment; None where there is none.
+
+    Raises:
+        ServerError: the configured one cannot be used.
+    """
+    if (state / KEPT).exists() or configured_api() is not None:
+        return find_api(state)
+    ask_loopback_directly()
+    server = running("prefect", state)
+    if server is None or not server.token or not answers(server.address):
+        return None
+    os.environ.update(prefect_environment(state, server.address))
+    return server.address
+
+
 def say_address(state: Path, address: str, console: Console) -> None:
     """Say where the UI is and how the browser gets in, and why its address is not the usual one if it is not."""
     console.print(f"Prefect UI: {address}", soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from infra.dataset import Dataset, InputRef, find
@@ -16,9 +16,10 @@ def provenance(job: Job) -> dict[str, Any]:
     It holds no times: the same datasets give the same file.
     """
     checkpoint, codec = job.inputs["checkpoint"], job.inputs["codec"]
-    manifest = checkpoint.manifest
+    manifest, evaluation = checkpoint.manifest, job.inputs.get("evaluation")
     inputs = {**manifest.inputs, "codec": codec.manifest.reference()}
-    return {
+    evaluated = {} if evaluation is None else {"evaluation": _evaluated(evaluation)}
+    return evaluated | {
         "recipe": job.recipe,
         "node": manifest.node,
         "stage": manifest.stage,
@@ -31,6 +32,35 @@ def provenance(job: Job) -> dict[str, Any]:
         "config": manifest.config,
         "datasets": list(_ancestors(job.store, inputs.values())),
     }
+
+
+def _evaluated(evaluation: Dataset) -> dict[str, Any]:
+    """Which evaluation it was, and its figures: name and value of each, and what is told beside it."""
+    summary = evaluation.manifest.summary
+    return {
+        "fingerprint": evaluation.manifest.fingerprint,
+        "figures": list(_figures(summary.get("figures", summary), ())),
+    }
+
+
+def _figures(found: Any, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """Every number of a report: one that tells its own name, or one that stands under names."""
+    if isinstance(found, Mapping) and "name" in found and _is_number(found.get("value")):
+        yield {name: value for name, value in found.items() if value not in (None, "")}
+    elif isinstance(found, Mapping):
+        for name, inside in found.items():
+            yield from _figures(inside, (*names, name))
+    elif isinstance(found, list):
+        for inside in found:
+            # Numbers in a list are a curve or a table, and no figures.
+            if isinstance(inside, Mapping):
+                yield from _figures(inside, names)
+    elif _is_number(found):
+        yield {"name": " ".join(names), "value": found}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _ancestors(store: Store, references: Iterable[InputRef]) -> Iterator[dict[str, Any]]:

@@ -64,12 +64,12 @@ def plan_export(job: Job, _: Records) -> Iterator[Unit]:
 
 class Export(Stage):
     """Folders uvit, vae, clip_image, clip_text and text_codec, provenance.json, a model card, a folder a layout, and the adapter
-    of a training with `lora`; its rows are files."""
+    of a training with `lora`; its rows are files. What an evaluation of the checkpoint found stands in provenance and card."""
 
     name = "export"
-    version = 3
+    version = 4
     Config = ExportConfig
-    whole = frozenset({"checkpoint", "codec"})
+    whole = frozenset({"checkpoint", "codec", "evaluation"})
     phases = (Phase("export", plan_export, worker=Exporter),)
 
     @classmethod

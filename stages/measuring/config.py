@@ -14,7 +14,7 @@ from stages.measuring.measures import AnyMeasure
 from stages.measuring.networks import inception_missing, judge_of
 from stages.measuring.presets import PRESETS
 from stages.measuring.prompts import Prompts
-from stages.measuring.samples import Asked, Samples
+from stages.measuring.samples import Asked, SamplerName, Samples
 from stages.runner.contract import StageConfig, StageError, operational
 from stages.runner.recipe import encoder, external_file
 from unidiffuser.references import weights_digest
@@ -35,7 +35,7 @@ class EvaluationConfig(StageConfig):
     count: int = Field(200, ge=2, description="captions to use, the first of the files")
     steps: int = Field(20, ge=1, le=999, description="network calls a sample")
     guidance: float = Field(3.0, ge=0, le=100, description="scale s of c + s * (c - u)")
-    sampler: Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde"] = Field("dpm++2m", description="sampler's name")
+    sampler: SamplerName = Field("dpm++2m", description="sampler's name")
     beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
     seed: int = Field(0, ge=0, lt=2**62, description="seed of the first sample; the n-th has seed + n")
     judge: str | None = encoder(None, "open_clip model that judges; the one that embeds the model's images when not given")
@@ -112,5 +112,5 @@ def check_world(config: Any, data: str | None, before: Mapping[str, Sequence[Any
         raise StageError(f"{'prompts' if data is None else 'data'}: a world of its own has them itself; leave it out")
     if not own and not given:
         raise StageError("prompts: field required; name a file of held-out captions, or rows of the store as `data`")
-    if not own and any(measure.kind == "shapes" for measure in config.measures):
-        raise StageError("measures: shapes knows no pictures but its own; leave it out")
+    if not own and (of_world := [measure.kind for measure in config.measures if measure.of_world]):
+        raise StageError(f"measures: {of_world[0]} knows no pictures but those of the world of shapes; leave it out")

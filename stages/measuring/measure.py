@@ -54,6 +54,11 @@ class Measure(StageConfig):
 
     kind: str
 
+    @property
+    def of_world(self) -> bool:
+        """Whether it knows no pictures but those of the world of shapes."""
+        return False
+
     def needs(self, asked: Asked) -> list[Need]:
         """What it reads.
 

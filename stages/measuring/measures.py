@@ -10,8 +10,11 @@ from stages.measuring.captions import Captions
 from stages.measuring.judged import Judge
 from stages.measuring.matching import ClipScore, Preference
 from stages.measuring.pictures import Cmmd, Fid, Kid, PrecisionRecall
+from stages.measuring.robustness import Robustness
 from stages.measuring.scenes import Shapes
+from stages.measuring.sweeps import Guidance, Samplers
 
 AnyMeasure = Annotated[
-    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Judge | Shapes, Field(discriminator="kind")
+    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Judge | Shapes | Guidance | Samplers | Robustness,
+    Field(discriminator="kind"),
 ]

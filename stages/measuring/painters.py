@@ -15,6 +15,7 @@ from infra.dataset import fetch_files
 from infra.external import fetch_outside
 from stages.catalog import MADE_STAGES
 from stages.measuring.checkpoint import OUTSIDE, model_folder
+from stages.measuring.damage import damaged
 from stages.measuring.prompts import Prompts
 from stages.measuring.rows import HELD_OUT, Rows
 from stages.measuring.samples import Samples
@@ -85,16 +86,16 @@ class Model:
 
         inputs: dict[str, Any] = {}
         if samples.task == "t2i":
-            inputs["prompts"] = self.held_out.captions(start, stop)
+            inputs["prompts"] = damaged(samples.damage, self.held_out.captions(start, stop), start)
         elif samples.task == "i2t":
-            inputs["images"] = self.held_out.images(start, stop)
+            inputs["images"] = damaged(samples.damage, self.held_out.images(start, stop), start)
         self.unidiffuser.uvit = self.network(samples)
         first = self.config.seed + start
         try:
             drawn = self.unidiffuser.generate(
                 samples.task, count=1 if inputs else stop - start, seeds=range(first, first + stop - start), steps=samples.steps,
                 guidance=samples.guidance, sampler=samples.sampler, beams=samples.beams, batch=self.config.batch,
-                condition_t=samples.condition_t, data_type=self.config.data_type, **inputs,
+                condition_t=samples.condition_t, data_type=self.config.data_type, mark=False, **inputs,
             )  # fmt: skip
         except NotFinite as error:
             raise StageError(f"{self.job.node}: {error}; or the checkpoint has diverged") from None
@@ -156,9 +157,10 @@ class World:
         """As `Model.draw`."""
         artist, count = self.artist(samples), stop - start
         if samples.task == "t2i":
-            return _pictures(artist.paint(self.held_out.captions(start, stop), start)), None
+            return _pictures(artist.paint(damaged(samples.damage, self.held_out.captions(start, stop), start), start)), None
         if samples.task == "i2t":
-            seen = np.stack([np.asarray(picture) for picture in self.held_out.images(start, stop)])
+            given = damaged(samples.damage, self.held_out.images(start, stop), start)
+            seen = np.stack([np.asarray(picture) for picture in given])
             return None, artist.describe(seen, start)
         if samples.task == "joint":
             pictures, captions = artist.imagine(count, start)

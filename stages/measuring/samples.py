@@ -9,6 +9,7 @@ from stages.runner.contract import digest_of
 
 Task = Literal["t2i", "i2t", "joint", "i", "t"]
 Network = Literal["inception", "clip-image", "clip-text", "scenes-shown", "scenes-said"]
+SamplerName = Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde", "era", "analytic-dpm"]
 SHOWS = ("t2i", "joint", "i")
 SAYS = ("i2t", "joint", "t")
 
@@ -23,6 +24,7 @@ class Samples:
         condition_t: noise on the condition, 0 to 1000.
         of: whose: the checkpoint's, those of a network of the same size that has learned nothing, or of the weights that training
             began from.
+        damage: what has happened to the condition, a name of `stages.measuring.damage`; nothing if empty.
     """
 
     task: Task
@@ -32,6 +34,7 @@ class Samples:
     beams: int = 1
     condition_t: int = 0
     of: Literal["checkpoint", "untrained", "before"] = "checkpoint"
+    damage: str = ""
 
     @property
     def name(self) -> str:

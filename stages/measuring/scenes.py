@@ -63,6 +63,10 @@ class Shapes(Measure):
     kind: Literal["shapes"] = Field("shapes", description="accuracies and distributions of the world of shapes")
     samples: int = Field(20_000, ge=1, description="samples of each task without an input")
 
+    @property
+    def of_world(self) -> bool:
+        return True
+
     def needs(self, asked: Asked) -> list[Need]:
         return [
             Need(asked.samples(task), asked.count if task in ("t2i", "i2t") else self.samples, network)

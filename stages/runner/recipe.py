@@ -248,6 +248,8 @@ class _Builder:
             if stage == "evaluate":
                 inputs |= {f"history.{n.name}": n.name for n in self.nodes.values() if n.stage == "train"}
                 inputs |= self.held_out(values.get("data"))
+            elif "evaluate" in self.nodes:
+                inputs["evaluation"] = "evaluate"
             self.add(stage, stage, values, stage, inputs)
 
     def held_out(self, data: Any) -> dict[str, str]:

@@ -78,7 +78,7 @@ def draw_sheet(job: Job, files: list[FileEntry], path: str) -> None:
         seeds = range(SEED, SEED + settings.count)
         return model.generate(
             task, seeds=seeds, steps=settings.steps, guidance=settings.guidance, batch=settings.count, beams=1,
-            data_type=kind if isinstance(kind, int) else None, **wanted,
+            data_type=kind if isinstance(kind, int) else None, mark=False, **wanted,
         )  # fmt: skip
 
     captions, count = _captions(job, settings.count), settings.count

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import shapes, training
+from benchmarks import efficiency, samplers, shapes, sweeps, training
 from benchmarks.frame import interleaved
 from benchmarks.matmuls import Product, replay
 from stages.runner.recipe import load_recipe
@@ -49,6 +49,74 @@ def test_sampling_compares_both_tasks_with_diffusers(tmp_path):
         for phases in measured["phases"].values():
             assert sum(phases.values()) - phases["all"] <= phases["all"]
     assert found["ratio"] == min(found["details"]["tasks"][task]["ratio"] for task in ("t2i", "i2t"))
+    assert file.with_suffix(".md").read_text() == efficiency.page(found)
+
+
+def test_the_efficiency_table_shows_what_was_measured():
+    kept = Path("docs/results/sampling.json")
+    found = json.loads(kept.read_text())
+    page = kept.with_suffix(".md").read_text()
+    assert page == efficiency.page(found)
+    for task, name in (("t2i", "text to image"), ("i2t", "image to text")):
+        measured = found["details"]["tasks"][task]
+        seconds, gigabytes = measured["median"]["ours"], measured["memory_mib"]["ours"] * 1.048576e-3
+        assert f"| {name} | this project | {seconds:.2f} | {gigabytes:.2f} |" in page
+
+
+def test_the_distance_of_normal_distributions_and_noise_without_chance():
+    noise = samplers.exact_noise(200, 3, 4)
+    flat = noise.flatten(1)
+    torch.testing.assert_close(flat.mean(0), torch.zeros(12).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(flat.T.cov(correction=0), torch.eye(12).double(), atol=1e-12, rtol=0)
+    # Of covariances with the same axes: the root of the squared differences of means and of standard deviations.
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    stds = torch.tensor([[1.0, 2.0, 0.5], [1.5, 2.0, 0.1]]).double()
+    one, two = (turn @ torch.diag(std**2) @ turn.T for std in stds)
+    expected = (0.25 + 0.16 + 9 + 16) ** 0.5
+    found = samplers.distance(torch.zeros(3).double(), one, torch.tensor([3.0, 0.0, 4.0]).double(), two)
+    assert found == pytest.approx(expected)
+
+
+def test_a_last_step_of_first_order_ends_nearer_to_the_truth():
+    mean, covariance = samplers.GaussianWorld.random(samplers.IMAGE_AND_TEXT).marginal("image", "text")
+    makers, schedule = samplers.variants(), samplers.SCHEDULES["Stable Diffusion's"]
+    for name in ("dpm++2m", "dpm++2m-sde"):
+        own, first, zero = (
+            samplers.error(makers[name, last], name in samplers.STOCHASTIC, 20, schedule, mean, covariance)
+            for last in ("own order", "first order", "to zero")
+        )
+        assert first < 0.95 * zero < 0.8 * own
+
+
+def test_the_pages_of_sweeps_show_what_was_found(tmp_path):
+    file = tmp_path / "guidance.json"
+    points = [{"guidance": float(scale), "values": {"fid_clip": 2.5 - scale, "clip_score_t2i": 20.0}} for scale in (0, 1)]
+    found = {
+        "about": "About.",
+        "points": points,
+        "figures": ["fid_clip", "clip_score_t2i"],
+        "checkpoint": "a" * 24,
+        "node": "train-x",
+    }
+    told = {"date": "2026-01-02", "command": "python -m benchmarks.sweeps x", "machine": "m"}
+    sweeps.keep(file, {"one": found | told})
+    sweeps.keep(file, sweeps.kept(file) | {"two": found | told})
+    page = file.with_suffix(".md").read_text()
+    assert page.index("## one") < page.index("## two") and page.count("| 1 | 1.5 | 20 |") == 2
+    for kind in sweeps.CURVES:
+        kept = sweeps.RESULTS / f"{kind}.json"
+        if kept.is_file():
+            assert kept.with_suffix(".md").read_text() == sweeps.page(kind, json.loads(kept.read_text()))
+
+
+@pytest.mark.slow
+def test_encode_does_the_work_of_a_bare_loop(tmp_path):
+    file = tmp_path / "encode.json"
+    result = run("encode", file, "--pictures", "48", "--size", "64", "--rounds", "1")
+    shown, found = figures(result.stdout.splitlines()[-1], "encode"), json.loads(file.read_text())
+    assert shown["peer"] == "bare_loop" and found["details"]["rows"] == 48
+    assert found["figures"]["largest_difference"] < 0.05  # moments of both are fp16
+    assert found["figures"]["rows_per_s"] == pytest.approx(32 / found["details"]["seconds"]["ours"][0], rel=1e-2)
 
 
 def flop_of(width: int, depth: int, batch: int, latent: int, text: int) -> int:

@@ -158,7 +158,7 @@ def test_empty_long_and_foreign_prompts_work_and_say_what_was_cut(model):
         ({"task": "interpolate", "images": [noise_image(0)]}, "takes two images, not 1"),
         (
             {"task": "interpolate", "images": [noise_image(0)] * 2, "sampler": "dpm++2m-sde"},
-            r"interpolate takes a sampler that adds no noise \(dpm.*, ddim\), not dpm\+\+2m-sde",
+            r"interpolate takes a sampler that adds no noise \(dpm.*, ddim, era\), not dpm\+\+2m-sde",
         ),
         ({"task": "t2i", "prompts": PROMPTS, "seeds": [1]}, "2 results need 2 seeds, not 1"),
         ({"task": "joint", "sampler": "euler"}, "no sampler named 'euler'; there are dpm"),

@@ -119,3 +119,19 @@ def test_a_sample_carries_what_names_the_checkpoint_and_no_more():
     assert identity(TOLD) == {name: TOLD[name] for name in TOLD if name not in ("package", "config", "datasets")}
     assert identity({**TOLD, "commit": None}).keys() == identity(TOLD).keys() - {"commit"}
     assert identity({}) == {}
+
+
+def test_a_card_has_the_results_of_the_evaluation_as_a_table_and_as_model_hubs_read_them(told, tmp_path):
+    figures = [
+        {"name": "fid", "value": 12.5, "samples": 100, "note": "of fewer than 2,048 samples"},
+        {"name": "clip score", "value": 3},
+    ]
+    write_provenance(told, TOLD | {"evaluation": {"fingerprint": "e" * 24, "figures": figures}})
+    convert(told, tmp_path / "pipeline", "diffusers")
+    for folder in (told, tmp_path / "pipeline"):
+        read = ModelCard.load(folder / "README.md").data.eval_results
+        assert [(each.metric_type, each.metric_value) for each in read] == [("fid", 12.5), ("clip_score", 3)]
+        text = (folder / "README.md").read_text()
+        assert "| fid | 12.5 | samples 100, of fewer than 2,048 samples |" in text and "e" * 24 in text
+    write_provenance(told, TOLD)
+    assert ModelCard.load(told / "README.md").data.eval_results is None

@@ -91,25 +91,24 @@ class MuonWithAdamW(torch.optim.AdamW):
         self.param_groups = groups
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        updates = {}
-        for owner in group["params"]:
-            if owner.grad is None:
-                continue
-            momentum = self.state[owner].setdefault("momentum_buffer", torch.zeros_like(owner))
-            momentum.lerp_(owner.grad, 1 - group["momentum"])
-            updates[owner] = owner.grad.lerp(momentum, group["momentum"])
+        owners = [owner for owner in group["params"] if owner.grad is not None]
+        if not owners:
+            return
+        grads = [owner.grad for owner in owners]
+        momenta = [self.state[owner].setdefault("momentum_buffer", torch.zeros_like(owner)) for owner in owners]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = dict(zip(owners, torch._foreach_lerp(grads, momenta, group["momentum"]), strict=True))
         here = [self.pieces[name] for name in group["names"] if self.pieces[name].vector in updates]
         dtype = TYPES[group["iteration"]]
         for alike in _alike(piece for piece in here if piece.length and not piece.shared):
-            matrices = torch.stack([piece.of(updates).view(piece.shape) for piece in alike])
-            for piece, matrix in zip(alike, orthogonalised(matrices, dtype), strict=True):
-                _put(piece, updates, matrix)
+            matrices = [piece.of(updates).view(piece.shape) for piece in alike]
+            torch._foreach_copy_(matrices, orthogonalised(torch.stack(matrices), dtype).unbind())
+            torch._foreach_mul_(matrices, _size(alike[0]))
         shared, world = [piece for piece in here if piece.shared], dist.get_world_size()
         for first in range(0, len(shared), world):
             _orthogonalise_together(shared[first : first + world], updates, dtype)
-        for owner, update in updates.items():
-            owner.mul_(1 - group["lr"] * group["weight_decay"])
-            owner.add_(update, alpha=-group["lr"])
+        torch._foreach_mul_(owners, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(owners, list(updates.values()), alpha=-group["lr"])
 
 
 def _alike(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -122,10 +121,15 @@ def _alike(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield from (alike[start : start + size] for start in range(0, len(alike), size))
 
 
+def _size(piece: Piece) -> float:
+    """What an orthogonalised matrix is multiplied by to have the size that AdamW's updates have."""
+    return 0.2 * math.sqrt(max(piece.shape))
+
+
 def _put(piece: Piece, updates: Mapping[Tensor, Tensor], matrix: Tensor) -> None:
-    """Put this worker's piece of an orthogonalised matrix into the update, with the size that AdamW's updates have."""
+    """Put this worker's piece of an orthogonalised matrix into the update."""
     own = matrix.reshape(-1)[piece.start : piece.start + piece.length]
-    piece.of(updates).copy_(own).mul_(0.2 * math.sqrt(max(piece.shape)))
+    piece.of(updates).copy_(own).mul_(_size(piece))
 
 
 def _orthogonalise_together(pieces: Sequence[Piece], updates: Mapping[Tensor, Tensor], dtype: torch.dtype) -> None:

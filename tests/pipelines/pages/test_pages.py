@@ -344,3 +344,21 @@ def test_losses_of_the_average_have_a_column_and_those_by_noise_a_table_of_the_l
     lines = by_noise.splitlines()
     assert lines[0] == "| step 4, from clean to noise | 1 | 2 | 3 | 4 | 5 | 6 | 7 | 8 |"
     assert [line.replace(" ", "") for line in lines[2:]] == ["|image|0.9000|||||||0.1000|", "|text||0.7000|||||||"]
+
+
+def test_a_comparison_has_a_page_with_what_differs(server, kept):
+    from pipelines.commands.comparison import compare
+    from pipelines.commands.sides import side_of
+    from pipelines.pages.comparison import publish_comparison
+
+    place = Store(str(kept.store))
+    facts = compare(side_of("tiny", place), side_of("tiny/good-select", place))
+    facts["nodes"][0]["differ"] = {"min_width": [256, None], "words": ["a | b", "`c`"]}
+    link = publish_comparison(facts, None)
+    with get_client(sync_client=True) as client:
+        asked = ArtifactFilter(key=ArtifactFilterKey(any_=["compare-tiny-tiny-good-select"]))
+        (page,) = client.read_artifacts(artifact_filter=asked)
+    assert link == f"/v2/artifacts/artifact/{page.id}" and page.description == "tiny against tiny/good-select"
+    assert "| good-select | `min_width` | `256` | `not set` |" in page.data
+    assert "| good-select | `words` | `a / b` | `'c'` |" in page.data
+    assert "| good-select | 44 | 44 |" in page.data

@@ -48,3 +48,23 @@ def test_a_checkpoint_tells_its_training_and_all_that_came_before_it(store: Stor
         else:
             assert each["fingerprint"] == prints[each["stage"]] and (each["rows_in"], each["rows_out"]) == (1, 1)
             assert set(each["made_from"].values()) == {prints[one] for one in before[each["stage"]]}
+
+
+def test_an_evaluation_tells_every_figure_of_its_report_and_no_curve(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "nothing").mkdir()
+    train, codec, evaluation = (
+        dataset_of(store, stage, tmp_path / "nothing", {}) for stage in ("train", "text-codec", "evaluate")
+    )
+
+    def told(summary: dict) -> dict:
+        evaluation.manifest.summary = summary
+        inputs = {"checkpoint": train, "codec": codec, "evaluation": evaluation}
+        return provenance(Job(store, "export", "export", ExportConfig(), inputs, {}, {}, recipe="mine"))["evaluation"]
+
+    nested = {"prompts": 200, "preference": {"text_to_image": 0.75}, "validation_loss": {"train-256": [[1, 0.5]]}, "drawn": True}
+    found = [{"name": "prompts", "value": 200}, {"name": "preference text_to_image", "value": 0.75}]
+    assert told(nested) == {"fingerprint": evaluation.manifest.fingerprint, "figures": found}
+    named = {"name": "fid", "value": 12.5, "better": "lower", "samples": 100, "note": "of fewer than 2,048 samples", "by": ""}
+    assert told({"figures": [named], "seed": 0})["figures"] == [{name: value for name, value in named.items() if name != "by"}]
+    without = Job(store, "export", "export", ExportConfig(), {"checkpoint": train, "codec": codec}, {}, {}, recipe="mine")
+    assert "evaluation" not in provenance(without)

@@ -67,7 +67,7 @@ def test_nodes_and_their_inputs(recipe: Path) -> None:
         "train-small": ["a-encode"],
         "train-large": ["a-encode", "b-encode", "train-small"],
         "evaluate": ["text-codec", "train-large", "train-large", "train-small"],
-        "export": ["text-codec", "train-large"],
+        "export": ["evaluate", "text-codec", "train-large"],
     }
     done: set[str] = set()
     for node in nodes.values():
@@ -216,7 +216,7 @@ def test_operational_fields_change_no_fingerprint(recipe: Path, override: str) -
         ("subsets.b.filter.min_side=600", {"b-filter", "b-encode", "train-large", "evaluate", "export"}),
         ("train.large.optimizer.lr=0.1", {"train-large", "evaluate", "export"}),
         ("train.small.global_batch=8", {"train-small", "train-large", "evaluate", "export"}),
-        ("evaluate.guidance=1", {"evaluate"}),
+        ("evaluate.guidance=1", {"evaluate", "export"}),
         ("text-codec.seed=1", {"text-codec", "a-encode", "b-encode", "train-small", "train-large", "evaluate", "export"}),
     ],
 )
@@ -250,7 +250,7 @@ def test_files_count_by_content_and_not_by_place(recipe: Path, tmp_path: Path) -
     assert fingerprints(other / "good.yaml") == before
     pq.write_table(pa.table({"caption": ["a", "c"]}), other / "prompts.parquet")
     after = fingerprints(other / "good.yaml")
-    assert {name for name in before if before[name] != after[name]} == {"evaluate"}
+    assert {name for name in before if before[name] != after[name]} == {"evaluate", "export"}
 
 
 def test_force_begins_a_generation_that_stays(recipe: Path) -> None:
@@ -334,7 +334,9 @@ def test_the_measure_of_a_world_is_for_that_world_alone_and_so_is_its_held_out_d
         return str(error.value)
 
     shapes = "evaluate.measures=[{kind: shapes}]"
-    assert refused(recipe, shapes) == "evaluate: measures: shapes knows no pictures but its own; leave it out"
+    assert (
+        refused(recipe, shapes) == "evaluate: measures: shapes knows no pictures but those of the world of shapes; leave it out"
+    )
     assert refused(recipe, "evaluate.prompts=null") == (
         "evaluate: prompts: field required; name a file of held-out captions, or rows of the store as `data`"
     )
@@ -374,3 +376,4 @@ def test_the_recipes_that_we_ship_are_good() -> None:
         assert load_recipe(path).nodes
     demo = load_recipe(Path(__file__).parent.parent.parent.parent / "configs" / "demo.yaml")
     assert demo.nodes["export"].config.layouts == ["diffusers"]
+    assert demo.nodes["export"].inputs == {"checkpoint": "train-512", "codec": "text-codec", "evaluation": "evaluate"}

@@ -90,11 +90,23 @@ def test_evaluate_measures_by_the_name_of_the_measure(
     checkpoint: Dataset, made: Dataset, store: Store, make: Callable[..., Dataset], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     inputs = {"checkpoint": checkpoint, "codec": made, "history.x-train": checkpoint}
-    measures = [{"kind": "shapes", "samples": 10}]
+    sweep = {"kind": "samplers", "features": "scenes", "samplers": ["era", "analytic-dpm"], "steps": [2, 5], "samples": 8}
+    hurt = {"kind": "robustness", "features": "scenes", "noise": [0, 1000], "pictures": ["masked"], "captions": ["words-dropped"]}
+    measures = [{"kind": "shapes", "samples": 10}, sweep, hurt]
     asked = {"measures": measures, "count": 6, "steps": 2, "batch": 4, "guidance": 1.0}
     evaluated = make(Evaluate, store, inputs, **asked)
     stats = evaluated.manifest.stats
-    assert (stats.rows_in, stats.rows_out) == (2 * 6 + 3 * 10,) * 2
+    # Those of shapes; three tasks at four places of the sweep; one way with noise and one with damage of each task with an input.
+    assert (stats.rows_in, stats.rows_out) == (2 * 6 + 3 * 10 + 4 * (2 * 6 + 8) + 2 * 6 + 2 * 6,) * 2
+    details = json.loads(store.read(evaluated.file("report.json").path))["details"]
+    assert [(point["sampler"], point["steps"]) for point in details["samplers"]["points"]] == [
+        ("era", 2), ("era", 5), ("analytic-dpm", 2), ("analytic-dpm", 5)
+    ]  # fmt: skip
+    assert all(point["values"].keys() == {"t2i_accuracy", "i2t_accuracy", "image_tv"} for point in details["samplers"]["points"])
+    assert [point.get("damage", point.get("noise")) for point in details["robustness"]["points"]] == [
+        0, 1000, "words-dropped", "masked"
+    ]  # fmt: skip
+    assert "| era | 5 | 0 |" in store.read(evaluated.file("samplers.md").path).decode()
     figures = {figure["name"]: figure["value"] for figure in evaluated.manifest.summary["figures"]}
 
     point(store, "shapes", "evaluate", evaluated.manifest.reference())
