@@ -150,6 +150,8 @@ def main(
             worst = max(worst, difference(encoded, moments))
             progress(f"round {number + 1} of {rounds}: {took:.1f} s, the loop {seconds['bare'][-1]:.1f} s for {rows} rows")
     ours_s, bare_s = (median(found) for found in seconds.values())
+    if ours_s <= 0:
+        raise SystemExit("the few pictures took as long as the many: give more --pictures, on a quiet machine")
     rate = (rows - FEW) / ours_s
     figures = {"rows_per_s": round(rate, 1), "peer_rows_per_s": round(rows / bare_s, 1), "largest_difference": worst}
     details: dict[str, Any] = {"commit": commit, "size": size, "rows": rows, "seconds": seconds}

@@ -42,7 +42,9 @@ def sample(
     condition_t: Annotated[
         int, typer.Option("--condition-t", help="Noise on the condition: 0 conditions fully, 1000 not at all.")
     ] = 0,
-    sampler: Annotated[str, typer.Option("--sampler", help="dpm++2m, dpm++3m, unipc, ddim or dpm++2m-sde.")] = "dpm++2m",
+    sampler: Annotated[
+        str, typer.Option("--sampler", help="dpm++2m, dpm++3m, unipc, ddim, dpm++2m-sde, era or analytic-dpm.")
+    ] = "dpm++2m",
     size: Annotated[
         int | None, typer.Option("--size", min=1, max=4096, help="Pixels a side, if not those it was trained for.")
     ] = None,

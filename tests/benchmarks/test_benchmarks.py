@@ -112,11 +112,11 @@ def test_the_pages_of_sweeps_show_what_was_found(tmp_path):
 @pytest.mark.slow
 def test_encode_does_the_work_of_a_bare_loop(tmp_path):
     file = tmp_path / "encode.json"
-    result = run("encode", file, "--pictures", "48", "--size", "64", "--rounds", "1")
+    result = run("encode", file, "--pictures", "512", "--size", "64", "--rounds", "1")
     shown, found = figures(result.stdout.splitlines()[-1], "encode"), json.loads(file.read_text())
-    assert shown["peer"] == "bare_loop" and found["details"]["rows"] == 48
+    assert shown["peer"] == "bare_loop" and found["details"]["rows"] == 512
     assert found["figures"]["largest_difference"] < 0.05  # moments of both are fp16
-    assert found["figures"]["rows_per_s"] == pytest.approx(32 / found["details"]["seconds"]["ours"][0], rel=1e-2)
+    assert found["figures"]["rows_per_s"] == pytest.approx(496 / found["details"]["seconds"]["ours"][0], rel=1e-2)
 
 
 def flop_of(width: int, depth: int, batch: int, latent: int, text: int) -> int:

@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from typer.main import get_command
 
 from infra.dataset import point
 from infra.store import Store
+from pipelines.command import app
 from pipelines.commands import sampling
 from pipelines.commands.checkpoints import Named
 from tests.pipelines.commands.test_plain import run_main
@@ -23,9 +25,15 @@ from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
 from unidiffuser.layouts import set_layout
 from unidiffuser.references import weights_digest
+from unidiffuser.solver import SAMPLERS
 from unidiffuser.weights import load_native
 
 PROMPT = "a small panda"
+
+
+def test_the_help_names_every_sampler() -> None:
+    options = {option.name: option for option in get_command(app).commands["sample"].params}  # type: ignore[attr-defined]
+    assert set(re.split(r", | or ", options["sampler"].help.rstrip("."))) == set(SAMPLERS)
 
 
 @pytest.fixture
