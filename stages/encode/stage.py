@@ -28,6 +28,7 @@ from pydantic import Field
 
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
+from stages.runner.skipping import skipped_shards
 from stages.shards.captions import caption_of, column_of_caption, names_of
 from stages.shards.latents import binaries
 from stages.shards.scores import SCORES
@@ -48,6 +49,7 @@ class EncodeConfig(StageConfig):
     precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="arithmetic of the encoders; auto: bf16 on CUDA")
     batch: int = operational(16, "images encoded at once", ge=1)
     workers: int | None = operational(None, "encoder processes at most; as many as the cluster holds when not given", ge=1)
+    skip: tuple[str, ...] = skipped_shards()
 
 
 class Encoder:

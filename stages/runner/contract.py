@@ -36,6 +36,10 @@ def in_words(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
 
 
+# The field of a configuration that names shards to leave out; see `stages.runner.skipping`.
+SKIP = "skip"
+
+
 def operational(default: Any, description: str, **bounds: Any) -> Any:
     """A config field that can change how a result is reached, never the result: it stays out of every fingerprint."""
     return Field(default, description=description, json_schema_extra={"operational": True}, **bounds)

@@ -18,8 +18,9 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from stages.runner.attempts import ATTEMPTS, Attempt, Attempts
 from stages.runner.cluster import Cluster
-from stages.runner.contract import Bug, Job, Phase, Stage, StageError, Unit, UnitRecord
+from stages.runner.contract import SKIP, Bug, Job, Phase, Stage, StageError, Unit, UnitRecord
 from stages.runner.keys import unit_keys
+from stages.runner.skipping import can_skip
 from stages.runner.worker import PoolWorker, field_of
 
 log = logging.getLogger("stages")
@@ -273,9 +274,11 @@ class Pool:
         also = f"; so are {', '.join(other.unit.name for other in others[:3])}" if others else ""
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         memory = self.memory() if first.deaths else ""
+        names = [attempt.unit.name for attempt in self.attempts.aside if can_skip(self.job, attempt.unit)]
+        fix = f"; mend it, or count its rows as dropped with {SKIP}: [{', '.join(names)}]" if names else "; what is done is kept"
         line = (
             f"{self.job.node}: {self.phase.name} {first.unit.name}{rows} failed {ATTEMPTS} times and is set aside{also}{more}: "
-            f"{first.reason}{memory}; what is done is kept"
+            f"{first.reason}{memory}{fix}"
         )
         error = Bug(line) if isinstance(first.cause, RayTaskError) else StageError(line)
         error.__cause__ = first.cause
