@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stages.runner.contract import Bug, Job, Phase, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
+from stages.runner.scratch import sweep
 from unidiffuser.memory import out_of_memory
 
 log = logging.getLogger("stages")
@@ -30,12 +31,13 @@ class PoolWorker:
         return ray.get_runtime_context().get_node_id()
 
     def prepare(self) -> None:
-        """Build what runs the units.
+        """Build what runs the units; before that, clear away what dead workers left on this machine.
 
         Raises:
             StageError: it cannot be built.
         """
         assert self.phase.worker is not None
+        sweep()
         try:
             with memory_said("its models", self.job, self.phase):
                 self.worker = self.phase.worker(self.job)
