@@ -58,7 +58,8 @@ def run_pool(
 class Hand:
     """One actor, from when it is asked for: first without a node, then not ready, then with or without a unit.
 
-    `since` is when it got the present one of these, `call` what it is to answer.
+    `since` is when it got the present one of these, `call` what it is to answer. `doubted` is what it was at when contact to it
+    was lost; until it answers again it is not ready.
     """
 
     actor: ActorHandle
@@ -67,6 +68,7 @@ class Hand:
     node: str = ""
     ready: bool = False
     attempt: Attempt | None = None
+    doubted: Attempt | None = None
 
 
 class Pool:
@@ -115,7 +117,7 @@ class Pool:
 
     def staff(self, now: float) -> None:
         """Ask for workers that there are units for, and let go of those that there are none for."""
-        free = [hand for hand in self.hands if hand.attempt is None]
+        free = [hand for hand in self.hands if hand.attempt is None and hand.doubted is None]
         needed = self.attempts.waiting - len(free)
         for hand in sorted(free, key=lambda hand: bool(hand.node)) if needed < 0 else ():
             if not hand.node or (hand.ready and now - hand.since > IDLE):
@@ -198,7 +200,7 @@ class Pool:
             hand.node = answer
             self.ask(hand, hand.actor.prepare.remote())
         elif attempt is None:
-            hand.ready, self.stillborn = True, 0
+            hand.ready, hand.doubted, self.stillborn = True, None, 0
         else:
             self.attempts.done(attempt, answer.seconds)
             for other in [other for other in self.hands if other.attempt is attempt]:
@@ -216,10 +218,18 @@ class Pool:
         self.tell_again(attempt, line, self.attempts.failed(attempt, hand.since, line, error))
 
     def gone(self, hand: Hand, attempt: Attempt | None, error: RayError) -> None:
-        """An actor that died, or that cannot be reached."""
-        self.dismiss(hand)
+        """An actor that died, or that cannot be reached: the first sign of a death, or a network that is cut for a while."""
         now, line = time.monotonic(), _last_line(error)
-        if attempt is None:
+        if isinstance(error, ActorUnavailableError) and attempt is not None:
+            hand.ready, hand.doubted = False, attempt
+            self.ask(hand, hand.actor.where.remote())
+            self.tell_again(attempt, line, self.attempts.contact_lost(attempt, now))
+            return
+        self.dismiss(hand)
+        if hand.doubted is not None:
+            if not isinstance(error, ActorUnavailableError):
+                hand.doubted.deaths.append(hand.node)
+        elif attempt is None:
             self.stillborn += not hand.node or hand.node in Cluster.seen().nodes
             if self.stillborn == ATTEMPTS:
                 raise StageError(
@@ -227,7 +237,7 @@ class Pool:
                     f"{line}{self.memory()}"
                 ) from error
             log.warning("%s: a worker of %s died before its first unit: %s", self.job.node, self.phase.name, line)
-        elif isinstance(error, ActorUnavailableError) or (isinstance(error, RayActorError) and error.preempted):
+        elif isinstance(error, RayActorError) and error.preempted:
             self.tell_again(attempt, line, self.attempts.contact_lost(attempt, now))
         else:
             reason = f"its worker died: {line}"
