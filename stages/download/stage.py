@@ -26,6 +26,7 @@ from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
 from stages.download.proxy import ENVIRONMENT, Proxies
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
+from stages.runner.skipping import skipped_shards
 from stages.shards.captions import names_of, schema_of
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.scores import METADATA_SCORES
@@ -74,6 +75,7 @@ class DownloadConfig(ImageConfig):
     host_connections: int = operational(8, "connections of one worker to one host; a host sees this times the workers", ge=1)
     cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
     workers: int | None = operational(None, "workers at most", ge=1)
+    skip: tuple[str, ...] = skipped_shards()
 
     @field_validator("proxy")
     @classmethod

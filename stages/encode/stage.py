@@ -14,10 +14,8 @@ two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more a
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +26,8 @@ from pydantic import Field
 
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
+from stages.runner.scratch import scratch_folder
+from stages.runner.skipping import skipped_shards
 from stages.shards.captions import caption_of, column_of_caption, names_of
 from stages.shards.latents import binaries
 from stages.shards.scores import SCORES
@@ -48,6 +48,7 @@ class EncodeConfig(StageConfig):
     precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="arithmetic of the encoders; auto: bf16 on CUDA")
     batch: int = operational(16, "images encoded at once", ge=1)
     workers: int | None = operational(None, "encoder processes at most; as many as the cluster holds when not given", ge=1)
+    skip: tuple[str, ...] = skipped_shards()
 
 
 class Encoder:
@@ -70,8 +71,8 @@ class Encoder:
         self.clip: ClipEncoder | None = None
         if not passed_on(job):
             self.clip = self.text if config.text == config.clip else ClipEncoder.load(config.clip, self.device, dtype)
-        with tempfile.TemporaryDirectory() as folder:
-            self.codec = TextCodec.load(job.inputs["codec"].fetch(Path(folder))).to(self.device).eval()
+        with scratch_folder() as folder:
+            self.codec = TextCodec.load(job.inputs["codec"].fetch(folder)).to(self.device).eval()
 
     def run(self, unit: Unit, out: Output) -> None:
         name = f"{unit.name}.parquet"

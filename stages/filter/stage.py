@@ -39,6 +39,7 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import encoder
+from stages.runner.skipping import skipped_shards
 from stages.shards.conditions import conditions
 from stages.shards.scores import METADATA_SCORES, SCORES
 from stages.shards.tables import read_table, write_table
@@ -88,6 +89,7 @@ class FilterConfig(StageConfig):
     )
     batch: int = operational(32, "images that CLIP sees at once", ge=1)
     workers: int | None = operational(None, "workers at most", ge=1)
+    skip: tuple[str, ...] = skipped_shards()
 
     @model_validator(mode="before")
     @classmethod

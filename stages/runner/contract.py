@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from uuid import uuid4
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from infra.dataset import Dataset, FileEntry, InputRef, Stats
 from infra.store import Store, StoreError
+from stages.runner.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from stages.runner.chain import Gang
@@ -34,6 +35,10 @@ class Bug(StageError):
 def in_words(error: BaseException) -> str:
     """``TypeName: message``, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+# The field of a configuration that names shards to leave out; see `stages.runner.skipping`.
+SKIP = "skip"
 
 
 def operational(default: Any, description: str, **bounds: Any) -> Any:
@@ -205,9 +210,9 @@ def scratch_output(store: Store) -> Iterator[Output]:
     Raises:
         StageError: the disk of the scratch folder or that of the store is full.
     """
-    with TemporaryDirectory(prefix="unidiffuser-unit-") as folder:
+    with scratch_folder() as folder:
         try:
-            yield Output(Path(folder))
+            yield Output(folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

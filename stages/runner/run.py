@@ -36,6 +36,7 @@ from stages.runner.contract import (
 from stages.runner.graph import Planned
 from stages.runner.keys import unit_keys
 from stages.runner.ledger import chain_of, entered, where_it_begins
+from stages.runner.skipping import REASON, skipped_rows, without_skipped
 
 log = logging.getLogger("stages")
 
@@ -53,13 +54,16 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
     """
     if (found := find(store, planned.stage, planned.fingerprint)) is not None:
         return found
-    job = make_job(planned, store)
+    whole = _whole_job(planned, store, missing_ok=False)
+    job, skipped = without_skipped(whole), skipped_rows(stage, whole)
     check_disk(stage, job)
     start = time.perf_counter()
     records: dict[str, list[UnitRecord]] = {}
     for phase in stage.phases:
         records[phase.name] = run_phase(stage, phase, job, planned, records)
     stats = add_up(stage, records)
+    stats.rows_in += skipped
+    stats.drop(REASON, skipped)
     last = records[stage.phases[-1].name]
     if not stats.rows_out and not stage.may_be_empty:
         advice = "loosen the conditions"
@@ -98,11 +102,15 @@ def _forget(records: list[UnitRecord], job: Job) -> None:
 
 
 def make_job(planned: Planned, store: Store, missing_ok: bool = False) -> Job:
-    """The job with its input datasets; with `missing_ok`, with those that are there.
+    """The job with its input datasets, less what it skips; with `missing_ok`, with those that are there.
 
     Raises:
         StageError: an input is not committed yet.
     """
+    return without_skipped(_whole_job(planned, store, missing_ok))
+
+
+def _whole_job(planned: Planned, store: Store, missing_ok: bool) -> Job:
     inputs = {}
     for name, reference in planned.inputs.items():
         dataset = find(store, reference.stage, reference.fingerprint)

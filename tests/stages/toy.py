@@ -32,6 +32,9 @@ class Square:
         number = unit.payload["number"]
         trap = Path(self.job.config.trap, unit.name) if self.job.config.trap else None
         if trap and trap.exists():
+            if trap.read_text() == "once":
+                trap.unlink()
+                raise OSError("503")
             left = int(trap.read_text())
             trap.write_text(str(left - 1))
             if left > 0:
