@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
 import fsspec
@@ -86,7 +86,8 @@ class Store:
 
     def __init__(self, root: str):
         try:
-            fs, path = fsspec.core.url_to_fs(root)
+            # Nothing that a process has listed may hide from it what others write.
+            fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
         except ImportError as error:
             package = getattr(error.__cause__ or error, "name", None) or "the package of its file system"
             raise StoreError(f"{root}: {package} is not installed, which such a store needs; pip install {package}") from error
@@ -95,6 +96,8 @@ class Store:
         self.local = isinstance(fs, LocalFileSystem)
         self.root = str(Path(path).resolve()) if self.local else root.rstrip("/")
         self.fs = fs
+        # Else s3fs asks for the size first, and for a listing where there is no such file.
+        self._whole = {"max_concurrency": 1} if "s3" in fs.protocol else {}
         self._base = self.root if self.local else path.rstrip("/")
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -124,7 +127,7 @@ class Store:
         return bool(self.fs.exists(self._full(path)))
 
     def open(self, path: str) -> BinaryIO:
-        """A seekable binary file for reading.
+        """A seekable binary file, to be read from one end to the other: on an object store 50 MB ahead.
 
         Raises:
             StoreError: there is no such file.
@@ -132,22 +135,34 @@ class Store:
         try:
             return self.fs.open(self._full(path), "rb")
         except FileNotFoundError:
-            raise StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing") from None
+            raise self._missing(path) from None
 
-    def ranges(self, path: str) -> RangeFile:
+    def ranges(self, path: str) -> BinaryIO:
         """The same for a reader that knows which bytes it wants: nothing is read ahead.
 
         Raises:
             StoreError: there is no such file.
         """
+        if self.local:
+            return self.open(path)
         try:
-            return RangeFile(self.fs, self._full(path))
+            return cast(BinaryIO, RangeFile(self.fs, self._full(path)))
         except FileNotFoundError:
-            raise StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing") from None
+            raise self._missing(path) from None
 
     def read(self, path: str) -> bytes:
-        with self.open(path) as file:
-            return file.read()
+        """A whole file.
+
+        Raises:
+            StoreError: there is no such file.
+        """
+        try:
+            return cast(bytes, self.fs.cat_file(self._full(path), **self._whole))
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._missing(path) from None
+
+    def _missing(self, path: str) -> StoreError:
+        return StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing")
 
     def read_json(self, path: str) -> Any:
         """Parsed JSON, or None when there is no such file.
@@ -156,7 +171,7 @@ class Store:
             StoreError: the file is not JSON.
         """
         try:
-            data = self.fs.cat_file(self._full(path))
+            data = self.fs.cat_file(self._full(path), **self._whole)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -171,7 +186,7 @@ class Store:
             if self.local:
                 yield from map(_read_local, some)
                 continue
-            found = self.fs.cat(some, on_error="return")
+            found = self.fs.cat(some, on_error="return", **self._whole)
             for path in some:
                 data = found[self.fs._strip_protocol(path)]
                 if isinstance(data, Exception) and not isinstance(data, FileNotFoundError | NotADirectoryError):
@@ -180,8 +195,6 @@ class Store:
 
     def list(self, path: str) -> list[str]:
         """Names directly below a folder, sorted; empty when there is none."""
-        # Object stores' file systems remember listings, and other processes write too.
-        self.fs.invalidate_cache(self._full(path))
         try:
             found = self.fs.ls(self._full(path), detail=False)
         except FileNotFoundError:

@@ -7,29 +7,11 @@ import socket
 import boto3
 import pytest
 from botocore.exceptions import ClientError
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from infra.external import resolve
 from infra.store import Store, StoreError
 from infra.store_access import check_access, store_error
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**keys, "AWS_ENDPOINT_URL": endpoint}.items():
-            patch.setenv(name, value)
-        # fsspec keeps a file system for a process, and with it the endpoint that it began with.
-        S3FileSystem.clear_instance_cache()
-        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="data")
-        yield "s3://data/store"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -125,6 +107,26 @@ def test_publish_notices_a_disk_that_lies(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="read back"):
         store.publish(tmp_path / "file", "unit/file.bin")
     assert not store.exists("unit/file.bin")
+
+
+def test_what_others_write_is_seen_by_who_has_looked_before(bucket):
+    mine, theirs = Store(bucket), boto3.client("s3")
+    theirs.put_object(Bucket="data", Key="store/seen/a", Body=b"1")
+    assert mine.list("seen") == ["a"] and [name for name, *_ in mine.walk("seen")] == ["seen/a"]
+    theirs.put_object(Bucket="data", Key="store/seen/b", Body=b"12")
+    assert mine.exists("seen/b") and mine.is_there() and mine.list("seen") == ["a", "b"]
+    assert {name: size for name, size, _ in mine.walk("seen")} == {"seen/a": 1, "seen/b": 2}
+    theirs.delete_object(Bucket="data", Key="store/seen/a")
+    assert not mine.exists("seen/a") and mine.read_json("seen/a") is None
+
+
+def test_what_is_read_whole_is_one_request_and_so_is_what_is_not_there(bucket, s3):
+    store = Store(bucket)
+    store.write_json("one.json", {})
+    s3.forget()
+    assert store.read_json("one.json") == {} and store.read("one.json") == b"{}\n" and store.read_json("none.json") is None
+    assert list(store.read_many(["one.json", "none.json"])) == [b"{}\n", None]
+    assert s3.requests == 5
 
 
 def test_free_bytes_only_for_disks(tmp_path):
