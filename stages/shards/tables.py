@@ -53,7 +53,7 @@ def open_table(job: Job, path: str) -> Iterator[BinaryIO]:
         StageError: what the block reads is not a complete Parquet file, or a page of it is damaged.
     """
     try:
-        with job.store.open(path) as file:
+        with job.store.ranges(path) as file:
             yield file
     except (pa.ArrowInvalid, OSError) as error:
         # What the stage made on its way is in no manifest that `verify` reads, but can be made again.
@@ -66,7 +66,7 @@ def open_table(job: Job, path: str) -> Iterator[BinaryIO]:
 def _where(job: Job, path: str) -> str:
     """`` in row group 3``: the first that cannot be read, where that is what is wrong."""
     try:
-        with job.store.open(path) as file:
+        with job.store.ranges(path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 try:
