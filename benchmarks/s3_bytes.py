@@ -11,7 +11,6 @@ files and more ranges a part is smaller: --files and --ranges show what that cos
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +44,6 @@ def main(
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
 ) -> None:
     """Count bytes and requests against an S3 server."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     words = machine(torch.device("cpu"))
     arguments = [f"--{name}={value}" for name, value in {"files": files, "rows": rows, "ranges": ranges, "units": units}.items()]
     found = measured(SIDE.parents[1], arguments)

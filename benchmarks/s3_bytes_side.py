@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -13,15 +15,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import typer
 
+from benchmarks.bookkeeping import Empty, make_input, planned, record_of
 from benchmarks.counted import Counted, counted_s3
 from benchmarks.index import FINGERPRINT
 from benchmarks.index import write as write_index
 from infra.dataset import find
 from infra.store import Store
 from stages.filter.duplicates import Compare, Survey, band_file
-from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES
 from stages.filter.stage import FilterConfig
-from stages.runner.contract import Job, Output, Unit
+from stages.runner import pool
+from stages.runner.contract import RECORD, Job, Output, Phase, Unit
+from stages.runner.run import phase_states, run_stage
 from stages.select import keys
 from stages.select.keys import KeyWriter
 from stages.select.stage import Duplicates
@@ -64,8 +69,7 @@ def compare(counted: Counted, files: int, rows: int, ranges: int) -> float:
     """Bytes read by the units of `compare` of one band, for each byte of its rows."""
     config = FilterConfig(clip_scores=False)
     job, chance, useful = Job(Store(STORE), "filter", "x-filter", config, {}, {}, {}), np.random.default_rng(0), 0
-    highest = 2 ** (8 * HASH_BYTES // bands(config.duplicate_tolerance))
-    paths = []
+    highest, paths = 0, []
     with tempfile.TemporaryDirectory() as folder:
         for number in range(files):
             out = Output(Path(folder, str(number)))
@@ -100,6 +104,29 @@ def index(counted: Counted, units: int) -> float:
     return counted.bytes / useful
 
 
+def plan(counted: Counted, units: int) -> int:
+    """Requests of a plan of units that are all done, by whoever comes after the run that did them."""
+    store = Store(STORE)
+    make_input(store, units)
+
+    def at_once(job: Job, phase: Phase, pending: Iterable[tuple[Unit, str]], units: int, done: Callable[..., None]) -> None:
+        finished = [(unit, record_of(job, unit, key)) for unit, key in pending]
+        records = {store.url(f"{job.unit_folder(one.key)}/unit.json"): RECORD.dump_json(one) for _, one in finished}
+        store.fs.pipe(records)
+        # S3 tells when an object was written by the second.
+        time.sleep(1.1)
+        for unit, record in finished:
+            done(unit, record)
+
+    with patch.object(pool, "run_pool", at_once):
+        run_stage(planned("first"), store, Empty)
+    store.remove("empty/first")
+    counted.forget()
+    (state,) = phase_states(planned("first"), Store(STORE), Empty)
+    assert state.done == state.total == units
+    return counted.requests
+
+
 def main(
     files: Annotated[int, typer.Option()],
     rows: Annotated[int, typer.Option()],
@@ -112,6 +139,7 @@ def main(
             "select": round(select(counted, files, rows, ranges), 2),
             "compare": round(compare(counted, files, rows, ranges), 2),
             "index": round(index(counted, units), 2),
+            "plan_requests": plan(counted, units),
         }
     print(json.dumps(found))
 
