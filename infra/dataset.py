@@ -163,7 +163,7 @@ def folder_of(stage: str, fingerprint: str) -> str:
 
 
 def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Dataset:
-    """Write the manifest, which makes the dataset exist.
+    """Write the manifest, which makes the dataset exist; on an object store gives that of another run, if it was the first.
 
     Args:
         more: further columns for files.parquet, a row for each file; the list of files then lies there however short it is.
@@ -196,7 +196,9 @@ def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Da
         document["files"] = None
         # For whoever lists a store, and reads no list of files.
         document["files_bytes"] = sum(entry.bytes for entry in manifest.files)
-    store.write_json(f"{folder}/manifest.json", document)
+    # Runs on one disk do every unit together, and what they commit is the same.
+    if not store.write_json(f"{folder}/manifest.json", document, once=not store.local):
+        return find(store, manifest.stage, manifest.fingerprint) or commit(store, manifest, more)
     return Dataset(store, manifest)
 
 

@@ -14,6 +14,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -24,6 +25,7 @@ from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, comm
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import (
+    RECORD,
     Job,
     Phase,
     Records,
@@ -36,6 +38,7 @@ from stages.runner.contract import (
 from stages.runner.graph import Planned
 from stages.runner.keys import unit_keys
 from stages.runner.ledger import chain_of, entered, where_it_begins
+from stages.runner.packs import Packs
 from stages.runner.skipping import REASON, skipped_rows, without_skipped
 
 log = logging.getLogger("stages")
@@ -98,7 +101,7 @@ def _forget(records: list[UnitRecord], job: Job) -> None:
     held = {entry.unit for dataset in all_datasets(job.store) for entry in dataset.files}
     for record in records:
         if record.key not in held:
-            job.store.remove(f"{job.unit_folder(record.key)}/unit.json")
+            job.store.discard(job.record_path(record.key))
 
 
 def make_job(planned: Planned, store: Store, missing_ok: bool = False) -> Job:
@@ -193,10 +196,16 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
     units, keys = keyed_units(stage, phase, job, planned, earlier)
     if not units:
         return []
-    found = job.units_done(keys)
+    packs = Packs(job.store, job.stage)
+    found = job.units_done(keys, packs)
     progress = Progress(job.node, phase.name, len(units), len(found))
-    if len(found) < len(units):
-        _run_pool(phase, job, units, keys, found, progress)
+    try:
+        if len(found) < len(units):
+            _run_pool(phase, job, units, keys, found, progress, packs)
+    finally:
+        # They only spare a later plan some requests.
+        with suppress(OSError):
+            packs.flush()
     if missing := [unit.name for unit, key in zip(units, keys, strict=True) if key not in found]:
         raise StageError(f"{job.node}: {phase.name} ended without {missing[0]} ({len(missing)} units missing)")
     return [found[key] for key in keys]
@@ -216,7 +225,7 @@ def _run_chain(phase: Phase, gang: Gang, chain: Chain) -> UnitRecord:
 
 
 def _run_pool(
-    phase: Phase, job: Job, units: list[Unit], keys: list[str], found: dict[str, UnitRecord], progress: Progress
+    phase: Phase, job: Job, units: list[Unit], keys: list[str], found: dict[str, UnitRecord], progress: Progress, packs: Packs
 ) -> None:
     # Imported here, not above: a hit must not pay for importing Ray.
     from stages.runner.pool import run_pool
@@ -226,6 +235,8 @@ def _run_pool(
 
     def done(unit: Unit, record: UnitRecord) -> None:
         found[record.key] = record
+        if job.many(len(units)):
+            packs.add(job.record_path(record.key), RECORD.dump_json(record))
         progress.advance(unit.rows)
 
     fixed = frozenset(found)

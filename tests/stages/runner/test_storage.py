@@ -25,7 +25,6 @@ from stages.filter.stage import Filter
 from stages.runner.contract import Job, Phase, StageError, Unit, scratch_output
 from stages.runner.run import run_stage
 from stages.runner.worker import PoolWorker
-from tests.infra.test_store import bucket  # noqa: F401
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.packed import blots, download, encoded, sample
 from tests.stages.pages import selector
