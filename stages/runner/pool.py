@@ -94,6 +94,13 @@ def gpus_each() -> float:
     return 1.0 if ray.cluster_resources().get("GPU") else 0.0
 
 
+def memory_each(resources: Resources) -> int:
+    """Bytes that Ray holds for one worker: what it declares, or all of the largest node, where that has less: it may do."""
+    if not resources.memory:
+        return 0
+    return int(min(resources.memory, max(node["Resources"].get("memory", 0.0) for node in ray.nodes() if node["Alive"])))
+
+
 def pool_size(resources: Resources, units: int) -> int:
     """Workers to start: what the cluster holds, at most one a unit.
 
@@ -101,8 +108,9 @@ def pool_size(resources: Resources, units: int) -> int:
         StageError: the cluster cannot hold a single worker.
     """
     total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    fits = int(min(cpus / resources.cpus if resources.cpus else units, gpus / resources.gpus if resources.gpus else units))
+    cpus, gpus, memory = total.get("CPU", 0.0), total.get("GPU", 0.0), memory_each(resources)
+    taken = ((cpus, resources.cpus), (gpus, resources.gpus), (total.get("memory", 0.0), memory))
+    fits = int(min(have / each if each else units for have, each in taken))
     if fits < 1:
         raise StageError(
             f"the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs, but one worker takes {resources.cpus:g} and "
@@ -121,7 +129,7 @@ def run_pool(
         Bug: it failed in a way that no stage foresees.
     """
     resources = phase.resources(job.config)
-    actor = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(PoolWorker)
+    actor = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, memory=memory_each(resources))(PoolWorker)
     shared = ray.put(job)
 
     def start() -> ActorHandle:
