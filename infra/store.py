@@ -44,6 +44,11 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def stays_below(path: str) -> bool:
+    """Whether a path that somebody else has written, with ``/`` between its parts, names a file below the folder it is put to."""
+    return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
+
+
 def _read_local(path: str) -> bytes | None:
     try:
         with open(path, "rb") as file:

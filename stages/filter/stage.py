@@ -1,7 +1,7 @@
 """filter: looks at the pixels and the captions of what was downloaded, and keeps the rows worth encoding.
 
     score   a unit per shard: decode, measure, embed with CLIP, compute the heads' scores; depends on no threshold
-    survey, compare, gather   which rows that meet the conditions look like an earlier one: see `stages.filter.duplicates`
+    survey, compare, settle   which rows that meet the conditions look like a larger one: see `stages.filter.duplicates`
     write   a unit per shard: the rows that meet the conditions and are no near duplicates, as a WebDataset shard
 
 Beside each ``SHARD.tar`` lies ``SHARD.parquet`` with what was measured, the CLIP embedding included. A unit of the last phase is
@@ -258,7 +258,7 @@ CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
 
 class Filter(Stage):
     name = "filter"
-    version = 4
+    version = 5
     Config = FilterConfig
     phases = (
         Phase(

@@ -29,20 +29,25 @@ class Cluster:
         return sum(_on_one(node, resources) for node in self.nodes.values())
 
     def capped(self, resources: Resources) -> Resources:
-        """What a worker asks for, but no more CPUs than there are on the node that has most; they change the pace alone.
+        """What a worker asks for, but no more CPUs and memory than there are on the node that has most.
 
-        While no node has any, it is left as it is: nobody knows what will come.
+        CPUs change the pace alone, and a worker may do with less memory than it declares. While no node has any, it is left as
+        it is: nobody knows what will come.
         """
         able = [node for node in self.nodes.values() if node.get("GPU", 0) >= resources.gpus]
-        most = max((node.get("CPU", 0.0) for node in able), default=0.0)
-        return replace(resources, cpus=most) if 0 < most < resources.cpus else resources
+        most = [max((node.get(kind, 0.0) for node in able), default=0.0) for kind in ("CPU", "memory")]
+        cpus, memory = (
+            min(ask, have) if have else ask for ask, have in zip((resources.cpus, resources.memory), most, strict=True)
+        )
+        return resources if (cpus, memory) == (resources.cpus, resources.memory) else replace(resources, cpus=cpus, memory=memory)
 
     def why_not(self, resources: Resources) -> str:
         """What stands in the way of one more worker."""
-        asked = f"a worker takes {_told(resources.cpus, resources.gpus)}"
+        asked = f"a worker takes {told(resources)}"
         if self.fits(resources):
             total = [sum(node.get(kind, 0.0) for node in self.nodes.values()) for kind in KINDS]
-            return f"{asked}, and of {_told(*total)} only {_told(*map(self._free, KINDS))} are free"
+            held = f" and {self._free('memory') / 2**30:.1f} GiB" if resources.memory else ""
+            return f"{asked}, and of {_told(*total)} only {_told(*map(self._free, KINDS))}{held} are free"
         largest = max(([node.get(kind, 0.0) for kind in KINDS] for node in self.nodes.values()), key=sum, default=[0.0, 0.0])
         if not any(largest):
             return f"{asked}, and no node of the cluster takes work; add one"
@@ -52,11 +57,15 @@ class Cluster:
         return self.free.get(kind, 0.0)
 
 
+def told(resources: Resources) -> str:
+    """``4 CPUs and 1 GPUs and 2.0 GiB``"""
+    return _told(resources.cpus, resources.gpus) + (f" and {resources.memory / 2**30:.1f} GiB" if resources.memory else "")
+
+
 def _told(cpus: float, gpus: float) -> str:
-    """``4 CPUs and 1 GPUs``"""
     return f"{cpus:g} CPUs and {gpus:g} GPUs" if gpus else f"{cpus:g} CPUs"
 
 
 def _on_one(node: Mapping[str, float], resources: Resources) -> int:
-    asked = {"CPU": resources.cpus, "GPU": resources.gpus}
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory}
     return min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in asked.items() if amount)

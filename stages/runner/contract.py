@@ -257,11 +257,12 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker takes, and how many workers at most (None: as many as the cluster holds)."""
+    """What one worker takes, and how many workers at most (None: as many as the cluster holds); memory in bytes, 0 for little."""
 
     cpus: float = 1.0
     gpus: float = 0.0
     workers: int | None = None
+    memory: float = 0.0
 
 
 def single_trainer(_: Any) -> Resources:

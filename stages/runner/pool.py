@@ -17,7 +17,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from stages.runner.attempts import ATTEMPTS, Attempt, Attempts
-from stages.runner.cluster import Cluster
+from stages.runner.cluster import Cluster, told
 from stages.runner.contract import SKIP, Bug, Job, Phase, Stage, StageError, Unit, UnitRecord
 from stages.runner.keys import unit_keys
 from stages.runner.skipping import can_skip
@@ -108,8 +108,8 @@ class Pool:
         self.resources = self.cluster.capped(self.asked)
         if self.resources != before:
             log.warning(
-                "%s: %s asks for %g CPUs a worker, and no node has more than %g, which it takes",
-                self.job.node, self.phase.name, self.asked.cpus, self.resources.cpus,
+                "%s: %s asks for %s a worker, and no node has more than %s, which it takes",
+                self.job.node, self.phase.name, told(self.asked), told(self.resources),
             )  # fmt: skip
             for hand in [hand for hand in self.hands if not hand.node]:
                 self.dismiss(hand)
@@ -135,7 +135,7 @@ class Pool:
         return min(most, self.asked.workers or most)
 
     def hire(self, now: float) -> None:
-        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus}
+        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "memory": self.resources.memory}
         actor = cast(ActorHandle, cast(Any, self.actor).options(**options).remote(self.shared, self.phase))
         hand = Hand(actor, now, None)
         self.hands.append(hand)
