@@ -35,11 +35,12 @@ class Cluster:
         it is: nobody knows what will come.
         """
         able = [node for node in self.nodes.values() if node.get("GPU", 0) >= resources.gpus]
-        most = [max((node.get(kind, 0.0) for node in able), default=0.0) for kind in ("CPU", "memory")]
-        cpus, memory = (
-            min(ask, have) if have else ask for ask, have in zip((resources.cpus, resources.memory), most, strict=True)
-        )
-        return resources if (cpus, memory) == (resources.cpus, resources.memory) else replace(resources, cpus=cpus, memory=memory)
+
+        def held(asked: float, kind: str) -> float:
+            most = max((node.get(kind, 0.0) for node in able), default=0.0)
+            return min(asked, most) if most else asked
+
+        return replace(resources, cpus=held(resources.cpus, "CPU"), memory=held(resources.memory, "memory"))
 
     def why_not(self, resources: Resources) -> str:
         """What stands in the way of one more worker."""
