@@ -159,13 +159,14 @@ HEAD, SMALL, LARGE, GPUS = {"memory": 1e9}, {"CPU": 2.0}, {"CPU": 8.0}, {"CPU": 
         ([SMALL, GPUS, GPUS], Resources(1.0, 1.0), 4),
         ([LARGE, GPUS], Resources(3.0, 1.0), 1),
         ([SMALL], Resources(0.1), 20),
+        ([LARGE | {"memory": 5e9}], Resources(1.0, memory=2e9), 2),
     ],
 )
 def test_a_worker_fits_whole_on_one_node(nodes, asked, fits):
     assert Cluster(dict(enumerate(nodes)), {}).fits(asked) == fits
 
 
-def test_a_worker_asks_for_no_more_cpus_than_the_largest_node_has():
+def test_a_worker_asks_for_no_more_than_the_largest_node_has():
     def capped(*nodes, asked):
         return Cluster(dict(enumerate(nodes)), {}).capped(asked)
 
@@ -173,6 +174,7 @@ def test_a_worker_asks_for_no_more_cpus_than_the_largest_node_has():
     assert capped(SMALL, LARGE, asked=Resources(4.0)) == Resources(4.0)
     assert capped(LARGE, GPUS, asked=Resources(6.0, 1.0)) == Resources(4.0, 1.0), "of those that have its GPU"
     assert capped(HEAD, asked=Resources(4.0)) == Resources(4.0), "nobody knows what will come"
+    assert capped(SMALL | {"memory": 1e9}, asked=Resources(memory=2e9)) == Resources(memory=1e9)
 
 
 @pytest.mark.parametrize(
