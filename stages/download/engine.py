@@ -36,6 +36,8 @@ class ShardSink:
     def await_rows(self, rows: int, threads: int, all_begun: Callable[[], None]) -> None:
         """So many are to come, from so many threads; calls `all_begun` when no more are left than the threads have."""
         self.awaited, self.threads, self.all_begun = rows, threads, all_begun
+        if rows <= threads:
+            all_begun()
 
     def write(self, image: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         """img2dataset's writer interface."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -60,15 +60,19 @@ class PoolWorker:
         if self.worker is None:
             self.prepare()
         assert self.worker is not None
+        with ExitStack() as room:
+            room.callback(self._leaves_room)
+            return self._done(self.worker, unit, key, room.close)
+
+    def _done(self, worker: Worker, unit: Unit, key: str, give_room: Callable[[], None]) -> UnitRecord:
         start = time.perf_counter()
         # Another run may be at the same unit: two that differ (the web changes) must not mix their files.
-        with ExitStack() as room, self.job.store.claimed(key), scratch_output(self.job.store) as out:
-            room.callback(self._leaves_room)
-            out.give_room = room.close
+        with self.job.store.claimed(key), scratch_output(self.job.store) as out:
+            out.give_room = give_room
             if (done := self.job.unit_done(key)) is not None:
                 return done
             with memory_said(f"{self.phase.name} {unit.name}", self.job, self.phase):
-                self.worker.run(unit, out)
+                worker.run(unit, out)
             return out.publish(self.job, key, unit.name, time.perf_counter() - start)
 
 
