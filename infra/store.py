@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -356,7 +357,7 @@ class Store:
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[None]:
-        """Hold a name against every other process that works on this store; waits for it. The claim of one that dies is gone.
+        """Hold a name against all others that work on this store; waits for it. The claim of a process that dies is gone.
 
         A byte of one file stands for a name, so nothing is left behind. File systems without locks do nothing. On an object store
         it is a lease, which ends a minute after its holder died.
@@ -369,10 +370,12 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             byte = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+            # The lock of this open file: those of `lockf` are the process's, and any thread that closes the file loses them all.
+            lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
+                fcntl.fcntl(file, fcntl.F_OFD_SETLKW, lock)
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
                     raise
             yield
 

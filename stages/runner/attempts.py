@@ -43,6 +43,11 @@ class Attempt:
     reason: str = ""
     cause: Exception | None = None
 
+    @property
+    def suspect(self) -> bool:
+        """Whether a worker that had it was lost: the next one is not to have others besides that begin after it."""
+        return bool(self.deaths or self.lost)
+
     def counted(self, alive: Collection[str]) -> int:
         """Tries that count: a death does where its node lives on."""
         return self.failed + sum(node in alive for node in self.deaths)
@@ -124,8 +129,10 @@ class Attempts:
         self._took.append((seconds, attempt.unit.rows))
         self._typical = None
 
-    def failed(self, attempt: Attempt, now: float, reason: str, cause: Exception | None = None) -> float | None:
-        """A try failed.
+    def failed(
+        self, attempt: Attempt, now: float, reason: str, cause: Exception | None = None, enough: bool = False
+    ) -> float | None:
+        """A try failed, and `enough` says that another is not worth it.
 
         Returns:
             The seconds after which it is tried again; None if it is not, for a copy is at it, or it is set aside.
@@ -133,7 +140,7 @@ class Attempts:
         if self._has_copy(attempt):
             return None
         attempt.failed, attempt.reason, attempt.cause = attempt.failed + 1, reason, cause
-        if attempt.counted(self._alive()) >= ATTEMPTS:
+        if enough or attempt.counted(self._alive()) >= ATTEMPTS:
             self.aside.append(attempt)
             return None
         return self._later(attempt, now, PAUSES[attempt.failed - 1])

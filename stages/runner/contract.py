@@ -37,6 +37,10 @@ class Bug(StageError):
     """A stage that broke in a way that nobody foresaw: the line says where, and the traceback goes to the log."""
 
 
+class SetAside(Exception):
+    """A unit that its worker has tried often enough: it stands aside at once, and the others are done. The message says why."""
+
+
 def in_words(error: BaseException) -> str:
     """``TypeName: message``, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
@@ -195,6 +199,8 @@ class Output:
         self.stats = Stats()
         self.notes: dict[str, Any] = {}
         self.rows: dict[str, int] = {}
+        # Called by the worker of a phase with `at_once` above 1 when another unit can begin beside this one.
+        self.give_room: Callable[[], None] = lambda: None
 
     def path(self, name: str, rows: int = 0) -> Path:
         """Local path for a file of the unit; `rows` (settable later through `self.rows`) goes into the manifest."""
@@ -290,6 +296,7 @@ class Phase:
         by_content: the digests of its units are all that decides it: they name what matters of configuration, weights and inputs.
         resources: config -> what a worker takes.
         memory: the config fields of which lower values take less memory.
+        at_once: units that one worker may have at once, in threads; it says by `Output.give_room` when the next can begin.
     """
 
     name: str
@@ -300,6 +307,7 @@ class Phase:
     by_content: bool = False
     resources: Callable[[Any], Resources] = lambda config: Resources()
     memory: tuple[str, ...] = ()
+    at_once: int = 1
 
 
 class Stage:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,7 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTa
 
 from stages.runner.attempts import ATTEMPTS, Attempt, Attempts
 from stages.runner.cluster import Cluster, told
-from stages.runner.contract import SKIP, Bug, Job, Phase, Stage, StageError, Unit, UnitRecord
+from stages.runner.contract import SKIP, Bug, Job, Phase, SetAside, Stage, StageError, Unit, UnitRecord
 from stages.runner.keys import unit_keys
 from stages.runner.skipping import can_skip
 from stages.runner.worker import PoolWorker, field_of
@@ -58,6 +59,7 @@ def run_pool(
 class Hand:
     """One actor, from when it is asked for: first without a node, then not ready, then with or without a unit.
 
+    Where a worker may have several units at once, it has a hand for each, and one more that is ready when there is room.
     `since` is when it got the present one of these, `call` what it is to answer. `doubted` is what it was at when contact to it
     was lost; until it answers again it is not ready.
     """
@@ -81,6 +83,7 @@ class Pool:
         self.calls: dict[ray.ObjectRef, Hand] = {}
         self.shared, self.actor = ray.put(job), ray.remote(PoolWorker)
         self.looked = self.said = float("-inf")
+        self.given: Counter[ActorHandle] = Counter()
         self.aside = self.stillborn = 0
 
     def run(self) -> None:
@@ -120,22 +123,25 @@ class Pool:
         free = [hand for hand in self.hands if hand.attempt is None and hand.doubted is None]
         needed = self.attempts.waiting - len(free)
         for hand in sorted(free, key=lambda hand: bool(hand.node)) if needed < 0 else ():
-            if not hand.node or (hand.ready and now - hand.since > IDLE):
+            if not hand.node or (hand.ready and now - hand.since > IDLE and self.mates(hand) == [hand]):
                 self.dismiss(hand)
                 needed += 1
             if needed == 0:
                 break
-        for _ in range(min(needed, self.most() - len(self.hands))):
+        for _ in range(min(needed, self.most() - len({hand.actor for hand in self.hands}))):
             self.hire(now)
 
     def most(self) -> int:
         """Workers to have or to ask for: what fits, and some more, for which a cluster that can grow brings nodes."""
-        placed = sum(bool(hand.node) for hand in self.hands)
+        placed = len({hand.actor for hand in self.hands if hand.node})
         most = max(self.cluster.fits(self.resources), placed + max(1, placed))
         return min(most, self.asked.workers or most)
 
     def hire(self, now: float) -> None:
-        options = {"num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "memory": self.resources.memory}
+        options = {
+            "num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "memory": self.resources.memory,
+            "max_concurrency": self.phase.at_once,
+        }  # fmt: skip
         actor = cast(ActorHandle, cast(Any, self.actor).options(**options).remote(self.shared, self.phase))
         hand = Hand(actor, now, None)
         self.hands.append(hand)
@@ -145,11 +151,33 @@ class Pool:
         hand.call, hand.since = call, time.monotonic()
         self.calls[call] = hand
 
-    def dismiss(self, hand: Hand) -> None:
-        self.hands.remove(hand)
-        if hand.call is not None:
-            self.calls.pop(hand.call, None)
+    def mates(self, hand: Hand) -> list[Hand]:
+        """The hands of one actor."""
+        return [each for each in self.hands if each.actor is hand.actor]
+
+    def make_room(self, hand: Hand) -> None:
+        """One more hand of an actor that may have several units at once, if it has none for the next."""
+        having = [each.attempt for each in self.mates(hand)]
+        if len(having) < self.phase.at_once and all(attempt and not attempt.suspect for attempt in having):
+            more = Hand(hand.actor, 0.0, None, hand.node)
+            self.hands.append(more)
+            self.ask(more, hand.actor.room.remote(self.given[hand.actor]))
+
+    def free(self, hand: Hand) -> None:
+        """What a hand had has ended: it takes the next, or leaves it to another hand of its actor."""
+        if self.phase.at_once > 1:
+            self.hands.remove(hand)
+            self.make_room(hand)
+
+    def dismiss(self, hand: Hand) -> list[Attempt]:
+        """End a hand's actor; gives what its other hands had."""
+        mates = self.mates(hand)
+        for each in mates:
+            self.hands.remove(each)
+            if each.call is not None:
+                self.calls.pop(each.call, None)
         ray.kill(hand.actor)
+        return [each.attempt for each in mates if each is not hand and each.attempt is not None]
 
     def hand_out(self, now: float) -> None:
         """Units to those that are ready; when none is left, the slowest to a second worker, where the first to finish wins."""
@@ -161,20 +189,25 @@ class Pool:
                 self.attempts.copy(attempt)
                 log.info("%s: %s %s is slow, a second worker tries it too", self.job.node, self.phase.name, attempt.unit.name)
             hand.attempt = attempt
+            self.given[hand.actor] += 1
             self.ask(hand, hand.actor.run.remote(attempt.unit, attempt.key))
+            self.make_room(hand)
 
     def slowest(self, now: float) -> Attempt | None:
-        # On a disk a unit is claimed, and the second would wait for the first.
-        if self.job.store.local or self.attempts.waiting:
+        # On a disk a unit is claimed, and the second would wait for the first. Among units of one worker the slow cost nothing.
+        if self.job.store.local or self.attempts.waiting or self.phase.at_once > 1:
             return None
         return self.attempts.slow({hand.attempt: hand.since for hand in self.hands if hand.attempt is not None}, now)
 
     def end_overtime(self, now: float) -> None:
         for hand in [hand for hand in self.hands if hand.attempt is not None]:
             assert hand.attempt is not None
+            if hand not in self.hands:
+                continue
             limit = self.attempts.limit(hand.attempt.unit)
             if limit is not None and now - hand.since > limit:
-                self.dismiss(hand)
+                for other in self.dismiss(hand):
+                    self.attempts.contact_lost(other, now)
                 reason = f"it took longer than {limit:.0f} s, far more than the others"
                 self.tell_again(hand.attempt, reason, self.attempts.failed(hand.attempt, now, reason))
 
@@ -205,6 +238,7 @@ class Pool:
             self.attempts.done(attempt, answer.seconds)
             for other in [other for other in self.hands if other.attempt is attempt]:
                 self.dismiss(other)
+            self.free(hand)
             self.done(attempt.unit, answer)
 
     def raised(self, hand: Hand, attempt: Attempt | None, error: RayTaskError) -> None:
@@ -215,33 +249,49 @@ class Pool:
         if attempt is None or isinstance(cause, ImportError):
             raise Bug(f"{self.job.node}: {self.phase.name}: {line}") from error
         hand.since = time.monotonic()
-        self.tell_again(attempt, line, self.attempts.failed(attempt, hand.since, line, error))
+        enough = isinstance(cause, SetAside)
+        reason = str(cause) if enough else line
+        self.tell_again(attempt, reason, self.attempts.failed(attempt, hand.since, reason, error, enough))
+        self.free(hand)
 
     def gone(self, hand: Hand, attempt: Attempt | None, error: RayError) -> None:
-        """An actor that died, or that cannot be reached: the first sign of a death, or a network that is cut for a while."""
-        now, line = time.monotonic(), _last_line(error)
-        if isinstance(error, ActorUnavailableError) and attempt is not None:
+        """An actor that died, or that cannot be reached: the first sign of a death, or a network that is cut for a while.
+
+        Of several units that it had, the death counts for the one that is suspect, if there is one. Else for none, and all are
+        suspect from now on.
+        """
+        now, line, unreached = time.monotonic(), _last_line(error), isinstance(error, ActorUnavailableError)
+        if unreached and attempt is not None:
             hand.ready, hand.doubted = False, attempt
             self.ask(hand, hand.actor.where.remote())
             self.tell_again(attempt, line, self.attempts.contact_lost(attempt, now))
             return
-        self.dismiss(hand)
-        if hand.doubted is not None:
-            if not isinstance(error, ActorUnavailableError):
-                hand.doubted.deaths.append(hand.node)
-        elif attempt is None:
-            self.stillborn += not hand.node or hand.node in Cluster.seen().nodes
-            if self.stillborn == ATTEMPTS:
-                raise StageError(
-                    f"{self.job.node}: a worker of {self.phase.name} died {ATTEMPTS} times before its first unit: "
-                    f"{line}{self.memory()}"
-                ) from error
-            log.warning("%s: a worker of %s died before its first unit: %s", self.job.node, self.phase.name, line)
-        elif isinstance(error, RayActorError) and error.preempted:
-            self.tell_again(attempt, line, self.attempts.contact_lost(attempt, now))
-        else:
+        doubted = [each.doubted for each in self.mates(hand) if each.doubted is not None]
+        having = [each for each in (attempt, *self.dismiss(hand)) if each is not None]
+        suspects = having if len(having) == 1 else [each for each in having if each.suspect]
+        away = unreached or (isinstance(error, RayActorError) and error.preempted)
+        guilty = suspects[0] if len(suspects) == 1 and not away else None
+        for each in having:
+            if each is not guilty:
+                self.tell_again(each, line, self.attempts.contact_lost(each, now))
+        if guilty is not None:
             reason = f"its worker died: {line}"
-            self.tell_again(attempt, reason, self.attempts.died(attempt, now, hand.node, reason, error))
+            self.tell_again(guilty, reason, self.attempts.died(guilty, now, hand.node, reason, error))
+        elif len(doubted) == 1 and not away:
+            doubted[0].deaths.append(hand.node)
+        if not having and not doubted:
+            self.died_idle(hand, line, error)
+
+    def died_idle(self, hand: Hand, line: str, error: RayError) -> None:
+        """An actor died without a unit; too often before the first one, and there is no use in another."""
+        if not self.given[hand.actor]:
+            self.stillborn += not hand.node or hand.node in Cluster.seen().nodes
+        if self.stillborn == ATTEMPTS:
+            raise StageError(
+                f"{self.job.node}: a worker of {self.phase.name} died {ATTEMPTS} times before its first unit: "
+                f"{line}{self.memory()}"
+            ) from error
+        log.warning("%s: a worker of %s died without a unit: %s", self.job.node, self.phase.name, line)
 
     def memory(self) -> str:
         fields = field_of(self.job.config, self.phase.memory)
@@ -256,8 +306,8 @@ class Pool:
     def tell_pending(self, now: float) -> None:
         """A line for workers that the cluster should have room for, or of which it has not one, and that get no place."""
         without = [hand for hand in self.hands if not hand.node]
-        placed = len(self.hands) - len(without)
-        lacking = min(len(self.hands), max(1, self.cluster.fits(self.resources))) - placed
+        placed = len({hand.actor for hand in self.hands if hand.node})
+        lacking = min(placed + len(without), max(1, self.cluster.fits(self.resources))) - placed
         if lacking > 0 and now - max(self.said + PENDING_AGAIN - PENDING, without[0].since) >= PENDING:
             self.said = now
             log.warning(
@@ -286,11 +336,13 @@ class Pool:
         memory = self.memory() if first.deaths else ""
         names = [attempt.unit.name for attempt in self.attempts.aside if can_skip(self.job, attempt.unit)]
         fix = f"; mend it, or count its rows as dropped with {SKIP}: [{', '.join(names)}]" if names else "; what is done is kept"
+        foreseen = isinstance(first.cause, RayTaskError) and isinstance(first.cause.cause, SetAside)
+        failed = "" if foreseen else f" failed {ATTEMPTS} times and"
         line = (
-            f"{self.job.node}: {self.phase.name} {first.unit.name}{rows} failed {ATTEMPTS} times and is set aside{also}{more}: "
+            f"{self.job.node}: {self.phase.name} {first.unit.name}{rows}{failed} is set aside{also}{more}: "
             f"{first.reason}{memory}{fix}"
         )
-        error = Bug(line) if isinstance(first.cause, RayTaskError) else StageError(line)
+        error = Bug(line) if isinstance(first.cause, RayTaskError) and not foreseen else StageError(line)
         error.__cause__ = first.cause
         return error
 

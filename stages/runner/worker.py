@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from stages.runner.contract import Bug, Job, Phase, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
@@ -23,6 +24,7 @@ class PoolWorker:
         log.setLevel(logging.INFO)
         self.job, self.phase = job, phase
         self.worker: Worker | None = None
+        self.left_room, self.changed = 0, threading.Condition()
 
     def where(self) -> str:
         """The id of the Ray node that it is on."""
@@ -46,17 +48,33 @@ class PoolWorker:
         except Exception as error:
             raise Bug(f"{self.job.node}: {in_words(error)}") from error
 
+    def room(self, units: int) -> None:
+        """Wait until so many units, all that it got so far, leave room for another."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.left_room >= units)
+
+    def _leaves_room(self) -> None:
+        with self.changed:
+            self.left_room += 1
+            self.changed.notify_all()
+
     def run(self, unit: Unit, key: str) -> UnitRecord:
         if self.worker is None:
             self.prepare()
         assert self.worker is not None
+        with ExitStack() as room:
+            room.callback(self._leaves_room)
+            return self._done(self.worker, unit, key, room.close)
+
+    def _done(self, worker: Worker, unit: Unit, key: str, give_room: Callable[[], None]) -> UnitRecord:
         start = time.perf_counter()
         # Another run may be at the same unit: two that differ (the web changes) must not mix their files.
         with self.job.store.claimed(key), scratch_output(self.job.store) as out:
+            out.give_room = give_room
             if (done := self.job.unit_done(key)) is not None:
                 return done
             with memory_said(f"{self.phase.name} {unit.name}", self.job, self.phase):
-                self.worker.run(unit, out)
+                worker.run(unit, out)
             return out.publish(self.job, key, unit.name, time.perf_counter() - start)
 
 
