@@ -228,7 +228,7 @@ def _retry(job: Job, unit: Unit, table: FileEntry, tar: FileEntry) -> Unit:
 
 class Download(Stage):
     name = "download"
-    version = 4
+    version = 5
     can_heal = True
     Config = DownloadConfig
     phases = (Phase("download", _units, Fetcher, resources=lambda config: Resources(config.cpus, 0, config.workers)),)

@@ -130,6 +130,18 @@ def test_a_picture_that_cannot_be_read_is_a_counted_row_or_named(tmp_path, store
             Prompts({place: ""}, 2).images(0, 2)
 
 
+def test_a_picture_that_ends_its_decoder_is_a_counted_row_of_encode(tmp_path, store, monkeypatch):
+    def fragile(work, data):
+        if data.endswith(b"fatal"):
+            raise PictureError("crashed")
+        return work(data)
+
+    monkeypatch.setattr("stages.encode.stage.boxed", fragile)
+    stats = Stats()
+    assert list(encodes(tmp_path, store, [rgb_png(), rgb_png() + b"fatal", rgb_png()], 24, stats)) == ["0000", "0002"]
+    assert stats.rows_in == 3 and stats.dropped == {"crashed": 1}
+
+
 def test_text_and_profiles_of_megabytes_do_not_lose_a_picture():
     text = b"a workflow of an editor " * 60_000
     for beside in (chunk(b"tEXt", b"workflow\0" + text), chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + text)):
@@ -173,7 +185,9 @@ def test_what_a_format_cannot_hold_is_named_and_costs_nothing(size, fields, reas
 
 def test_the_middle_is_cut_out_before_it_is_enlarged(monkeypatch, unboxed):
     given, resize = [], decoders.cv2.resize
-    monkeypatch.setattr(decoders.cv2, "resize", lambda pixels, *how, **more: [given.append(pixels), resize(pixels, *how, **more)][1])
+    monkeypatch.setattr(
+        decoders.cv2, "resize", lambda pixels, *how, **more: [given.append(pixels), resize(pixels, *how, **more)][1]
+    )
     strip = np.zeros((1, 9_999, 3), np.uint8)
     strip[:, 4_999] = 9, 99, 199
     fields = {"resize_mode": "center_crop", "resize_only_if_bigger": False, "image_size": 64, **LOSSLESS}
@@ -196,8 +210,19 @@ def test_plain_pictures_are_stored_as_img2dataset_stores_them(mode, encode_forma
     assert Downloader, "imported first, without torch"
     noise = np.random.default_rng(0).integers(0, 256, (75, 118, 3)).astype(np.uint8)
     files = [encoded(noise, "JPEG"), encoded(noise[..., 0], "JPEG"), encoded(noise[:, :75], "PNG"), encoded(noise[:9], "WEBP")]
-    for side, smaller_only, skip in ((24, True, True), (75, True, True), (75, False, False), (131, True, True), (131, False, True)):
-        fields = {"resize_only_if_bigger": smaller_only, "skip_reencode": skip, "encode_format": encode_format, "encode_quality": 9}
+    for side, smaller_only, skip in (
+        (24, True, True),
+        (75, True, True),
+        (75, False, False),
+        (131, True, True),
+        (131, False, True),
+    ):
+        fields = {
+            "resize_only_if_bigger": smaller_only,
+            "skip_reencode": skip,
+            "encode_format": encode_format,
+            "encode_quality": 9,
+        }
         theirs = Resizer(side, mode, min_image_size=9, **fields)
         for data in files if mode != "center_crop" or smaller_only else files[2:3]:  # a thin picture is cut before it is enlarged
             ours = resized(data, image_size=side, resize_mode=mode, min_image_size=9, **fields)
