@@ -97,7 +97,7 @@ def download_rows(rows: pa.Table, config: Any, scratch: Path, sink: ShardSink, e
     Raises:
         OSError: an image could not be put down.
     """
-    from img2dataset.downloader import Downloader  # not before `stages.shards.picture`, which keeps torch away from it
+    from stages.download.downloader import Downloader
 
     table = scratch / "rows.arrow"
     with pa.OSFile(str(table), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:

@@ -287,7 +287,7 @@ def _resources(config: DownloadConfig) -> Resources:
 
 class Download(Stage):
     name = "download"
-    version = 4
+    version = 5
     can_heal = True
     Config = DownloadConfig
     phases = (Phase("download", _units, Fetcher, resources=_resources, at_once=SHARDS_AT_ONCE),)

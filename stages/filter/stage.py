@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,7 +25,8 @@ from pydantic import Field, model_validator
 from stages.filter import duplicates
 from stages.filter.heads import Heads, Scorer, head_digests
 from stages.filter.histogram import histogram_of, join
-from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES
+from stages.filter.look import Look, Looking
 from stages.runner.contract import (
     Job,
     Output,
@@ -40,11 +42,14 @@ from stages.runner.contract import (
 )
 from stages.runner.recipe import encoder
 from stages.runner.skipping import skipped_shards
+from stages.shards.box import boxed
 from stages.shards.conditions import conditions
+from stages.shards.feed import ahead, cpus_each, feeders
 from stages.shards.scores import METADATA_SCORES, SCORES
 from stages.shards.tables import read_table, write_table
 from stages.shards.tar import Sample, ShardWriter, in_batches, read_shard
 from stages.shards.words import WORDS
+from unidiffuser.images import PictureError
 from unidiffuser.references import weights_digest
 
 log = logging.getLogger("stages")
@@ -88,6 +93,9 @@ class FilterConfig(StageConfig):
         12, ge=0, le=32, description="bits of 256 by which perceptual hashes of near duplicates may differ; null keeps duplicates"
     )
     batch: int = operational(32, "images that CLIP sees at once", ge=1)
+    cpus: int | None = operational(
+        None, "CPUs of a worker that scores, each of which decodes ahead of it; when not given 1, and up to 8 with a GPU", ge=1
+    )
     workers: int | None = operational(None, "workers at most", ge=1)
     skip: tuple[str, ...] = skipped_shards()
 
@@ -118,35 +126,54 @@ class Score:
             return None
         return Scorer(config.clip, config.clip_scores, config.heads, config.precision)
 
+    @cached_property
+    def looking(self) -> Looking:
+        return Looking(self.scorer.preprocesses if self.scorer else ())
+
     def run(self, unit: Unit, out: Output) -> None:
-        samples = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
-        table = pa.concat_tables([self.measure(batch) for batch in in_batches(samples, self.config.batch)])
+        """A GPU is not waited for from batch to batch: its scores are fetched when all pictures have been handed to it."""
+        samples, looks = list[Sample](), list[Look | None]()
+        scores: list[dict[str, Any]] = []
+        stored = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
+        pictures = ahead(stored, self.look, feeders(), 2 * self.config.batch)
+        for batch in in_batches(pictures, self.config.batch):
+            seen = [(sample.caption, look.seen) for sample, look in batch if look is not None]
+            if self.scorer is not None and seen:
+                scores.append(self.scorer([views for _, views in seen], [caption for caption, _ in seen]))
+            samples += [replace(sample, image=b"") for sample, _ in batch]
+            looks += [look and replace(look, seen=()) for _, look in batch]
+        computed = {name: np.concatenate([made[name].cpu().numpy() for made in scores]) for name in (scores[0] if scores else ())}
+        table = self.table(samples, looks, computed)
         write_table(table, out.path("scores.parquet", table.num_rows))
         out.stats.rows_in = table.num_rows
 
-    def measure(self, batch: list[Sample]) -> pa.Table:
+    def look(self, sample: Sample) -> Look | None:
+        """None for an image that cannot be decoded."""
+        try:
+            return boxed(self.looking, sample.image)
+        except PictureError:
+            return None
+
+    def table(self, samples: list[Sample], looks: list[Look | None], computed: dict[str, np.ndarray]) -> pa.Table:
         """A row per sample; what was measured is null where the image cannot be decoded."""
-        images = [decode(sample.image) for sample in batch]
         columns: dict[str, Any] = {
-            "key": pa.array([sample.key for sample in batch], pa.string()),
-            "caption": pa.array([sample.caption for sample in batch], pa.string()),
-            "width": pa.array([image and image.width for image in images], pa.int32()),
-            "height": pa.array([image and image.height for image in images], pa.int32()),
-            "phash": pa.array([image and perceptual_hash(image) for image in images], pa.binary(HASH_BYTES)),
-            "colours": pa.array([image and colours(image) for image in images], pa.binary(COLOUR_BYTES)),
+            "key": pa.array([sample.key for sample in samples], pa.string()),
+            "caption": pa.array([sample.caption for sample in samples], pa.string()),
+            "width": pa.array([look and look.width for look in looks], pa.int32()),
+            "height": pa.array([look and look.height for look in looks], pa.int32()),
+            "phash": pa.array([look and look.phash for look in looks], pa.binary(HASH_BYTES)),
+            "colours": pa.array([look and look.colours for look in looks], pa.binary(COLOUR_BYTES)),
         }
-        columns["language"] = pa.array([sample.meta.get("language") for sample in batch], pa.string())
+        columns["language"] = pa.array([sample.meta.get("language") for sample in samples], pa.string())
         for score in METADATA_SCORES:
-            columns[score] = pa.array([sample.meta.get(score) for sample in batch], pa.float32())
-        decoded = [row for row, image in enumerate(images) if image is not None]
-        computed: dict[str, Any] = {}
-        if self.scorer is not None and decoded:
-            computed = self.scorer([images[row] for row in decoded], [batch[row].caption for row in decoded])
+            columns[score] = pa.array([sample.meta.get(score) for sample in samples], pa.float32())
+        decoded = [row for row, look in enumerate(looks) if look is not None]
         for name in ("clip_similarity", *self.config.heads.named()):
-            values = pa.array(_spread(computed.get(name, ()), decoded, len(batch)), pa.float32())
+            values = pa.array(_spread(computed.get(name, ()), decoded, len(samples)), pa.float32())
             # What overflowed in a network is no score, and JSON could not hold it.
             columns[name] = pc.if_else(pc.is_finite(values), values, None)
-        columns["clip"] = pa.array(_spread([row.tobytes() for row in computed.get("clip", ())], decoded, len(batch)), pa.binary())
+        embeddings = [row.tobytes() for row in computed.get("clip", ())]
+        columns["clip"] = pa.array(_spread(embeddings, decoded, len(samples)), pa.binary())
         return pa.table(columns)
 
 
@@ -156,16 +183,6 @@ def _spread(values: Iterable[Any], rows: list[int], total: int) -> list[Any]:
     for row, value in zip(rows, values, strict=False):
         found[row] = value
     return found
-
-
-def decode(data: bytes) -> Any:
-    """An RGB image as people see it, or None when the bytes are none or end early."""
-    from unidiffuser.images import PictureError, open_picture
-
-    try:
-        return open_picture(data)
-    except PictureError:
-        return None
 
 
 class Write:
@@ -250,7 +267,8 @@ def refusal_of(job: Job, earlier: Records) -> str:
 def _score_resources(config: FilterConfig) -> Resources:
     from stages.runner.pool import gpus_each
 
-    return Resources(1.0, gpus_each() if config.clip_scores or config.heads.named() else 0.0, config.workers)
+    gpus = gpus_each() if config.clip_scores or config.heads.named() else 0.0
+    return Resources(cpus_each(config.cpus, gpus), gpus, config.workers)
 
 
 CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
