@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings lock clean
 
 setup: $(VENV)/.ready
 
@@ -79,6 +79,11 @@ lint: setup
 # Retrains the small encoders that the project ships: a few hours on 2 cores, resumable.
 encoders: setup
 	$(PY) -m examples.encoders
+
+# Trains the small network that the demo starts from, by the demo's own stages on a larger little web: within two hours on 2 cores,
+# resumable.
+base: setup
+	$(PY) -m examples.little_web.base
 
 # Trains the text decoder alone on captions of the demo's kind, and keeps its BLEU-4: a few minutes on 2 cores.
 text-decoder: setup

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["vae", "clip", "gpt2"]
+Kind = Literal["vae", "clip", "gpt2", "judge"]
 EMBEDDED = Path(__file__).parent / "embedded"
-_EXPECTED: dict[str, str] = {"vae": "config.json", "clip": "open_clip_config.json", "gpt2": "config.json"}
+_EXPECTED: dict[str, str] = {
+    "vae": "config.json", "clip": "open_clip_config.json", "gpt2": "config.json", "judge": "judge.safetensors"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

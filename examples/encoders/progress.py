@@ -27,7 +27,7 @@ def train(
     model: nn.Module,
     loss_at: Callable[[int], tuple[torch.Tensor, dict[str, float]]],
     steps: int,
-    optimizer: torch.optim.Optimizer,
+    *optimizers: torch.optim.Optimizer,
 ) -> None:
     """Train to `steps`, or go on where the last run stopped, and leave the averaged weights in the model.
 
@@ -35,7 +35,7 @@ def train(
         state_file: written every minute.
         loss_at: the loss of one step and figures to print; its data must depend on the step alone.
     """
-    training = SingleTraining(model, [optimizer], late_fall(steps), AVERAGE, file=state_file)
+    training = SingleTraining(model, optimizers, late_fall(steps), AVERAGE, file=state_file)
     if training.done:
         print(f"{state_file.stem}: going on from step {training.done}", flush=True)
     shown, since = time.monotonic(), training.done

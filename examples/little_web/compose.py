@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import random
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -123,6 +124,27 @@ def caption(scene: Scene, rng: random.Random) -> str:
         'a large red apple on the left of a blue background'
     """
     return rng.choice(PHRASINGS).format(size=scene.size, drawing=scene.drawing, at=_AT[scene.place], background=scene.background)
+
+
+@lru_cache(maxsize=1)
+def _patterns() -> list[re.Pattern[str]]:
+    """What each phrasing looks like, with the parts as groups."""
+    words = {"size": SIZES, "drawing": DRAWINGS, "at": _AT.values(), "background": BACKGROUNDS}
+    groups = {name: f"(?P<{name}>{'|'.join(map(re.escape, values))})" for name, values in words.items()}
+    return [re.compile(phrasing.format(**groups)) for phrasing in PHRASINGS]
+
+
+def scene_of(text: str) -> Scene | None:
+    """The scene that a caption says, or None where it is no whole caption of this world.
+
+    >>> scene_of("a blue background with a large red apple on the left")
+    Scene(drawing='red apple', size='large', place='left', background='blue', variation=0)
+    """
+    for pattern in _patterns():
+        if (said := pattern.fullmatch(text)) is not None:
+            place = next(name for name, phrase in _AT.items() if phrase == said["at"])
+            return Scene(said["drawing"], said["size"], place, said["background"])
+    return None
 
 
 @lru_cache(maxsize=512)

@@ -60,13 +60,20 @@ def run(
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser demo --keep")
-def demo(overrides: SetOption = None, jobs: JobsOption = 1, keep: KeepOption = False, store: StoreOption = "runs") -> None:
+def demo(
+    overrides: SetOption = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Begin with an untrained network, not the base.")] = False,
+    jobs: JobsOption = 1,
+    keep: KeepOption = False,
+    store: StoreOption = "runs",
+) -> None:
     """Build a little web of images, and train a model on it from metadata to samples."""
     from infra.store import Store
     from pipelines.commands import conduct
     from pipelines.commands.demo import run_demo
 
-    raise typer.Exit(run_demo(Store(store), conduct.Wish(overrides=overrides or (), jobs=jobs, keep=keep), console))
+    wish = conduct.Wish(overrides=overrides or (), jobs=jobs, keep=keep)
+    raise typer.Exit(run_demo(Store(store), wish, console, from_scratch))
 
 
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser status configs/demo.yaml --json")

@@ -16,10 +16,22 @@ from stages.runner.recipe import load_recipe
 RECIPE = Path(__file__).parent.parent.parent / "configs" / "demo.yaml"
 # The host that the little web's links name. It does not exist; the recipe's operational setting says where it is today.
 HOST = "little-web.example"
+# What the recipe takes of the shipped base, and the longer and quicker training that does without it.
+FROM_SCRATCH = (
+    "text-codec.weights=null",
+    "evaluate.before=null",
+    *(f"train.{name}.model.position_side=null" for name in (256, 512)),
+    *(f"train.{name}.optimizer.{field}=2.0e-3" for name in (256, 512) for field in ("lr", "rest.lr")),
+    "train.256.weights=null",
+    "train.256.steps=1100",
+)
 
 
-def run_demo(store: Store, wish: Wish, console: Console) -> int:
+def run_demo(store: Store, wish: Wish, console: Console, from_scratch: bool = False) -> int:
     """Build the little web if it is not there, serve it, run the recipe on it, and say where the results are.
+
+    Args:
+        from_scratch: begin with an untrained network and text codec instead of the shipped base.
 
     Returns the exit code; raises what `run_recipe` raises.
     """
@@ -27,6 +39,7 @@ def run_demo(store: Store, wish: Wish, console: Console) -> int:
     settings = [
         f"subsets.little.select.metadata=['{folder}/metadata/part-*.parquet']",
         f"evaluate.prompts='{folder}/held_out.parquet'",
+        *(FROM_SCRATCH if from_scratch else ()),
     ]
     # What the person set comes last and wins; it is checked before anything is built.
     load_recipe(RECIPE, [*settings, *wish.overrides])

@@ -28,6 +28,9 @@ STORED = re.compile(r"(filter|folder|download)/[0-9a-f]{8,24}")
 
 class EvaluateConfig(EvaluationConfig):
     weights: str = Field("ema", pattern="^(ema|model)$", description="which weights: the moving average or the last")
+    before: str | None = external_file(
+        None, "what training began from, a folder with uvit/ such as an export's: the measure judge tells what that draws"
+    )
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
     clip: str = encoder("embedded", "open_clip model that embeds images, and judges where no other does")
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
@@ -62,7 +65,8 @@ class Evaluate(Stage):
 
     @classmethod
     def lists(cls, config: EvaluateConfig) -> dict[str, list[str]]:
-        return files_of(config.checkpoint)
+        begun = [] if config.before is None else [f"{config.before}/uvit/{name}" for name in ("config.json", "model.safetensors")]
+        return files_of(config.checkpoint) | ({"before": begun} if begun else {})
 
     @classmethod
     def datasets(cls, config: EvaluateConfig, store: Store) -> dict[str, InputRef]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from pydantic import Field, model_validator
 
+from stages.measuring.judged import scenes_of
 from stages.measuring.measures import AnyMeasure
 from stages.measuring.networks import inception_missing, judge_of
 from stages.measuring.presets import PRESETS
@@ -74,6 +75,8 @@ def judge_weights(config: Any) -> dict[str, str]:
         from infra.store import sha256_of
 
         found["inception"] = sha256_of(Path(config.inception))
+    if any(measure.kind == "judge" for measure in config.measures):
+        found["scenes"] = weights_digest("embedded", "judge")
     return found
 
 
@@ -90,6 +93,8 @@ def check_prompts(config: Any, sources: Mapping[str, str]) -> None:
     asked = Asked(prompts.count, prompts.pictures, Samples("t2i", config.steps, config.guidance, config.sampler))
     for measure in config.measures:
         measure.needs(asked)
+    if any(measure.kind == "judge" for measure in config.measures):
+        scenes_of(prompts.captions(0, prompts.count))
 
 
 def check_world(config: Any, data: str | None, before: Mapping[str, Sequence[Any]]) -> None:

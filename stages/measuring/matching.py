@@ -67,7 +67,7 @@ class Preference(_Pairs):
     def pairs(self, asked: Asked) -> dict[str, tuple[Need, Need]]:
         found = super().pairs(asked)
         count = min(self.untrained, found["t2i"][0].count)
-        floor = Need(asked.samples("t2i", untrained=True), count, "clip-image")
+        floor = Need(asked.samples("t2i", of="untrained"), count, "clip-image")
         return found | {"untrained": (floor, Need(None, count, "clip-text"))}
 
     def result(self, view: View, out: Output) -> Result:

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stages.measuring.captions import Captions
+from stages.measuring.judged import Judge
 from stages.measuring.matching import ClipScore, Preference
 from stages.measuring.pictures import Cmmd, Fid, Kid, PrecisionRecall
 from stages.measuring.robustness import Robustness
@@ -14,6 +15,6 @@ from stages.measuring.scenes import Shapes
 from stages.measuring.sweeps import Guidance, Samplers
 
 AnyMeasure = Annotated[
-    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Shapes | Guidance | Samplers | Robustness,
+    Fid | Kid | Cmmd | PrecisionRecall | ClipScore | Captions | Preference | Judge | Shapes | Guidance | Samplers | Robustness,
     Field(discriminator="kind"),
 ]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from infra.dataset import fetch_files
+from infra.external import fetch_outside
 from stages.catalog import MADE_STAGES
 from stages.measuring.checkpoint import OUTSIDE, model_folder
 from stages.measuring.damage import damaged
@@ -59,6 +60,21 @@ class Model:
         """A network of the same size that has learned nothing."""
         return _untrained(self.trained, self.config.seed)
 
+    @cached_property
+    def before(self) -> Any:
+        """The network that training began from."""
+        from unidiffuser.weights import load_native
+
+        job = self.job
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = fetch_outside(job.lists["before"], job.config.before, job.store, Path(scratch))
+            return load_native(folder / "uvit").to(_device()).eval()
+
+    def network(self, samples: Samples) -> Any:
+        """The one whose samples are asked for."""
+        trained = self.trained  # the others stand in its place, so it is taken out first
+        return trained if samples.of == "checkpoint" else self.untrained if samples.of == "untrained" else self.before
+
     def draw(self, samples: Samples, start: int, stop: int) -> Drawn:
         """Pictures and captions of the samples `start` to `stop` - 1, each None where the task has none.
 
@@ -72,8 +88,7 @@ class Model:
             inputs["prompts"] = damaged(samples.damage, self.held_out.captions(start, stop), start)
         elif samples.task == "i2t":
             inputs["images"] = damaged(samples.damage, self.held_out.images(start, stop), start)
-        trained = self.trained
-        self.unidiffuser.uvit = self.untrained if samples.untrained else trained
+        self.unidiffuser.uvit = self.network(samples)
         first = self.config.seed + start
         try:
             drawn = self.unidiffuser.generate(
@@ -135,7 +150,7 @@ class World:
             conditional=self.config.count, steps=samples.steps, sampler=samples.sampler, guidance=samples.guidance,
             batch=self.config.batch, seed=self.config.seed, condition_t=samples.condition_t,
         )  # fmt: skip
-        return Artist(self.untrained if samples.untrained else self.trained, self.codec, protocol)
+        return Artist(self.untrained if samples.of == "untrained" else self.trained, self.codec, protocol)
 
     def draw(self, samples: Samples, start: int, stop: int) -> Drawn:
         """As `Model.draw`."""

@@ -40,7 +40,7 @@ def asked_of(job: Job) -> Asked:
     """The evaluation as its measures see it."""
     config, held_out = job.config, painter_of(job).prompts(job)
     way = Samples("t2i", config.steps, config.guidance, config.sampler, config.beams)
-    return Asked(held_out.count, held_out.pictures, way)
+    return Asked(held_out.count, held_out.pictures, way, "before" in job.lists)
 
 
 def needs_of(job: Job, asked: Asked) -> list[Need]:
@@ -71,11 +71,12 @@ def plan_draw(job: Job, _: Records) -> Iterator[Unit]:
     weights = {name: digest for name, digest in job.weights.items() if name in ("vae", "clip", "text")}
     drawn_by = canonical([identity(job).fingerprint, codec, weights, config.seed, config.weights, config.data_type])
     for samples, count in _samples_of(needs_of(job, asked)).items():
+        begun = sorted(job.lists["before"].values()) if samples.of == "before" else []
         for start in range(0, count, painter.at_once):
             stop = min(start + painter.at_once, count)
             given = held_out.digests(start, stop) if samples.task in ("t2i", "i2t") else ()
             payload = {"samples": asdict(samples), "start": start, "stop": stop}
-            yield Unit(f"{samples.name}-{start:05d}-{stop - start}", (drawn_by, *given), payload, stop - start)
+            yield Unit(f"{samples.name}-{start:05d}-{stop - start}", (drawn_by, *begun, *given), payload, stop - start)
 
 
 class Draw:

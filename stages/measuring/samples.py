@@ -22,8 +22,9 @@ class Samples:
 
     Attributes:
         condition_t: noise on the condition, 0 to 1000.
+        of: whose: the checkpoint's, those of a network of the same size that has learned nothing, or of the weights that training
+            began from.
         damage: what has happened to the condition, a name of `stages.measuring.damage`; nothing if empty.
-        untrained: by a network of the same size that has learned nothing.
     """
 
     task: Task
@@ -32,13 +33,13 @@ class Samples:
     sampler: str
     beams: int = 1
     condition_t: int = 0
-    untrained: bool = False
+    of: Literal["checkpoint", "untrained", "before"] = "checkpoint"
     damage: str = ""
 
     @property
     def name(self) -> str:
         """``t2i-untrained-3f9a2c1d``: readable, and another for samples that differ."""
-        return f"{self.task}{'-untrained' if self.untrained else ''}-{digest_of(asdict(self))[:8]}"
+        return f"{self.task}{'' if self.of == 'checkpoint' else f'-{self.of}'}-{digest_of(asdict(self))[:8]}"
 
 
 @dataclass(frozen=True)
@@ -59,13 +60,15 @@ class Asked:
 
     Attributes:
         count: held-out captions, and as many held-out pictures where there are `pictures`.
+        before: whether the weights that training began from are named.
         way: samples in the evaluation's own way; `dataclasses.replace` makes others of what `samples` gives.
     """
 
     count: int
     pictures: bool
     way: Samples
+    before: bool = False
 
-    def samples(self, task: Task, untrained: bool = False) -> Samples:
+    def samples(self, task: Task, of: Literal["checkpoint", "untrained", "before"] = "checkpoint") -> Samples:
         """Samples of a task in the evaluation's own way; the number of beams is of captions alone."""
-        return replace(self.way, task=task, beams=self.way.beams if task in SAYS else 1, untrained=untrained)
+        return replace(self.way, task=task, beams=self.way.beams if task in SAYS else 1, of=of)

@@ -43,7 +43,7 @@ def test_moments_are_what_diffusers_says(vae: ImageLatents) -> None:
     posterior = AutoencoderKL.from_pretrained(EMBEDDED / "vae").float().encode(images / 127.5 - 1).latent_dist
     moments = vae.moments(images)
     assert moments.dtype == torch.float32
-    assert moments.shape[1:] == (2 * vae.channels, 4, 4)
+    assert moments.shape[1:] == (2 * vae.channels, 2, 2)
     mean, logvar = moments.chunk(2, dim=1)
     assert torch.allclose(mean, posterior.mean, atol=1e-3)
     assert torch.allclose(logvar, posterior.logvar, atol=1e-3)
@@ -57,7 +57,7 @@ def test_a_latent_is_drawn_with_the_moments_spread_and_scaled() -> None:
     assert torch.equal(z, sample_latent(moments, 0.2, torch.Generator().manual_seed(0)))
 
 
-@pytest.mark.parametrize(("px", "tokens"), [(256, 16), (512, 64)])
+@pytest.mark.parametrize(("px", "tokens"), [(256, 4), (512, 16)])
 def test_pictures_survive_the_autoencoder(vae: ImageLatents, px: int, tokens: int) -> None:
     images = pictures(4, px)
     moments = vae.moments(images)
@@ -69,13 +69,13 @@ def test_pictures_survive_the_autoencoder(vae: ImageLatents, px: int, tokens: in
     again = vae.decode(z)
     assert again.dtype == torch.uint8 and again.shape == images.shape
     error = (again.float() - images.float()).square().mean((1, 2, 3))
-    assert (10 * torch.log10(255**2 / error)).mean() > 17
+    assert (10 * torch.log10(255**2 / error)).mean() > 20
     flat = (images.float() - images.float().mean((2, 3), keepdim=True)).square().mean((1, 2, 3))
     assert (error < flat).all() and error.mean() < 0.5 * flat.mean(), "the drawings must come back, not the background alone"
 
 
 def test_images_and_sizes_that_do_not_fit_are_refused(vae: ImageLatents) -> None:
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(ValueError, match="multiple of 64"):
         vae.latent_shape(250)
     with pytest.raises(TypeError, match="uint8"):
         vae.moments(torch.rand(1, 3, 64, 64))

@@ -54,7 +54,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         shutil.copytree(EMBEDDED / kind, folder / name)
     clip = ClipEncoder.load("embedded")
     TextCodec.new("embedded", clip.text_width, 32).save(folder / "text_codec")
-    latent = (6, PIXELS // 32, PIXELS // 32)
+    latent = (8, PIXELS // 64, PIXELS // 64)
     modalities = paper_modalities(latent, clip=clip.embed_dim, text=(clip.context_length, 32))
     noise = NoiseConfig(beta_start=0.005, beta_end=0.02) if request.param == "v1" else NoiseConfig()
     network = UViT(UViTConfig(width=64, depth=2, heads=2, modalities=modalities, position_std=0.5, noise=noise,

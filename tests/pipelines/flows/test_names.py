@@ -37,7 +37,7 @@ def test_the_words_of_prefects_form_are_those_of_its_page() -> None:
         (["train.256.steps=20", "train.256.optimizer.lr=0.5"], "steps 20, lr 0.5"),
         (["train.256.workers=4", "train.512.workers=4"], "workers 4"),
         (["subsets.large.filter.min_aesthetic=null"], "min_aesthetic none"),
-        (["train.256.optimizer.betas=[0.5, 0.75]"], "betas [0.5, 0.75]"),
+        (["train.256.optimizer.rest.betas=[0.5, 0.75]"], "betas [0.5, 0.75]"),
         # Where files lie is no name, and neither is a mapping.
         (["evaluate.prompts=/tmp/x.parquet", "subsets.little.download.hosts={a.example: b}"], ""),
         (

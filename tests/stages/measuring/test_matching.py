@@ -76,8 +76,8 @@ def test_floor_score_and_ceiling_each_have_their_own_pictures() -> None:
     job = SimpleNamespace(config=SimpleNamespace(judge=None, clip="x"))
     view: Any = SimpleNamespace(asked=ASKED, job=job, features=features)
     drawn, written = ASKED.samples("t2i"), ASKED.samples("i2t")
-    floor = ASKED.samples("t2i", untrained=True)
-    assert (drawn.beams, written.beams, floor.untrained, drawn.untrained) == (1, 5, True, False)
+    floor = ASKED.samples("t2i", of="untrained")
+    assert (drawn.beams, written.beams, floor.of, drawn.of) == (1, 5, "untrained", "checkpoint")
     figures = {figure.name: figure for figure in Preference(untrained=4).result(view, None).figures}  # type: ignore[arg-type]
     pairs = {
         "t2i": (Need(drawn, 12, "clip-image"), Need(None, 12, "clip-text")),

@@ -163,7 +163,7 @@ def test_the_floor_is_drawn_by_a_network_that_has_learned_nothing(
     learned = painter.artist(way).model
     torch.manual_seed(ASKED["seed"])
     fresh = UViT(learned.config)
-    floor = painter.artist(replace(way, untrained=True)).model
+    floor = painter.artist(replace(way, of="untrained")).model
     for name, values in floor.state_dict().items():
         assert torch.equal(values, fresh.state_dict()[name])
     assert any(not torch.equal(values, floor.state_dict()[name]) for name, values in learned.state_dict().items())
