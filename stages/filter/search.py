@@ -119,7 +119,7 @@ def _that_meet(some: Looks, others: Looks, band: int) -> tuple[np.ndarray, np.nd
 
 
 def _search(seekers: Looks, mine: np.ndarray, targets: Looks, theirs: np.ndarray, band: int, best: np.ndarray) -> None:
-    """Lower `best` of the seekers' rows `mine` to the first alike among the targets' rows `theirs` that share a key of the band."""
+    """Lower `best` of the seekers' rows `mine` to the first alike among the targets' rows `theirs` with their key."""
     if not len(mine) or not len(theirs):
         return
     keys = targets.keys(band)[theirs]
@@ -140,7 +140,9 @@ def _search(seekers: Looks, mine: np.ndarray, targets: Looks, theirs: np.ndarray
             for place, found in _pairs(low, stop):
                 sooner = before[found] < best[rows[place]]
                 one, other = rows[place[sooner]], found[sooner]
-                same = alike(seekers.hashes, seekers.shades, one, targets.hashes, targets.shades, theirs[other], seekers.tolerance)
+                same = alike(
+                    seekers.hashes, seekers.shades, one, targets.hashes, targets.shades, theirs[other], seekers.tolerance
+                )
                 np.minimum.at(best, one[same], before[other[same]])
             low, together = stop, together * 2
 

@@ -68,7 +68,8 @@ def by_search(pictures: PICTURES, pixels: np.ndarray, tolerance: int, parts: int
     """The same as the phases find it, of rows in so many blocks."""
     rows = np.array_split(np.arange(len(pixels)), parts)
     looks = [
-        Looks(deal(pictures[0][some], tolerance), pictures[1][some], ranks(pixels[some], int(some[0])), tolerance) for some in rows
+        Looks(deal(pictures[0][some], tolerance), pictures[1][some], ranks(pixels[some], int(some[0])), tolerance)
+        for some in rows
     ]
     best = [np.full(len(some), NOTHING) for some in rows]
     for block, own in enumerate(looks):
@@ -230,7 +231,9 @@ def test_of_all_copies_the_largest_stays_wherever_it_stands(store, make, in_proc
     chance = random.Random(9)
     picture, other = blots(chance), blots(chance)
     sides = [256, 300, 640, 260, 640, 220]
-    rows = [sample(n, encoded(picture.resize((side, side)), "JPEG")) for n, side in enumerate(sides)] + [sample(9, encoded(other))]
+    rows = [sample(n, encoded(picture.resize((side, side)), "JPEG")) for n, side in enumerate(sides)] + [
+        sample(9, encoded(other))
+    ]
     kept = make(Filter, store, {"rows": download(store, [rows[:2], rows[2:]])}, clip_scores=False)
     assert [one.key for one in kept_of(kept)] == ["00000002", "00000009"]
 
