@@ -138,6 +138,16 @@ class Survey:
         return pa.table(columns, schema=LOOKS)
 
 
+def looks_of(earlier: Records) -> list[list[Any]]:
+    """Path and rows of each block's looks."""
+    return [[file.path, file.rows] for file in (record.file("looks.parquet") for record in earlier["survey"])]
+
+
+def starts_of(looks: list[list[Any]]) -> list[int]:
+    """The number of each block's first row among all rows, and how many there are."""
+    return list(accumulate((rows for _, rows in looks), initial=0))
+
+
 def read_looks(job: Job, path: str, first: int) -> Looks:
     """The looks of a block whose first row has the number `first`."""
     table = read_table(job, path, ["pixels", "phash", "colours"])
@@ -188,16 +198,16 @@ def _firsts(looks: Looks, best: np.ndarray) -> pa.Table:
 def settle_units(job: Job, earlier: Records) -> Iterable[Unit]:
     if job.config.duplicate_tolerance is None or not earlier["survey"]:
         return
-    looks = [record.file("looks.parquet") for record in earlier["survey"]]
+    looks = looks_of(earlier)
     firsts = [record.file("firsts.parquet") for record in earlier["compare"]]
     shards = [len(block) for block in blocks(earlier["score"])]
     payload = {
-        "looks": [[file.path, file.rows] for file in looks],
+        "looks": looks,
         "firsts": [file.path for file in firsts],
         "shards": shards,
     }
-    digests = [file.sha256 for file in looks + firsts]
-    yield Unit("all", (digest_of(digests), digest_of(shards)), payload, sum(file.rows for file in looks))
+    digests = [record.files[0].sha256 for record in earlier["survey"] + earlier["compare"]]
+    yield Unit("all", (digest_of(digests), digest_of(shards)), payload, sum(rows for _, rows in looks))
 
 
 class Settle:
@@ -209,7 +219,7 @@ class Settle:
     def run(self, unit: Unit, out: Output) -> None:
         files, firsts = unit.payload["looks"], unit.payload["firsts"]
         rows = [rows for _, rows in files]
-        starts = list(accumulate(rows, initial=0))
+        starts = starts_of(files)
 
         def best(block: int) -> np.ndarray:
             found = np.full(rows[block], NOTHING)
@@ -222,36 +232,49 @@ class Settle:
             return found
 
         gone = decide(rows, best, lambda block: read_looks(self.job, files[block][0], starts[block]))
-        out.notes["drops"] = []
-        for block, (path, _) in enumerate(files):
-            places = read_table(self.job, path, ["shard", "row"]).filter(pa.array(gone[starts[block] : starts[block + 1]]))
-            write_table(places.cast(PLACES), out.path(drops_file(block), places.num_rows), ROW_GROUP)
-            shards, lost = places["shard"].to_numpy(), places["row"].to_numpy()
-            edges = np.searchsorted(shards, np.arange(unit.payload["shards"][block] + 1))
-            out.notes["drops"] += [digest_of(lost[low:high].tolist()) for low, high in zip(edges, edges[1:], strict=False)]
+        write_drops(self.job, out, gone, files, unit.payload["shards"])
+
+
+def write_drops(job: Job, out: Output, gone: np.ndarray, looks: list[list[Any]], shards: list[int]) -> None:
+    """Write the rows that go, a file a block, and note a digest of them for every shard.
+
+    Args:
+        gone: mask over the rows of all blocks.
+        looks: path and rows of each block's looks.
+        shards: how many each block has.
+    """
+    starts = starts_of(looks)
+    out.notes["drops"] = []
+    for block, (path, _) in enumerate(looks):
+        places = read_table(job, path, ["shard", "row"]).filter(pa.array(gone[starts[block] : starts[block + 1]]))
+        write_table(places.cast(PLACES), out.path(drops_file(block), places.num_rows), ROW_GROUP)
+        of, lost = places["shard"].to_numpy(), places["row"].to_numpy()
+        edges = np.searchsorted(of, np.arange(shards[block] + 1))
+        out.notes["drops"] += [digest_of(lost[low:high].tolist()) for low, high in zip(edges, edges[1:], strict=False)]
 
 
 def drops_file(block: int) -> str:
     return f"drops-{block:05d}.parquet"
 
 
-def drops_by_shard(earlier: Records) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For every scored shard, in order: a digest of its near duplicates, and where `dropped_rows` finds them."""
-    if not earlier["settle"]:
+def drops_by_shard(earlier: Records, phase: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For every scored shard, in order: a digest of the rows that go by a phase, and where `dropped_rows` finds them."""
+    if not earlier[phase]:
         yield from ((NONE, {"drops": None}) for _ in earlier["score"])
         return
-    (settled,) = earlier["settle"]
-    digests, path = iter(settled.notes["drops"]), cache(lambda block: settled.file(drops_file(block)).path)
+    (record,) = earlier[phase]
+    digests, path = iter(record.notes["drops"]), cache(lambda block: record.file(drops_file(block)).path)
     for block, shards in enumerate(blocks(earlier["score"])):
         for number in range(len(shards)):
             yield next(digests), {"drops": path(block), "number": number}
 
 
-def dropped_rows(job: Job, payload: dict[str, Any]) -> np.ndarray:
-    """Rows of a shard that are near duplicates, ascending."""
-    if payload["drops"] is None:
-        return np.array([], dtype=np.int32)
-    return read_table(job, payload["drops"], filters=[("shard", "==", payload["number"])])["row"].to_numpy()
+def dropped_rows(job: Job, place: dict[str, Any], rows: int) -> np.ndarray:
+    """Mask of the rows that go, of a shard that has so many."""
+    gone = np.zeros(rows, bool)
+    if place["drops"] is not None:
+        gone[read_table(job, place["drops"], filters=[("shard", "==", place["number"])])["row"].to_numpy()] = True
+    return gone
 
 
 def bytes_of(column: pa.ChunkedArray) -> np.ndarray:

@@ -74,8 +74,8 @@ def alike(
     """Which pairs are near duplicates, mask of shape (pairs,).
 
     Args:
-        hashes, shades: (rows, HASH_BYTES) and (rows, COLOUR_BYTES) uint8, of what `one` picks a row a pair; the bits of all hashes
-            are in one order, whatever that is. Likewise what `other` picks.
+        hashes, shades: (rows, HASH_BYTES) and (rows, COLOUR_BYTES) uint8, of what `one` picks a row a pair; the bits of all
+            hashes are in one order, whatever that is. Likewise what `other` picks.
     """  # fmt: skip
     found = np.zeros(len(one), bool)
     words, words_other = hashes.view(np.uint64), hashes_other.view(np.uint64)

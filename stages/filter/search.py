@@ -119,7 +119,7 @@ def _that_meet(some: Looks, others: Looks, band: int) -> tuple[np.ndarray, np.nd
 
 
 def _search(seekers: Looks, mine: np.ndarray, targets: Looks, theirs: np.ndarray, band: int, best: np.ndarray) -> None:
-    """Lower `best` of the seekers' rows `mine` to the first alike among the targets' rows `theirs` that share a key of the band."""
+    """Lower `best` of the seekers' rows `mine` to the first alike among the targets' rows `theirs` with their key."""
     if not len(mine) or not len(theirs):
         return
     keys = targets.keys(band)[theirs]

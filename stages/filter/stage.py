@@ -2,6 +2,7 @@
 
     score   a unit per shard: decode, measure, embed with CLIP, compute the heads' scores; depends on no threshold
     survey, compare, settle   which rows that meet the conditions look like a larger one: see `stages.filter.duplicates`
+    centres, members, meaning   with `semantic`, which of the others show the same: see `stages.filter.meaning`
     write   a unit per shard: the rows that meet the conditions and are no near duplicates, as a WebDataset shard
 
 Beside each ``SHARD.tar`` lies ``SHARD.parquet`` with what was measured, the CLIP embedding included. A unit of the last phase is
@@ -12,21 +13,21 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from stages.filter import duplicates
+from stages.filter import duplicates, meaning
 from stages.filter.heads import Heads, Scorer, head_digests
 from stages.filter.histogram import histogram_of, join
 from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES
 from stages.filter.look import Look, Looking
+from stages.filter.meaning import SemanticConfig, check_semantic
 from stages.runner.contract import (
     Job,
     Output,
@@ -62,6 +63,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+# Phase -> why the rows go that it finds.
+DROPS = {"settle": "near_duplicate", "meaning": "semantic_duplicate"}
+
+
 class FilterConfig(StageConfig):
     """Conditions on what was measured; a bound of null is not asked. Bounds are inclusive.
 
@@ -92,6 +97,10 @@ class FilterConfig(StageConfig):
     duplicate_tolerance: int | None = Field(
         12, ge=0, le=32, description="bits of 256 by which perceptual hashes of near duplicates may differ; null keeps duplicates"
     )
+    semantic: SemanticConfig | None = Field(
+        None,
+        description="also drop pictures that show the same by their CLIP embeddings (SemDeDup); install `[semantic]`",
+    )
     batch: int = operational(32, "images that CLIP sees at once", ge=1)
     cpus: int | None = operational(
         None, "CPUs of a worker that scores, each of which decodes ahead of it; when not given 1, and up to 8 with a GPU", ge=1
@@ -108,6 +117,8 @@ class FilterConfig(StageConfig):
     def _needs_scores(self) -> FilterConfig:
         if self.min_clip_similarity is not None and not self.clip_scores:
             raise ValueError("min_clip_similarity needs clip_scores: true")
+        if self.semantic is not None and (self.duplicate_tolerance is None or not self.clip_scores):
+            raise ValueError("semantic needs clip_scores: true and a duplicate_tolerance")
         return self
 
 
@@ -197,9 +208,8 @@ class Write:
             raise StageError(unit.payload["refusal"])
         scores = read_table(self.job, unit.payload["scores"])
         verdict = duplicates.judge(scores, self.config)
-        twins = np.zeros(scores.num_rows, dtype=bool)
-        twins[duplicates.dropped_rows(self.job, unit.payload)] = True
-        verdict.drop("near_duplicate", twins)
+        for reason, place in unit.payload["places"].items():
+            verdict.drop(reason, duplicates.dropped_rows(self.job, place, scores.num_rows))
         kept = scores.filter(pa.array(verdict.passing))
         write_table(kept, out.path(f"{unit.name}.parquet", kept.num_rows))
         out.path(f"{unit.name}.tar", kept.num_rows)
@@ -224,16 +234,17 @@ def _score_units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 
 def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    """Decided by the shard, by its scores and by its own near duplicates.
+    """Decided by the shard, by its scores and by its own duplicates.
 
     A refusal is left to the workers: `status` and `gc` plan too. It decides as well, so that none is found done.
     """
     refusal = refusal_of(job, earlier)
-    shards = zip(_score_units(job, earlier), earlier["score"], duplicates.drops_by_shard(earlier), strict=True)
-    for unit, record, (digest, drops) in shards:
+    drops = zip(*(duplicates.drops_by_shard(earlier, phase) for phase in DROPS), strict=True)
+    for unit, record, found in zip(_score_units(job, earlier), earlier["score"], drops, strict=True):
         (scores,) = record.files
-        digests = (*unit.digests, scores.sha256, digest, *([refusal] if refusal else []))
-        payload = {**unit.payload, "scores": scores.path, "refusal": refusal, **drops}
+        digests = (*unit.digests, scores.sha256, *(digest for digest, _ in found), *([refusal] if refusal else []))
+        places = dict(zip(DROPS.values(), (place for _, place in found), strict=True))
+        payload = {**unit.payload, "scores": scores.path, "refusal": refusal, "places": places}
         yield Unit(unit.name, digests, payload, unit.rows)
 
 
@@ -271,7 +282,7 @@ def _score_resources(config: FilterConfig) -> Resources:
     return Resources(cpus_each(config.cpus, gpus), gpus, config.workers)
 
 
-CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
+CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance", "semantic"}
 
 
 class Filter(Stage):
@@ -288,8 +299,13 @@ class Filter(Stage):
             memory=("batch",),
         ),
         *duplicates.PHASES,
+        *meaning.PHASES,
         Phase("write", _write_units, Write, fields=CONDITIONS, resources=lambda config: Resources(1.0, 0.0, config.workers)),
     )
+
+    @classmethod
+    def check(cls, config: FilterConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        check_semantic(config)
 
     @classmethod
     def weights(cls, config: FilterConfig) -> dict[str, str]:
