@@ -66,8 +66,8 @@ class Model:
         from unidiffuser.weights import load_native
 
         job = self.job
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = fetch_outside(job.lists["before"], job.config.before, job.store, Path(scratch))
+        with scratch_folder() as scratch:
+            folder = fetch_outside(job.lists["before"], job.config.before, job.store, scratch)
             return load_native(folder / "uvit").to(_device()).eval()
 
     def network(self, samples: Samples) -> Any:
