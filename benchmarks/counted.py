@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import boto3
+from moto.core.base_backend import BackendDict
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
@@ -34,6 +36,8 @@ class Counted:
 def counted_s3() -> Iterator[Counted]:
     """A server with an empty bucket `data`, which this process's S3 file systems use while here."""
     counted, answer = Counted(), DomainDispatcherApplication.__call__
+    # A line a request takes longer than the request.
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
 
     def counting(self: Any, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         def starts(status: str, headers: list[tuple[str, str]], *more: Any) -> Any:
@@ -47,6 +51,8 @@ def counted_s3() -> Iterator[Counted]:
         found: Iterable[bytes] = answer(self, environ, starts)
         return found
 
+    # What an earlier server of this process held is not here.
+    BackendDict.reset()
     with patch.object(DomainDispatcherApplication, "__call__", counting):
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()

@@ -3,6 +3,10 @@
 First a healthy web: images per second of CPU time and peak memory, of one worker each. Then a web in which a tenth of the hosts
 take connections and never answer: images per second on the clock. The sides take turns. Start-up counts for both, except that of
 Ray's own servers, whose work counts but not their memory; img2dataset is spared torch, which it imports where it finds one.
+
+Then the stage alone, and with `--before REV` that of another commit beside it: what a picture that EXIF turns costs over a plain
+one, and how busy a worker stays when each row has a host of its own and 3% of these hang: its images per second on the clock over
+those of a web in which none does. A host that hangs holds its row for two timeouts and a pause.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +33,7 @@ import pyarrow.parquet as pq
 import torch
 import typer
 
+from benchmarks.before import ROOT, commit_of, worktree
 from benchmarks.frame import Result, machine, progress
 from tests.stages import hostile_web
 
@@ -37,6 +42,9 @@ PICTURES = 64
 PATIENCE = 5.0
 SETTINGS: dict[str, Any] = {"image_size": SIZE, "timeout": PATIENCE, "retries": 0, "threads": 64}
 SHARD = 1000
+# How busy a worker stays is measured with a second try, as recipes have it by default.
+AGAIN = {**SETTINGS, "retries": 1}
+HANGING = (7, 41, 78)
 RAY_SERVERS = ("gcs_server", "raylet", "ray::IDLE", "ray/dashboard", "ray::DashboardAgent", "log_monitor.py", "runtime_env")
 
 
@@ -51,12 +59,12 @@ class Spent:
 
 
 class Handler(hostile_web.Handler):
-    """The tests' hostile web with pictures of photographs' size, on every loopback address; 127.0.2.x never answers."""
+    """The tests' hostile web with pictures of photographs' size, on all of loopback; 127.0.2.x and 127.2.x.x never answer."""
 
     pictures: list[bytes] = []
 
     def do_GET(self) -> None:
-        if self.connection.getsockname()[0].startswith("127.0.2."):
+        if self.connection.getsockname()[0].startswith(("127.0.2.", "127.2.")):
             time.sleep(60)
             return
         super().do_GET()
@@ -108,6 +116,14 @@ def write_metadata(path: Path, port: int, rows: int, hanging: bool) -> None:
     pq.write_table(pa.table({"URL": urls, "TEXT": [f"picture {n}" for n in order]}), path)
 
 
+def write_scattered(path: Path, port: int, rows: int, hanging: bool) -> int:
+    """Rows with a host each, of which three in a hundred hang if `hanging`; gives how many do not."""
+    silent = [hanging and n % 100 in HANGING for n in range(rows)]
+    urls = [f"http://127.{2 if silent[n] else 1}.{n // 250}.{n % 250 + 1}:{port}/{n}" for n in range(rows)]
+    pq.write_table(pa.table({"URL": urls, "TEXT": [f"picture {n}" for n in range(rows)]}), path)
+    return rows - sum(silent)
+
+
 def peer(metadata: Path, folder: Path) -> Spent:
     """One run of the command."""
     hidden = folder / "hidden" / "torch"
@@ -131,12 +147,12 @@ def peer(metadata: Path, folder: Path) -> Spent:
     return Spent(watch.cpu(), wall, watch.memory, images)
 
 
-def ours(metadata: Path, folder: Path) -> Spent:
-    """One run of the stage on a Ray of its own, which is up before the clock starts."""
-    command = [sys.executable, "-m", "benchmarks.download_side", str(metadata), str(folder), json.dumps(SETTINGS)]
-    log = folder / "log"
+def ours(metadata: Path, folder: Path, settings: dict[str, Any] = SETTINGS, root: Path = ROOT) -> Spent:
+    """One run of the stage, of the code in `root`, on a Ray of its own, which is up before the clock starts."""
+    command = [sys.executable, "-m", "benchmarks.download_side", str(metadata), str(folder), json.dumps(settings)]
+    log, environment = folder / "log", {**os.environ, "PYTHONPATH": str(root)}
     with open(log, "w") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root, env=environment)
         watch = Watch(process.pid, servers=RAY_SERVERS)
         assert process.stdout is not None
         found = {}
@@ -214,10 +230,43 @@ def compare(rows: int, hanging: bool, rounds: int) -> dict[str, list[Spent]]:
     return found
 
 
+def busy(rows: int, rounds: int, roots: dict[str, Path]) -> dict[str, dict[str, list[Spent]]]:
+    """Of each commit the runs without and with hosts that hang, in turns."""
+    found: dict[str, dict[str, list[Spent]]] = {name: {"healthy": [], "hanging": []} for name in roots}
+    with web() as port, tempfile.TemporaryDirectory() as scratch:
+        metadata = Path(scratch, "metadata.parquet")
+        for number in range(rounds):
+            for name in list(roots) if number % 2 == 0 else list(reversed(roots)):
+                for kind, runs in found[name].items():
+                    expected = write_scattered(metadata, port, rows, kind == "hanging")
+                    with tempfile.TemporaryDirectory() as folder:
+                        spent = ours(metadata, Path(folder), AGAIN, roots[name])
+                    if spent.images != expected:
+                        raise SystemExit(f"{name} brought {spent.images} of {expected} images; is the machine too busy?")
+                    runs.append(spent)
+                    progress(f"round {number + 1} of {rounds}, a host a row, {kind}: {name} {spent}")
+    return found
+
+
+def how_busy(runs: dict[str, list[Spent]]) -> float:
+    rates = {kind: median(spent.images / spent.wall for spent in spents) for kind, spents in runs.items()}
+    return rates["hanging"] / rates["healthy"]
+
+
+def turned(root: Path) -> dict[str, Any]:
+    """What `benchmarks.download_turned` finds in the code of a commit."""
+    # Not by its path, beside which `select` is another module than Python's.
+    command = [sys.executable, "-c", (ROOT / "benchmarks" / "download_turned.py").read_text(), "20"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
+    return json.loads(found.stdout)
+
+
 def main(
     rows: Annotated[int, typer.Option(min=100, help="Rows of the healthy web.")] = 4000,
     hanging_rows: Annotated[int, typer.Option(min=100, help="Rows of the web in which hosts hang.")] = 4000,
+    scattered_rows: Annotated[int, typer.Option(min=SHARD, max=60_000, help="Rows of the web with a host a row.")] = 16_000,
     rounds: Annotated[int, typer.Option(min=1, help="How often the sides take turns.")] = 3,
+    before: Annotated[str, typer.Option(help="Measure the stage of this commit too.", metavar="REV")] = "",
     file: Annotated[Path | None, typer.Option("--json", help="Where to write the result.")] = None,
 ) -> None:
     """Images per CPU-second and memory on a healthy web, images per second where a tenth of the hosts hang."""
@@ -226,6 +275,12 @@ def main(
     rates = {name: median(spent.images / spent.cpu for spent in runs) for name, runs in healthy.items()}
     clock = {name: median(spent.images / spent.wall for spent in runs) for name, runs in hanging.items()}
     memory = {name: max(spent.memory for spent in runs) for name, runs in healthy.items()}
+    with ExitStack() as stack:
+        roots = {"ours": ROOT} | ({"before": stack.enter_context(worktree(before))} if before else {})
+        scattered = busy(scattered_rows, max(1, rounds // 2), roots)
+        turns = {name: turned(root) for name, root in roots.items()}
+    if len({found["sha256"] for found in turns.values()}) != 1:
+        raise SystemExit("the commits store other bytes of a turned picture")
     figures: dict[str, float | int | str] = {
         "images_per_cpu_second": rates["ours"],
         "peer_images_per_cpu_second": rates["img2dataset"],
@@ -233,13 +288,22 @@ def main(
         "peer_memory_mib": memory["img2dataset"],
         "hanging_ratio": clock["ours"] / clock["img2dataset"],
     }
+    for name in roots:
+        prefix = "" if name == "ours" else "before_"
+        figures[f"{prefix}turned_over_plain"] = turns[name]["ratio"]
+        figures[f"{prefix}busy_with_hanging"] = how_busy(scattered[name])
     details = {
         kind: {name: [asdict(spent) for spent in runs] for name, runs in found.items()}
         for kind, found in (("healthy", healthy), ("hanging", hanging))
     }
-    Result(
-        "download", rates["ours"] / rates["img2dataset"], "img2dataset", figures, words, {"settings": SETTINGS, **details}
-    ).finish(file)
+    details |= {
+        f"scattered_{name}": {kind: [asdict(spent) for spent in spents] for kind, spents in runs.items()}
+        for name, runs in scattered.items()
+    }
+    commits = {"commit": commit_of()} | ({"before": commit_of(before)} if before else {})
+    settings = {"settings": SETTINGS, "scattered_settings": AGAIN}
+    ratio = rates["ours"] / rates["img2dataset"]
+    Result("download", ratio, "img2dataset", figures, words, {**commits, **settings, "turned": turns, **details}).finish(file)
 
 
 if __name__ == "__main__":

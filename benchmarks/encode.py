@@ -1,15 +1,21 @@
-"""The encode stage against a bare loop of diffusers and open_clip: the same pictures, captions and embedded weights.
+"""The encode stage against the bare encoders of diffusers and open_clip on tensors that are ready: one thread of networks each.
 
-The stage runs on a Ray of its own, on as many workers as it takes here. What does not depend on the rows is measured by the same
-stage on a few pictures, and taken off. The loop is one process with all threads, reads the same tars, and writes nothing; its
-moments are compared with those that the stage wrote.
+The stage reads tars, decodes, resizes, tokenises and writes Parquet beside its networks, on the other cores: one worker in
+one process, as a GPU has it. `ratio` is its rate over that of the networks alone. `standin_ratio` is what it reaches of the 125
+images a second of networks that wait 8 ms an image in place of computing, and `images_per_core_s` how many images a second one
+core makes ready for them. Its moments are compared with the bare encoder's. With `--before REV` the stage of that commit takes
+turns with it.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -20,78 +26,41 @@ import torch
 import typer
 from PIL import Image, ImageOps
 
-from benchmarks.before import commit_of
-from benchmarks.frame import Result, choose_device, machine, progress
+from benchmarks.before import ROOT, commit_of, worktree
+from benchmarks.encode_side import BATCH, STANDIN_SECONDS
+from benchmarks.frame import Result, machine, progress
 from examples.little_web.folder import write_folder
-from infra.dataset import Dataset
-from infra.store import Store
 from unidiffuser.references import EMBEDDED
 
-FEW = 16
-BATCH = 16
-RECIPE = """
-name: encode-clock
-subsets:
-  few:
-    folder: {{images: ['few/**/*'], shard_rows: {shard}}}
-    filter: {{clip_scores: false, duplicate_tolerance: null}}
-    encode: {{size: {size}}}
-  many:
-    folder: {{images: ['many/**/*'], shard_rows: {shard}}}
-    filter: {{clip_scores: false, duplicate_tolerance: null}}
-    encode: {{size: {size}}}
-text-codec: {{captions: few, latent_width: 32, steps: 1, batch: 8, validation_captions: 2}}
-"""
-
-
-def ours(folder: Path, number: int) -> tuple[float, Dataset]:
-    """Seconds that the stage takes for the many pictures beyond those for the few, and what it made."""
-    from stages.__main__ import run_node
-    from stages.runner.recipe import load_recipe
-
-    recipe, store = load_recipe(folder / "recipe.yaml", []), Store(str(folder / f"store-{number}"))
-    seconds = {}
-    for subset in ("few", "many"):
-        for node in (f"{subset}-folder", f"{subset}-filter", "text-codec"):
-            run_node(recipe, node, store)
-        start = time.perf_counter()
-        dataset = run_node(recipe, f"{subset}-encode", store)
-        seconds[subset] = time.perf_counter() - start
-    return seconds["many"] - seconds["few"], dataset
+FEW = 128
 
 
 class Bare:
-    """The models by their libraries' own hands."""
+    """The networks by their libraries' own hands, and tensors that are ready for them."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, tars: list[str], size: int) -> None:
         import open_clip
         from diffusers import AutoencoderKL
 
-        self.device = device
-        self.vae = AutoencoderKL.from_pretrained(EMBEDDED / "vae").to(device).eval()
+        self.vae = AutoencoderKL.from_pretrained(EMBEDDED / "vae").eval()
         clip = f"local-dir:{EMBEDDED / 'clip'}"
-        self.clip, self.preprocess = open_clip.create_model_from_pretrained(clip, device=device)
-        self.tokenizer = open_clip.get_tokenizer(clip)
+        self.clip, preprocess = open_clip.create_model_from_pretrained(clip)
+        self.keys, pictures, captions = zip(*rows_of(tars), strict=True)
+        squares = [ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS) for picture in pictures]
+        self.pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)
+        self.seen = torch.stack([preprocess(square) for square in squares])
+        self.ids = open_clip.get_tokenizer(clip)(list(captions))
 
     @torch.inference_mode()
-    def run(self, rows: Iterator[tuple[str, Image.Image, str]], size: int) -> dict[str, np.ndarray]:
+    def run(self) -> dict[str, np.ndarray]:
         """The moments, (2C, h, w), by key."""
-        found: dict[str, np.ndarray] = {}
-        batch: list[tuple[str, Image.Image, str]] = []
-        for row in rows:
-            batch.append(row)
-            if len(batch) == BATCH:
-                found |= self.encode(batch, size)
-                batch = []
-        return found | (self.encode(batch, size) if batch else {})
-
-    def encode(self, batch: list[tuple[str, Image.Image, str]], size: int) -> dict[str, np.ndarray]:
-        squares = [ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS) for _, picture, _ in batch]
-        pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares])).permute(0, 3, 1, 2)
-        moments = self.vae.encode(pixels.to(self.device).float() / 127.5 - 1).latent_dist.parameters
-        self.clip.encode_image(torch.stack([self.preprocess(square) for square in squares]).to(self.device))
-        self.clip.encode_text(self.tokenizer([caption for _, _, caption in batch]).to(self.device))
-        return {key: row for (key, _, _), row in zip(batch, moments.half().cpu().numpy(), strict=True)}
+        found: list[np.ndarray] = []
+        for at in range(0, len(self.keys), BATCH):
+            part = slice(at, at + BATCH)
+            found += list(self.vae.encode(self.pixels[part].float() / 127.5 - 1).latent_dist.parameters.half().numpy())
+            self.clip.encode_image(self.seen[part])
+            self.clip.encode_text(self.ids[part])
+        return dict(zip(self.keys, found, strict=True))
 
 
 def rows_of(tars: list[str]) -> Iterator[tuple[str, Image.Image, str]]:
@@ -103,59 +72,72 @@ def rows_of(tars: list[str]) -> Iterator[tuple[str, Image.Image, str]]:
         yield sample["__key__"], picture, sample["txt"]
 
 
-def tars_of(encoded: Dataset) -> list[str]:
-    """The tars that a dataset of latents was made from."""
-    from infra.dataset import find
-
-    reference = encoded.manifest.inputs["rows"]
-    rows = find(encoded.store, reference.stage, reference.fingerprint)
-    assert rows is not None
-    return [rows.url(entry) for entry in rows.files if entry.name.endswith(".tar")]
-
-
-def difference(encoded: Dataset, moments: dict[str, np.ndarray]) -> float:
-    """The largest difference between what the stage wrote and the loop's moments."""
+def difference(latents: list[str], moments: dict[str, np.ndarray]) -> float:
+    """The largest difference between what the stage wrote and the bare encoder's moments."""
     worst = 0.0
-    for entry in encoded.files:
-        table = pq.read_table(encoded.url(entry), columns=["key", "moments"])
+    for address in latents:
+        table = pq.read_table(address, columns=["key", "moments"])
         for key, cell in zip(table["key"].to_pylist(), table["moments"].to_pylist(), strict=True):
             theirs = moments[key].astype(np.float32)
             worst = max(worst, float(np.abs(np.frombuffer(cell, np.float16).astype(np.float32) - theirs.ravel()).max()))
     return worst
 
 
+def side(root: Path, folder: Path, size: int, file: Path) -> dict[str, Any]:
+    """What `encode_side` measured with the stage of a commit."""
+    script = str(ROOT / "benchmarks" / "encode_side.py")
+    subprocess.run([sys.executable, "-P", script, str(root), str(folder), str(size), str(file)], check=True, stdout=sys.stderr)
+    return json.loads(file.read_text())
+
+
+def typical(runs: list[dict[str, Any]], bare_rate: float) -> dict[str, float]:
+    """The figures of one commit's stage: medians over its runs."""
+    rates = {kind: median(run[kind]["rows"] / run[kind]["seconds"] for run in runs) for kind in ("stage", "standin")}
+    return {
+        "ratio": round(rates["stage"] / bare_rate, 3),
+        "standin_ratio": round(rates["standin"] * STANDIN_SECONDS, 3),
+        "images_per_core_s": round(median(run["standin"]["rows"] / run["standin"]["cpu"] for run in runs), 1),
+        "rows_per_s": round(rates["stage"], 1),
+    }
+
+
 def main(
-    pictures: Annotated[int, typer.Option(help="Pictures to encode.", min=FEW)] = 768,
+    pictures: Annotated[int, typer.Option(help="Pictures to encode.", min=FEW)] = 512,
     size: Annotated[int, typer.Option(help="Pixels a side.", min=32)] = 256,
     rounds: Annotated[int, typer.Option(help="Runs of each side; the median counts.", min=1)] = 3,
-    device: Annotated[str, typer.Option(help="auto is CUDA where it is found.")] = "auto",
+    before: Annotated[str, typer.Option(help="Measure the stage of this commit too.", metavar="REV")] = "",
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
 ) -> None:
-    """Compare the encode stage with a bare loop over the same models."""
-    place, commit = choose_device(device), commit_of()
-    words, seconds, worst = machine(place), {"ours": list[float](), "bare": list[float]()}, 0.0
-    with tempfile.TemporaryDirectory(prefix="unidiffuser-encode-") as scratch:
-        folder = Path(scratch)
-        write_folder(folder / "few", FEW)
+    """Compare the encode stage with the bare encoders on tensors that are ready."""
+    torch.set_num_threads(1)
+    words = machine(torch.device("cpu"))
+    bare: Bare | None = None
+    seconds, worst = list[float](), 0.0
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="unidiffuser-encode-")))
         write_folder(folder / "many", pictures)
-        (folder / "recipe.yaml").write_text(RECIPE.format(size=size, shard=64), encoding="utf-8")
-        bare = Bare(place)
+        roots = {"ours": ROOT} | ({"before": stack.enter_context(worktree(before))} if before else {})
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in roots}
         for number in range(rounds):
-            took, encoded = ours(folder, number)
-            seconds["ours"].append(took)
-            rows = encoded.manifest.stats.rows_out
+            for name in list(roots) if number % 2 == 0 else list(roots)[::-1]:
+                runs[name].append(side(roots[name], folder, size, folder / f"{name}-{number}.json"))
+            bare = bare or Bare(runs["ours"][0]["tars"], size)
             start = time.perf_counter()
-            moments = bare.run(rows_of(tars_of(encoded)), size)
-            seconds["bare"].append(time.perf_counter() - start)
-            worst = max(worst, difference(encoded, moments))
-            progress(f"round {number + 1} of {rounds}: {took:.1f} s, the loop {seconds['bare'][-1]:.1f} s for {rows} rows")
-    ours_s, bare_s = (median(found) for found in seconds.values())
-    if ours_s <= 0:
-        raise SystemExit("the few pictures took as long as the many: give more --pictures, on a quiet machine")
-    rate = (rows - FEW) / ours_s
-    figures = {"rows_per_s": round(rate, 1), "peer_rows_per_s": round(rows / bare_s, 1), "largest_difference": worst}
-    details: dict[str, Any] = {"commit": commit, "size": size, "rows": rows, "seconds": seconds}
-    Result("encode", round(rate / (rows / bare_s), 3), "bare_loop", figures, words, details).finish(file)
+            moments = bare.run()
+            seconds.append(time.perf_counter() - start)
+            worst = max(worst, difference(runs["ours"][-1]["latents"], moments))
+            took = {name: {kind: found[-1][kind] for kind in ("stage", "standin")} for name, found in runs.items()}
+            progress(f"round {number + 1} of {rounds}: the bare encoders {seconds[-1]:.1f} s for {len(moments)} rows, {took}")
+    rate = len(moments) / median(seconds)
+    figures = typical(runs["ours"], rate)
+    ratio = figures.pop("ratio")
+    figures |= {"peer_rows_per_s": round(rate, 1), "largest_difference": worst}
+    if before:
+        figures |= {f"before_{name}": value for name, value in typical(runs["before"], rate).items()}
+    commits = {"commit": commit_of()} | ({"before": commit_of(before)} if before else {})
+    kept = {name: [{kind: run[kind] for kind in ("stage", "standin")} for run in found] for name, found in runs.items()}
+    details: dict[str, Any] = {**commits, "size": size, "rows": len(moments), "bare_seconds": seconds, "runs": kept}
+    Result("encode", ratio, "bare_encoders", figures, words, details).finish(file)
 
 
 if __name__ == "__main__":

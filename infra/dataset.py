@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from infra.entries import fingerprint_of, stages_in
-from infra.store import NotThere, Store, StoreError, sha256_of
+from infra.store import NotThere, Store, StoreError, sha256_of, stays_below
 
 # Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
 FILES_INLINE = 2000
@@ -39,7 +40,7 @@ class FileEntry:
         """Path inside the unit: `00000.tar`, or `uvit/config.json` for a unit that holds folders."""
         name = self.path.split(f"/{self.unit}/", 1)[-1]
         # On an object store the files lie in a folder of the attempt that made them.
-        return name.split("/", 1)[1] if name.startswith("@") else name
+        return name.partition("/")[2] if name.startswith("@") else name
 
 
 @dataclass(slots=True)
@@ -139,8 +140,9 @@ def fetch_files(store: Store, files: list[FileEntry], folder: Path, fix: str = V
         fix: what a person is to do about a damaged file.
 
     Raises:
-        StoreError: a file is missing, or not the one that its record tells of.
+        StoreError: a file is missing, or not the one that its record tells of; or a name leads out of the folder.
     """
+    _check_names(store, files, fix)
     for entry in files:
         target = folder / entry.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -158,12 +160,29 @@ def fetch_files(store: Store, files: list[FileEntry], folder: Path, fix: str = V
     return folder
 
 
+def _check_names(store: Store, files: list[FileEntry], fix: str) -> None:
+    """Whoever can write a manifest must not choose where on this machine its files come to lie, or what is read instead of them.
+
+    Raises:
+        StoreError: a name leads out of the store or of the folder, or is another file's or its folder's too.
+    """
+    names = [entry.name for entry in files]
+    taken = {name for name, count in Counter(names).items() if count > 1} | {
+        str(above) for name in names for above in PurePosixPath(name).parents
+    }
+    for entry, name in zip(files, names, strict=True):
+        if not (stays_below(entry.path) and stays_below(name)):
+            raise StoreError(f"{store.root}: a record names a file {entry.path!r}, which leads out of its folder; {fix}")
+        if name in taken:
+            raise StoreError(f"{store.root}: a record names {entry.path!r} in the place of another file; {fix}")
+
+
 def folder_of(stage: str, fingerprint: str) -> str:
     return f"{stage}/{fingerprint}"
 
 
 def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Dataset:
-    """Write the manifest, which makes the dataset exist.
+    """Write the manifest, which makes the dataset exist; on an object store gives that of another run, if it was the first.
 
     Args:
         more: further columns for files.parquet, a row for each file; the list of files then lies there however short it is.
@@ -196,7 +215,9 @@ def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Da
         document["files"] = None
         # For whoever lists a store, and reads no list of files.
         document["files_bytes"] = sum(entry.bytes for entry in manifest.files)
-    store.write_json(f"{folder}/manifest.json", document)
+    # Runs on one disk do every unit together, and what they commit is the same.
+    if not store.write_json(f"{folder}/manifest.json", document, once=not store.local):
+        return find(store, manifest.stage, manifest.fingerprint) or commit(store, manifest, more)
     return Dataset(store, manifest)
 
 

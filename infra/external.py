@@ -14,7 +14,7 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.listing import Listing, OutsideError, readable
-from infra.store import Store, sha256_of
+from infra.store import Store, sha256_of, stays_below
 
 # What file systems call a tag that changes with the content, then what they call the moment of the last change; the first that is
 # there counts. (Amazon and HTTP; Azure and Google; Hugging Face; GitHub; git; Dropbox; Google Drive; others.)
@@ -79,7 +79,7 @@ def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Pat
         files: address -> digest, as `resolve` gave them for files at or below `root`; local ones are linked, not copied.
 
     Raises:
-        OutsideError: a file is gone, or has other content than it had.
+        OutsideError: a file is gone, or has other content than it had, or its name leads out of the folder.
     """
     if resolve(list(files), store) != dict(files):
         raise OutsideError(root, "has changed since the run was planned; run again")
@@ -87,6 +87,8 @@ def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Pat
     top, target = top.rstrip("/"), folder / PurePosixPath(top).name
     for address in files:
         _, path = fsspec.core.url_to_fs(address)
+        if path != top and not stays_below(path[len(top) + 1 :]):
+            raise OutsideError(root, f"lists {path!r}, which leads out of its folder; take it from a place that you trust")
         place = target / path[len(top) + 1 :] if path != top else target
         place.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(fs, LocalFileSystem):

@@ -104,6 +104,15 @@ class RayJobs:
         jobs = [job for job in self._ask("GET", "/api/jobs/") if job.get("submission_id") and job["status"] not in TERMINAL]
         return {job["submission_id"]: job.get("metadata") or {} for job in jobs if (job.get("start_time") or 0) / 1000 < before}
 
+    def commands(self) -> dict[str, str]:
+        """The jobs that have not ended: id -> command.
+
+        Raises:
+            ServerError: Ray does not answer.
+        """
+        jobs = [job for job in self._call("GET", "/api/jobs/", timeout=SHORT_TIMEOUT) if job["status"] not in TERMINAL]
+        return {job["submission_id"]: job["entrypoint"] for job in jobs if job.get("submission_id")}
+
     def newest(self, wanted: Callable[[str, str], bool]) -> str | None:
         """The job that was submitted last of those whose (id, command) are wanted.
 

@@ -8,22 +8,23 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from uuid import uuid4
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from infra import s3
+from infra.lease import leased
 from infra.ranges import RangeFile
 
 # Small files that an object store is asked for at once; the answers are held in memory.
 READ_AT_ONCE = 1000
-# Bytes of a part of a file that is sent to an object store while it is made; there may be 10,000 of them.
-PART = 2**25
 
 
 class StoreError(Exception):
@@ -42,6 +43,11 @@ def sha256_of(path: str | Path) -> str:
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def stays_below(path: str) -> bool:
+    """Whether a path that somebody else has written, with ``/`` between its parts, names a file below the folder it is put to."""
+    return "\0" not in path and not {"", ".", ".."} & set(path.split("/"))
 
 
 def _read_local(path: str) -> bytes | None:
@@ -86,7 +92,8 @@ class Store:
 
     def __init__(self, root: str):
         try:
-            fs, path = fsspec.core.url_to_fs(root)
+            # Nothing that a process has listed may hide from it what others write.
+            fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
         except ImportError as error:
             package = getattr(error.__cause__ or error, "name", None) or "the package of its file system"
             raise StoreError(f"{root}: {package} is not installed, which such a store needs; pip install {package}") from error
@@ -95,6 +102,9 @@ class Store:
         self.local = isinstance(fs, LocalFileSystem)
         self.root = str(Path(path).resolve()) if self.local else root.rstrip("/")
         self.fs = fs
+        self._is_s3 = "s3" in fs.protocol
+        # Else s3fs asks for the size first, and for a listing where there is no such file.
+        self._whole = {"max_concurrency": 1} if self._is_s3 else {}
         self._base = self.root if self.local else path.rstrip("/")
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
@@ -124,7 +134,7 @@ class Store:
         return bool(self.fs.exists(self._full(path)))
 
     def open(self, path: str) -> BinaryIO:
-        """A seekable binary file for reading.
+        """A seekable binary file, to be read from one end to the other: on an object store 50 MB ahead.
 
         Raises:
             StoreError: there is no such file.
@@ -132,22 +142,34 @@ class Store:
         try:
             return self.fs.open(self._full(path), "rb")
         except FileNotFoundError:
-            raise StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing") from None
+            raise self._missing(path) from None
 
-    def ranges(self, path: str) -> RangeFile:
+    def ranges(self, path: str) -> BinaryIO:
         """The same for a reader that knows which bytes it wants: nothing is read ahead.
 
         Raises:
             StoreError: there is no such file.
         """
+        if self.local:
+            return self.open(path)
         try:
-            return RangeFile(self.fs, self._full(path))
+            return cast(BinaryIO, RangeFile(self.fs, self._full(path)))
         except FileNotFoundError:
-            raise StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing") from None
+            raise self._missing(path) from None
 
     def read(self, path: str) -> bytes:
-        with self.open(path) as file:
-            return file.read()
+        """A whole file.
+
+        Raises:
+            StoreError: there is no such file.
+        """
+        try:
+            return cast(bytes, self.fs.cat_file(self._full(path), **self._whole))
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._missing(path) from None
+
+    def _missing(self, path: str) -> StoreError:
+        return StoreError(f"{self.url(path)}: no such file; `unidiffuser verify` tells what else is missing")
 
     def read_json(self, path: str) -> Any:
         """Parsed JSON, or None when there is no such file.
@@ -156,7 +178,7 @@ class Store:
             StoreError: the file is not JSON.
         """
         try:
-            data = self.fs.cat_file(self._full(path))
+            data = self.fs.cat_file(self._full(path), **self._whole)
         except (FileNotFoundError, NotADirectoryError):
             return None
         try:
@@ -171,7 +193,7 @@ class Store:
             if self.local:
                 yield from map(_read_local, some)
                 continue
-            found = self.fs.cat(some, on_error="return")
+            found = self.fs.cat(some, on_error="return", **self._whole)
             for path in some:
                 data = found[self.fs._strip_protocol(path)]
                 if isinstance(data, Exception) and not isinstance(data, FileNotFoundError | NotADirectoryError):
@@ -180,8 +202,6 @@ class Store:
 
     def list(self, path: str) -> list[str]:
         """Names directly below a folder, sorted; empty when there is none."""
-        # Object stores' file systems remember listings, and other processes write too.
-        self.fs.invalidate_cache(self._full(path))
         try:
             found = self.fs.ls(self._full(path), detail=False)
         except FileNotFoundError:
@@ -194,18 +214,22 @@ class Store:
 
     def walk(self, path: str) -> Iterator[tuple[str, int, datetime]]:
         """Path, bytes and time of writing of every file below a folder; on an object store, one listing."""
+        base = str(self.fs._strip_protocol(self._base))
+        for name, size, moment in s3.listed(self.fs, self._full(path)) if self._is_s3 else self._found(path):
+            yield name.removeprefix(base).lstrip("/"), size, moment
+
+    def _found(self, path: str) -> Iterator[tuple[str, int, datetime]]:
         for name, info in self.fs.find(self._full(path), detail=True).items():
             moment = next(info[key] for key in ("mtime", "LastModified", "updated", "last_modified", "created") if key in info)
             if not isinstance(moment, datetime):
                 moment = datetime.fromtimestamp(moment, UTC) if isinstance(moment, float) else datetime.fromisoformat(moment)
-            base = str(self.fs._strip_protocol(self._base))
-            yield name.removeprefix(base).lstrip("/"), info["size"], moment
+            yield name, info["size"], moment
 
     def write(self, path: str, data: bytes, once: bool = False) -> bool:
         """Write a small file atomically: after a crash it is there whole or not at all.
 
         Args:
-            once: only if there is none, for object stores, which decide that themselves.
+            once: only if there is none.
 
         Returns:
             Whether it was written.
@@ -218,13 +242,12 @@ class Store:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            self._rename(part, target)
-        else:
-            # One PUT: an object store shows an object only once it is complete.
-            try:
-                self.fs.pipe_file(self._full(path), data, mode="create" if once else "overwrite")
-            except FileExistsError:
-                return False
+            return self._rename(part, target, once)
+        # One PUT: an object store shows an object only once it is complete.
+        try:
+            self.fs.pipe_file(self._full(path), data, mode="create" if once else "overwrite")
+        except FileExistsError:
+            return False
         return True
 
     def write_json(self, path: str, value: Any, once: bool = False) -> bool:
@@ -254,7 +277,7 @@ class Store:
                 with suppress(FileNotFoundError):
                     part.unlink()
         else:
-            sent = self.fs.open(self._full(path), "wb", block_size=PART)
+            sent = self.fs.open(self._full(path), "wb", block_size=s3.PART)
             writing = Writing(sent)
             try:
                 yield writing
@@ -266,13 +289,14 @@ class Store:
             raise StoreError(f"{self.url(path)}: {found:,} bytes arrived of {writing.size:,}; check the disk and run again")
 
     def publish(self, source: str | Path, path: str) -> tuple[int, str]:
-        """Move a finished local file into the store, read it back and return (bytes, sha256).
+        """Move a finished local file into the store and return (bytes, sha256).
 
         The digest is taken from the source first and compared with what arrived, so that a bad disk or a cut connection
-        cannot commit a damaged file.
+        cannot commit a damaged file: by S3 itself before it takes the file, elsewhere by reading it back.
 
         Raises:
             StoreError: what was read back differs from what was written.
+            OSError: S3 found that it differs.
         """
         digest, size = sha256_of(source), os.path.getsize(source)
         if self.local:
@@ -285,9 +309,14 @@ class Store:
             self._check(sha256_of(part), digest, path)
             self._rename(part, target)
         else:
-            self.fs.put_file(str(source), self._full(path))
-            with self.fs.open(self._full(path), "rb") as stored:
-                self._check(hashlib.file_digest(stored, "sha256").hexdigest(), digest, path)
+            if self._is_s3:
+                compared = s3.put(self.fs, source, self._full(path), digest)
+            else:
+                self.fs.put_file(str(source), self._full(path))
+                compared = False
+            if not compared:
+                with self.fs.open(self._full(path), "rb") as stored:
+                    self._check(hashlib.file_digest(stored, "sha256").hexdigest(), digest, path)
         return size, digest
 
     def _check(self, found: str, expected: str, path: str) -> None:
@@ -295,14 +324,30 @@ class Store:
             raise StoreError(f"{self.url(path)}: read back {found[:12]}, wrote {expected[:12]}; check the disk and run again")
 
     @staticmethod
-    def _rename(part: Path, target: Path) -> None:
-        """The moment at which a local file appears; the folder is flushed so that the name survives a power cut."""
-        os.replace(part, target)
+    def _rename(part: Path, target: Path, once: bool = False) -> bool:
+        """The moment at which a local file appears, `once` only if there is none; whether it did. The folder is flushed so that
+        the name survives a power cut."""
+        try:
+            if once:
+                os.link(part, target)
+            else:
+                os.replace(part, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if not once or error.errno not in (errno.EPERM, errno.ENOSYS, errno.ENOTSUP):
+                raise
+            # Without hard links two at the same moment cannot be told apart.
+            return not target.exists() and Store._rename(part, target)
+        finally:
+            if once:
+                part.unlink(missing_ok=True)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+        return True
 
     def fetch(self, path: str, target: str | Path) -> Path:
         """Copy a stored file to a local path and return that path."""
@@ -312,21 +357,25 @@ class Store:
 
     @contextmanager
     def claimed(self, name: str) -> Iterator[None]:
-        """Hold a name against every other process that works on this store; waits for it. The claim of one that dies is gone.
+        """Hold a name against all others that work on this store; waits for it. The claim of a process that dies is gone.
 
-        A byte of one file stands for a name, so nothing is left behind. Object stores and file systems without locks do nothing.
+        A byte of one file stands for a name, so nothing is left behind. File systems without locks do nothing. On an object store
+        it is a lease, which ends a minute after its holder died.
         """
         if not self.local:
-            yield
+            with leased(self, name):
+                yield
             return
         path = Path(self._full(".state/claims"))
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
             byte = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+            # The lock of this open file: those of `lockf` are the process's, and any thread that closes the file loses them all.
+            lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX, 1, byte)
+                fcntl.fcntl(file, fcntl.F_OFD_SETLKW, lock)
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL):
                     raise
             yield
 
@@ -334,6 +383,11 @@ class Store:
         """Delete a file or a whole folder; nothing happens when it is not there."""
         if self.exists(path):
             self.fs.rm(self._full(path), recursive=True)
+
+    def discard(self, path: str) -> None:
+        """Delete one file; nothing happens when it is not there."""
+        with suppress(FileNotFoundError):
+            self.fs.rm_file(self._full(path))
 
     def free_bytes(self) -> int | None:
         """Room left on a local disk, in bytes; None for object stores, which have no such number."""

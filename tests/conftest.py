@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from benchmarks.counted import Counted
 
 
 @pytest.hookimpl(trylast=True)
@@ -29,6 +33,21 @@ def ray_cluster() -> Iterator[None]:
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Counted]:
+    """An S3 server in this process, and what was asked of it."""
+    from benchmarks.counted import counted_s3
+
+    with counted_s3() as counted:
+        yield counted
+
+
+@pytest.fixture(scope="module")
+def bucket(s3: Counted) -> str:
+    """The address of a store on the S3 server."""
+    return "s3://data/store"
 
 
 @pytest.fixture(scope="session")

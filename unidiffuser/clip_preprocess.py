@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from unidiffuser.tensors import WeightsError
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESIZE_MODES = ("shortest", "squash", "longest")
 # open_clip's "random" is one for training; its transform for evaluation is bicubic then.
@@ -45,6 +44,8 @@ class Preprocess:
         """
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
+        from unidiffuser.tensors import WeightsError
+
         told = merge_preprocess_dict(PreprocessCfg(), dict(settings))
         size = told["size"] if isinstance(told["size"], tuple | list) else (told["size"],)
         height, width = (size * 2)[:2] if len(size) == 1 else size if len(size) == 2 else (0, 0)
@@ -70,7 +71,9 @@ class Preprocess:
 
     def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures of any sizes as (B, 3, height, width) uint8."""
-        return torch.stack([torch.from_numpy(np.array(self._seen(picture))).permute(2, 0, 1) for picture in pictures])
+        import torch  # seeing pictures needs none of it, and it takes seconds
+
+        return torch.stack([torch.from_numpy(np.array(self.seen(picture))).permute(2, 0, 1) for picture in pictures])
 
     def normalised(self, pixels: Tensor) -> Tensor:
         """(B, 3, height, width) uint8 as fp32 with the mean and deviation that the network expects."""
@@ -78,8 +81,11 @@ class Preprocess:
 
         return functional.normalize(pixels.float().div(255), list(self.mean), list(self.std))
 
-    def _seen(self, picture: Image.Image) -> Image.Image:
-        """Resize and crop in one step: what is cut off is never made, however thin the picture is."""
+    def seen(self, picture: Image.Image) -> Image.Image:
+        """What the network sees of an RGB picture.
+
+        It is resized and cropped in one step: what is cut off is never made, however thin the picture is.
+        """
         height, width = self.size
         whole_width, whole_height = self._resized(*picture.size)
         left, top = (max(0, round((whole - part) / 2)) for whole, part in ((whole_width, width), (whole_height, height)))

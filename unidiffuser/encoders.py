@@ -238,14 +238,25 @@ class ClipEncoder:
     @torch.inference_mode()
     def image(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Embed pictures, PIL of any sizes or (B, 3, H, W) uint8, as (B, D) fp32, not normalised (as in the paper)."""
+        return self._embedded(self._preprocess(images))
+
+    @torch.inference_mode()
+    def seen(self, pixels: Tensor) -> Tensor:
+        """Embed what `preprocess` sees of pictures, (B, 3, h, w) uint8, as `image` does."""
+        return self._embedded(self._normalised(pixels))
+
+    def _embedded(self, normalised: Tensor) -> Tensor:
         self._require("vision_cfg", "image")
-        return self.model.encode_image(self._preprocess(images)).float()
+        return self.model.encode_image(normalised).float()
 
     def _preprocess(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
-        """What the image tower sees of pictures, (B, 3, h, w)."""
+        """What the image tower is given of pictures, (B, 3, h, w)."""
         pictures = to_pil(images) if isinstance(images, Tensor) else [picture.convert("RGB") for picture in images]
+        return self._normalised(self.preprocess.pixels(pictures))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
         weight = next(self.model.parameters())
-        return self.preprocess.normalised(self.preprocess.pixels(pictures).to(weight.device)).to(weight.dtype)
+        return self.preprocess.normalised(pixels.to(weight.device)).to(weight.dtype)
 
     def ids(self, captions: Sequence[str]) -> Tensor:
         """Token ids (B, L), cut at L tokens.

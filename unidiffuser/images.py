@@ -43,7 +43,9 @@ TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 PNG_BEGINS, PNG_BIT_DEPTH, PNG_PIXELS = b"\x89PNG\r\n\x1a\n", 24, frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-JPEG_BEGINS, JPEG_EXIF = b"\xff\xd8\xff", 0xE1
+JPEG_BEGINS, JPEG_SCAN, JPEG_ENDS, JPEG_EXIF = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9", 0xE1
+# Of a JPEG. Encoders write a dozen at most; each goes over the whole picture again, and may take next to no bytes.
+MAX_SCANS = 100
 # Segments with a length of their own that may stand before the scan.
 JPEG_HEADER = frozenset({*range(0xC0, 0xD0), *range(0xDB, 0xFF)})
 # APP1 to APP15 but for Adobe's APP14, which says what the channels mean; and comments.
@@ -53,7 +55,8 @@ JPEG_BESIDE = frozenset({*range(0xE1, 0xEE), 0xEF, 0xFE})
 class PictureError(ValueError):
     """Why there is no picture; the text is one word, which counters count.
 
-    `empty`, `too_many_pixels`, `truncated`, `not_an_image`, or `unsupported_FORMAT` for a picture of a format that is not read.
+    `empty`, `too_many_pixels`, `too_many_scans`, `truncated`, `not_an_image`, or `unsupported_FORMAT` for a picture of a format
+    that is not read.
     """
 
 
@@ -169,6 +172,10 @@ def _bare_jpeg(data: bytes) -> tuple[bytes, bytes]:
         if marker not in JPEG_BESIDE:
             parts.append(view[at:end])
         at = end
+    # What lies behind the end is another file.
+    last = data.find(JPEG_ENDS, at)
+    if data.count(JPEG_SCAN, at, last if last >= 0 else len(data)) > MAX_SCANS:
+        raise PictureError("too_many_scans")
     return b"".join([*parts, view[at:]]), exif
 
 

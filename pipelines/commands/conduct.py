@@ -20,7 +20,7 @@ from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.commands.preflight import chain_lines, check_plan, check_store
 from pipelines.commands.terminal import TerminalView, closing_table, funnel_table, plan_table
-from pipelines.flows.jobs import stop_orphans
+from pipelines.flows.jobs import tidy
 from pipelines.flows.parameters import Choice
 from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.flows.selection import check_inputs, select_nodes
@@ -204,7 +204,7 @@ def _show_end(run: Run, state: State[Any], console: Console) -> None:
 def conduct(run: Run, wish: Wish) -> State[Any]:
     """Bring up what the run needs and run its flow; Prefect is imported while its server starts."""
     if run.needs_ray:
-        run.servers.begin_ray(lambda ray: _stop_orphans(ray, run))
+        run.servers.begin_ray(lambda ray: _tidy(ray, run))
     os.environ.update(QUIET_PREFECT)
     from pipelines.flows.flow import run_flow
 
@@ -212,12 +212,12 @@ def conduct(run: Run, wish: Wish) -> State[Any]:
     return run_flow(run, wish.choice(), list(wish.overrides))
 
 
-def _stop_orphans(ray: RayJobs, run: Run) -> None:
+def _tidy(ray: RayJobs, run: Run) -> None:
     def say(level: int, text: str) -> None:
         logging.getLogger("pipelines").log(level, text)
         run.view.said("ray", level, text)
 
-    stop_orphans(ray, run.planned, run.servers.since, say)
+    tidy(ray, run, say)
 
 
 def _say_where(run: Run, address: str, wish: Wish, console: Console) -> None:

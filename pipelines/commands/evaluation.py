@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from infra.dataset import Dataset, InputRef, find
+from infra.dataset import Dataset, InputRef, fetch_files, find
 from infra.store import Store
 from pipelines.commands.checkpoints import Misuse, Named, dataset_of, training_job
 from pipelines.commands.conduct import Wish, run_recipe
@@ -26,6 +27,8 @@ from stages.runner.run import run_stage
 from unidiffuser.references import local_folder
 
 NODE = "evaluate"
+# Folder of a whole model, with the CLIP that it was trained with.
+JUDGE = "clip_image"
 PROGRESS = "@progress "
 
 
@@ -102,7 +105,13 @@ def _planned(request: Request, store: Store, named: Named) -> tuple[Planned, Sto
 def _inputs(checkpoint: Dataset, named: Named) -> tuple[dict[str, Dataset], dict[str, Any]]:
     """The inputs of an evaluation, and which encoders go with the checkpoint."""
     if checkpoint.manifest.stage == "export":
-        return {"checkpoint": checkpoint}, _judge(checkpoint.where, named)
+        judge = _judge(checkpoint.where, named)
+        if named.clip is None:
+            # It counts by what it is now: what its record says of it, only this compares.
+            with TemporaryDirectory() as scratch:
+                own = [entry for entry in checkpoint.files if entry.name.startswith(f"{JUDGE}/")]
+                fetch_files(checkpoint.store, own, Path(scratch))
+        return {"checkpoint": checkpoint}, judge
     inputs = {"checkpoint": checkpoint, f"history.{checkpoint.manifest.node}": checkpoint}
     if (world := _world(checkpoint)) is not None:
         return inputs | {"codec": world}, {}
@@ -121,7 +130,7 @@ def _world(checkpoint: Dataset) -> Dataset | None:
 def _judge(folder: str, named: Named) -> dict[str, Any]:
     """The CLIP of a whole model, which judges unless another is named."""
     try:
-        own = local_folder(str(Path(folder, "clip_image")), "clip")
+        own = local_folder(str(Path(folder, JUDGE)), "clip")
     except FileNotFoundError:
         own = None
     if named.clip is None and own is None:

@@ -78,7 +78,7 @@ def gc(wanted: Wanted, store: Store, console: Console, ask: Callable[[str], bool
 
 def _refusal(garbage: Garbage) -> str:
     recipes = ", ".join(dict.fromkeys(each.recipe or "unknown" for each in garbage.others)) or ", ".join(garbage.strangers)
-    units = sum(len(left.folders) for left in garbage.others_leftovers)
+    units = sum(left.units for left in garbage.others_leftovers)
     return (
         f"nothing was removed: {len(garbage.others):,} datasets and {units:,} units of no dataset may be of recipes that are not "
         f"named ({recipes}); name these, or say --others to remove them too, --no-others to leave them"
@@ -111,7 +111,7 @@ def _as_json(garbage: Garbage, deleted: bool) -> dict[str, Any]:
         return {"node": manifest.node, "stage": manifest.stage, "fingerprint": manifest.fingerprint, "bytes": size}
 
     def units(leftovers: Sequence[Leftover]) -> list[dict[str, Any]]:
-        return [{"stage": left.stage, "units": len(left.folders), "bytes": left.bytes} for left in leftovers]
+        return [{"stage": left.stage, "what": left.what, "units": left.units, "bytes": left.bytes} for left in leftovers]
 
     return {
         "deleted": deleted,
@@ -151,7 +151,7 @@ def _table(garbage: Garbage) -> Table:
         manifest = dataset.manifest
         table.add_row(f"{manifest.node} {short(manifest.fingerprint)}", moment(manifest.created), "", decimal(size))
     for left in garbage.leftovers:
-        table.add_row(f"{left.stage}: units of no dataset", "", f"{len(left.folders):,}", decimal(left.bytes))
+        table.add_row(f"{left.stage}: {left.what}", "", f"{left.units:,}", decimal(left.bytes))
     return table
 
 
@@ -172,5 +172,5 @@ def _others_table(others: Sequence[Others], leftovers: Sequence[Leftover]) -> Ta
         size = decimal(sum(each.bytes for each in found))
         table.add_row(recipe, node, f"{len(found):,}", size, short(newest.fingerprint) + more)
     for left in leftovers:
-        table.add_row("unknown", f"{left.stage}: units", f"{len(left.folders):,}", decimal(left.bytes), "")
+        table.add_row("unknown", f"{left.stage}: units", f"{left.units:,}", decimal(left.bytes), "")
     return table

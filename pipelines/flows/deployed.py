@@ -19,7 +19,7 @@ from prefect.states import State
 from infra.external import state_folder
 from infra.processes import ServerError
 from infra.store import Store
-from pipelines.flows.jobs import stop_jobs_of, stop_orphans
+from pipelines.flows.jobs import stop_jobs_of, tidy
 from pipelines.flows.names import is_made_up, name_of_changes
 from pipelines.flows.parameters import changed, choice
 from pipelines.flows.run import Outcome, Run, plan_run, snapshot
@@ -74,7 +74,7 @@ def open_run(flow_run: FlowRun, parameters: Mapping[str, Any]) -> Iterator[Run]:
         if run.needs_ray:
             say = logging.getLogger("prefect.flow_runs").log
             goes_on = partial(_goes_on, flow_run.id)
-            servers.begin_ray(lambda ray: stop_orphans(ray, planned, servers.since, say, goes_on))
+            servers.begin_ray(lambda ray: tidy(ray, run, say, goes_on))
         yield run
 
 

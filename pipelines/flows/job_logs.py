@@ -40,12 +40,13 @@ def newest_job(ray: RayJobs, store: Store, recipe: Recipe, node: str) -> str | N
         ServerError: Ray does not answer.
     """
 
-    def wanted(job: str, command: str) -> bool:
-        words = shlex.split(command)
-        copy = re.compile(rf".*/recipes/{re.escape(recipe.name)}-[0-9a-f]+\.json")
-        return _is_of(node, job) and store.root in words and any(copy.fullmatch(word) for word in words)
+    return ray.newest(lambda job, command: _is_of(node, job) and is_of_recipe(command, recipe.name, store))
 
-    return ray.newest(wanted)
+
+def is_of_recipe(command: str, recipe: str, store: Store) -> bool:
+    """Whether a job's command works at a recipe of this name in this store."""
+    words, copy = shlex.split(command), re.compile(rf".*/recipes/{re.escape(recipe)}-[0-9a-f]+\.json")
+    return store.root in words and any(copy.fullmatch(word) for word in words)
 
 
 def readable(text: str) -> list[str]:

@@ -152,6 +152,28 @@ def stop_orphans(
             stop_job(ray, job)
 
 
+def tidy(ray: RayJobs, run: Run, say: Say, goes_on: Callable[[str], bool] = lambda flow_run: False) -> None:
+    """What an earlier command left running: stopped on a Ray of our own, see `stop_orphans`, and named on a cluster."""
+    if run.servers.embedded_ray:
+        stop_orphans(ray, run.planned, run.servers.since, say, goes_on)
+    else:
+        name_orphans(ray, run, say)
+
+
+def name_orphans(ray: RayJobs, run: Run, say: Say) -> None:
+    """Name the jobs on a cluster of the user's own that work at this recipe in this store, and at nothing that this run is about:
+    a command that was killed left them running, and the recipe was changed since. They may be somebody's, so they go on.
+
+    Raises:
+        ServerError: Ray does not answer.
+    """
+    wanted = {f"{p.name}-{p.fingerprint}" for p in run.planned.values()}
+    for job, command in ray.commands().items():
+        if job_logs.is_of_recipe(command, run.recipe.name, run.store) and job.rsplit("-", 1)[0] not in wanted:
+            stop = f"ray job stop --address {ray.address} {job}"
+            say(logging.WARNING, f"the job {job} of an earlier run of this recipe is still at work; if nobody follows it: {stop}")
+
+
 def stop_jobs_of(ray: RayJobs, flow_run: str) -> list[str]:
     """Stop whatever jobs a flow run has submitted that are still running; returns their ids."""
     jobs = [job for job, metadata in ray.running().items() if metadata.get(FLOW_RUN) == flow_run]

@@ -73,7 +73,8 @@ class Servers:
     def begin_ray(self, tidy: Callable[[RayJobs], None]) -> None:
         """Bring Ray up in the background; not called when every node is a hit, as these need none.
 
-        `tidy` is called once it answers, if this command alone uses it: it may find jobs there whose command was killed.
+        `tidy` is called once it answers, of an embedded one if this command alone uses it: it may find jobs there whose command
+        was killed.
 
         Raises:
             ServerError: the configured cluster cannot be used.
@@ -90,6 +91,7 @@ class Servers:
             self._ray = self._threads.submit(start)
         else:
             self.ray().check_version()
+            tidy(self.ray())
 
     def ray(self) -> RayJobs:
         """The Jobs API of the cluster.

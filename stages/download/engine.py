@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import urllib.request
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,17 +21,30 @@ REASON = re.compile(r"[a-z0-9_]+")
 
 
 class ShardSink:
-    """Takes samples in the order in which they arrive: images into a spool file, outcomes into memory, by row number."""
+    """Takes samples in the order in which they arrive: images into a spool file, outcomes into memory, by row number.
+
+    A row that is tried again gets another outcome.
+    """
 
     def __init__(self, spool: Path, resizer: ImageResizer):
         self.file: BinaryIO = open(spool, "w+b")  # noqa: SIM115
         self.resizer = resizer
         self.outcomes: dict[int, Outcome] = {}
         self.failure: OSError | None = None
+        self.awaited, self.threads, self.all_begun = 0, 0, lambda: None
+
+    def await_rows(self, rows: int, threads: int, all_begun: Callable[[], None]) -> None:
+        """So many are to come, from so many threads; calls `all_begun` when no more are left than the threads have."""
+        self.awaited, self.threads, self.all_begun = rows, threads, all_begun
+        if rows <= threads:
+            all_begun()
 
     def write(self, image: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         """img2dataset's writer interface."""
         row = meta["row"]
+        self.awaited -= 1
+        if self.awaited <= self.threads:
+            self.all_begun()
         if image is None:
             self.outcomes[row] = Outcome(reason_of(meta["error_message"], meta["url"]))
             return
@@ -70,37 +83,35 @@ def reason_of(message: str, url: str) -> str:
     return "engine_error"
 
 
-def download_rows(rows: pa.Table, config: Any, scratch: Path, with_md5: bool = False) -> ShardSink:
+def download_rows(rows: pa.Table, config: Any, scratch: Path, sink: ShardSink, end: float, all_begun: Callable[[], None]) -> None:
     """Fetch and resize images through the opener that is installed in `urllib.request`.
 
     Args:
         rows: columns `row` (its number) and `url`, in the order in which they are tried.
         config: a `DownloadConfig`.
         scratch: folder for the engine's own files.
-        with_md5: whether the outcomes hold MD5 sums.
-
-    Returns:
-        the outcomes by row number; a row that the engine lost has none.
+        sink: takes the outcomes; a row that the engine lost has none.
+        end: moment (`time.monotonic`) at which the shard must be over.
+        all_begun: called, perhaps often, when no row is left that has not begun.
 
     Raises:
         OSError: an image could not be put down.
     """
-    from img2dataset.downloader import Downloader  # not before `stages.shards.picture`, which keeps torch away from it
+    from stages.download.downloader import Downloader
 
     table = scratch / "rows.arrow"
     with pa.OSFile(str(table), "wb") as file, pa.ipc.new_file(file, rows.schema) as writer:
         writer.write_table(rows)
-    resizer = ImageResizer(config, with_md5)
-    sink = ShardSink(scratch / "images", resizer)
+    sink.await_rows(rows.num_rows, config.threads, all_begun)
     engine = Downloader(
         sample_writer_class=lambda *_: sink,
-        resizer=resizer,
+        resizer=sink.resizer,
         thread_count=config.threads,
         save_caption=False,
         extract_exif=False,
         output_folder=str(scratch),
         column_list=["row", "url"],
-        timeout=config.timeout,
+        timeout=end,
         number_sample_per_shard=max(2, rows.num_rows),
         oom_shard_count=5,
         compute_hash="sha256",
@@ -111,10 +122,6 @@ def download_rows(rows: pa.Table, config: Any, scratch: Path, with_md5: bool = F
         user_agent_token=config.user_agent_token,
         disallowed_header_directives=None,
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engine.download_shard((0, str(table)))
+    engine.download_shard((0, str(table)))
     if sink.failure is not None:
-        sink.file.close()
         raise sink.failure
-    return sink

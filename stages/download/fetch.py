@@ -97,7 +97,7 @@ class Fetched:
 
 
 class WebOpener(urllib.request.OpenerDirector):
-    """An opener for `urllib.request.install_opener`; its `hosts` know when the shard must be over."""
+    """An opener for `urllib.request.install_opener`, for all shards that a worker has at once."""
 
     def __init__(self, limits: Limits, guard: Guard, hosts: Hosts):
         super().__init__()
@@ -106,10 +106,14 @@ class WebOpener(urllib.request.OpenerDirector):
     def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
         """Fetch a `urllib.request.Request`.
 
+        Args:
+            timeout: the moment (`time.monotonic`) at which the shard must be over: the engine hands through what it was given,
+                and nothing else that tells one shard from another.
+
         Raises:
             FetchError: the reason.
         """
-        wait = Wait(self.limits.timeout, min(time.monotonic() + self.limits.deadline, self.hosts.end))
+        wait = Wait(self.limits.timeout, time.monotonic() + self.limits.deadline, latest=timeout)
         for attempt in range(self.limits.retries + 1):
             try:
                 return self._follow(fullurl.full_url, dict(fullurl.header_items()), wait)
@@ -126,7 +130,7 @@ class WebOpener(urllib.request.OpenerDirector):
     def _follow(self, url: str, headers: dict[str, str], wait: Wait) -> Fetched:
         """Fetch a URL through its redirects; each of them is checked like the first address."""
         for _ in range(MAX_REDIRECTS + 1):
-            if time.monotonic() >= self.hosts.end:
+            if time.monotonic() >= wait.latest:
                 raise FetchError("shard_deadline")
             place = _parse(url)
             with self.hosts.turn(place[1], wait):
@@ -149,7 +153,7 @@ class WebOpener(urllib.request.OpenerDirector):
         except (socket.gaierror, UnicodeError):
             raise FetchError("dns") from None
         except TimeoutError:
-            ended = "shard_deadline" if time.monotonic() >= self.hosts.end else "deadline"
+            ended = "shard_deadline" if time.monotonic() >= wait.latest else "deadline"
             raise FetchError(ended if wait.over else "timeout") from None
         except (ssl.SSLEOFError, ssl.SSLZeroReturnError):
             # Cut off in the handshake: that says nothing of the certificate.

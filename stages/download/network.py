@@ -8,11 +8,14 @@ that only a private network has, and what this machine's own look-up tells are a
 from __future__ import annotations
 
 import ipaddress
+import math
 import socket
 import ssl
+import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from stages.download.proxy import NONE, Proxies, Proxy, ProxyFailed
@@ -26,6 +29,8 @@ GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 DOCUMENTATION = ipaddress.IPv6Network("3fff::/20")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 LOOKUPS = 64
+# Seconds for which an answer counts, as resolvers keep most of theirs, and names of which it is kept; some 30 MB.
+KEPT, KEPT_NAMES = 300.0, 50_000
 # Last parts of names that no public network has.
 PRIVATE_NAMES = frozenset({"localhost", "local", "internal", "lan", "intranet", "corp", "home", "private", "arpa"})
 # Behind a proxy this machine may have no look-up of its own: seconds that one may take, and failures in a row that are enough.
@@ -43,11 +48,13 @@ class Wait:
     Attributes:
         patience: seconds without a byte.
         end: moment (`time.monotonic`) at which everything must be over.
+        latest: the moment at which the shard must be over: `end` cannot be put off beyond.
     """
 
-    def __init__(self, patience: float, end: float):
+    def __init__(self, patience: float, end: float, latest: float = math.inf):
         self.patience = patience
-        self.end = end
+        self.end = min(end, latest)
+        self.latest = latest
 
     @property
     def over(self) -> bool:
@@ -72,22 +79,52 @@ Dial = Callable[[int, Any, Wait], "PlainSocket"]
 
 
 class Names:
-    """Looks names up in threads of its own, since the system's resolver takes no deadline."""
+    """Looks names up in threads of its own, since the system's resolver takes no deadline; each name once in a while.
+
+    That there is no such name is an answer too, and kept; that nobody answered is none.
+    """
 
     def __init__(self) -> None:
         self.pool = ThreadPoolExecutor(LOOKUPS, thread_name_prefix="names")
+        self._asked: OrderedDict[str, tuple[float, Future[list[tuple[Any, ...]]]]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __call__(self, host: str, port: int, wait: Wait) -> list[tuple[Any, ...]]:
         """Raises socket.gaierror: no such name, or no answer in time."""
         try:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
         except socket.gaierror:
-            answer = self.pool.submit(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+            answer = self._ask(host)
         try:
-            return answer.result(wait.seconds())
+            found = answer.result(wait.seconds())
         except TimeoutError:
-            answer.cancel()
+            # Not cancelled: others may wait for it.
             raise socket.gaierror(socket.EAI_AGAIN, "no answer in time") from None
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_NONAME:
+                self._forget(host, answer)
+            raise
+        return [(*kind, (address[0], port, *address[2:])) for *kind, address in found]
+
+    def forget(self) -> None:
+        """Ask anew for every name: what was told may have been this machine's own trouble."""
+        with self._lock:
+            self._asked.clear()
+
+    def _ask(self, host: str) -> Future[list[tuple[Any, ...]]]:
+        """The answer that is kept, or on its way; else the question is put."""
+        with self._lock:
+            now = time.monotonic()
+            while self._asked and (len(self._asked) > KEPT_NAMES or next(iter(self._asked.values()))[0] < now - KEPT):
+                self._asked.popitem(last=False)
+            if host not in self._asked:
+                self._asked[host] = now, self.pool.submit(socket.getaddrinfo, host, None, type=socket.SOCK_STREAM)
+            return self._asked[host][1]
+
+    def _forget(self, host: str, answer: Future[list[tuple[Any, ...]]]) -> None:
+        with self._lock:
+            if host in self._asked and self._asked[host][1] is answer:
+                del self._asked[host]
 
 
 class PlainSocket(socket.socket):
@@ -141,7 +178,8 @@ class Guard:
     ):
         self.hosts = {name.lower(): _host_and_port(place) for name, place in (hosts or {}).items()}
         self.allow_private = allow_private
-        self.resolve = resolve or Names()
+        self.names = Names()
+        self.resolve = resolve or self.names
         self.dial = dial
         self.proxies = proxies or Proxies(NONE)
         self.lookup_failures = 0

@@ -37,28 +37,35 @@ class _Host:
         self.probe_at = 0.0
         self.not_before = 0.0
         self.asked = ""
+        self.inside = 0
 
 
 class Hosts:
-    """What a worker knows of the hosts of its shard, and of those that were silent in the shards before.
+    """What a worker knows of the hosts of its shards, and of those that were silent in the shards before.
 
     Args:
         connections: of one host at a time.
         failures: attempts that end in silence one after the other, whereupon the host is left alone but for an attempt a minute;
             0 means never.
-        end: moment (`time.monotonic`) at which the shard must be over.
     """
 
-    def __init__(self, connections: int, failures: int, end: float):
-        self.connections, self.failures, self.end = connections, failures, end
+    def __init__(self, connections: int, failures: int):
+        self.connections, self.failures = connections, failures
         self._hosts: dict[str, _Host] = {}
         self._lock = threading.Lock()
 
-    def next_shard(self, end: float) -> None:
-        """Begin another shard, which must be over at ``end``. Hosts that hang would else cost their timeouts in each of them."""
-        self.end = end
-        silent = [(name, host) for name, host in self._hosts.items() if host.silent]
-        self._hosts = dict(silent[-REMEMBERED:])
+    def next_shard(self) -> None:
+        """Another shard begins: keep what is in use, and the silent: hosts that hang would else cost their timeouts each time."""
+        with self._lock:
+            silent = [(name, host) for name, host in self._hosts.items() if host.silent and not host.inside]
+            used = {name: host for name, host in self._hosts.items() if host.inside}
+            self._hosts = used | dict(silent[-REMEMBERED:])
+
+    def forgive(self) -> None:
+        """No host is left alone any longer: their silence may have been this machine's own trouble."""
+        with self._lock:
+            for host in self._hosts.values():
+                host.silent = 0
 
     @contextmanager
     def turn(self, name: str, wait: Wait) -> Iterator[None]:
@@ -70,11 +77,21 @@ class Hosts:
         """
         with self._lock:
             host = self._hosts.setdefault(name, _Host(self.connections))
+            host.inside += 1
+        try:
+            with self._connection(host, wait):
+                yield
+        finally:
+            with self._lock:
+                host.inside -= 1
+
+    @contextmanager
+    def _connection(self, host: _Host, wait: Wait) -> Iterator[None]:
         arrived = time.monotonic()
-        if not host.slots.acquire(timeout=max(0.0, self.end - arrived)):
+        if not host.slots.acquire(timeout=min(max(0.0, wait.latest - arrived), threading.TIMEOUT_MAX)):
             raise FetchError("shard_deadline")
         try:
-            wait.end = min(wait.end + time.monotonic() - arrived, self.end)
+            wait.end = min(wait.end + time.monotonic() - arrived, wait.latest)
             self._admit(host, wait)
             try:
                 yield
@@ -112,7 +129,7 @@ class Hosts:
 
 def spread(urls: Sequence[str]) -> list[int]:
     """An order of the rows in which those of one host lie as far apart as they can, so that no host holds up the others."""
-    hosts = [_host_of(url) for url in urls]
+    hosts = [host_of(url) for url in urls]
     total, seen = Counter(hosts), Counter[str]()
     places = []
     for row, host in enumerate(hosts):
@@ -121,7 +138,8 @@ def spread(urls: Sequence[str]) -> list[int]:
     return [row for _, row in sorted(places)]
 
 
-def _host_of(url: str) -> str:
+def host_of(url: str) -> str:
+    """The host of a URL; empty where it has none."""
     try:
         return urlsplit(url).hostname or ""
     except ValueError:

@@ -8,10 +8,11 @@ such rows are the parent's own.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -22,10 +23,24 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from infra.dataset import VERIFY, FileEntry
+from stages.download import outage
 from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
 from stages.download.proxy import ENVIRONMENT, Proxies
-from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageError, Unit, UnitRecord, operational
+from stages.runner.contract import (
+    Job,
+    Output,
+    Phase,
+    Records,
+    Resources,
+    SetAside,
+    Stage,
+    StageError,
+    Unit,
+    UnitRecord,
+    operational,
+)
+from stages.runner.skipping import skipped_shards
 from stages.shards.captions import names_of, schema_of
 from stages.shards.images import MEASURED, RESULT, ImageConfig, Outcome
 from stages.shards.scores import METADATA_SCORES
@@ -37,6 +52,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stages")
 
+# Shards that a worker has at once, of which all but one wait for their last hosts. Waiting takes threads, and next to no CPU.
+SHARDS_AT_ONCE = 8
 # What a row is called when the engine gave it back neither as an image nor as a failure.
 LOST = "engine_error"
 MISMATCH = "hash_mismatch"
@@ -74,6 +91,7 @@ class DownloadConfig(ImageConfig):
     host_connections: int = operational(8, "connections of one worker to one host; a host sees this times the workers", ge=1)
     cpus: float = operational(1.0, "CPUs that one worker takes", gt=0)
     workers: int | None = operational(None, "workers at most", ge=1)
+    skip: tuple[str, ...] = skipped_shards()
 
     @field_validator("proxy")
     @classmethod
@@ -83,34 +101,43 @@ class DownloadConfig(ImageConfig):
 
 
 class Fetcher:
-    """Worker: one shard of rows in, one tar and one table of outcomes out."""
+    """Worker: one shard of rows in, one tar and one table of outcomes out.
+
+    While the last rows of a shard wait for hosts that are slow, another shard may begin, in a thread of its own.
+    """
 
     def __init__(self, job: Job):
         import urllib.request
 
-        from stages.download.engine import download_rows
+        from stages.download.engine import ShardSink, download_rows
         from stages.download.fetch import Limits, WebOpener
         from stages.download.network import Guard
+        from stages.shards.picture import ImageResizer
 
         self.job = job
         self.config: DownloadConfig = job.config
         config = self.config
-        self.limits = Limits(
+        limits = Limits(
             config.timeout, config.deadline, config.retries, config.max_bytes, config.respect_noai, config.user_agent_token
         )  # fmt: skip
         self.guard = Guard(config.hosts, config.allow_private, proxies=Proxies(config.proxy))
-        self.opener = WebOpener
-        self.hosts = Hosts(config.host_connections, config.host_failures, end=0.0)
-        self.install = urllib.request.install_opener
+        self.hosts = Hosts(config.host_connections, config.host_failures)
+        # img2dataset calls urllib.request.urlopen, which asks the process's opener.
+        urllib.request.install_opener(WebOpener(limits, self.guard, self.hosts))
         self.download = download_rows
+        self.sink = lambda spool, with_md5: ShardSink(spool, ImageResizer(config, with_md5))
+        self.usual = outage.Usual()
+        # Held by the shard that has rows which have not begun.
+        self.beginning = threading.Lock()
 
     def run(self, unit: Unit, out: Output) -> None:
         rows = read_table(self.job, unit.payload["path"])
         kept = final_outcomes(read_table(self.job, unit.payload["table"])) if "table" in unit.payload else {}
         tried = [row for row in range(rows.num_rows) if row not in kept]
         with TemporaryDirectory(dir=out.folder) as scratch:
-            sink = self._fetch(rows, tried, Path(scratch))
+            sink = self.sink(Path(scratch, "images"), rows["md5"].null_count < rows.num_rows)
             try:
+                self._settle(unit, out, rows["url"].to_pylist(), kept, sink)
                 fetched = self._compared(rows, tried, sink)
                 outcomes = [kept.get(row) or fetched[row] for row in range(rows.num_rows)]
                 self._write_table(out.path(f"{unit.name}.parquet", rows.num_rows), rows, outcomes)
@@ -127,14 +154,42 @@ class Fetcher:
         if "table" in unit.payload:
             out.notes |= {"retried": len(tried), "healed": sum(not fetched[row].reason for row in tried)}
 
-    def _fetch(self, rows: pa.Table, tried: list[int], scratch: Path) -> ShardSink:
-        urls = rows["url"].take(pa.array(tried, pa.int64())).to_pylist()
-        order = spread(urls)
-        wanted = pa.table({"row": pa.array([tried[i] for i in order], pa.int64()), "url": [urls[i] for i in order]})
-        self.hosts.next_shard(time.monotonic() + self.config.shard_deadline)
-        # img2dataset calls urllib.request.urlopen, which asks the process's opener.
-        self.install(self.opener(self.limits, self.guard, self.hosts))
-        return self.download(wanted, self.config, scratch, with_md5=rows["md5"].null_count < rows.num_rows)
+    def _settle(self, unit: Unit, out: Output, urls: list[str], kept: dict[int, Outcome], sink: ShardSink) -> None:
+        """Fetch what is not kept, and after a pause what failed, as long as that looks like an outage.
+
+        Raises:
+            SetAside: it still does, and it was not the servers that refused.
+        """
+        wanted = [row for row in range(len(urls)) if row not in kept]
+        for pause in (*outage.PAUSES, None):
+            self._fetch(wanted, urls, sink, out)
+            wanted = [row for row in wanted if (sink.outcomes.get(row) or Outcome(LOST)).reason]
+            found = kept | sink.outcomes
+            tally = outage.Tally.of((url, (found.get(row) or Outcome(LOST)).reason) for row, url in enumerate(urls))
+            alarm = self.usual.alarm(tally)
+            if alarm is None or pause is None:
+                break
+            log.warning("%s: download %s is tried again in %.0f s: %s", self.job.node, unit.name, pause, alarm)
+            time.sleep(pause)
+            self.guard.names.forget()
+            self.hosts.forgive()
+        if alarm and not tally.answered:
+            raise SetAside(
+                f"{alarm}, in {len(outage.PAUSES) + 1} tries; is it this machine's network, resolver or proxy that fails?"
+            )
+        if alarm:
+            log.warning("%s: download %s is kept, for it is servers that refuse: %s", self.job.node, unit.name, alarm)
+        self.usual.add(tally)
+
+    def _fetch(self, wanted: list[int], urls: list[str], sink: ShardSink, out: Output) -> None:
+        """Fetch some rows; those of other shards wait until all of these have begun."""
+        order = spread([urls[row] for row in wanted])
+        table = pa.table({"row": pa.array([wanted[i] for i in order], pa.int64()), "url": [urls[wanted[i]] for i in order]})
+        with TemporaryDirectory(dir=out.folder) as scratch, ExitStack() as begun:
+            begun.callback(out.give_room)
+            begun.enter_context(self.beginning)
+            self.hosts.next_shard()
+            self.download(table, self.config, Path(scratch), sink, time.monotonic() + self.config.shard_deadline, begun.close)
 
     def _compared(self, rows: pa.Table, tried: list[int], sink: ShardSink) -> dict[int, Outcome]:
         """The outcomes of the rows that were tried, compared with the digests that the metadata lists."""
@@ -226,12 +281,16 @@ def _retry(job: Job, unit: Unit, table: FileEntry, tar: FileEntry) -> Unit:
     return replace(unit, digests=(*unit.digests, table.sha256, tar.sha256), payload=payload)
 
 
+def _resources(config: DownloadConfig) -> Resources:
+    return Resources(config.cpus, 0, config.workers)
+
+
 class Download(Stage):
     name = "download"
-    version = 4
+    version = 5
     can_heal = True
     Config = DownloadConfig
-    phases = (Phase("download", _units, Fetcher, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
+    phases = (Phase("download", _units, Fetcher, resources=_resources, at_once=SHARDS_AT_ONCE),)
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

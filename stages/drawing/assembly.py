@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from infra.dataset import Dataset
 from stages.drawing.lineage import provenance
 from stages.runner.contract import Job
+from stages.runner.scratch import scratch_folder
 from unidiffuser.references import weights_digest
 
 
@@ -29,8 +29,8 @@ def assemble(job: Job, folder: Path) -> Path:
     """
     from unidiffuser.provenance import write_provenance
 
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = job.inputs["checkpoint"].fetch(Path(scratch))
+    with scratch_folder() as scratch:
+        checkpoint = job.inputs["checkpoint"].fetch(scratch)
         put_together(checkpoint, job.config.weights, job.inputs["codec"], job.config, folder)
     write_provenance(folder, provenance(job))
     return folder

@@ -14,10 +14,9 @@ two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more a
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -26,14 +25,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from stages.encode.square import Squared, Squaring
 from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
+from stages.runner.scratch import scratch_folder
+from stages.runner.skipping import skipped_shards
+from stages.shards.box import boxed
 from stages.shards.captions import caption_of, column_of_caption, names_of
+from stages.shards.feed import ahead, cpus_each, feeders, on_device
 from stages.shards.latents import binaries
 from stages.shards.scores import SCORES
 from stages.shards.tables import open_table, read_table, with_dictionary
 from stages.shards.tar import Sample, in_batches, read_shard
 from training.told import ShardNotes, columns_of
+from unidiffuser.images import PictureError
 from unidiffuser.references import weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
@@ -47,7 +52,11 @@ class EncodeConfig(StageConfig):
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
     precision: Literal["fp32", "bf16", "auto"] = Field("auto", description="arithmetic of the encoders; auto: bf16 on CUDA")
     batch: int = operational(16, "images encoded at once", ge=1)
+    cpus: int | None = operational(
+        None, "CPUs of one worker, each of which makes pictures ready ahead of it; when not given 1, and up to 8 with a GPU", ge=1
+    )
     workers: int | None = operational(None, "encoder processes at most; as many as the cluster holds when not given", ge=1)
+    skip: tuple[str, ...] = skipped_shards()
 
 
 class Encoder:
@@ -70,8 +79,9 @@ class Encoder:
         self.clip: ClipEncoder | None = None
         if not passed_on(job):
             self.clip = self.text if config.text == config.clip else ClipEncoder.load(config.clip, self.device, dtype)
-        with tempfile.TemporaryDirectory() as folder:
-            self.codec = TextCodec.load(job.inputs["codec"].fetch(Path(folder))).to(self.device).eval()
+        self.squaring = Squaring(config.size, self.clip.preprocess if self.clip else None)
+        with scratch_folder() as folder:
+            self.codec = TextCodec.load(job.inputs["codec"].fetch(folder)).to(self.device).eval()
 
     def run(self, unit: Unit, out: Output) -> None:
         name = f"{unit.name}.parquet"
@@ -79,8 +89,9 @@ class Encoder:
         passed, told = self.passed(unit), ShardNotes()
         writer: pq.ParquetWriter | None = None
         try:
-            for group in in_batches(self.images(unit, out), ROW_GROUP):
-                table = self.encode(group, passed, out)
+            pictures = self.pictures(unit, out)
+            while group := self.group(islice(pictures, ROW_GROUP), passed):
+                table = self.table(*group, out)
                 if table is None:
                     continue
                 if writer is None:
@@ -108,27 +119,49 @@ class Encoder:
         table = read_table(self.job, unit.payload["embeddings"], ["key", "clip"])
         return dict(zip(table["key"].to_pylist(), table["clip"].to_pylist(), strict=True))
 
-    def images(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Any]]:
-        """Samples of a shard with their pixels, (3, size, size) uint8; what is too small or unreadable is counted as dropped."""
-        from unidiffuser.images import PictureError, open_picture, to_square
-
-        size = self.job.config.size
-        for sample in read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0]):
+    def pictures(self, unit: Unit, out: Output) -> Iterator[tuple[Sample, Squared]]:
+        """Samples of a shard with their pixels; what is too small or unreadable is counted as dropped."""
+        samples = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
+        for sample, found in ahead(samples, self.square, feeders(), 2 * self.job.config.batch):
             out.stats.rows_in += 1
-            try:
-                image = open_picture(sample.image)
-            except PictureError:
-                out.stats.drop("undecodable")
-                continue
-            if min(image.size) < size:
-                out.stats.drop("smaller_than_encoded_size")
-                continue
-            yield sample, np.asarray(to_square(image, size)).transpose(2, 0, 1)
+            if isinstance(found, str):
+                out.stats.drop(found)
+            else:
+                yield sample, found
 
-    def encode(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes], out: Output) -> pa.Table | None:
-        """One row group: the encoders run over it in batches. A row with a number that is not finite is counted as dropped."""
-        samples = [sample for sample, _ in group]
-        parts = self.parts(group, passed)
+    def square(self, sample: Sample) -> Squared | str:
+        """What the networks see of a sample's picture, or why the row is dropped."""
+        try:
+            return boxed(self.squaring, sample.image)
+        except PictureError as reason:
+            return str(reason)
+
+    def group(
+        self, pictures: Iterator[tuple[Sample, Squared]], passed: dict[str, bytes]
+    ) -> tuple[list[Sample], dict[str, np.ndarray]] | None:
+        """The samples of one row group with their moments, embeddings and text latents, (n, ...) fp16 each; None of no pictures.
+
+        A GPU is not waited for from batch to batch: what it made is fetched when all have been handed to it.
+        """
+        import torch
+
+        samples: list[Sample] = []
+        moments, clips = list[torch.Tensor](), list[torch.Tensor]()
+        for batch in in_batches(pictures, self.job.config.batch):
+            samples += [sample for sample, _ in batch]
+            with torch.inference_mode():
+                moments.append(self.vae.moments(on_device([seen.pixels for _, seen in batch], self.device)).half())
+                if self.clip is not None:
+                    views = [seen.clip for _, seen in batch if seen.clip is not None]
+                    clips.append(self.clip.seen(on_device(views, self.device)).half())
+        if not samples:
+            return None
+        text = self.texts([sample.caption for sample in samples])
+        clip = torch.cat(clips).cpu().numpy() if clips else np.stack([np.frombuffer(passed[s.key], np.float16) for s in samples])
+        return samples, {"moments": torch.cat(moments).cpu().numpy(), "clip": clip, "text": text}
+
+    def table(self, samples: list[Sample], parts: dict[str, np.ndarray], out: Output) -> pa.Table | None:
+        """One row group. A row with a number that is not finite is counted as dropped; None if none is left."""
         shapes = {name: list(values.shape[1:]) for name, values in parts.items()}
         facts = {"size": self.job.config.size, "scaling_factor": self.vae.scaling_factor, **shapes}
         facts |= {"captions": self.further} if self.further else {}
@@ -142,29 +175,13 @@ class Encoder:
             columns[f"text.{name}"] = pc.if_else(known, columns[f"text.{name}"], None)
         columns |= {name: pa.array([s.meta.get(name) for s in samples], pa.float32()) for name in SCORES}
         columns |= {name: pa.array([s.meta[name] for s in samples], pa.int32()) for name in ("width", "height")}
-        finite = np.logical_and.reduce([np.isfinite(values).reshape(len(group), -1).all(1) for values in parts.values()])
-        for _ in range(len(group) - int(finite.sum())):
+        finite = np.logical_and.reduce([np.isfinite(values).reshape(len(samples), -1).all(1) for values in parts.values()])
+        for _ in range(len(samples) - int(finite.sum())):
             out.stats.drop("not_finite")
         if not finite.any():
             return None
         table = pa.table(columns).replace_schema_metadata({"unidiffuser": json.dumps(facts, sort_keys=True)})
         return table if finite.all() else table.filter(pa.array(finite))
-
-    def parts(self, group: list[tuple[Sample, Any]], passed: dict[str, bytes]) -> dict[str, np.ndarray]:
-        """Moments, embedding and text latents of the rows, (n, ...) fp16 each."""
-        import torch
-
-        moments, clips = [], []
-        for batch in in_batches(group, self.job.config.batch):
-            pixels = torch.from_numpy(np.stack([pixels for _, pixels in batch]))
-            with torch.inference_mode():
-                moments.append(self.vae.moments(pixels).half().cpu().numpy())
-                if self.clip is not None:
-                    clips.append(self.clip.image(pixels).half().cpu().numpy())
-                else:
-                    clips.append(np.stack([np.frombuffer(passed[sample.key], np.float16) for sample, _ in batch]))
-        text = self.texts([sample.caption for sample, _ in group])
-        return {"moments": np.concatenate(moments), "clip": np.concatenate(clips), "text": text}
 
     def texts(self, captions: Sequence[str | None]) -> np.ndarray:
         """Text latents of captions, (n, L, d) fp16; 0 for one that is None."""
@@ -172,10 +189,12 @@ class Encoder:
 
         found = np.zeros((len(captions), self.text.context_length, self.codec.latent_width), np.float16)
         given = [(row, caption) for row, caption in enumerate(captions) if caption is not None]
+        made: list[torch.Tensor] = []
         for batch in in_batches(given, self.job.config.batch):
             with torch.inference_mode():
-                hidden = self.text.tokens([caption for _, caption in batch])
-                found[[row for row, _ in batch]] = self.codec.encode(hidden.float()).half().cpu().numpy()
+                made.append(self.codec.encode(self.text.tokens([caption for _, caption in batch])).half())
+        if made:
+            found[[row for row, _ in given]] = torch.cat(made).cpu().numpy()
         return found
 
 
@@ -209,7 +228,8 @@ def encoder_resources(config: EncodeConfig) -> Resources:
     """One worker a GPU where there are GPUs, else one a core."""
     from stages.runner.pool import gpus_each
 
-    return Resources(cpus=1, gpus=gpus_each(), workers=config.workers)
+    gpus = gpus_each()
+    return Resources(cpus_each(config.cpus, gpus), gpus, config.workers)
 
 
 class Encode(Stage):

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -21,6 +19,7 @@ from stages.encode.pinned import check_codec, codec_files, load_codec
 from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, StageError, Unit, UnitRecord, single_trainer
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
+from stages.runner.scratch import scratch_folder
 from stages.shards.tables import read_table
 from unidiffuser.references import weights_digest
 
@@ -102,9 +101,9 @@ class Trainer:
         """The codec that the recipe names."""
         from unidiffuser.tensors import WeightsError
 
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             try:
-                place = fetch_outside(self.job.lists["weights"], self.config.weights, self.job.store, Path(folder))
+                place = fetch_outside(self.job.lists["weights"], self.config.weights, self.job.store, folder)
                 return load_codec(place, gpt2, text_width, latent_width)
             except (WeightsError, OSError) as error:
                 raise StageError(f"{self.job.node}: {error}") from None

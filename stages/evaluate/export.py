@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from infra.dataset import fetch_files
 from stages.drawing.assembly import assemble, encoder_digests
 from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord
 from stages.runner.recipe import encoder
+from stages.runner.scratch import scratch_folder
 
 
 class ExportConfig(StageConfig):
@@ -52,8 +52,8 @@ class Exporter:
         if not entries:
             return
         folder.mkdir()
-        with tempfile.TemporaryDirectory() as scratch:
-            fetched = fetch_files(self.job.store, entries, Path(scratch))
+        with scratch_folder() as scratch:
+            fetched = fetch_files(self.job.store, entries, scratch)
             for source, target in sources.items():
                 shutil.copyfile(fetched / source, folder / target)
 

@@ -1,48 +1,60 @@
 """Near duplicates across a whole set, found by workers that each see a part of it (three phases of the filter).
 
-    survey    a unit per group of shards: histograms of the scores, and how many rows have a value of each column that is judged;
-              hashes of the rows that meet the conditions, a file a band, in the order of its keys
-    compare   a unit per range of a band's keys, or for several small bands: which of its rows resemble an earlier one
-    gather    a unit per group of shards: these rows by shard, with a digest a shard that decides its part of the last phase
+    survey    a unit per block of shards: histograms of the scores, and how many rows have a value of each column that is judged;
+              what the rows that meet the conditions look like
+    compare   a unit per block: the first alike of its rows among all rows up to its end, and of the rows before it in it
+    settle    one unit: which rows go, by shard, with a digest a shard that decides its part of the last phase
 
-"Earlier" means above it in the input's order. A row that is itself a near duplicate counts too: the rule is then one of sets, and
-neither the ranges nor the groups show in the result. A worker takes `ROWS` rows at most, 2.2 GB at its peak; the driver holds the
-hashes of `SAMPLE` rows a group.
+"First" is the largest picture, and of equally large ones that which stands first in the input. A row goes when it is alike to one
+that comes before it and stays: so the largest copy of a picture stays, and whatever goes is within the tolerance of something
+that stays. The rule is one of sets: the blocks do not show in the result.
+
+A block holds a shard; from sixteen of these, the first eight become one block, and so on up to `SHARDS`. Shards that are appended
+leave the blocks before theirs as they are, so that only they are surveyed and compared, with all others. A worker holds two
+blocks of `ROWS` rows at most, which takes up to `MEMORY`; `settle` besides two bytes a row of the whole set.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from stages.filter.histogram import count
-from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, earlier_alike, key
-from stages.runner.contract import Job, Output, Phase, Records, Resources, Unit, UnitRecord, digest_of
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES
+from stages.filter.search import NOTHING, NUMBER, Looks, deal, decide, point, ranks
+from stages.runner.contract import Job, Output, Phase, Records, Resources, StageError, Unit, UnitRecord, digest_of
 from stages.shards.conditions import Verdict, columns_of, conditions
 from stages.shards.scores import SCORES
 from stages.shards.tables import read_table, write_table
 
-# Rows of a group of shards, and rows that a unit compares.
+# Rows of a block, and its shards.
 ROWS = 4_000_000
-# Rows of a group whose hashes the driver plans ranges by.
-SAMPLE = 64
-ROW_GROUP = 8192
+SHARDS = 512
+# Blocks of a size that become one block of the next, once there are twice as many of them.
+TOGETHER = 8
+# Bytes of a worker that holds two blocks.
+MEMORY = 2_000_000_000
+ROW_GROUP = 65_536
 NONE = digest_of([])
 
 LOOKS = pa.schema(
     [
-        ("key", pa.int64()),
         ("shard", pa.int32()),
         ("row", pa.int32()),
+        ("pixels", pa.int64()),
         ("phash", pa.binary(HASH_BYTES)),
         ("colours", pa.binary(COLOUR_BYTES)),
     ]
 )
-PLACES = pa.schema([("group", pa.int32()), ("shard", pa.int32()), ("row", pa.int32())])
+# A row's number among all rows that are compared, and the rank of its first alike: see `stages.filter.search.ranks`.
+FIRSTS = pa.schema([("number", pa.int64()), ("first", pa.int64())])
+PLACES = pa.schema([("shard", pa.int32()), ("row", pa.int32())])
 
 
 def judge(scores: pa.Table, config: Any) -> Verdict:
@@ -57,29 +69,44 @@ def columns_judged(config: Any) -> set[str]:
     return {"width", "height", "caption", "phash", "colours"} | columns_of(conditions(config))
 
 
-def groups(records: list[UnitRecord]) -> list[list[UnitRecord]]:
-    """Scored shards, in their order, up to `ROWS` rows together; a shard that is appended changes the last group at most."""
+def blocks(records: list[UnitRecord]) -> list[list[UnitRecord]]:
+    """Scored shards, in their order, in blocks; the last ones are the smallest."""
     found: list[list[UnitRecord]] = []
-    held = 0
-    for record in records:
-        rows = record.files[0].rows
-        if not found or held + rows > ROWS:
-            found.append([])
-            held = 0
-        found[-1].append(record)
-        held += rows
+    start = 0
+    for size in sizes(len(records)):
+        held = ROWS + 1
+        for record in records[start : start + size]:
+            rows = record.files[0].rows
+            if held + rows > ROWS:
+                found.append([])
+                held = 0
+            found[-1].append(record)
+            held += rows
+        start += size
+    return found
+
+
+def sizes(shards: int) -> list[int]:
+    """How many shards each block has, before large ones are cut."""
+    found: list[int] = []
+    size = 1
+    while shards:
+        last = shards < 2 * TOGETHER or size * TOGETHER > SHARDS
+        of_this = shards if last else TOGETHER + shards % TOGETHER
+        found = [size] * of_this + found
+        shards, size = (shards - of_this) // TOGETHER, size * TOGETHER
     return found
 
 
 def survey_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    for shards in groups(earlier["score"]):
+    for shards in blocks(earlier["score"]):
         files = [record.files[0] for record in shards]
         payload = {"scores": [file.path for file in files]}
         yield Unit(shards[0].name, tuple(file.sha256 for file in files), payload, sum(file.rows for file in files))
 
 
 class Survey:
-    """Worker: what the whole set must know of a group of shards."""
+    """Worker: what the whole set must know of a block of shards."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -95,159 +122,159 @@ class Survey:
             for score in SCORES:
                 histograms[score] = histograms.get(score, 0) + np.array(count(score, scores[score]))
             if self.job.config.duplicate_tolerance is not None:
-                rows = np.flatnonzero(judge(scores, self.job.config).passing)
-                passing = scores.select(["phash", "colours"]).take(pa.array(rows))
-                parts.append((np.full(len(rows), number), rows, bytes_of(passing["phash"]), bytes_of(passing["colours"])))
+                parts.append(self.looks(scores, number))
         out.notes["histograms"] = {score: counts.tolist() for score, counts in histograms.items()}
         out.notes["known"] = dict(known)
         if parts:
-            self.write(out, *(np.concatenate(part) for part in zip(*parts, strict=True)))
+            table = pa.concat_tables(parts)
+            write_table(table, out.path("looks.parquet", table.num_rows), ROW_GROUP)
 
-    def write(self, out: Output, shards: np.ndarray, rows: np.ndarray, hashes: np.ndarray, shades: np.ndarray) -> None:
-        # Of rows that look the same the first stands for all: the picture of a missing picture comes a million times.
-        both = np.concatenate([hashes, shades], axis=1).view(f"V{HASH_BYTES + COLOUR_BYTES}").ravel()
-        first = np.sort(np.unique(both, return_index=True)[1])
-        again = np.setdiff1d(np.arange(len(rows)), first, assume_unique=True)
-        write_places(out, "equal.parquet", np.zeros(len(again)), shards[again], rows[again])
-        tolerance = self.job.config.duplicate_tolerance
-        for band in range(bands(tolerance)):
-            keys = key(hashes[first], band, tolerance)
-            along = np.argsort(keys, kind="stable")
-            chosen = first[along]
-            columns = [pa.array(keys[along]), pa.array(shards[chosen], pa.int32()), pa.array(rows[chosen], pa.int32())]
-            columns += [fixed(values[chosen]) for values in (hashes, shades)]
-            path = out.path(band_file(band), len(chosen))
-            write_table(pa.table(columns, schema=LOOKS), path, ROW_GROUP)
-        sample = first[np.linspace(0, len(first) - 1, min(SAMPLE, len(first))).astype(int)]
-        out.notes["looks"] = len(first)
-        out.notes["sample"] = [row.tobytes().hex() for row in hashes[sample]]
+    def looks(self, scores: pa.Table, number: int) -> pa.Table:
+        rows = np.flatnonzero(judge(scores, self.job.config).passing)
+        chosen = scores.select(["width", "height", "phash", "colours"]).take(pa.array(rows)).combine_chunks()
+        pixels = chosen["width"].to_numpy().astype(np.int64) * chosen["height"].to_numpy()
+        hashes = deal(bytes_of(chosen["phash"]), self.job.config.duplicate_tolerance)
+        columns = [np.full(len(rows), number, np.int32), rows.astype(np.int32), pixels, fixed(hashes), chosen["colours"]]
+        return pa.table(columns, schema=LOOKS)
 
 
-def band_file(band: int) -> str:
-    return f"band-{band:02d}.parquet"
+def looks_of(earlier: Records) -> list[list[Any]]:
+    """Path and rows of each block's looks."""
+    return [[file.path, file.rows] for file in (record.file("looks.parquet") for record in earlier["survey"])]
 
 
-def ranges(job: Job, surveyed: list[UnitRecord]) -> Iterator[tuple[int, int, int, float]]:
-    """(band, low, high, rows): ranges of keys, high included, that cover every band; about `ROWS` rows at most in each.
+def starts_of(looks: list[list[Any]]) -> list[int]:
+    """The number of each block's first row among all rows, and how many there are."""
+    return list(accumulate((rows for _, rows in looks), initial=0))
 
-    Only pictures that are alike in a whole band cannot be parted.
-    """
-    tolerance = job.config.duplicate_tolerance
-    samples = [np.frombuffer(bytes.fromhex("".join(r.notes["sample"])), np.uint8).reshape(-1, HASH_BYTES) for r in surveyed]
-    weights = [np.full(len(s), r.notes["looks"] / max(len(s), 1)) for s, r in zip(samples, surveyed, strict=True)]
-    hashes, weight = np.concatenate(samples), np.concatenate(weights)
-    parts = int(np.ceil(weight.sum() / ROWS))
-    for band in range(bands(tolerance)):
-        keys = key(hashes, band, tolerance)
-        order = np.argsort(keys, kind="stable")
-        below = np.cumsum(weight[order])
-        cuts = np.searchsorted(below, below[-1:] * np.arange(1, parts) / max(parts, 1))
-        # A range begins with a key, so equal keys are never parted.
-        lows = sorted({0, *keys[order][cuts].tolist()})
-        for low, after in zip(lows, [*lows[1:], 2**63], strict=True):
-            inside = (keys >= low) & (keys <= after - 1)
-            yield band, low, after - 1, float(weight[inside].sum())
+
+def read_looks(job: Job, path: str, first: int) -> Looks:
+    """The looks of a block whose first row has the number `first`."""
+    table = read_table(job, path, ["pixels", "phash", "colours"])
+    pixels, tolerance = table["pixels"].to_numpy(), job.config.duplicate_tolerance
+    return Looks(bytes_of(table["phash"]), bytes_of(table["colours"]), ranks(pixels, first), tolerance)
 
 
 def compare_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    surveyed = earlier["survey"]
-    if job.config.duplicate_tolerance is None or not surveyed:
+    """Decided by the looks of a block and of those before it."""
+    if job.config.duplicate_tolerance is None:
         return
-    # One list a band, which all its units share: there are thousands of them at LAION's size.
-    files = [[record.file(band_file(band)) for record in surveyed] for band in range(bands(job.config.duplicate_tolerance))]
-    paths = [[file.path for file in found] for found in files]
-    digests = [digest_of([file.sha256 for file in found]) for found in files]
-    packs: list[list[tuple[int, int, int]]] = []
-    held = 0.0
-    for band, low, high, rows in ranges(job, surveyed):
-        if not packs or held + rows > ROWS:
-            packs.append([])
-            held = 0.0
-        packs[-1].append((band, low, high))
-        held += rows
-    for number, pack in enumerate(packs):
-        needed = sorted({band for band, *_ in pack})
-        payload = {"ranges": pack, "files": {str(band): paths[band] for band in needed}}
-        yield Unit(f"bands-{number:05d}", (*(digests[band] for band in needed), digest_of(pack)), payload)
+    files = [record.file("looks.parquet") for record in earlier["survey"]]
+    starts = list(accumulate((file.rows for file in files), initial=0))
+    if starts[-1] > NUMBER:
+        raise StageError(f"{job.node}: {starts[-1]:,} rows to compare, {NUMBER:,} at most; filter the subset in parts")
+    decided = ""
+    for number, (record, file) in enumerate(zip(earlier["survey"], files, strict=True)):
+        decided = digest_of([decided, file.sha256])
+        payload = {"looks": [[file.path, start] for file, start in zip(files[: number + 1], starts, strict=False)]}
+        yield Unit(record.name, (decided,), payload, file.rows)
 
 
 class Compare:
-    """Worker: the near duplicates among the rows of some ranges of keys."""
+    """Worker: the first alike of a block's rows, and of the rows before it in the block."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.tolerance: int = job.config.duplicate_tolerance
 
     def run(self, unit: Unit, out: Output) -> None:
-        found = [self.alike(unit.payload["files"][str(band)], low, high) for band, low, high in unit.payload["ranges"]]
-        # Rows that are alike in several bands come once.
-        write_places(out, "alike.parquet", *np.unique(np.concatenate(found, axis=1), axis=1))
-
-    def alike(self, paths: list[str], low: int, high: int) -> np.ndarray:
-        """Places of the near duplicates, (3, rows): group, shard and row."""
-        parts = []
-        for group, path in enumerate(paths):
-            # Keys are sorted, so Parquet's statistics leave the rest of the file unread.
-            table = read_table(self.job, path, filters=[("key", ">=", low), ("key", "<=", high)])
-            places = np.stack([np.full(len(table), group), table["shard"].to_numpy(), table["row"].to_numpy()])
-            parts.append((places, table["key"].to_numpy(), bytes_of(table["phash"]), bytes_of(table["colours"])))
-        places = np.concatenate([part[0] for part in parts], axis=1)
-        order = np.lexsort(places[::-1])
-        keys, hashes, shades = (np.concatenate(part)[order] for part in list(zip(*parts, strict=True))[1:])
-        return places[:, order][:, earlier_alike(keys, hashes, shades, self.tolerance)]
+        *before, last = unit.payload["looks"]
+        own = read_looks(self.job, *last)
+        best, found = own.ranks.copy(), []
+        for path, first in before:
+            other = read_looks(self.job, path, first)
+            best_other = other.ranks.copy()
+            point(own, other, best, best_other)
+            found.append(_firsts(other, best_other))
+        point(own, own, best, best)
+        table = pa.concat_tables([*found, _firsts(own, best)])
+        write_table(table, out.path("firsts.parquet", table.num_rows), ROW_GROUP)
 
 
-def gather_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    if job.config.duplicate_tolerance is None:
+def _firsts(looks: Looks, best: np.ndarray) -> pa.Table:
+    found = best < looks.ranks
+    return pa.table([looks.ranks[found] & NUMBER, best[found]], schema=FIRSTS)
+
+
+def settle_units(job: Job, earlier: Records) -> Iterable[Unit]:
+    if job.config.duplicate_tolerance is None or not earlier["survey"]:
         return
-    files = [record.file("alike.parquet") for record in earlier["compare"]]
-    paths, decided = [file.path for file in files], digest_of([file.sha256 for file in files])
-    for number, (shards, surveyed) in enumerate(zip(groups(earlier["score"]), earlier["survey"], strict=True)):
-        equal = surveyed.file("equal.parquet")
-        payload = {"group": number, "shards": len(shards), "equal": equal.path, "alike": paths}
-        yield Unit(surveyed.name, (decided, equal.sha256, str(number), str(len(shards))), payload)
+    looks = looks_of(earlier)
+    firsts = [record.file("firsts.parquet") for record in earlier["compare"]]
+    shards = [len(block) for block in blocks(earlier["score"])]
+    payload = {
+        "looks": looks,
+        "firsts": [file.path for file in firsts],
+        "shards": shards,
+    }
+    digests = [record.files[0].sha256 for record in earlier["survey"] + earlier["compare"]]
+    yield Unit("all", (digest_of(digests), digest_of(shards)), payload, sum(rows for _, rows in looks))
 
 
-class Gather:
-    """Worker: the near duplicates of a group's shards."""
+class Settle:
+    """Worker: which rows go, of all shards."""
 
     def __init__(self, job: Job):
         self.job = job
 
     def run(self, unit: Unit, out: Output) -> None:
-        tables = [self.read(unit.payload["equal"], 0)]
-        tables += [self.read(path, unit.payload["group"]) for path in unit.payload["alike"]]
-        # A row that is alike in several bands comes from several units.
-        found = pa.concat_tables(tables).group_by(["shard", "row"]).aggregate([])
-        found = found.sort_by([("shard", "ascending"), ("row", "ascending")])
-        shards, rows = found["shard"].to_numpy(), found["row"].to_numpy()
-        write_places(out, "drops.parquet", np.zeros(len(rows)), shards, rows)
-        out.notes["drops"] = [digest_of(rows[shards == number].tolist()) for number in range(unit.payload["shards"])]
+        files, firsts = unit.payload["looks"], unit.payload["firsts"]
+        rows = [rows for _, rows in files]
+        starts = starts_of(files)
 
-    def read(self, path: str, group: int) -> pa.Table:
-        return read_table(self.job, path, filters=[("group", "==", group)])
+        def best(block: int) -> np.ndarray:
+            found = np.full(rows[block], NOTHING)
+            inside = [("number", ">=", starts[block]), ("number", "<", starts[block + 1])]
+            # A row of a block has a first alike in the block's own unit, and in those of blocks after it.
+            for path in firsts[block:]:
+                table = read_table(self.job, path, filters=inside)
+                at = table["number"].to_numpy() - starts[block]
+                found[at] = np.minimum(found[at], table["first"].to_numpy())
+            return found
+
+        gone = decide(rows, best, lambda block: read_looks(self.job, files[block][0], starts[block]))
+        write_drops(self.job, out, gone, files, unit.payload["shards"])
 
 
-def drops_by_shard(earlier: Records) -> Iterator[tuple[str, dict[str, Any]]]:
-    """For every scored shard, in order: a digest of its near duplicates, and where `dropped_rows` finds them."""
-    for record, shards in zip(earlier["gather"], groups(earlier["score"]), strict=True) if earlier["gather"] else ():
-        path = record.file("drops.parquet").path
-        for number, (digest, _) in enumerate(zip(record.notes["drops"], shards, strict=True)):
-            yield digest, {"drops": path, "number": number}
-    if not earlier["gather"]:
+def write_drops(job: Job, out: Output, gone: np.ndarray, looks: list[list[Any]], shards: list[int]) -> None:
+    """Write the rows that go, a file a block, and note a digest of them for every shard.
+
+    Args:
+        gone: mask over the rows of all blocks.
+        looks: path and rows of each block's looks.
+        shards: how many each block has.
+    """
+    starts = starts_of(looks)
+    out.notes["drops"] = []
+    for block, (path, _) in enumerate(looks):
+        places = read_table(job, path, ["shard", "row"]).filter(pa.array(gone[starts[block] : starts[block + 1]]))
+        write_table(places.cast(PLACES), out.path(drops_file(block), places.num_rows), ROW_GROUP)
+        of, lost = places["shard"].to_numpy(), places["row"].to_numpy()
+        edges = np.searchsorted(of, np.arange(shards[block] + 1))
+        out.notes["drops"] += [digest_of(lost[low:high].tolist()) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+def drops_file(block: int) -> str:
+    return f"drops-{block:05d}.parquet"
+
+
+def drops_by_shard(earlier: Records, phase: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """For every scored shard, in order: a digest of the rows that go by a phase, and where `dropped_rows` finds them."""
+    if not earlier[phase]:
         yield from ((NONE, {"drops": None}) for _ in earlier["score"])
+        return
+    (record,) = earlier[phase]
+    digests, path = iter(record.notes["drops"]), cache(lambda block: record.file(drops_file(block)).path)
+    for block, shards in enumerate(blocks(earlier["score"])):
+        for number in range(len(shards)):
+            yield next(digests), {"drops": path(block), "number": number}
 
 
-def dropped_rows(job: Job, payload: dict[str, Any]) -> np.ndarray:
-    """Rows of a shard that are near duplicates, ascending."""
-    if payload["drops"] is None:
-        return np.array([], dtype=np.int32)
-    return read_table(job, payload["drops"], filters=[("shard", "==", payload["number"])])["row"].to_numpy()
-
-
-def write_places(out: Output, name: str, groups: np.ndarray, shards: np.ndarray, rows: np.ndarray) -> None:
-    columns = [pa.array(values, field.type, safe=False) for values, field in zip((groups, shards, rows), PLACES, strict=True)]
-    write_table(pa.table(columns, schema=PLACES), out.path(name, len(rows)), ROW_GROUP)
+def dropped_rows(job: Job, place: dict[str, Any], rows: int) -> np.ndarray:
+    """Mask of the rows that go, of a shard that has so many."""
+    gone = np.zeros(rows, bool)
+    if place["drops"] is not None:
+        gone[read_table(job, place["drops"], filters=[("shard", "==", place["number"])])["row"].to_numpy()] = True
+    return gone
 
 
 def bytes_of(column: pa.ChunkedArray) -> np.ndarray:
@@ -264,11 +291,11 @@ def fixed(values: np.ndarray) -> pa.Array:
 
 
 def _resources(config: Any) -> Resources:
-    return Resources(1.0, 0.0, config.workers)
+    return Resources(1.0, 0.0, config.workers, MEMORY)
 
 
 PHASES = (
-    Phase("survey", survey_units, Survey, resources=_resources),
+    Phase("survey", survey_units, Survey, resources=lambda config: Resources(1.0, 0.0, config.workers)),
     Phase("compare", compare_units, Compare, fields=frozenset({"duplicate_tolerance"}), resources=_resources),
-    Phase("gather", gather_units, Gather, fields=frozenset(), resources=_resources),
+    Phase("settle", settle_units, Settle, fields=frozenset({"duplicate_tolerance"}), resources=_resources),
 )

@@ -11,11 +11,13 @@ from pydantic import Field, model_validator
 from infra.store import sha256_of
 from stages.runner.contract import StageConfig, StageError
 from stages.runner.recipe import encoder, external_file
+from stages.shards.feed import on_device
 from unidiffuser.references import weights_digest
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from torch import Tensor
 
+    from unidiffuser.clip_preprocess import Preprocess
     from unidiffuser.encoders import ClipEncoder
     from unidiffuser.heads import ScoreHead
 
@@ -126,16 +128,26 @@ class Scorer:
 
         return ClipEncoder.load(ref, self.device, self.dtype)
 
-    def __call__(self, images: Sequence[Image], captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Scores of RGB images with their captions, (B,) fp32 each; with similarity also `clip`, the embeddings, (B, D) fp16."""
+    @property
+    def preprocesses(self) -> tuple[Preprocess, ...]:
+        """How each CLIP sees pictures."""
+        return tuple(clip.preprocess for clip in self.clips.values())
+
+    def __call__(self, views: Sequence[tuple[np.ndarray, ...]], captions: Sequence[str]) -> dict[str, Tensor]:
+        """Scores of images with their captions, (B,) fp32 each; with similarity also `clip`, the embeddings, (B, D) fp16.
+
+        Args:
+            views: of each image what the CLIPs see, (h, w, 3) uint8, in the order of `preprocesses`.
+        """
         import torch
         from torch.nn.functional import cosine_similarity
 
         with torch.inference_mode():
-            seen = {ref: clip.image(images) for ref, clip in self.clips.items()}
+            pixels = [on_device(pictures, self.device) for pictures in zip(*views, strict=True)]
+            seen = {ref: clip.seen(of) for (ref, clip), of in zip(self.clips.items(), pixels, strict=True)}
             scores = {name: head(seen[self.reads[name]]) for name, head in self.heads.items()}
             if self.similarity is not None:
                 embeddings = seen[self.similarity]
                 read = self.clips[self.similarity].text(captions)
                 scores |= {"clip_similarity": cosine_similarity(embeddings, read), "clip": embeddings.half()}
-        return {name: values.cpu().numpy() for name, values in scores.items()}
+        return scores

@@ -1,4 +1,4 @@
-"""What makes two pictures near duplicates, and how to find them without comparing all pairs.
+"""What makes two pictures near duplicates.
 
 Near duplicates show the same picture in another encoding, size or quality:
 
@@ -31,14 +31,9 @@ again with the median in brackets: 1 (1) pair of flags that hardly differ, 1 (0)
 detail, 1 (13) of titles that differ in their words, and 28 (24) of bars that differ in sharpness or direction. No gradients,
 scenes, noise or photographs do: crops of one photograph differ by 48 bits or more. imagehash's dhash takes 1,773 pairs of titles
 and pages for copies. 64 bits are too few: they give one hash to different drawings on plain ground.
-
-Hashes that differ in k bits at most are equal in one of any k + 1 bands that their bits are dealt into (multi-index hashing,
-Norouzi et al., arXiv 1307.2982): only rows that share a band are compared, and a band can be searched apart, in parts.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -51,10 +46,6 @@ SIGNAL = 6.0
 COLOUR_SIDE = 4
 COLOUR_BYTES = COLOUR_SIDE * COLOUR_SIDE * 3
 COLOUR_LEVELS = 16
-# Of the sum of `COLOUR_BYTES` colours.
-LIGHT_BITS = 14
-# Pairs compared at once, which bounds the memory where very many pictures are alike.
-PAIRS = 200_000
 
 
 def perceptual_hash(image: Image.Image) -> bytes:
@@ -71,62 +62,30 @@ def colours(image: Image.Image) -> bytes:
     return np.asarray(image.resize((COLOUR_SIDE, COLOUR_SIDE), Image.Resampling.BOX), dtype=np.uint8).tobytes()
 
 
-def bands(tolerance: int) -> int:
-    """How many bands the bits are dealt into; hashes within the tolerance are equal in one of them."""
-    return tolerance + 1
-
-
-def key(hashes: np.ndarray, band: int, tolerance: int) -> np.ndarray:
-    """The bits of a band as numbers, (rows,) int64; of a longer band the first 63 bits count, which only adds candidates.
-
-    Bits are dealt like cards, so that every band has some of the low and some of the high frequencies.
-    """
-    found = np.zeros(len(hashes), dtype=np.int64)
-    for bit in range(band, HASH_BYTES * 8, bands(tolerance))[:63]:
-        found = found << 1 | (hashes[:, bit // 8] >> np.uint8(7 - bit % 8) & np.uint8(1))
-    return found
-
-
-def earlier_alike(keys: np.ndarray, hashes: np.ndarray, shades: np.ndarray, tolerance: int) -> np.ndarray:
-    """Which rows are near duplicates of a row above them that has the same key, mask of shape (rows,).
+def alike(
+    hashes: np.ndarray,
+    shades: np.ndarray,
+    one: np.ndarray,
+    hashes_other: np.ndarray,
+    shades_other: np.ndarray,
+    other: np.ndarray,
+    tolerance: int,
+) -> np.ndarray:
+    """Which pairs are near duplicates, mask of shape (pairs,).
 
     Args:
-        keys: (rows,), in input order.
-        hashes: (rows, HASH_BYTES) uint8.
-        shades: (rows, COLOUR_BYTES) uint8, as of `colours`.
-    """
-    # Rows of a key lie together, by brightness: pictures of equal colours are equally bright. What is plain has few bits above
-    # `SIGNAL`, so that very many such rows can share a key.
-    light = shades.sum(axis=1, dtype=np.int64)
-    order = np.lexsort((light, keys))
-    keys, light, shades = keys[order], light[order], shades[order]
-    words = [np.ascontiguousarray(word) for word in hashes[order].view(np.uint64).T]
-    group = np.cumsum(np.diff(keys, prepend=keys[:1]) != 0) << LIGHT_BITS
-    darkest = np.searchsorted(group | light, group | np.maximum(light - COLOUR_LEVELS * COLOUR_BYTES, 0))
-    alike = np.zeros(len(keys), dtype=bool)
-    for one, other in _pairs(darkest, np.arange(len(keys))):
-        # A row that is known to resemble one needs no second proof, and most pairs differ too much in a quarter of the bits.
-        open_ = ~alike[np.maximum(order[one], order[other])]
-        open_ &= np.bitwise_count(words[0][one] ^ words[0][other]) <= tolerance
-        one, other = one[open_], other[open_]
-        for shade in range(COLOUR_BYTES):
-            mine, theirs = shades[one, shade], shades[other, shade]
-            close = np.maximum(mine, theirs) - np.minimum(mine, theirs) <= COLOUR_LEVELS
-            one, other = one[close], other[close]
-        flipped = sum(np.bitwise_count(word[one] ^ word[other]).astype(np.int64) for word in words)
-        alike[np.maximum(order[one], order[other])[flipped <= tolerance]] = True
-    return alike
-
-
-def _pairs(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(place, found) for every found in low[place] .. high[place] - 1, up to about PAIRS at a time."""
-    counts = high - low
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(low) and ends[-1] > (done := ends[start - 1] if start else 0):
-        stop = max(start + 1, int(np.searchsorted(ends, done + PAIRS, "right")))
-        some = counts[start:stop]
-        place = np.repeat(np.arange(start, stop), some)
-        first = np.repeat(ends[start:stop] - some, some)
-        yield place, np.repeat(low[start:stop], some) + np.arange(done, done + len(place)) - first
-        start = stop
+        hashes, shades: (rows, HASH_BYTES) and (rows, COLOUR_BYTES) uint8, of what `one` picks a row a pair; the bits of all
+            hashes are in one order, whatever that is. Likewise what `other` picks.
+    """  # fmt: skip
+    found = np.zeros(len(one), bool)
+    words, words_other = hashes.view(np.uint64), hashes_other.view(np.uint64)
+    # Most pairs differ too much in a quarter of the bits, or in the colour of a corner.
+    open_ = np.flatnonzero(np.bitwise_count(words[one, 0] ^ words_other[other, 0]) <= tolerance)
+    for shade in (0, 16, 31, 47):
+        mine, theirs = shades[one[open_], shade], shades_other[other[open_], shade]
+        open_ = open_[np.maximum(mine, theirs) - np.minimum(mine, theirs) <= COLOUR_LEVELS]
+    one, other = one[open_], other[open_]
+    mine, theirs = shades[one], shades_other[other]
+    close = (np.maximum(mine, theirs) - np.minimum(mine, theirs) <= COLOUR_LEVELS).all(axis=1)
+    found[open_] = close & (np.bitwise_count(words[one] ^ words_other[other]).sum(axis=1) <= tolerance)
+    return found

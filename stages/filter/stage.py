@@ -1,7 +1,8 @@
 """filter: looks at the pixels and the captions of what was downloaded, and keeps the rows worth encoding.
 
     score   a unit per shard: decode, measure, embed with CLIP, compute the heads' scores; depends on no threshold
-    survey, compare, gather   which rows that meet the conditions look like an earlier one: see `stages.filter.duplicates`
+    survey, compare, settle   which rows that meet the conditions look like a larger one: see `stages.filter.duplicates`
+    centres, members, meaning   with `semantic`, which of the others show the same: see `stages.filter.meaning`
     write   a unit per shard: the rows that meet the conditions and are no near duplicates, as a WebDataset shard
 
 Beside each ``SHARD.tar`` lies ``SHARD.parquet`` with what was measured, the CLIP embedding included. A unit of the last phase is
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -21,10 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from stages.filter import duplicates
+from stages.filter import duplicates, meaning
 from stages.filter.heads import Heads, Scorer, head_digests
 from stages.filter.histogram import histogram_of, join
-from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES
+from stages.filter.look import Look, Looking
+from stages.filter.meaning import SemanticConfig, check_semantic
 from stages.runner.contract import (
     Job,
     Output,
@@ -39,11 +43,15 @@ from stages.runner.contract import (
     operational,
 )
 from stages.runner.recipe import encoder
+from stages.runner.skipping import skipped_shards
+from stages.shards.box import boxed
 from stages.shards.conditions import conditions
+from stages.shards.feed import ahead, cpus_each, feeders
 from stages.shards.scores import METADATA_SCORES, SCORES
 from stages.shards.tables import read_table, write_table
 from stages.shards.tar import Sample, ShardWriter, in_batches, read_shard
 from stages.shards.words import WORDS
+from unidiffuser.images import PictureError
 from unidiffuser.references import weights_digest
 
 log = logging.getLogger("stages")
@@ -54,6 +62,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "datacomp-basic": {**BASIC, "languages": ["en"]},
     "none": dict.fromkeys([*BASIC, "duplicate_tolerance"]),
 }
+
+
+# Phase -> why the rows go that it finds.
+DROPS = {"settle": "near_duplicate", "meaning": "semantic_duplicate"}
 
 
 class FilterConfig(StageConfig):
@@ -86,8 +98,16 @@ class FilterConfig(StageConfig):
     duplicate_tolerance: int | None = Field(
         12, ge=0, le=32, description="bits of 256 by which perceptual hashes of near duplicates may differ; null keeps duplicates"
     )
+    semantic: SemanticConfig | None = Field(
+        None,
+        description="also drop pictures that show the same by their CLIP embeddings (SemDeDup); install `[semantic]`",
+    )
     batch: int = operational(32, "images that CLIP sees at once", ge=1)
+    cpus: int | None = operational(
+        None, "CPUs of a worker that scores, each of which decodes ahead of it; when not given 1, and up to 8 with a GPU", ge=1
+    )
     workers: int | None = operational(None, "workers at most", ge=1)
+    skip: tuple[str, ...] = skipped_shards()
 
     @model_validator(mode="before")
     @classmethod
@@ -98,6 +118,8 @@ class FilterConfig(StageConfig):
     def _needs_scores(self) -> FilterConfig:
         if self.min_clip_similarity is not None and not self.clip_scores:
             raise ValueError("min_clip_similarity needs clip_scores: true")
+        if self.semantic is not None and (self.duplicate_tolerance is None or not self.clip_scores):
+            raise ValueError("semantic needs clip_scores: true and a duplicate_tolerance")
         return self
 
 
@@ -116,35 +138,54 @@ class Score:
             return None
         return Scorer(config.clip, config.clip_scores, config.heads, config.precision)
 
+    @cached_property
+    def looking(self) -> Looking:
+        return Looking(self.scorer.preprocesses if self.scorer else ())
+
     def run(self, unit: Unit, out: Output) -> None:
-        samples = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
-        table = pa.concat_tables([self.measure(batch) for batch in in_batches(samples, self.config.batch)])
+        """A GPU is not waited for from batch to batch: its scores are fetched when all pictures have been handed to it."""
+        samples, looks = list[Sample](), list[Look | None]()
+        scores: list[dict[str, Any]] = []
+        stored = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
+        pictures = ahead(stored, self.look, feeders(), 2 * self.config.batch)
+        for batch in in_batches(pictures, self.config.batch):
+            seen = [(sample.caption, look.seen) for sample, look in batch if look is not None]
+            if self.scorer is not None and seen:
+                scores.append(self.scorer([views for _, views in seen], [caption for caption, _ in seen]))
+            samples += [replace(sample, image=b"") for sample, _ in batch]
+            looks += [look and replace(look, seen=()) for _, look in batch]
+        computed = {name: np.concatenate([made[name].cpu().numpy() for made in scores]) for name in (scores[0] if scores else ())}
+        table = self.table(samples, looks, computed)
         write_table(table, out.path("scores.parquet", table.num_rows))
         out.stats.rows_in = table.num_rows
 
-    def measure(self, batch: list[Sample]) -> pa.Table:
+    def look(self, sample: Sample) -> Look | None:
+        """None for an image that cannot be decoded."""
+        try:
+            return boxed(self.looking, sample.image)
+        except PictureError:
+            return None
+
+    def table(self, samples: list[Sample], looks: list[Look | None], computed: dict[str, np.ndarray]) -> pa.Table:
         """A row per sample; what was measured is null where the image cannot be decoded."""
-        images = [decode(sample.image) for sample in batch]
         columns: dict[str, Any] = {
-            "key": pa.array([sample.key for sample in batch], pa.string()),
-            "caption": pa.array([sample.caption for sample in batch], pa.string()),
-            "width": pa.array([image and image.width for image in images], pa.int32()),
-            "height": pa.array([image and image.height for image in images], pa.int32()),
-            "phash": pa.array([image and perceptual_hash(image) for image in images], pa.binary(HASH_BYTES)),
-            "colours": pa.array([image and colours(image) for image in images], pa.binary(COLOUR_BYTES)),
+            "key": pa.array([sample.key for sample in samples], pa.string()),
+            "caption": pa.array([sample.caption for sample in samples], pa.string()),
+            "width": pa.array([look and look.width for look in looks], pa.int32()),
+            "height": pa.array([look and look.height for look in looks], pa.int32()),
+            "phash": pa.array([look and look.phash for look in looks], pa.binary(HASH_BYTES)),
+            "colours": pa.array([look and look.colours for look in looks], pa.binary(COLOUR_BYTES)),
         }
-        columns["language"] = pa.array([sample.meta.get("language") for sample in batch], pa.string())
+        columns["language"] = pa.array([sample.meta.get("language") for sample in samples], pa.string())
         for score in METADATA_SCORES:
-            columns[score] = pa.array([sample.meta.get(score) for sample in batch], pa.float32())
-        decoded = [row for row, image in enumerate(images) if image is not None]
-        computed: dict[str, Any] = {}
-        if self.scorer is not None and decoded:
-            computed = self.scorer([images[row] for row in decoded], [batch[row].caption for row in decoded])
+            columns[score] = pa.array([sample.meta.get(score) for sample in samples], pa.float32())
+        decoded = [row for row, look in enumerate(looks) if look is not None]
         for name in ("clip_similarity", *self.config.heads.named()):
-            values = pa.array(_spread(computed.get(name, ()), decoded, len(batch)), pa.float32())
+            values = pa.array(_spread(computed.get(name, ()), decoded, len(samples)), pa.float32())
             # What overflowed in a network is no score, and JSON could not hold it.
             columns[name] = pc.if_else(pc.is_finite(values), values, None)
-        columns["clip"] = pa.array(_spread([row.tobytes() for row in computed.get("clip", ())], decoded, len(batch)), pa.binary())
+        embeddings = [row.tobytes() for row in computed.get("clip", ())]
+        columns["clip"] = pa.array(_spread(embeddings, decoded, len(samples)), pa.binary())
         return pa.table(columns)
 
 
@@ -154,16 +195,6 @@ def _spread(values: Iterable[Any], rows: list[int], total: int) -> list[Any]:
     for row, value in zip(rows, values, strict=False):
         found[row] = value
     return found
-
-
-def decode(data: bytes) -> Any:
-    """An RGB image as people see it, or None when the bytes are none or end early."""
-    from unidiffuser.images import PictureError, open_picture
-
-    try:
-        return open_picture(data)
-    except PictureError:
-        return None
 
 
 class Write:
@@ -178,9 +209,8 @@ class Write:
             raise StageError(unit.payload["refusal"])
         scores = read_table(self.job, unit.payload["scores"])
         verdict = duplicates.judge(scores, self.config)
-        twins = np.zeros(scores.num_rows, dtype=bool)
-        twins[duplicates.dropped_rows(self.job, unit.payload)] = True
-        verdict.drop("near_duplicate", twins)
+        for reason, place in unit.payload["places"].items():
+            verdict.drop(reason, duplicates.dropped_rows(self.job, place, scores.num_rows))
         kept = scores.filter(pa.array(verdict.passing))
         write_table(kept, out.path(f"{unit.name}.parquet", kept.num_rows))
         out.path(f"{unit.name}.tar", kept.num_rows)
@@ -205,16 +235,17 @@ def _score_units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 
 def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
-    """Decided by the shard, by its scores and by its own near duplicates.
+    """Decided by the shard, by its scores and by its own duplicates.
 
     A refusal is left to the workers: `status` and `gc` plan too. It decides as well, so that none is found done.
     """
     refusal = refusal_of(job, earlier)
-    shards = zip(_score_units(job, earlier), earlier["score"], duplicates.drops_by_shard(earlier), strict=True)
-    for unit, record, (digest, drops) in shards:
+    drops = zip(*(duplicates.drops_by_shard(earlier, phase) for phase in DROPS), strict=True)
+    for unit, record, found in zip(_score_units(job, earlier), earlier["score"], drops, strict=True):
         (scores,) = record.files
-        digests = (*unit.digests, scores.sha256, digest, *([refusal] if refusal else []))
-        payload = {**unit.payload, "scores": scores.path, "refusal": refusal, **drops}
+        digests = (*unit.digests, scores.sha256, *(digest for digest, _ in found), *([refusal] if refusal else []))
+        places = dict(zip(DROPS.values(), (place for _, place in found), strict=True))
+        payload = {**unit.payload, "scores": scores.path, "refusal": refusal, "places": places}
         yield Unit(unit.name, digests, payload, unit.rows)
 
 
@@ -248,15 +279,16 @@ def refusal_of(job: Job, earlier: Records) -> str:
 def _score_resources(config: FilterConfig) -> Resources:
     from stages.runner.pool import gpus_each
 
-    return Resources(1.0, gpus_each() if config.clip_scores or config.heads.named() else 0.0, config.workers)
+    gpus = gpus_each() if config.clip_scores or config.heads.named() else 0.0
+    return Resources(cpus_each(config.cpus, gpus), gpus, config.workers)
 
 
-CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance"}
+CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance", "semantic"}
 
 
 class Filter(Stage):
     name = "filter"
-    version = 4
+    version = 5
     Config = FilterConfig
     phases = (
         Phase(
@@ -268,8 +300,13 @@ class Filter(Stage):
             memory=("batch",),
         ),
         *duplicates.PHASES,
+        *meaning.PHASES,
         Phase("write", _write_units, Write, fields=CONDITIONS, resources=lambda config: Resources(1.0, 0.0, config.workers)),
     )
+
+    @classmethod
+    def check(cls, config: FilterConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        check_semantic(config)
 
     @classmethod
     def weights(cls, config: FilterConfig) -> dict[str, str]:

@@ -184,7 +184,7 @@ def _units(job: Job, earlier: Records) -> Iterable[Unit]:
 
 class Folder(Stage):
     name = "folder"
-    version = 2
+    version = 3
     Config = FolderConfig
     phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from infra.external import fetch_outside
 from stages.drawing.assembly import assemble
 from stages.runner.contract import Job, StageError, digest_of
+from stages.runner.scratch import scratch_folder
 
 OUTSIDE = "checkpoint"
 
@@ -44,13 +44,13 @@ def model_folder(job: Job) -> Iterator[Path]:
     Raises:
         StageError: a folder from outside has changed or gone.
     """
-    with tempfile.TemporaryDirectory(prefix="unidiffuser-evaluate-") as scratch:
+    with scratch_folder() as scratch:
         if OUTSIDE in job.lists:
             try:
-                yield fetch_outside(job.lists[OUTSIDE], job.config.checkpoint, job.store, Path(scratch))
+                yield fetch_outside(job.lists[OUTSIDE], job.config.checkpoint, job.store, scratch)
             except OSError as error:
                 raise StageError(f"checkpoint: {error}") from None
         elif "codec" in job.inputs:
-            yield assemble(job, Path(scratch, "model"))
+            yield assemble(job, scratch / "model")
         else:
-            yield job.inputs["checkpoint"].fetch(Path(scratch, "export"))
+            yield job.inputs["checkpoint"].fetch(scratch / "export")

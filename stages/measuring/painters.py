@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,6 +19,7 @@ from stages.measuring.rows import HELD_OUT, Rows
 from stages.measuring.samples import Samples
 from stages.measuring.worlds import WorldPrompts
 from stages.runner.contract import Job, StageError
+from stages.runner.scratch import scratch_folder
 
 # What the picture codec is called in the dataset of its world.
 CODEC = "codec.safetensors"
@@ -67,8 +66,8 @@ class Model:
         from unidiffuser.weights import load_native
 
         job = self.job
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = fetch_outside(job.lists["before"], job.config.before, job.store, Path(scratch))
+        with scratch_folder() as scratch:
+            folder = fetch_outside(job.lists["before"], job.config.before, job.store, scratch)
             return load_native(folder / "uvit").to(_device()).eval()
 
     def network(self, samples: Samples) -> Any:
@@ -122,8 +121,8 @@ class World:
 
         from examples.shapes.autoencoder import Autoencoder
 
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = fetch_files(self.job.store, [self.job.inputs["codec"].file(CODEC)], Path(scratch, "codec"))
+        with scratch_folder() as scratch:
+            folder = fetch_files(self.job.store, [self.job.inputs["codec"].file(CODEC)], scratch / "codec")
             return Autoencoder.of(load_file(folder / CODEC)).to(_device())
 
     @cached_property
@@ -131,8 +130,8 @@ class World:
         from training.shares import merge
         from unidiffuser.weights import load_native
 
-        with tempfile.TemporaryDirectory() as scratch:
-            checkpoint, folder = self.job.inputs["checkpoint"].fetch(Path(scratch, "checkpoint")), Path(scratch, "model")
+        with scratch_folder() as scratch:
+            checkpoint, folder = self.job.inputs["checkpoint"].fetch(scratch / "checkpoint"), scratch / "model"
             folder.mkdir()
             shutil.copyfile(checkpoint / "config.json", folder / "config.json")
             merge(checkpoint, self.config.weights, folder / "model.safetensors")

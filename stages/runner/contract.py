@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from uuid import uuid4
 
@@ -18,9 +18,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from infra.dataset import Dataset, FileEntry, InputRef, Stats
 from infra.store import Store, StoreError
+from stages.runner.packs import FEW, RECORD_FILE, Packs
+from stages.runner.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from stages.runner.chain import Gang
+
+
+# Folder of a stage for the files of attempts at units, on object stores.
+ATTEMPTS = "attempts"
 
 
 class StageError(Exception):
@@ -31,9 +37,17 @@ class Bug(StageError):
     """A stage that broke in a way that nobody foresaw: the line says where, and the traceback goes to the log."""
 
 
+class SetAside(Exception):
+    """A unit that its worker has tried often enough: it stands aside at once, and the others are done. The message says why."""
+
+
 def in_words(error: BaseException) -> str:
     """``TypeName: message``, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+
+
+# The field of a configuration that names shards to leave out; see `stages.runner.skipping`.
+SKIP = "skip"
 
 
 def operational(default: Any, description: str, **bounds: Any) -> Any:
@@ -143,23 +157,37 @@ class Job:
     def unit_folder(self, key: str) -> str:
         return f"{self.stage}/units/{key[:2]}/{key}"
 
+    def record_path(self, key: str) -> str:
+        return f"{self.unit_folder(key)}/{RECORD_FILE}"
+
+    def many(self, units: int) -> bool:
+        """Whether the records of so many units are read and written in packs: a local folder opens them one by one as fast."""
+        return not self.store.local and units > FEW
+
     def unit_done(self, key: str) -> UnitRecord | None:
         return self.units_done([key]).get(key)
 
-    def units_done(self, keys: Sequence[str]) -> dict[str, UnitRecord]:
+    def units_done(self, keys: Sequence[str], packs: Packs | None = None) -> dict[str, UnitRecord]:
         """The records of those units that are done.
+
+        Args:
+            packs: to note what they lack.
 
         Raises:
             StoreError: a record is damaged.
         """
-        paths = [f"{self.unit_folder(key)}/unit.json" for key in keys]
+        paths = {self.record_path(key): key for key in keys}
+        if self.many(len(paths)):
+            found = (packs or Packs(self.store, self.stage)).read(list(paths))
+        else:
+            every = zip(paths, self.store.read_many(list(paths)), strict=True)
+            found = ((path, data) for path, data in every if data is not None)
         records = {}
-        for key, path, data in zip(keys, paths, self.store.read_many(paths), strict=True):
-            if data is not None:
-                try:
-                    records[key] = RECORD.validate_json(data)
-                except ValidationError:
-                    raise StoreError(f"{self.store.url(path)}: no record of a unit; delete the file and run again") from None
+        for path, data in found:
+            try:
+                records[paths[path]] = RECORD.validate_json(data)
+            except ValidationError:
+                raise StoreError(f"{self.store.url(path)}: no record of a unit; delete the file and run again") from None
         return records
 
 
@@ -171,6 +199,8 @@ class Output:
         self.stats = Stats()
         self.notes: dict[str, Any] = {}
         self.rows: dict[str, int] = {}
+        # Called by the worker of a phase with `at_once` above 1 when another unit can begin beside this one.
+        self.give_room: Callable[[], None] = lambda: None
 
     def path(self, name: str, rows: int = 0) -> Path:
         """Local path for a file of the unit; `rows` (settable later through `self.rows`) goes into the manifest."""
@@ -182,19 +212,25 @@ class Output:
     def publish(self, job: Job, key: str, name: str, seconds: float) -> UnitRecord:
         """The unit's record; that of another run, if it was the first to finish this unit."""
         files, folder = [], job.unit_folder(key)
-        # Nothing can be claimed on an object store: two runs at one unit write beside each other, and one record counts.
-        attempt = "" if job.store.local else f"@{uuid4().hex[:8]}/"
+        # A lease on an object store may end while a unit is at work: two runs then write beside each other, and one record
+        # counts. The records lie apart from the files, so that listing them is a request a thousand units.
+        if not job.store.local:
+            folder = f"{attempts_folder(job.stage, key)}/@{uuid4().hex[:8]}"
         for filename in sorted(self.rows):
-            path = f"{folder}/{attempt}{filename}"
+            path = f"{folder}/{filename}"
             size, digest = job.store.publish(self.folder / filename, path)
             files.append(FileEntry(path=path, rows=self.rows[filename], bytes=size, sha256=digest, unit=key))
         return write_record(job, UnitRecord(key, name, files, self.stats, self.notes, seconds))
 
 
+def attempts_folder(stage: str, key: str) -> str:
+    """Where on an object store the files of a unit lie, those of each attempt at it in a folder of its own."""
+    return f"{stage}/{ATTEMPTS}/{key[:2]}/{key}"
+
+
 def write_record(job: Job, record: UnitRecord) -> UnitRecord:
     """Write the record that makes a unit done; gives that of another run, if it was the first."""
-    path = f"{job.unit_folder(record.key)}/unit.json"
-    written = job.store.write_json(path, RECORD.dump_python(record, mode="json"), once=not job.store.local)
+    written = job.store.write_json(job.record_path(record.key), RECORD.dump_python(record, mode="json"), once=True)
     return record if written else job.units_done([record.key])[record.key]
 
 
@@ -205,9 +241,9 @@ def scratch_output(store: Store) -> Iterator[Output]:
     Raises:
         StageError: the disk of the scratch folder or that of the store is full.
     """
-    with TemporaryDirectory(prefix="unidiffuser-unit-") as folder:
+    with scratch_folder() as folder:
         try:
-            yield Output(Path(folder))
+            yield Output(folder)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -227,11 +263,12 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker takes, and how many workers at most (None: as many as the cluster holds)."""
+    """What one worker takes, and how many workers at most (None: as many as the cluster holds); memory in bytes, 0 for little."""
 
     cpus: float = 1.0
     gpus: float = 0.0
     workers: int | None = None
+    memory: float = 0.0
 
 
 def single_trainer(_: Any) -> Resources:
@@ -259,6 +296,7 @@ class Phase:
         by_content: the digests of its units are all that decides it: they name what matters of configuration, weights and inputs.
         resources: config -> what a worker takes.
         memory: the config fields of which lower values take less memory.
+        at_once: units that one worker may have at once, in threads; it says by `Output.give_room` when the next can begin.
     """
 
     name: str
@@ -269,6 +307,7 @@ class Phase:
     by_content: bool = False
     resources: Callable[[Any], Resources] = lambda config: Resources()
     memory: tuple[str, ...] = ()
+    at_once: int = 1
 
 
 class Stage:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from infra.dataset import Dataset, InputRef, all_datasets, find, pointed
+from infra.lease import FOLDER as LEASES
 from infra.pins import pinned
 from infra.store import Store
 from stages.catalog import STAGES, stage_class
-from stages.runner.contract import StageError
+from stages.runner.contract import ATTEMPTS, RECORD, StageError
 from stages.runner.graph import Planned, plan
 from stages.runner.ledger import ledger_of
+from stages.runner.packs import RECORD_FILE
 from stages.runner.recipe import Recipe
 from stages.runner.run import make_job, phase_states
 
@@ -21,15 +22,24 @@ from stages.runner.run import make_job, phase_states
 GRACE = timedelta(hours=24)
 # What took days to make, and that of a recipe which is not named goes only if it is itself named.
 PRECIOUS = frozenset({"train", "export"})
+LOST = "attempts at units that another one finished"
 
 
 @dataclass
 class Leftover:
-    """Units of a stage that belong to no dataset: of runs that never ended, or of phases before a dataset's last."""
+    """Units of a stage that belong to no dataset: of runs that never ended, or of phases before a dataset's last. Or attempts at
+    units, on an object store, of which another one counts."""
 
     stage: str
     folders: list[str] = field(default_factory=list)
     bytes: int = 0
+    units: int = 0
+    what: str = "units of no dataset"
+
+    def add(self, unit: _Unit) -> None:
+        self.folders += unit.folders
+        self.bytes += unit.bytes
+        self.units += 1
 
 
 @dataclass(frozen=True)
@@ -121,11 +131,11 @@ def find_garbage(
         # The newest step of its chains stays whatever today's plan says: a changed run may be told to go on from it.
         if (head := ledger_of(store, node).head(make_job(node, store, missing_ok=True))) is not None:
             live.add(head.record.key)
-    units = _sort_units(store, doomed, live, oldest)
+    units = _sort_units(store, doomed, kept.values(), live, oldest)
     mine = [left for left in units.leftovers if not owners.strangers or (others and left.stage not in PRECIOUS)]
     return Garbage(
         list(zip(doomed, units.sizes, strict=True)),
-        mine,
+        [*mine, *units.attempts],
         units.folders,
         units.young,
         len(sorts.young),
@@ -205,35 +215,55 @@ def _check_unused(
 
 @dataclass
 class _Units:
-    """Units that no live dataset uses: bytes by doomed dataset and their folders, those of no dataset, and how many are young."""
+    """Units that no live dataset uses: bytes by doomed dataset and their folders, those of no dataset, attempts at live ones that
+    lost, and how many are young."""
 
     sizes: list[int]
     folders: list[str]
     leftovers: list[Leftover]
+    attempts: list[Leftover]
     young: int
 
 
-def _sort_units(store: Store, doomed: Sequence[Dataset], live: Set[str], oldest: datetime) -> _Units:
+def _sort_units(store: Store, doomed: Sequence[Dataset], kept: Iterable[Dataset], live: Set[str], oldest: datetime) -> _Units:
     of: dict[str, int] = {}
     for number, dataset in enumerate(doomed):
         for entry in dataset.files:
             of.setdefault(entry.unit, number)
     sizes, folders, young = [0] * len(doomed), [], 0
     leftovers = {stage: Leftover(stage) for stage in STAGES}
+    attempts = []
     for stage in STAGES:
-        for folder, (size, written) in _units(store, stage).items():
-            key = folder.rsplit("/", 1)[-1]
+        units, losers = _units(store, stage), Leftover(stage, what=LOST)
+        for key, unit in units.items():
             if key in live:
                 continue
             if key in of:
-                sizes[of[key]] += size
-                folders.append(folder)
-            elif written > oldest:
+                sizes[of[key]] += unit.bytes
+                folders += unit.folders
+            elif unit.written > oldest:
                 young += 1
             else:
-                leftovers[stage].folders.append(folder)
-                leftovers[stage].bytes += size
-    return _Units(sizes, folders, [left for left in leftovers.values() if left.folders], young)
+                leftovers[stage].add(unit)
+        attempts.append(losers)
+        for attempt in _lost(store, stage, {key: unit for key, unit in units.items() if key in live}, kept):
+            if attempt.written <= oldest:
+                losers.add(attempt)
+    found, lost = ([left for left in some if left.folders] for some in (leftovers.values(), attempts))
+    return _Units(sizes, folders, found, lost, young)
+
+
+def _lost(store: Store, stage: str, units: Mapping[str, _Unit], kept: Iterable[Dataset]) -> Iterator[_Unit]:
+    """Attempts at these units of which another one counts: neither a record nor a dataset that stays names their files."""
+    several = [unit for unit in units.values() if len(unit.attempts) > 1]
+    if not several:
+        return
+    named = {_attempt_of(entry.path) for dataset in kept for entry in dataset.files}
+    for record in store.read_many([unit.record for unit in several]):
+        named |= {_attempt_of(entry.path) for entry in RECORD.validate_json(record).files} if record is not None else set()
+    for unit in several:
+        # Without a record a run may still be at it, and any may be the one that will count.
+        yield from (attempt for folder, attempt in unit.attempts.items() if folder not in named)
 
 
 def collect(garbage: Garbage, store: Store) -> None:
@@ -246,6 +276,9 @@ def collect(garbage: Garbage, store: Store) -> None:
         store.remove(f"nodes/announced/{dataset.manifest.stage}-{dataset.manifest.fingerprint}.json")
     for folder in [*garbage.folders, *(folder for leftover in garbage.leftovers for folder in leftover.folders)]:
         store.remove(folder)
+    for path, _, written in list(store.walk(LEASES)):
+        if written < datetime.now(UTC) - GRACE:
+            store.discard(path)
 
 
 def _kept(planned: Iterable[Planned], store: Store, keep: Sequence[Dataset]) -> dict[str, Dataset]:
@@ -272,12 +305,38 @@ def _find(store: Store, reference: InputRef) -> Dataset | None:
     return find(store, reference.stage, reference.fingerprint)
 
 
-def _units(store: Store, stage: str) -> dict[str, tuple[int, datetime]]:
-    """Folder of every unit of a stage, finished or not: its bytes, and when the last file was written."""
-    sizes: dict[str, int] = defaultdict(int)
-    written: dict[str, datetime] = {}
-    for path, size, moment in store.walk(f"{stage}/units"):
-        folder = "/".join(path.split("/")[:4])
-        sizes[folder] += size
-        written[folder] = max(moment, written.get(folder, moment))
-    return {folder: (sizes[folder], written[folder]) for folder in written}
+@dataclass
+class _Unit:
+    """A unit of a stage, finished or not, or an attempt at it: its folders, bytes, when the last file was written."""
+
+    folders: list[str]
+    record: str = ""
+    bytes: int = 0
+    written: datetime = datetime.min.replace(tzinfo=UTC)
+    attempts: dict[str, _Unit] = field(default_factory=dict)
+
+    def count(self, size: int, moment: datetime) -> None:
+        self.bytes, self.written = self.bytes + size, max(self.written, moment)
+
+
+def _units(store: Store, stage: str) -> dict[str, _Unit]:
+    """By key: on an object store a unit's files lie apart from its record."""
+    found: dict[str, _Unit] = {}
+    for top in (f"{stage}/units", f"{stage}/{ATTEMPTS}"):
+        for path, size, moment in store.walk(top):
+            folder = "/".join(path.split("/")[:4])
+            unit = found.setdefault(folder.rsplit("/", 1)[-1], _Unit([]))
+            if folder not in unit.folders:
+                unit.folders.append(folder)
+            unit.count(size, moment)
+            if path.endswith(f"/{RECORD_FILE}"):
+                unit.record = path
+            elif (attempt := _attempt_of(path)) is not None:
+                unit.attempts.setdefault(attempt, _Unit([attempt])).count(size, moment)
+    return found
+
+
+def _attempt_of(path: str) -> str | None:
+    """The folder of the attempt that made a file, on an object store."""
+    parts = path.split("/")
+    return "/".join(parts[:5]) if len(parts) > 5 and parts[4].startswith("@") else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stages.runner.contract import Job, Phase, Stage, Unit, canonical, digest_of_text, result_fields
+from stages.runner.contract import SKIP, Job, Phase, Stage, Unit, canonical, digest_of_text, result_fields
 
 if TYPE_CHECKING:
     from stages.runner.graph import Planned
@@ -35,8 +35,8 @@ def outside_digests(planned: Planned) -> tuple[str, ...]:
 
 
 def decisive(phase: Phase, config: Any) -> dict[str, Any]:
-    """The fields of a configuration that decide a phase's result."""
-    values = result_fields(config)
+    """The fields of a configuration that decide a phase's result; which shards are left out decides none of the others."""
+    values = {name: value for name, value in result_fields(config).items() if name != SKIP}
     return values if phase.fields is None else {name: value for name, value in values.items() if name in phase.fields}
 
 

@@ -138,7 +138,7 @@ class Ledger:
             found = self.entry(entry.base)
             if found is not None:
                 return found
-            if self.store.write_json(path, entry.model_dump(mode="json"), once=not self.store.local):
+            if self.store.write_json(path, entry.model_dump(mode="json"), once=True):
                 return entry
         return self.entry(entry.base) or entry
 

@@ -1,114 +1,45 @@
-"""Runs a phase's units on a pool of Ray actors: bounded in flight, retried when a worker dies, nothing held per row."""
+"""Runs a phase's units on Ray actors, as many as the cluster holds at the moment: nodes may come and go while it works.
+
+A unit is only given to an actor that has a place and is ready, so none waits for a node that never comes. A worker without a
+unit takes the next that is to be tried again; those that nothing is left for give their place back.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 
-from stages.runner.contract import (
-    Bug,
-    Job,
-    Phase,
-    Resources,
-    Stage,
-    StageError,
-    Unit,
-    UnitRecord,
-    Worker,
-    in_words,
-    scratch_output,
-)
+from stages.runner.attempts import ATTEMPTS, Attempt, Attempts
+from stages.runner.cluster import Cluster, told
+from stages.runner.contract import SKIP, Bug, Job, Phase, SetAside, Stage, StageError, Unit, UnitRecord
 from stages.runner.keys import unit_keys
-from unidiffuser.memory import out_of_memory
+from stages.runner.skipping import can_skip
+from stages.runner.worker import PoolWorker, field_of
 
 log = logging.getLogger("stages")
 
-# A worker that dies (out of memory, node lost) is replaced, and its unit tried again this many times before the stage fails.
-ATTEMPTS = 3
-
-
-class PoolWorker:
-    """The Ray actor: builds the phase's worker once, for its first unit, and runs units one at a time."""
-
-    def __init__(self, job: Job, phase: Phase):
-        logging.basicConfig(format="%(levelname)s %(message)s")
-        log.setLevel(logging.INFO)
-        self.job, self.phase = job, phase
-        self.worker: Worker | None = None
-
-    def run(self, unit: Unit, key: str) -> UnitRecord:
-        # Not in the constructor: Ray takes an actor whose constructor raises for one that has died.
-        worker = self.worker = self.worker or self.built()
-        start = time.perf_counter()
-        # Another run may be at the same unit: two that differ (the web changes) must not mix their files.
-        with self.job.store.claimed(key), scratch_output(self.job.store) as out:
-            if (done := self.job.unit_done(key)) is not None:
-                return done
-            with memory_said(f"{self.phase.name} {unit.name}", self.job, self.phase):
-                worker.run(unit, out)
-            return out.publish(self.job, key, unit.name, time.perf_counter() - start)
-
-    def built(self) -> Worker:
-        assert self.phase.worker is not None
-        try:
-            with memory_said("its models", self.job, self.phase):
-                return self.phase.worker(self.job)
-        except StageError:
-            raise
-        except Exception as error:
-            raise Bug(f"{self.job.node}: {in_words(error)}") from error
-
-
-def field_of(config: Any, names: Sequence[str]) -> str:
-    """``batch (now 16)``: the fields to lower, with what they are."""
-    return " or ".join(f"{name} (now {getattr(config, name)})" for name in names)
-
-
-@contextmanager
-def memory_said(what: str, job: Job, phase: Phase) -> Iterator[None]:
-    """Puts memory that is not enough for `what` into a line.
-
-    Raises:
-        StageError: it was not.
-    """
-    try:
-        yield
-    except Exception as error:
-        if (which := out_of_memory(error)) is None:
-            raise
-        fields = field_of(job.config, phase.memory)
-        fix = f"lower {fields}" if fields else "take a machine with more"
-        raise StageError(f"{job.node}: {which} is not enough for {what}; {fix}") from error
+# Seconds between two looks at the cluster, and the longest that it waits for an answer in between.
+LOOK, TICK = 5.0, 1.0
+# Seconds that a worker may be without a unit before it gives its place back.
+IDLE = 60.0
+# Seconds that a worker may wait for a place before a line says why, and between two such lines.
+PENDING, PENDING_AGAIN = 60.0, 600.0
 
 
 def gpus_each() -> float:
-    """GPUs that one worker of a model takes: a whole one wherever the cluster has any."""
-    return 1.0 if ray.cluster_resources().get("GPU") else 0.0
-
-
-def pool_size(resources: Resources, units: int) -> int:
-    """Workers to start: what the cluster holds, at most one a unit.
-
-    Raises:
-        StageError: the cluster cannot hold a single worker.
-    """
-    total = ray.cluster_resources()
-    cpus, gpus = total.get("CPU", 0.0), total.get("GPU", 0.0)
-    fits = int(min(cpus / resources.cpus if resources.cpus else units, gpus / resources.gpus if resources.gpus else units))
-    if fits < 1:
-        raise StageError(
-            f"the Ray cluster has {cpus:g} CPUs and {gpus:g} GPUs, but one worker takes {resources.cpus:g} and "
-            f"{resources.gpus:g}; start a larger cluster or lower the stage's resources"
-        )
-    return max(1, min(fits, units, resources.workers or units))
+    """GPUs that one worker of a model takes: a whole one wherever the cluster has any, or may bring some when it grows."""
+    if ray.cluster_resources().get("GPU"):
+        return 1.0
+    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return 1.0 if grown.get("GPU") else 0.0
 
 
 def run_pool(
@@ -117,58 +48,303 @@ def run_pool(
     """Run units on actors and call `done` for each as it finishes, in any order.
 
     Raises:
-        StageError: a unit failed, or its worker died `ATTEMPTS` times.
-        Bug: it failed in a way that no stage foresees.
+        StageError: a worker cannot be built; a unit cannot be done in any way; or, when all others are done, some failed
+            `ATTEMPTS` times.
+        Bug: one of them in a way that no stage foresees.
     """
-    resources = phase.resources(job.config)
-    actor = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus)(PoolWorker)
-    shared = ray.put(job)
+    Pool(job, phase, Attempts(pending, units, lambda: Cluster.seen().nodes), done).run()
 
-    def start() -> ActorHandle:
-        return cast(ActorHandle, actor.remote(shared, phase))
 
-    waiting = iter(pending)
-    again: deque[tuple[Unit, str, int]] = deque()
-    idle = [start() for _ in range(pool_size(resources, units))]
-    flying: dict[ray.ObjectRef, tuple[ActorHandle, Unit, str, int]] = {}
-    try:
-        while True:
-            while idle:
-                if again:
-                    unit, key, attempt = again.popleft()
-                elif (following := next(waiting, None)) is not None:
-                    (unit, key), attempt = following, 1
-                else:
-                    break
-                worker = idle.pop()
-                flying[worker.run.remote(unit, key)] = (worker, unit, key, attempt)
-            if not flying:
-                return
-            (ready,), _ = ray.wait(list(flying), num_returns=1)
-            worker, unit, key, attempt = flying.pop(ready)
+@dataclass(eq=False)
+class Hand:
+    """One actor, from when it is asked for: first without a node, then not ready, then with or without a unit.
+
+    Where a worker may have several units at once, it has a hand for each, and one more that is ready when there is room.
+    `since` is when it got the present one of these, `call` what it is to answer. `doubted` is what it was at when contact to it
+    was lost; until it answers again it is not ready.
+    """
+
+    actor: ActorHandle
+    since: float
+    call: ray.ObjectRef | None
+    node: str = ""
+    ready: bool = False
+    attempt: Attempt | None = None
+    doubted: Attempt | None = None
+
+
+class Pool:
+    """The driver's side; see `run_pool`."""
+
+    def __init__(self, job: Job, phase: Phase, attempts: Attempts, done: Callable[[Unit, UnitRecord], None]):
+        self.job, self.phase, self.attempts, self.done = job, phase, attempts, done
+        self.asked = self.resources = phase.resources(job.config)
+        self.hands: list[Hand] = []
+        self.calls: dict[ray.ObjectRef, Hand] = {}
+        self.shared, self.actor = ray.put(job), ray.remote(PoolWorker)
+        self.looked = self.said = float("-inf")
+        self.given: Counter[ActorHandle] = Counter()
+        self.aside = self.stillborn = 0
+
+    def run(self) -> None:
+        try:
+            while not self.attempts.over:
+                now = time.monotonic()
+                if now - self.looked >= LOOK:
+                    self.look(now)
+                self.attempts.judge(now)
+                self.staff(now)
+                self.hand_out(now)
+                self.end_overtime(now)
+                self.tell_aside()
+                self.take_answers()
+        finally:
+            for hand in list(self.hands):
+                self.dismiss(hand)
+        self.tell_aside()
+        if self.attempts.aside:
+            raise self.refusal()
+
+    def look(self, now: float) -> None:
+        """See what the cluster is now; those that have no place ask anew where nodes came that are smaller than what they ask."""
+        self.looked, self.cluster, before = now, Cluster.seen(), self.resources
+        self.resources = self.cluster.capped(self.asked)
+        if self.resources != before:
+            log.warning(
+                "%s: %s asks for %s a worker, and no node has more than %s, which it takes",
+                self.job.node, self.phase.name, told(self.asked), told(self.resources),
+            )  # fmt: skip
+            for hand in [hand for hand in self.hands if not hand.node]:
+                self.dismiss(hand)
+        self.tell_pending(now)
+
+    def staff(self, now: float) -> None:
+        """Ask for workers that there are units for, and let go of those that there are none for."""
+        free = [hand for hand in self.hands if hand.attempt is None and hand.doubted is None]
+        needed = self.attempts.waiting - len(free)
+        for hand in sorted(free, key=lambda hand: bool(hand.node)) if needed < 0 else ():
+            if not hand.node or (hand.ready and now - hand.since > IDLE and self.mates(hand) == [hand]):
+                self.dismiss(hand)
+                needed += 1
+            if needed == 0:
+                break
+        for _ in range(min(needed, self.most() - len({hand.actor for hand in self.hands}))):
+            self.hire(now)
+
+    def most(self) -> int:
+        """Workers to have or to ask for: what fits, and some more, for which a cluster that can grow brings nodes."""
+        placed = len({hand.actor for hand in self.hands if hand.node})
+        most = max(self.cluster.fits(self.resources), placed + max(1, placed))
+        return min(most, self.asked.workers or most)
+
+    def hire(self, now: float) -> None:
+        options = {
+            "num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "memory": self.resources.memory,
+            "max_concurrency": self.phase.at_once,
+        }  # fmt: skip
+        actor = cast(ActorHandle, cast(Any, self.actor).options(**options).remote(self.shared, self.phase))
+        hand = Hand(actor, now, None)
+        self.hands.append(hand)
+        self.ask(hand, actor.where.remote())
+
+    def ask(self, hand: Hand, call: ray.ObjectRef) -> None:
+        hand.call, hand.since = call, time.monotonic()
+        self.calls[call] = hand
+
+    def mates(self, hand: Hand) -> list[Hand]:
+        """The hands of one actor."""
+        return [each for each in self.hands if each.actor is hand.actor]
+
+    def make_room(self, hand: Hand) -> None:
+        """One more hand of an actor that may have several units at once, if it has none for the next."""
+        having = [each.attempt for each in self.mates(hand)]
+        if len(having) < self.phase.at_once and all(attempt and not attempt.suspect for attempt in having):
+            more = Hand(hand.actor, 0.0, None, hand.node)
+            self.hands.append(more)
+            self.ask(more, hand.actor.room.remote(self.given[hand.actor]))
+
+    def free(self, hand: Hand) -> None:
+        """What a hand had has ended: it takes the next, or leaves it to another hand of its actor."""
+        if self.phase.at_once > 1:
+            self.hands.remove(hand)
+            self.make_room(hand)
+
+    def dismiss(self, hand: Hand) -> list[Attempt]:
+        """End a hand's actor; gives what its other hands had."""
+        mates = self.mates(hand)
+        for each in mates:
+            self.hands.remove(each)
+            if each.call is not None:
+                self.calls.pop(each.call, None)
+        ray.kill(hand.actor)
+        return [each.attempt for each in mates if each is not hand and each.attempt is not None]
+
+    def hand_out(self, now: float) -> None:
+        """Units to those that are ready; when none is left, the slowest to a second worker, where the first to finish wins."""
+        for hand in [hand for hand in self.hands if hand.ready and hand.attempt is None]:
+            if (attempt := self.attempts.next(now)) is None:
+                attempt = self.slowest(now)
+                if attempt is None:
+                    return
+                self.attempts.copy(attempt)
+                log.info("%s: %s %s is slow, a second worker tries it too", self.job.node, self.phase.name, attempt.unit.name)
+            hand.attempt = attempt
+            self.given[hand.actor] += 1
+            self.ask(hand, hand.actor.run.remote(attempt.unit, attempt.key))
+            self.make_room(hand)
+
+    def slowest(self, now: float) -> Attempt | None:
+        # On a disk a unit is claimed, and the second would wait for the first. Among units of one worker the slow cost nothing.
+        if self.job.store.local or self.attempts.waiting or self.phase.at_once > 1:
+            return None
+        return self.attempts.slow({hand.attempt: hand.since for hand in self.hands if hand.attempt is not None}, now)
+
+    def end_overtime(self, now: float) -> None:
+        for hand in [hand for hand in self.hands if hand.attempt is not None]:
+            assert hand.attempt is not None
+            if hand not in self.hands:
+                continue
+            limit = self.attempts.limit(hand.attempt.unit)
+            if limit is not None and now - hand.since > limit:
+                for other in self.dismiss(hand):
+                    self.attempts.contact_lost(other, now)
+                reason = f"it took longer than {limit:.0f} s, far more than the others"
+                self.tell_again(hand.attempt, reason, self.attempts.failed(hand.attempt, now, reason))
+
+    def take_answers(self) -> None:
+        if not self.calls:
+            time.sleep(TICK / 4)
+            return
+        for call in ray.wait(list(self.calls), num_returns=1, timeout=TICK)[0]:
+            hand = self.calls.pop(call)
+            attempt, hand.attempt, hand.call = hand.attempt, None, None
             try:
-                record = ray.get(ready)
+                answer = ray.get(call)
             except RayTaskError as error:
-                # Ray's own error holds the worker's traceback, which the log is to have.
-                if isinstance(cause := error.cause, StageError):
-                    raise type(cause)(str(cause)) from error
-                raise Bug(f"{job.node}: {phase.name} {unit.name} failed: {_last_line(error)}") from error
-            except RayActorError as error:
-                if attempt == ATTEMPTS:
-                    fields = field_of(job.config, phase.memory)
-                    memory = f" (of too little memory? then lower {fields})" if fields else ""
-                    raise StageError(
-                        f"{job.node}: the worker of {phase.name} {unit.name} died {ATTEMPTS} times: {_last_line(error)}{memory}"
-                    ) from error
-                log.warning("%s: the worker of %s %s died, attempt %d follows", job.node, phase.name, unit.name, attempt + 1)
-                again.append((unit, key, attempt + 1))
-                worker = start()
+                self.raised(hand, attempt, error)
+            except RayError as error:
+                self.gone(hand, attempt, error)
             else:
-                done(unit, record)
-            idle.append(worker)
-    finally:
-        for handle in idle + [entry[0] for entry in flying.values()]:
-            ray.kill(handle)
+                self.answered(hand, attempt, answer)
+
+    def answered(self, hand: Hand, attempt: Attempt | None, answer: Any) -> None:
+        hand.since = time.monotonic()
+        if not hand.node:
+            hand.node = answer
+            self.ask(hand, hand.actor.prepare.remote())
+        elif attempt is None:
+            hand.ready, hand.doubted, self.stillborn = True, None, 0
+        else:
+            self.attempts.done(attempt, answer.seconds)
+            for other in [other for other in self.hands if other.attempt is attempt]:
+                self.dismiss(other)
+            self.free(hand)
+            self.done(attempt.unit, answer)
+
+    def raised(self, hand: Hand, attempt: Attempt | None, error: RayTaskError) -> None:
+        # Ray's own error holds the worker's traceback, which the log is to have.
+        if isinstance(cause := error.cause, StageError):
+            raise type(cause)(str(cause)) from error
+        line = _last_line(error)
+        if attempt is None or isinstance(cause, ImportError):
+            raise Bug(f"{self.job.node}: {self.phase.name}: {line}") from error
+        hand.since = time.monotonic()
+        enough = isinstance(cause, SetAside)
+        reason = str(cause) if enough else line
+        self.tell_again(attempt, reason, self.attempts.failed(attempt, hand.since, reason, error, enough))
+        self.free(hand)
+
+    def gone(self, hand: Hand, attempt: Attempt | None, error: RayError) -> None:
+        """An actor that died, or that cannot be reached: the first sign of a death, or a network that is cut for a while.
+
+        Of several units that it had, the death counts for the one that is suspect, if there is one. Else for none, and all are
+        suspect from now on.
+        """
+        now, line, unreached = time.monotonic(), _last_line(error), isinstance(error, ActorUnavailableError)
+        if unreached and attempt is not None:
+            hand.ready, hand.doubted = False, attempt
+            self.ask(hand, hand.actor.where.remote())
+            self.tell_again(attempt, line, self.attempts.contact_lost(attempt, now))
+            return
+        doubted = [each.doubted for each in self.mates(hand) if each.doubted is not None]
+        having = [each for each in (attempt, *self.dismiss(hand)) if each is not None]
+        suspects = having if len(having) == 1 else [each for each in having if each.suspect]
+        away = unreached or (isinstance(error, RayActorError) and error.preempted)
+        guilty = suspects[0] if len(suspects) == 1 and not away else None
+        for each in having:
+            if each is not guilty:
+                self.tell_again(each, line, self.attempts.contact_lost(each, now))
+        if guilty is not None:
+            reason = f"its worker died: {line}"
+            self.tell_again(guilty, reason, self.attempts.died(guilty, now, hand.node, reason, error))
+        elif len(doubted) == 1 and not away:
+            doubted[0].deaths.append(hand.node)
+        if not having and not doubted:
+            self.died_idle(hand, line, error)
+
+    def died_idle(self, hand: Hand, line: str, error: RayError) -> None:
+        """An actor died without a unit; too often before the first one, and there is no use in another."""
+        if not self.given[hand.actor]:
+            self.stillborn += not hand.node or hand.node in Cluster.seen().nodes
+        if self.stillborn == ATTEMPTS:
+            raise StageError(
+                f"{self.job.node}: a worker of {self.phase.name} died {ATTEMPTS} times before its first unit: "
+                f"{line}{self.memory()}"
+            ) from error
+        log.warning("%s: a worker of %s died without a unit: %s", self.job.node, self.phase.name, line)
+
+    def memory(self) -> str:
+        fields = field_of(self.job.config, self.phase.memory)
+        return f" (of too little memory? then lower {fields})" if fields else ""
+
+    def tell_again(self, attempt: Attempt, reason: str, pause: float | None) -> None:
+        if pause is not None:
+            log.warning(
+                "%s: %s %s is tried again in %.0f s: %s", self.job.node, self.phase.name, attempt.unit.name, pause, reason
+            )  # fmt: skip
+
+    def tell_pending(self, now: float) -> None:
+        """A line for workers that the cluster should have room for, or of which it has not one, and that get no place."""
+        without = [hand for hand in self.hands if not hand.node]
+        placed = len({hand.actor for hand in self.hands if hand.node})
+        lacking = min(placed + len(without), max(1, self.cluster.fits(self.resources))) - placed
+        if lacking > 0 and now - max(self.said + PENDING_AGAIN - PENDING, without[0].since) >= PENDING:
+            self.said = now
+            log.warning(
+                "%s: %s waits for %d more workers: %s",
+                self.job.node, self.phase.name, lacking, self.cluster.why_not(self.resources),
+            )  # fmt: skip
+
+    def tell_aside(self) -> None:
+        """Say which units were set aside.
+
+        Raises:
+            StageError: they are so many that the rest is not worth trying.
+        """
+        for attempt in self.attempts.aside[self.aside :]:
+            log.warning("%s: %s %s is set aside: %s", self.job.node, self.phase.name, attempt.unit.name, attempt.reason)
+        self.aside = len(self.attempts.aside)
+        if self.attempts.hopeless:
+            raise self.refusal()
+
+    def refusal(self) -> StageError:
+        """The error that names what was set aside, the first of it with its reason."""
+        first, *others = self.attempts.aside
+        rows = f" ({first.unit.rows:,} rows)" if first.unit.rows else ""
+        also = f"; so are {', '.join(other.unit.name for other in others[:3])}" if others else ""
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        memory = self.memory() if first.deaths else ""
+        names = [attempt.unit.name for attempt in self.attempts.aside if can_skip(self.job, attempt.unit)]
+        fix = f"; mend it, or count its rows as dropped with {SKIP}: [{', '.join(names)}]" if names else "; what is done is kept"
+        foreseen = isinstance(first.cause, RayTaskError) and isinstance(first.cause.cause, SetAside)
+        failed = "" if foreseen else f" failed {ATTEMPTS} times and"
+        line = (
+            f"{self.job.node}: {self.phase.name} {first.unit.name}{rows}{failed} is set aside{also}{more}: "
+            f"{first.reason}{memory}{fix}"
+        )
+        error = Bug(line) if isinstance(first.cause, RayTaskError) and not foreseen else StageError(line)
+        error.__cause__ = first.cause
+        return error
 
 
 def run_here(stage: type[Stage], job: Job) -> dict[str, list[UnitRecord]]:

@@ -14,6 +14,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -24,6 +25,7 @@ from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, comm
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import (
+    RECORD,
     Job,
     Phase,
     Records,
@@ -36,6 +38,8 @@ from stages.runner.contract import (
 from stages.runner.graph import Planned
 from stages.runner.keys import unit_keys
 from stages.runner.ledger import chain_of, entered, where_it_begins
+from stages.runner.packs import Packs
+from stages.runner.skipping import REASON, skipped_rows, without_skipped
 
 log = logging.getLogger("stages")
 
@@ -53,13 +57,16 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
     """
     if (found := find(store, planned.stage, planned.fingerprint)) is not None:
         return found
-    job = make_job(planned, store)
+    whole = _whole_job(planned, store, missing_ok=False)
+    job, skipped = without_skipped(whole), skipped_rows(stage, whole)
     check_disk(stage, job)
     start = time.perf_counter()
     records: dict[str, list[UnitRecord]] = {}
     for phase in stage.phases:
         records[phase.name] = run_phase(stage, phase, job, planned, records)
     stats = add_up(stage, records)
+    stats.rows_in += skipped
+    stats.drop(REASON, skipped)
     last = records[stage.phases[-1].name]
     if not stats.rows_out and not stage.may_be_empty:
         advice = "loosen the conditions"
@@ -94,15 +101,19 @@ def _forget(records: list[UnitRecord], job: Job) -> None:
     held = {entry.unit for dataset in all_datasets(job.store) for entry in dataset.files}
     for record in records:
         if record.key not in held:
-            job.store.remove(f"{job.unit_folder(record.key)}/unit.json")
+            job.store.discard(job.record_path(record.key))
 
 
 def make_job(planned: Planned, store: Store, missing_ok: bool = False) -> Job:
-    """The job with its input datasets; with `missing_ok`, with those that are there.
+    """The job with its input datasets, less what it skips; with `missing_ok`, with those that are there.
 
     Raises:
         StageError: an input is not committed yet.
     """
+    return without_skipped(_whole_job(planned, store, missing_ok))
+
+
+def _whole_job(planned: Planned, store: Store, missing_ok: bool) -> Job:
     inputs = {}
     for name, reference in planned.inputs.items():
         dataset = find(store, reference.stage, reference.fingerprint)
@@ -185,10 +196,16 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
     units, keys = keyed_units(stage, phase, job, planned, earlier)
     if not units:
         return []
-    found = job.units_done(keys)
+    packs = Packs(job.store, job.stage)
+    found = job.units_done(keys, packs)
     progress = Progress(job.node, phase.name, len(units), len(found))
-    if len(found) < len(units):
-        _run_pool(phase, job, units, keys, found, progress)
+    try:
+        if len(found) < len(units):
+            _run_pool(phase, job, units, keys, found, progress, packs)
+    finally:
+        # They only spare a later plan some requests.
+        with suppress(OSError):
+            packs.flush()
     if missing := [unit.name for unit, key in zip(units, keys, strict=True) if key not in found]:
         raise StageError(f"{job.node}: {phase.name} ended without {missing[0]} ({len(missing)} units missing)")
     return [found[key] for key in keys]
@@ -208,7 +225,7 @@ def _run_chain(phase: Phase, gang: Gang, chain: Chain) -> UnitRecord:
 
 
 def _run_pool(
-    phase: Phase, job: Job, units: list[Unit], keys: list[str], found: dict[str, UnitRecord], progress: Progress
+    phase: Phase, job: Job, units: list[Unit], keys: list[str], found: dict[str, UnitRecord], progress: Progress, packs: Packs
 ) -> None:
     # Imported here, not above: a hit must not pay for importing Ray.
     from stages.runner.pool import run_pool
@@ -218,6 +235,8 @@ def _run_pool(
 
     def done(unit: Unit, record: UnitRecord) -> None:
         found[record.key] = record
+        if job.many(len(units)):
+            packs.add(job.record_path(record.key), RECORD.dump_json(record))
         progress.advance(unit.rows)
 
     fixed = frozenset(found)

@@ -209,11 +209,10 @@ class Match:
             out.notes[role] = hits.note()
 
     def _entries(self, paths: tuple[str, ...], low: int, high: int) -> Keys:
-        """Sorted, each once."""
-        found = np.zeros(0, dtype=np.uint64)
-        for path in paths:
-            for keys, _ in read_keys(self.job, path, low, high):
-                found = np.union1d(found, keys)
+        """Sorted; an entry of several lists comes several times."""
+        parts = [keys for path in paths for keys, _ in read_keys(self.job, path, low, high)]
+        found = np.concatenate([np.zeros(0, dtype=np.uint64), *parts])
+        found.sort()
         return found
 
 

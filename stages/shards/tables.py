@@ -6,7 +6,6 @@ checksums nor looks at them unless it is told to.
 
 from __future__ import annotations
 
-import posixpath
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.dataset import VERIFY
-from stages.runner.contract import Job, StageError
+from stages.runner.contract import ATTEMPTS, Job, StageError
 
 
 def write_table(table: pa.Table, path: Path, row_group_size: int | None = None) -> None:
@@ -53,20 +52,20 @@ def open_table(job: Job, path: str) -> Iterator[BinaryIO]:
         StageError: what the block reads is not a complete Parquet file, or a page of it is damaged.
     """
     try:
-        with job.store.open(path) as file:
+        with job.store.ranges(path) as file:
             yield file
     except (pa.ArrowInvalid, OSError) as error:
         # What the stage made on its way is in no manifest that `verify` reads, but can be made again.
         given = any(entry.path == path for dataset in job.inputs.values() for entry in dataset.files)
-        own = path.startswith(f"{job.stage}/units/") and not given
-        fix = f"delete {job.store.url(posixpath.dirname(path))} and run again" if own else VERIFY
+        own = path.startswith((f"{job.stage}/units/", f"{job.stage}/{ATTEMPTS}/")) and not given
+        fix = f"delete {job.store.url(job.unit_folder(path.split('/')[3]))} and run again" if own else VERIFY
         raise StageError(f"{job.store.url(path)}: {' '.join(str(error).split())}{_where(job, path)}; {fix}") from None
 
 
 def _where(job: Job, path: str) -> str:
     """`` in row group 3``: the first that cannot be read, where that is what is wrong."""
     try:
-        with job.store.open(path) as file:
+        with job.store.ranges(path) as file:
             parquet = pq.ParquetFile(file, page_checksum_verification=True)
             for group in range(parquet.num_row_groups):
                 try:

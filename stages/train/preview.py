@@ -6,9 +6,7 @@ A sheet decides nothing and is no part of a dataset. It lies below `FOLDER` in t
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -19,6 +17,7 @@ from stages.drawing.pictures import sample_sheet
 from stages.runner.chain import Chain
 from stages.runner.contract import Job, StageConfig, UnitRecord
 from stages.runner.run import emit_progress
+from stages.runner.scratch import scratch_folder
 from stages.shards.tables import open_table
 from stages.train.beside import Beside
 
@@ -67,9 +66,9 @@ def draw_sheet(job: Job, files: list[FileEntry], path: str) -> None:
     codec = find(job.store, reference.stage, reference.fingerprint)
     if codec is None:
         raise FileNotFoundError("the text codec of the latents is no longer in the store")
-    with tempfile.TemporaryDirectory(prefix="unidiffuser-preview-") as scratch:
-        checkpoint = fetch_files(job.store, files, Path(scratch, "checkpoint"))
-        folder = put_together(checkpoint, "ema", codec, job.config, Path(scratch, "model"))
+    with scratch_folder() as scratch:
+        checkpoint = fetch_files(job.store, files, scratch / "checkpoint")
+        folder = put_together(checkpoint, "ema", codec, job.config, scratch / "model")
         model = UniDiffuser.load(folder, "cuda" if torch.cuda.is_available() else "cpu")
 
     kind = job.config.data.data_type

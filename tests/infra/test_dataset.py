@@ -115,6 +115,30 @@ def test_what_is_fetched_is_compared_with_its_record(tmp_path):
         dataset.fetch(tmp_path / "gone")
 
 
+@pytest.mark.parametrize("address", ["{}", "memory://{}"])
+@pytest.mark.parametrize(
+    "path", ["select/k1/../../x", "select/units/aa/k1//x", "/x", "../x", "select/units/aa/k1/", "select/units/aa/k1/@ab12/../x"]
+)
+def test_a_name_that_leads_out_of_the_folder_is_refused_before_anything_is_fetched(tmp_path, address, path):
+    """For every store: a local one is linked to, another is copied from."""
+    store = Store(address.format(tmp_path / "store"))
+    listed = manifest(store)
+    listed.files[1].path = path
+    here = tmp_path / "a" / "here"
+    with pytest.raises(StoreError, match="^.*store: a record names a file '.*', which leads out of its folder; `unidiffuser"):
+        commit(store, listed).fetch(here)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("other", ["", "/below"])
+def test_a_name_in_the_place_of_another_file_is_refused(tmp_path, other):
+    store = Store(str(tmp_path / "store"))
+    listed = manifest(store)
+    listed.files[1].path, listed.files[1].unit = f"{listed.files[0].path}{other}", "k0"
+    with pytest.raises(StoreError, match="a record names '.*0.bin.*' in the place of another file"):
+        commit(store, listed).fetch(tmp_path / "here")
+
+
 def test_a_damaged_list_of_files_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FILES_INLINE", 2)
     store = Store(str(tmp_path))

@@ -210,3 +210,13 @@ def test_what_is_fetched_is_what_was_planned_with(tmp_path: Path, store: Store, 
     write(f"{root}/below/model.bin", b"other numbers")
     with pytest.raises(OutsideError, match=f"^{root}: has changed since the run was planned; run again$"):
         fetch_outside(planned, root, store, tmp_path / "three")
+
+
+def test_a_name_from_outside_that_leads_out_of_its_folder_is_refused(tmp_path: Path, store: Store):
+    with zipfile.ZipFile(tmp_path / "weights.zip", "w") as archive:
+        archive.writestr("top/model.bin", b"numbers")
+        archive.writestr("top/../../../x", b"no")
+    address = f"zip://top/../../../x::{tmp_path}/weights.zip"
+    with pytest.raises(OutsideError, match="lists 'top/../../../x', which leads out of its folder; take it from a place that"):
+        fetch_outside(resolve([address], store), f"zip://top::{tmp_path}/weights.zip", store, tmp_path / "a" / "b" / "c" / "here")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "x").exists()

@@ -1,5 +1,6 @@
 """Stores: local and S3 protocol alike."""
 
+import base64
 import hashlib
 import pickle
 import socket
@@ -7,29 +8,12 @@ import socket
 import boto3
 import pytest
 from botocore.exceptions import ClientError
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
+from infra import s3 as s3_itself
 from infra.external import resolve
 from infra.store import Store, StoreError
 from infra.store_access import check_access, store_error
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**keys, "AWS_ENDPOINT_URL": endpoint}.items():
-            patch.setenv(name, value)
-        # fsspec keeps a file system for a process, and with it the endpoint that it began with.
-        S3FileSystem.clear_instance_cache()
-        boto3.client("s3", endpoint_url=endpoint).create_bucket(Bucket="data")
-        yield "s3://data/store"
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -125,6 +109,73 @@ def test_publish_notices_a_disk_that_lies(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match="read back"):
         store.publish(tmp_path / "file", "unit/file.bin")
     assert not store.exists("unit/file.bin")
+
+
+def test_what_others_write_is_seen_by_who_has_looked_before(bucket):
+    mine, theirs = Store(bucket), boto3.client("s3")
+    theirs.put_object(Bucket="data", Key="store/seen/a", Body=b"1")
+    assert mine.list("seen") == ["a"] and [name for name, *_ in mine.walk("seen")] == ["seen/a"]
+    theirs.put_object(Bucket="data", Key="store/seen/b", Body=b"12")
+    assert mine.exists("seen/b") and mine.is_there() and mine.list("seen") == ["a", "b"]
+    assert {name: size for name, size, _ in mine.walk("seen")} == {"seen/a": 1, "seen/b": 2}
+    theirs.delete_object(Bucket="data", Key="store/seen/a")
+    assert not mine.exists("seen/a") and mine.read_json("seen/a") is None
+
+
+def test_what_is_read_whole_is_one_request_and_so_is_what_is_not_there(bucket, s3):
+    store = Store(bucket)
+    store.write_json("one.json", {})
+    s3.forget()
+    assert store.read_json("one.json") == {} and store.read("one.json") == b"{}\n" and store.read_json("none.json") is None
+    assert list(store.read_many(["one.json", "none.json"])) == [b"{}\n", None]
+    assert s3.requests == 5
+
+
+@pytest.mark.parametrize("size", [300_000, 6 * 2**20])
+def test_s3_compares_the_digest_itself_and_nothing_is_read_back(bucket, s3, tmp_path, monkeypatch, size):
+    monkeypatch.setattr("infra.s3.PART", 5 * 2**20)
+    data = bytes(range(256)) * (size // 256)
+    (tmp_path / "file").write_bytes(data)
+    s3.forget()
+    Store(bucket).publish(tmp_path / "file", "sent.bin")
+    assert s3.bytes == 0 and s3.requests == (1 if size < 2**20 else 4)
+    parts = [data] if size < 2**20 else [data[: 5 * 2**20], data[5 * 2**20 :]]
+    told = boto3.client("s3").head_object(Bucket="data", Key="store/sent.bin", ChecksumMode="ENABLED")["ChecksumSHA256"]
+    digests = [hashlib.sha256(part).digest() for part in parts]
+    whole = digests[0] if len(parts) == 1 else hashlib.sha256(b"".join(digests)).digest()
+    assert told.split("-")[0] == base64.b64encode(whole).decode()
+    assert Store(bucket).read("sent.bin") == data
+
+
+def test_a_file_that_changes_while_it_is_sent_is_refused_and_leaves_nothing(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("infra.s3.PART", 5 * 2**20)
+    monkeypatch.setattr("infra.store.sha256_of", lambda path: hashlib.sha256(b"as it was").hexdigest())
+    (tmp_path / "file").write_bytes(bytes(6 * 2**20))
+    with pytest.raises(OSError, match="changed while it was sent"):
+        Store(bucket).publish(tmp_path / "file", "changed.bin")
+    assert not Store(bucket).exists("changed.bin")
+    assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket="data")
+
+
+def test_what_speaks_s3_without_comparing_is_read_back(bucket, tmp_path, monkeypatch):
+    def lies(fs, source, path, sha256):
+        fs.pipe_file(path, b"evil")
+        return False
+
+    monkeypatch.setattr("moto.s3.responses.S3Response._get_checksum", lambda *_: ("", None))
+    (tmp_path / "file").write_bytes(b"good")
+    assert not s3_itself.put(Store(bucket).fs, tmp_path / "file", "data/store/told", hashlib.sha256(b"good").hexdigest())
+    monkeypatch.setattr("infra.s3.put", lies)
+    with pytest.raises(StoreError, match="read back"):
+        Store(bucket).publish(tmp_path / "file", "unit/file.bin")
+
+
+def test_a_file_that_is_to_be_written_once_stays_as_it_was_first(store):
+    assert store.write("once", b"first", once=True) and not store.write("once", b"second", once=True)
+    assert store.read("once") == b"first" and store.write("once", b"third") and store.read("once") == b"third"
+    store.discard("once")
+    store.discard("once")
+    assert not store.exists("once")
 
 
 def test_free_bytes_only_for_disks(tmp_path):

@@ -21,7 +21,7 @@ def kill_at(root: str, number: int, driver: int):
     """Count what every process writes in one file; kill at the n-th, just before it gets its name."""
     rename = Store._rename
 
-    def counting(part, target):
+    def counting(part, target, once=False):
         Path(root).mkdir(parents=True, exist_ok=True)
         with open(Path(root, "writes"), "a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -33,7 +33,7 @@ def kill_at(root: str, number: int, driver: int):
             if count == number:
                 os.kill(driver, signal.SIGKILL)
                 os.kill(os.getpid(), signal.SIGKILL)
-        rename(part, target)
+        return rename(part, target, once)
 
     Store._rename = staticmethod(counting)
 

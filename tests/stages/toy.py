@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.runner.chain import Gang
-from stages.runner.contract import Phase, Stage, StageConfig, StageError, Unit, operational, scratch_output
+from stages.runner.contract import Phase, Resources, SetAside, Stage, StageConfig, StageError, Unit, operational, scratch_output
 from stages.runner.graph import Planned
 from stages.runner.ledger import Start
 
@@ -32,6 +32,11 @@ class Square:
         number = unit.payload["number"]
         trap = Path(self.job.config.trap, unit.name) if self.job.config.trap else None
         if trap and trap.exists():
+            if trap.read_text() == "once":
+                trap.unlink()
+                raise OSError("503")
+            if trap.read_text() == "aside":
+                raise SetAside("nobody answers")
             left = int(trap.read_text())
             trap.write_text(str(left - 1))
             if left > 0:
@@ -66,6 +71,34 @@ class Squares(Stage):
     phases = (
         Phase("square", lambda job, _: _units(job), worker=Square, fields=frozenset(), memory=("speed",)),
         Phase("keep", lambda job, records: _kept(records["square"]), worker=Keep, fields=frozenset({"limit"})),
+    )
+
+
+class Chained(Square):
+    """Gives room when it has begun, and ends when the next unit has begun too; `early` appears if that was before."""
+
+    def run(self, unit, out):
+        folder, last = Path(self.job.config.trap), unit.payload["number"] == self.job.config.numbers[-1]
+        begun, following = folder / f"begun-{unit.name}", folder / f"begun-n{unit.payload['number'] + 1}"
+        if not begun.exists():
+            begun.touch()
+            time.sleep(0.1)
+            if following.exists():
+                (folder / "early").touch()
+        out.give_room()
+        while not last and not following.exists():
+            time.sleep(0.02)
+        super().run(unit, out)
+
+
+class Together(Squares):
+    """Several units at once in one worker."""
+
+    name = "together"
+    phases = (
+        Phase(
+            "square", lambda job, _: _units(job), Chained, fields=frozenset(), resources=lambda _: Resources(workers=1), at_once=3
+        ),
     )
 
 

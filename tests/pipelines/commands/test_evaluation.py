@@ -11,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from infra.store import Store
 from tests.pipelines.commands.test_sampling import say  # noqa: F401
 from tests.stages import killed
+from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
 
 
@@ -85,3 +87,13 @@ def test_what_is_no_checkpoint_is_said(prompts, tmp_path, say):  # noqa: F811
     assert code == 2 and "no whole checkpoint" in errors
     code, _, errors = say("evaluate", tmp_path / "no.yaml", "--store", tmp_path / "runs")
     assert code == 2 and "no such recipe file" in errors
+
+
+def test_the_judge_in_an_export_is_compared_with_its_record(export, prompts, tmp_path, say):  # noqa: F811
+    """It is named by its folder, and what it holds then is its identity: a damaged one would judge, and look like another."""
+    dataset = dataset_of(Store(str(tmp_path / "runs")), "export", Path(export), {})
+    (path,) = Path(dataset.where, "clip_image").glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    code, printed, errors = say("evaluate", dataset.manifest.fingerprint, "--prompts", prompts, "--store", tmp_path / "runs")
+    assert (code, printed) == (1, "") and errors.count("\n") == 1
+    assert errors.startswith(f"error: {path}: damaged (sha256 ")

@@ -19,7 +19,7 @@ from prefect.states import Cancelled, Crashed, Running, State
 from infra.processes import ServerError
 from infra.store import Store
 from pipelines.flows import deployed, flow
-from pipelines.flows.jobs import ATTACHED, FLOW_RUN, SUBMITTED, make_as_job, stop_jobs_of, stop_orphans
+from pipelines.flows.jobs import ATTACHED, FLOW_RUN, SUBMITTED, make_as_job, stop_jobs_of, stop_orphans, tidy
 from pipelines.flows.parameters import values_of
 from pipelines.flows.run import Run, plan_run, snapshot
 from pipelines.servers import follow
@@ -194,6 +194,24 @@ def test_only_jobs_that_no_run_will_come_back_to_are_orphans(recipe: Recipe, sto
     # What a command finds where nobody else uses the servers has lost its own.
     stop_orphans(ray, planned, 0.0, lambda *_: None)  # type: ignore[arg-type]
     assert list(ray.running()) == [wanted]
+
+
+def test_what_a_killed_command_left_on_a_cluster_of_many_users_is_named_and_goes_on(recipe: Recipe, store: Store) -> None:
+    planned = plan_run(recipe, store)
+    said: list[str] = []
+    there = f"python -m stages {store.root}/.state/recipes/{recipe.name}-0123456789ab.json {NODE} --store {store.root}"
+    commands = {
+        f"{NODE}-{planned[NODE].fingerprint}-1": there,
+        f"{NODE}-{'0' * 24}-2": there,
+        "theirs-1": there.replace(store.root, "s3://another/store"),
+        "another-1": there.replace(f"{recipe.name}-", "another-"),
+        "by-hand-1": "sleep 60",
+    }
+    ray = SimpleNamespace(commands=lambda: commands, address="http://head:8265")
+    run = SimpleNamespace(recipe=recipe, store=store, planned=planned, servers=SimpleNamespace(embedded_ray=False))
+    tidy(ray, run, lambda level, text: said.append(text))  # type: ignore[arg-type]
+    (line,) = said
+    assert f"{NODE}-{'0' * 24}-2 of an earlier run" in line and "ray job stop --address http://head:8265" in line
 
 
 def test_a_cancelled_run_s_jobs_are_found_whatever_its_files_have_become(client: Client) -> None:

@@ -21,7 +21,7 @@ from pipelines.flows.jobs import NodeStopped
 from pipelines.flows.run import Outcome, Run, plan_run
 from pipelines.servers.servers import Servers
 from stages.catalog import STAGES, stage_class
-from stages.runner.pool import pool_size
+from stages.runner.cluster import Cluster
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import Kept, ask, write_recipe
 
@@ -95,7 +95,7 @@ def test_the_nodes_that_wait_for_gpus_are_those_whose_workers_take_some(monkeypa
     monkeypatch.setattr(slots, "get_client", contextmanager(lambda sync_client: iter([client])))
     held: list[int] = []
     monkeypatch.setattr(slots, "concurrency", lambda name, wanted, **_: nullcontext(held.append(wanted)))
-    waited, taken = {}, {}
+    waited, taken, cluster = {}, {}, Cluster({"one": {"CPU": 8.0, "GPU": 3.0}}, {})
     for name in STAGES:
         stage = stage_class(name)
         # Of the fields that must be given, none decides about workers.
@@ -104,10 +104,9 @@ def test_the_nodes_that_wait_for_gpus_are_those_whose_workers_take_some(monkeypa
         with slots.gpu_slots(node, threading.Event(), lambda _: pytest.fail("slots are free")):
             waited[name] = held.pop() if held else 0
         # A phase of independent units, of which there are many; or a gang, each of whose workers takes a GPU.
-        taken[name] = max(
-            config.workers if phase.gang else (pool_size(found, 100) if (found := phase.resources(config)).gpus else 0)
-            for phase in stage.phases
-        )
+        asked = [phase.resources(config) for phase in stage.phases if not phase.gang]
+        pools = [min(cluster.fits(each), each.workers or 3) for each in asked if each.gpus]
+        taken[name] = max([*pools, *(config.workers for phase in stage.phases if phase.gang)], default=0)
     assert waited == taken == {
         "select": 0, "download": 0, "folder": 0, "filter": 3, "text-codec": 1, "encode": 3,
         "train": 1, "evaluate": 3, "export": 0, "world": 1,

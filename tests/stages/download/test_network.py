@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -42,7 +44,7 @@ class Web:
 
     def fetch(self, url: str) -> bytes:
         guard = Guard(resolve=self.resolve, dial=self.dial)
-        opener = WebOpener(Limits(2, 5, 0, 1_000_000), guard, Hosts(4, 0, time.monotonic() + 10))
+        opener = WebOpener(Limits(2, 5, 0, 1_000_000), guard, Hosts(4, 0))
         return opener._follow(url, {}, Wait(2, time.monotonic() + 5)).read()
 
 
@@ -136,3 +138,47 @@ def test_a_resolver_that_does_not_answer_ends_in_time(monkeypatch):
         Names()("slow.example", 80, Wait(0.2, start + 5))
     assert time.monotonic() - start < 2
     asleep.set()
+
+
+@pytest.fixture
+def looked_up(monkeypatch):
+    """Name -> how often the system was asked; `gone.example` does not exist, of `mute.example` nobody tells."""
+    asked = Counter()
+
+    def getaddrinfo(host, port, type=0, flags=0):  # noqa: A002
+        if flags:
+            raise socket.gaierror(socket.EAI_NONAME, "no number")
+        asked[host] += 1
+        time.sleep(0.01)
+        if host in ("gone.example", "mute.example"):
+            raise socket.gaierror(socket.EAI_NONAME if host == "gone.example" else socket.EAI_AGAIN, "no")
+        six = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2606:2800::1", 0, 0, 0))
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (PUBLIC, 0)), six]
+
+    monkeypatch.setattr("stages.download.network.socket.getaddrinfo", getaddrinfo)
+    return asked
+
+
+def test_a_name_is_looked_up_once_however_many_ask(looked_up, monkeypatch):
+    names, wanted = Names(), [f"{n}.example" for n in range(10)] + ["gone.example"]
+
+    def ask(host):
+        try:
+            return [address for *_, address in names(host, 443, Wait(5, time.monotonic() + 5))]
+        except socket.gaierror as error:
+            return error.errno
+
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(ask, wanted * 8))
+    assert set(looked_up.values()) == {1} and set(looked_up) == set(wanted)
+    assert found.count([(PUBLIC, 443), ("2606:2800::1", 443, 0, 0)]) == 80 and found.count(socket.EAI_NONAME) == 8
+    assert [ask("mute.example"), ask("mute.example"), looked_up["mute.example"]] == [socket.EAI_AGAIN] * 2 + [2]
+    names.forget()
+    ask("gone.example")
+    assert looked_up["gone.example"] == 2, "what was told when nothing worked is forgotten"
+    counts = []
+    for kept in (300.0, 300.0, 0.0):
+        monkeypatch.setattr("stages.download.network.KEPT", kept)
+        ask("0.example")
+        counts.append(looked_up["0.example"])
+    assert counts == [2, 2, 3], "an answer is kept a while and not for ever"

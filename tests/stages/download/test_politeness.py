@@ -35,7 +35,7 @@ def statuses(dataset):
 
 
 def test_no_more_connections_to_a_host_than_allowed_and_standing_in_line_costs_no_time():
-    hosts = Hosts(2, 0, time.monotonic() + 20)
+    hosts = Hosts(2, 0)
     lock, inside, most = threading.Lock(), 0, 0
     ends: list[float] = []
 
@@ -63,7 +63,7 @@ def test_no_more_connections_to_a_host_than_allowed_and_standing_in_line_costs_n
 
 
 def test_a_host_that_is_silent_is_left_alone_and_the_others_are_not():
-    hosts = Hosts(1, 3, time.monotonic() + 20)
+    hosts = Hosts(1, 3)
 
     def fails(name, reason):
         with pytest.raises(FetchError) as error, hosts.turn(name, Wait(1, time.monotonic() + 1)):
@@ -81,7 +81,7 @@ def test_a_host_that_is_silent_is_left_alone_and_the_others_are_not():
 def test_the_next_shard_leaves_a_silent_host_alone_and_asks_it_again_after_a_minute(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(politeness, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    hosts = Hosts(1, 2, 1000)
+    hosts = Hosts(1, 2)
     answers: dict[str, str] = {"dead.example": "timeout", "gone.example": "http_404"}
 
     def ask(name):
@@ -95,7 +95,7 @@ def test_the_next_shard_leaves_a_silent_host_alone_and_asks_it_again_after_a_min
 
     assert [ask("dead.example") for _ in range(3)] == ["timeout", "timeout", "host_down"]
     assert ask("gone.example") == "http_404"
-    hosts.next_shard(1000)
+    hosts.next_shard()
     assert list(hosts._hosts) == ["dead.example"], "what answers is not remembered: there are millions of it"
     clock.now = politeness.PROBE - 1
     assert ask("dead.example") == "host_down"
@@ -136,7 +136,7 @@ def test_a_host_that_asks_for_a_pause_gets_it(store, web, select, make, in_proce
 @pytest.mark.parametrize("pauses", [(30.0, 0.0), (0.0, 30.0)])
 def test_of_two_pauses_the_one_that_ends_later_counts(pauses):
     """A short one may come as the answer to a request that was on its way when the host asked for the long one."""
-    hosts = Hosts(2, 0, time.monotonic() + 60)
+    hosts = Hosts(2, 0)
     turns = [hosts.turn("a.example", Wait(1, time.monotonic() + 5)) for _ in pauses]
     for turn in turns:
         turn.__enter__()

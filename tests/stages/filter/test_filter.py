@@ -150,8 +150,8 @@ def test_a_threshold_redoes_only_the_writing_and_a_filter_feeds_a_filter(store, 
     loose = make(Filter, store, {"rows": rows})
     done = unit_times(store, "filter")
     tight = make(Filter, store, {"rows": rows}, min_aesthetic=4.0)
-    # Of three shards: the group's survey, its comparison, its list, and the writing; no image is decoded again.
-    assert len(done) == 9 and len(unit_times(store, "filter")) == 15 and unit_times(store, "filter").items() > done.items()
+    # Of three shards: the survey, the comparison and the writing, and what goes of all; no image is decoded again.
+    assert len(done) == 13 and len(unit_times(store, "filter")) == 23 and unit_times(store, "filter").items() > done.items()
     assert len(list(Path(store.root).glob("filter/units/*/*/scores.parquet"))) == 3
     twice = make(Filter, store, {"rows": loose}, min_aesthetic=4.0)
     first, second = kept_of(tight), kept_of(twice)
@@ -235,3 +235,19 @@ def test_three_stages_on_ray_and_again_in_this_process(tmp_path, make, ray_clust
     assert found[0][1].manifest.stats.dropped == {"disallowed": 1, "http_404": 1, "truncated": 1}
     # All four show the same bare gradient.
     assert found[0][2].manifest.stats.dropped == {"near_duplicate": 3}
+
+
+def test_a_shard_that_is_skipped_is_counted_and_the_others_stay_as_they_are(store, make, in_process, unit_times):
+    rows = download(store, mixed(4, 15))
+    config = {"clip_scores": False, "preset": "none"}
+    whole, before = make(Filter, store, {"rows": rows}, **config), unit_times(store, "filter")
+    part = make(Filter, store, {"rows": rows}, **config, skip=["00001"])
+    after = unit_times(store, "filter")
+    assert before.items() < after.items() and len(after) == len(before) + 1, "only what looks at the shards together is another"
+    assert part.manifest.fingerprint != whole.manifest.fingerprint
+    assert part.files == [entry for entry in whole.files if not entry.name.startswith("00001")] != whole.files
+    lost = next(entry.rows for entry in rows.files if entry.name == "00001.tar")
+    stats = part.manifest.stats
+    assert (stats.rows_in, stats.dropped["skipped"], stats.adds_up()) == (whole.manifest.stats.rows_in, lost, True)
+    with pytest.raises(StageError, match=r"^test-filter: skip: no shard 0001 goes into it; nearest are 0000"):
+        make(Filter, store, {"rows": rows}, **config, skip=["0001"])

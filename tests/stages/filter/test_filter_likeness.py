@@ -8,9 +8,10 @@ from imagehash import phash
 from PIL import Image, ImageDraw, ImageFont
 
 from examples.little_web.compose import BACKGROUNDS, DRAWINGS, Scene, render
-from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, bands, colours, earlier_alike, key, perceptual_hash
+from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES, colours, perceptual_hash
 from stages.filter.stage import Filter, FilterConfig
 from tests.stages.drawn import FLAGS, SYMMETRIC, copies, decoded
+from tests.stages.filter.test_filter_duplicates import by_search
 from tests.stages.packed import download, kept_of, sample
 
 TOLERANCE = FilterConfig.model_fields["duplicate_tolerance"].default
@@ -64,8 +65,8 @@ def test_any_two_copies_of_a_symmetric_picture_are_near_duplicates_and_the_bands
     assert np.argwhere(truth != (owner[:, None] == owner[None])).tolist() == []
     shuffled = np.random.default_rng(0).permutation(len(pictures))
     hashes, shades = (values[shuffled] for values in looks(pictures))
-    found = [earlier_alike(key(hashes, band, TOLERANCE), hashes, shades, TOLERANCE) for band in range(bands(TOLERANCE))]
-    assert np.any(found, axis=0).tolist() == np.tril(truth[shuffled][:, shuffled], -1).any(1).tolist()
+    gone = by_search((hashes, shades), np.full(len(pictures), 10_000), TOLERANCE)
+    assert gone.tolist() == np.tril(truth[shuffled][:, shuffled], -1).any(1).tolist()
 
 
 def drawings() -> list[Image.Image]:

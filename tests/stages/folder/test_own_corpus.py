@@ -22,6 +22,7 @@ from stages.__main__ import run_node
 from stages.folder.stage import Folder
 from stages.runner.contract import StageError
 from stages.runner.recipe import RecipeError, load_recipe, parse_recipe
+from tests.stages.boxed import FATAL, SLOW, Fragile, own_children
 from tests.stages.committed import flip
 from tests.stages.hostile_files import FILES, encoded
 from tests.stages.hostile_web import HOST, hostile_web
@@ -260,3 +261,14 @@ def test_what_is_damaged_in_an_archive_is_counted(tmp_path, store, make):
     dataset = make(Folder, store, images=[f"zip://*::{tmp_path}/a.zip"])
     assert [sample.caption for sample in samples_of(dataset)] == ["caption 2"]
     assert dataset.manifest.stats.dropped == {"damaged_in_archive": 2}
+
+
+def test_pictures_that_end_or_hold_up_their_decoder_are_a_row_each(tmp_path, store, make, in_process, monkeypatch):
+    monkeypatch.setattr("stages.shards.picture.Storing", Fragile)
+    for name, behind in (("good", b""), ("fatal", FATAL), ("slow", SLOW), ("fine", b"")):
+        (tmp_path / f"{name}.jpg").write_bytes(different(len(name)) + behind)
+        (tmp_path / f"{name}.txt").write_text(name)
+    with own_children(monkeypatch, seconds=0.5):
+        made = make(Folder, store, images=[str(tmp_path / "*.jpg")])
+    assert made.manifest.stats.dropped == {"crashed": 1, "too_slow": 1}
+    assert sorted(sample.caption for sample in samples_of(made)) == ["fine", "good"]

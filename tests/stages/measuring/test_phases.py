@@ -18,7 +18,8 @@ from stages.evaluate.stage import Evaluate
 from stages.measuring.painters import World
 from stages.measuring.samples import Samples
 from stages.runner.contract import Job, Output
-from stages.runner.pool import PoolWorker, run_here
+from stages.runner.pool import run_here
+from stages.runner.worker import PoolWorker
 
 ASKED: dict[str, Any] = {
     "count": 8, "steps": 1, "batch": 4, "guidance": 1.0, "seed": 3, "beams": 1,

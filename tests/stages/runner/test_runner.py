@@ -11,13 +11,21 @@ import pytest
 
 from infra.dataset import find, verify
 from infra.store import Store
+from stages.runner.attempts import ATTEMPTS
 from stages.runner.contract import Bug, StageError, result_fields
 from stages.runner.ledger import chain_of
 from stages.runner.run import make_job, phase_states, run_stage
-from tests.stages.toy import Count, Squares, planned
+from tests.stages.toy import Count, Squares, Together, planned
 
 ROOT = Path(__file__).parent.parent.parent.parent
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+pytestmark = pytest.mark.usefixtures("ray_cluster", "short_pauses")
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    """A unit that failed is tried again at once."""
+    monkeypatch.setattr("stages.runner.attempts.PAUSES", (0.05, 0.05))
+    monkeypatch.setattr("stages.runner.attempts.DEATH_PAUSE", 0.1)
 
 
 def contents(dataset):
@@ -82,22 +90,31 @@ def test_a_worker_that_dies_is_replaced(store, tmp_path):
     assert (trap / "n2").read_text() == "-1"
 
 
-def test_a_worker_that_keeps_dying_fails_the_stage_and_keeps_the_rest(store, tmp_path):
-    trap = tmp_path / "trap"
-    trap.mkdir()
-    (trap / "n3").write_text("99")
-    with pytest.raises(StageError, match="the worker of square n3 died 3 times"):
-        run_stage(planned(Squares, trap=str(trap)), store, Squares)
+def test_units_that_keep_failing_are_set_aside_and_named_when_the_rest_is_done(store, tmp_path, caplog):
+    """One kills its worker every time, one raises every time, one raises once, one is not to be tried again: no other is lost."""
+    for name, trap in {"n1": "-1", "n2": "once", "n3": "99", "n4": "aside"}.items():
+        (tmp_path / name).write_text(trap)
+    with pytest.raises(StageError) as raised:
+        run_stage(planned(Squares, trap=str(tmp_path), numbers=[1, 2, 3, 4, 5, 6]), store, Squares)
+    assert str(raised.value).startswith("toy-squares: square n") and "n1" in str(raised.value) and "n3" in str(raised.value)
+    assert "and 1 more" not in str(raised.value) and str(raised.value).count("\n") == 0
+    assert "square n4 (1 rows) is set aside; so are n" in str(raised.value) and ": nobody answers; what is" in str(raised.value)
+    aside = [line for line in caplog.messages if "set aside" in line]
+    assert any("n1 is set aside: ValueError: number is cursed" in line for line in aside)
+    assert any("n3 is set aside: its worker died: " in line for line in aside)
     assert find(store, "squares", "f" * 24) is None
-    assert len(list(Path(store.root).rglob("square.txt"))) == 2
+    assert any("n4 is set aside: nobody answers" in line for line in aside) and "n4 is tried again" not in caplog.text
+    assert len(list(Path(store.root).rglob("square.txt"))) == 3
+    assert int((tmp_path / "n3").read_text()) == 99 - ATTEMPTS and (tmp_path / "n1").read_text() == f"{-1 - ATTEMPTS}"
 
 
-def test_an_error_in_a_unit_is_one_line_with_its_name(store, tmp_path):
-    trap = tmp_path / "trap"
-    trap.mkdir()
-    (trap / "n1").write_text("-1")
-    with pytest.raises(StageError, match="^toy-squares: square n1 failed: ValueError: number is cursed$"):
-        run_stage(planned(Squares, trap=str(trap)), store, Squares)
+def test_a_worker_may_begin_a_unit_while_others_end_and_its_death_counts_for_the_guilty_one(store, tmp_path, caplog):
+    """The third kills their worker each time: with others besides at first, then alone."""
+    (tmp_path / "n3").write_text("99")
+    with pytest.raises(StageError, match=r"square n3 \(1 rows\) failed 3 times and is set aside: its worker died: "):
+        run_stage(planned(Together, trap=str(tmp_path), numbers=[1, 2, 3, 4, 5]), store, Together)
+    assert len(list(Path(store.root).rglob("square.txt"))) == 4, "each of them waits for the next to begin"
+    assert not (tmp_path / "early").exists() and (tmp_path / "n3").read_text() == f"{99 - ATTEMPTS - 1}"
 
 
 @pytest.mark.parametrize(("kind", "line"), [("stage", "no encoder"), ("bug", "toy-squares: KeyError: 'no encoder'")])
@@ -107,7 +124,7 @@ def test_a_worker_that_cannot_be_built_has_not_died_and_is_built_once(store, tmp
         run_stage(planned(Squares, trap=str(tmp_path), numbers=[1]), store, Squares)
     assert (str(raised.value), type(raised.value)) == (line, Bug if kind == "bug" else StageError)
     assert (tmp_path / "count").read_text() == "." and "died" not in caplog.text
-    assert "in built" in str(raised.value.__cause__), "the worker's traceback is there to be logged"
+    assert "in prepare" in str(raised.value.__cause__), "the worker's traceback is there to be logged"
 
 
 def test_a_unit_for_which_memory_is_not_enough_names_the_field_to_lower(store, tmp_path):

@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -23,9 +24,8 @@ from stages.__main__ import main
 from stages.download.stage import Download
 from stages.filter.stage import Filter
 from stages.runner.contract import Job, Phase, StageError, Unit, scratch_output
-from stages.runner.pool import PoolWorker
 from stages.runner.run import run_stage
-from tests.infra.test_store import bucket  # noqa: F401
+from stages.runner.worker import PoolWorker
 from tests.stages.hostile_web import HOST, hostile_web
 from tests.stages.packed import blots, download, encoded, sample
 from tests.stages.pages import selector
@@ -80,6 +80,23 @@ def test_the_claim_of_a_run_that_dies_is_gone(tmp_path):
     with Store(str(tmp_path)).claimed("unit"), Store(str(tmp_path)).claimed("another"):
         assert time.monotonic() - start < 30
     run.join()
+
+
+def test_a_claim_holds_against_other_threads_and_outlives_theirs(tmp_path):
+    store, had = Store(str(tmp_path)), threading.Event()
+
+    def second():
+        with store.claimed("unit"):
+            had.set()
+
+    with store.claimed("unit"):
+        with store.claimed("another"):
+            pass
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not had.wait(0.2)
+    assert had.wait(30)
+    thread.join()
 
 
 @pytest.mark.usefixtures("in_process")

@@ -15,7 +15,6 @@ from s3fs import S3FileSystem
 from infra.store import Store
 from stages.runner.contract import StageError
 from stages.select.stage import Select
-from tests.infra.test_store import bucket  # noqa: F401
 
 
 def laion_rows(count: int, seed: int) -> list[dict[str, Any]]:

@@ -1,0 +1,52 @@
+"""Scratch folders. One that its process did not live to remove is swept by the next worker on the machine.
+
+A folder is locked as long as its process lives, so no name or process id has to be believed: containers that share a folder for
+temporary files do not see each other's processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+
+PREFIX = "unidiffuser-scratch-"
+# Seconds for which a folder is left alone: it is locked just after it is made.
+YOUNG = 60.0
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder that is gone afterwards, also after an error."""
+    with TemporaryDirectory(prefix=PREFIX) as folder:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            # Where nothing can be locked, nothing is swept either.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield Path(folder)
+        finally:
+            os.close(descriptor)
+
+
+def sweep() -> None:
+    """Remove the scratch folders of dead processes on this machine, as far as they are this user's."""
+    for folder in Path(gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > YOUNG:
+                _remove_unheld(folder)
+
+
+def _remove_unheld(folder: Path) -> None:
+    """Raises OSError where a process that lives holds it, or another user."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)

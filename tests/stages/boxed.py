@@ -1,0 +1,48 @@
+"""Harmless stand-ins for decoders that crash or stall, and a box of a test's own."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from stages.shards import box
+from stages.shards.stored import Stored, Storing
+
+FATAL, SLOW = b"fatal", b"slow"
+
+
+def does(data: bytes) -> bytes:
+    """As the bytes say."""
+    if FATAL in data:
+        os._exit(3)
+    while SLOW in data:
+        pass
+    return data[::-1]
+
+
+def waits(data: bytes) -> int:
+    time.sleep(float(data))
+    return os.getpid()
+
+
+class Fragile(Storing):
+    """A decoder that some pictures end, and others keep busy."""
+
+    def __call__(self, data: bytes) -> Stored:
+        does(data)
+        return super().__call__(data)
+
+
+@contextmanager
+def own_children(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Iterator[None]:
+    """Children that may compute for so many seconds; they are gone afterwards."""
+    with monkeypatch.context() as patch:
+        patch.setattr(box, "CPU_SECONDS", seconds)
+        patch.setattr(box, "_idle", idle := [])
+        yield
+    while idle:
+        idle.pop().ended()
