@@ -12,6 +12,7 @@ import io
 import itertools
 import random
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -129,7 +130,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 @lru_cache(maxsize=1)
 def _patterns() -> list[re.Pattern[str]]:
     """What each phrasing looks like, with the parts as groups."""
-    words = {"size": SIZES, "drawing": DRAWINGS, "at": _AT.values(), "background": BACKGROUNDS}
+    words: dict[str, Iterable[str]] = {"size": SIZES, "drawing": DRAWINGS, "at": _AT.values(), "background": BACKGROUNDS}
     groups = {name: f"(?P<{name}>{'|'.join(map(re.escape, values))})" for name, values in words.items()}
     return [re.compile(phrasing.format(**groups)) for phrasing in PHRASINGS]
 

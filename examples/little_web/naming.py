@@ -105,7 +105,7 @@ def read_names(file: Path) -> list[Scene]:
         for part, words in PARTS.items():
             if row.get(part) not in words:
                 raise NamesError(f"{file}: line {line}, column {part}: {row.get(part)!r} is not one of {', '.join(words)}")
-        found[int(row["number"])] = Scene(**{part: row[part] for part in PARTS})
+        found[int(row["number"])] = Scene(row["drawing"], row["size"], row["place"], row["background"])
     if missing := [number for number in range(1, COUNT + 1) if number not in found]:
         raise NamesError(f"{file}: no row with number {missing[0]}; {COUNT} pictures were shown")
     return [found[number] for number in range(1, COUNT + 1)]
