@@ -81,5 +81,7 @@ def feeders() -> int:
     """Threads that make pictures ready in this process: one for each CPU that Ray gave it, or one."""
     import ray
 
-    given = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
+    given = {}
+    if ray.is_initialized() and (context := ray.get_runtime_context()).worker.mode == ray.WORKER_MODE:
+        given = context.get_assigned_resources()
     return max(1, int(given.get("CPU", 1)))

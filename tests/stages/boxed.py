@@ -1,4 +1,4 @@
-"""Harmless stand-ins for decoders that crash or stall, and a box of a test's own."""
+"""Harmless stand-ins for decoders that crash or stall and for CLIP's preprocessing, and a box of a test's own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from stages.shards import box
 from stages.shards.stored import Stored, Storing
@@ -35,6 +37,13 @@ class Fragile(Storing):
     def __call__(self, data: bytes) -> Stored:
         does(data)
         return super().__call__(data)
+
+
+class MeanColour:
+    """Shows a picture as one pixel; children of the box need no torch for it."""
+
+    def seen(self, image: Image.Image) -> np.ndarray:
+        return (np.asarray(image).reshape(-1, 3).mean(0) / 255 + 0.01)[None, None]
 
 
 @contextmanager

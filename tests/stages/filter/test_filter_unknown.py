@@ -22,8 +22,8 @@ from tests.stages.packed import ColourClip, blots, download, encoded, kept_of, s
 class DarkClip(ColourClip):
     """Overflows, as half precision may, on pictures that are all black."""
 
-    def image(self, images):
-        seen = super().image(images)
+    def seen(self, pixels):
+        seen = super().seen(pixels)
         return torch.where(seen.sum(1, keepdim=True) < 0.1, torch.nan, seen)
 
 
