@@ -111,7 +111,7 @@ class World:
 
     def over(self, call: Call) -> bool:
         if call.actor.node is None or call.error is not None:
-            return call.error is not None
+            return call.error is not None and self.now > call.since
         if call.asked == "room":
             numbers = {run.given[2] for run in call.actor.runs() if run.error is None and run.since < self.now}
             return numbers.issuperset(call.given[0])
@@ -197,9 +197,12 @@ def test_a_unit_that_hangs_is_ended_tried_again_and_set_aside_and_the_error_name
     assert ATTEMPTS * LEAST_LIMIT < world.now < ATTEMPTS * LEAST_LIMIT + 200
 
 
+GONE = ActorUnavailableError("the network is cut", None)
+
+
 def cut(actor: Actor) -> None:
     """What it was asked until now ends without an answer; it works on."""
-    actor.errors.append((actor.world.now, ActorUnavailableError("the network is cut", None)))
+    actor.errors.append((actor.world.now, GONE))
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -211,6 +214,15 @@ def test_a_worker_that_cannot_be_reached_for_a_while_goes_on_and_no_unit_is_blam
     (actor,) = (actor for actor in world.actors if actor.node)
     assert len(actor.errors) == 3 and len(actor.runs()) <= 30 + 3 * at_once
     assert world.now < 400 / at_once + 100
+
+
+def test_a_worker_that_is_never_reached_again_is_replaced(run, caplog):
+    world = World({"a": {"CPU": 1.0}})
+    world.each_second = lambda world: world.actors[0].errors.append((math.inf, GONE)) if world.now == 15 else None
+    assert run(world, 4) == names(4)
+    lost, _ = (actor for actor in world.actors if actor.node)
+    assert 15 + pool.DOUBT <= (lost.gone or 0) < 15 + pool.DOUBT + 5
+    assert len([line for line in caplog.messages if "is tried again" in line]) == 1
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
