@@ -149,9 +149,13 @@ class Attempts:
         """Its worker died; `judge` decides later whether that counts. Gives what `failed` does."""
         if self._has_copy(attempt):
             return None
+        self.found_dead(attempt, node, reason, cause)
+        return self._later(attempt, now, min(DEATH_PAUSE * len(attempt.deaths), LONGEST_PAUSE))
+
+    def found_dead(self, attempt: Attempt, node: str, reason: str, cause: Exception) -> None:
+        """Contact to the worker that had it was lost, and was never to come back: it had died."""
         attempt.deaths.append(node)
         attempt.reason, attempt.cause = reason, cause
-        return self._later(attempt, now, min(DEATH_PAUSE * len(attempt.deaths), LONGEST_PAUSE))
 
     def contact_lost(self, attempt: Attempt, now: float) -> float | None:
         """Nobody knows what became of it. Gives what `failed` does."""

@@ -29,18 +29,17 @@ class Cluster:
         return sum(_on_one(node, resources) for node in self.nodes.values())
 
     def capped(self, resources: Resources) -> Resources:
-        """What a worker asks for, but no more CPUs and memory than there are on the node that has most.
+        """What a worker asks for, but no more CPUs and memory than one node has: the one that has most of the memory.
 
-        CPUs change the pace alone, and a worker may do with less memory than it declares. While no node has any, it is left as
-        it is: nobody knows what will come.
+        CPUs change the pace alone, and a worker may do with less memory than it declares. While no node takes work, it is left
+        as it is: nobody knows what will come.
         """
-        able = [node for node in self.nodes.values() if node.get("GPU", 0) >= resources.gpus]
-
-        def held(asked: float, kind: str) -> float:
-            most = max((node.get(kind, 0.0) for node in able), default=0.0)
-            return min(asked, most) if most else asked
-
-        return replace(resources, cpus=held(resources.cpus, "CPU"), memory=held(resources.memory, "memory"))
+        able = [node for node in self.nodes.values() if node.get("CPU") and node.get("GPU", 0) >= resources.gpus]
+        held = [
+            replace(resources, cpus=min(resources.cpus, node["CPU"]), memory=min(resources.memory, node.get("memory", 0.0)))
+            for node in able
+        ]
+        return max(held, key=lambda each: (each.memory, each.cpus), default=resources)
 
     def why_not(self, resources: Resources) -> str:
         """What stands in the way of one more worker."""

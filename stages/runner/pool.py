@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
 from stages.runner.attempts import ATTEMPTS, Attempt, Attempts
 from stages.runner.cluster import Cluster, told
@@ -32,6 +32,10 @@ LOOK, TICK = 5.0, 1.0
 IDLE = 60.0
 # Seconds that a worker may wait for a place before a line says why, and between two such lines.
 PENDING, PENDING_AGAIN = 60.0, 600.0
+# Seconds for which a worker that cannot be reached is asked again, as long as it is not known to be dead.
+DOUBT = 60.0
+# What Ray's error says when an actor died because its node did.
+NODE_DIED = "its node has died"
 
 
 def gpus_each() -> float:
@@ -60,8 +64,9 @@ class Hand:
     """One actor, from when it is asked for: first without a node, then not ready, then with or without a unit.
 
     Where a worker may have several units at once, it has a hand for each, and one more that is ready when there is room.
-    `since` is when it got the present one of these, `call` what it is to answer. `doubted` is what it was at when contact to it
-    was lost; until it answers again it is not ready.
+    `since` is when it got the present one of these, `call` what it is to answer, `number` counts the units of its actor.
+    `doubted` is when contact was lost: until it answers again it is the actor's only hand, and not ready. `blamed` is the unit
+    that its death then counts for.
     """
 
     actor: ActorHandle
@@ -70,7 +75,9 @@ class Hand:
     node: str = ""
     ready: bool = False
     attempt: Attempt | None = None
-    doubted: Attempt | None = None
+    number: int = 0
+    doubted: float | None = None
+    blamed: Attempt | None = None
 
 
 class Pool:
@@ -157,11 +164,11 @@ class Pool:
 
     def make_room(self, hand: Hand) -> None:
         """One more hand of an actor that may have several units at once, if it has none for the next."""
-        having = [each.attempt for each in self.mates(hand)]
-        if len(having) < self.phase.at_once and all(attempt and not attempt.suspect for attempt in having):
+        mates = self.mates(hand)
+        if len(mates) < self.phase.at_once and all(each.attempt and not each.attempt.suspect for each in mates):
             more = Hand(hand.actor, 0.0, None, hand.node)
             self.hands.append(more)
-            self.ask(more, hand.actor.room.remote(self.given[hand.actor]))
+            self.ask(more, hand.actor.room.remote([each.number for each in mates]))
 
     def free(self, hand: Hand) -> None:
         """What a hand had has ended: it takes the next, or leaves it to another hand of its actor."""
@@ -171,13 +178,17 @@ class Pool:
 
     def dismiss(self, hand: Hand) -> list[Attempt]:
         """End a hand's actor; gives what its other hands had."""
-        mates = self.mates(hand)
-        for each in mates:
-            self.hands.remove(each)
-            if each.call is not None:
-                self.calls.pop(each.call, None)
+        had = self.forget(*self.mates(hand))
         ray.kill(hand.actor)
-        return [each.attempt for each in mates if each is not hand and each.attempt is not None]
+        return [attempt for attempt in had if attempt is not hand.attempt]
+
+    def forget(self, *hands: Hand) -> list[Attempt]:
+        """Take hands away, and await nothing from them; gives what they had."""
+        for hand in hands:
+            self.hands.remove(hand)
+            if hand.call is not None:
+                self.calls.pop(hand.call, None)
+        return [hand.attempt for hand in hands if hand.attempt is not None]
 
     def hand_out(self, now: float) -> None:
         """Units to those that are ready; when none is left, the slowest to a second worker, where the first to finish wins."""
@@ -188,9 +199,9 @@ class Pool:
                     return
                 self.attempts.copy(attempt)
                 log.info("%s: %s %s is slow, a second worker tries it too", self.job.node, self.phase.name, attempt.unit.name)
-            hand.attempt = attempt
             self.given[hand.actor] += 1
-            self.ask(hand, hand.actor.run.remote(attempt.unit, attempt.key))
+            hand.attempt, hand.number = attempt, self.given[hand.actor]
+            self.ask(hand, hand.actor.run.remote(attempt.unit, attempt.key, hand.number))
             self.make_room(hand)
 
     def slowest(self, now: float) -> Attempt | None:
@@ -200,14 +211,15 @@ class Pool:
         return self.attempts.slow({hand.attempt: hand.since for hand in self.hands if hand.attempt is not None}, now)
 
     def end_overtime(self, now: float) -> None:
-        for hand in [hand for hand in self.hands if hand.attempt is not None]:
-            assert hand.attempt is not None
-            if hand not in self.hands:
+        for hand in list(self.hands):
+            if (at := hand.attempt or hand.blamed) is None or hand not in self.hands:
                 continue
-            limit = self.attempts.limit(hand.attempt.unit)
-            if limit is not None and now - hand.since > limit:
-                for other in self.dismiss(hand):
-                    self.attempts.contact_lost(other, now)
+            limit = self.attempts.limit(at.unit)
+            if limit is None or now - hand.since <= limit:
+                continue
+            for other in self.dismiss(hand):
+                self.attempts.contact_lost(other, now)
+            if hand.attempt is not None:
                 reason = f"it took longer than {limit:.0f} s, far more than the others"
                 self.tell_again(hand.attempt, reason, self.attempts.failed(hand.attempt, now, reason))
 
@@ -228,12 +240,12 @@ class Pool:
                 self.answered(hand, attempt, answer)
 
     def answered(self, hand: Hand, attempt: Attempt | None, answer: Any) -> None:
-        hand.since = time.monotonic()
+        hand.since, hand.doubted, hand.blamed = time.monotonic(), None, None
         if not hand.node:
             hand.node = answer
             self.ask(hand, hand.actor.prepare.remote())
         elif attempt is None:
-            hand.ready, hand.doubted, self.stillborn = True, None, 0
+            hand.ready, self.stillborn = True, 0
         else:
             self.attempts.done(attempt, answer.seconds)
             for other in [other for other in self.hands if other.attempt is attempt]:
@@ -255,36 +267,33 @@ class Pool:
         self.free(hand)
 
     def gone(self, hand: Hand, attempt: Attempt | None, error: RayError) -> None:
-        """An actor that died, or that cannot be reached: the first sign of a death, or a network that is cut for a while.
-
-        Of several units that it had, the death counts for the one that is suspect, if there is one. Else for none, and all are
-        suspect from now on.
-        """
-        now, line, unreached = time.monotonic(), _last_line(error), isinstance(error, ActorUnavailableError)
-        if unreached and attempt is not None:
-            hand.ready, hand.doubted = False, attempt
+        """An actor that died, or that cannot be reached: the first sign of a death, or a network that is cut for a while."""
+        now, line, mates = time.monotonic(), _last_line(error), self.mates(hand)
+        having = [each for each in (attempt, *(mate.attempt for mate in mates)) if each is not None]
+        unreached = isinstance(error, ActorUnavailableError)
+        away = unreached or NODE_DIED in str(error)
+        guilty = guilty_of(having)
+        if unreached and hand.doubted is None:
+            self.forget(*(mate for mate in mates if mate is not hand))
+            hand.ready, hand.doubted, hand.blamed = False, now, guilty
+        if unreached and hand.doubted is not None and now - hand.doubted < DOUBT:
             self.ask(hand, hand.actor.where.remote())
-            self.tell_again(attempt, line, self.attempts.contact_lost(attempt, now))
-            return
-        doubted = [each.doubted for each in self.mates(hand) if each.doubted is not None]
-        having = [each for each in (attempt, *self.dismiss(hand)) if each is not None]
-        suspects = having if len(having) == 1 else [each for each in having if each.suspect]
-        away = unreached or (isinstance(error, RayActorError) and error.preempted)
-        guilty = suspects[0] if len(suspects) == 1 and not away else None
+        else:
+            self.dismiss(hand)
         for each in having:
-            if each is not guilty:
+            if away or each is not guilty:
                 self.tell_again(each, line, self.attempts.contact_lost(each, now))
-        if guilty is not None:
-            reason = f"its worker died: {line}"
+        reason = f"its worker died: {line}"
+        if guilty is not None and not away:
             self.tell_again(guilty, reason, self.attempts.died(guilty, now, hand.node, reason, error))
-        elif len(doubted) == 1 and not away:
-            doubted[0].deaths.append(hand.node)
-        if not having and not doubted:
-            self.died_idle(hand, line, error)
+        elif hand.blamed is not None and not away:
+            self.attempts.found_dead(hand.blamed, hand.node, reason, error)
+        elif not having and hand not in self.hands:
+            self.died_idle(hand, line, error, away)
 
-    def died_idle(self, hand: Hand, line: str, error: RayError) -> None:
+    def died_idle(self, hand: Hand, line: str, error: RayError, away: bool) -> None:
         """An actor died without a unit; too often before the first one, and there is no use in another."""
-        if not self.given[hand.actor]:
+        if not self.given[hand.actor] and not away:
             self.stillborn += not hand.node or hand.node in Cluster.seen().nodes
         if self.stillborn == ATTEMPTS:
             raise StageError(
@@ -361,6 +370,15 @@ def run_here(stage: type[Stage], job: Job) -> dict[str, list[UnitRecord]]:
         done = job.units_done(keys)
         records[phase.name] = [done.get(key) or worker.run(unit, key) for unit, key in zip(units, keys, strict=True)]
     return records
+
+
+def guilty_of(having: list[Attempt]) -> Attempt | None:
+    """Of the units that a dead actor had, the one that its death counts for: the only one, or the only one that is suspect.
+
+    Else it counts for none, and all are suspect from now on.
+    """
+    suspects = having if len(having) == 1 else [attempt for attempt in having if attempt.suspect]
+    return suspects[0] if len(suspects) == 1 else None
 
 
 def _last_line(error: Exception) -> str:

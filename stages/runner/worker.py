@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,7 +24,8 @@ class PoolWorker:
         log.setLevel(logging.INFO)
         self.job, self.phase = job, phase
         self.worker: Worker | None = None
-        self.left_room, self.changed = 0, threading.Condition()
+        self.left_room: set[int] = set()
+        self.changed = threading.Condition()
 
     def where(self) -> str:
         """The id of the Ray node that it is on."""
@@ -48,22 +49,23 @@ class PoolWorker:
         except Exception as error:
             raise Bug(f"{self.job.node}: {in_words(error)}") from error
 
-    def room(self, units: int) -> None:
-        """Wait until so many units, all that it got so far, leave room for another."""
+    def room(self, numbers: Collection[int]) -> None:
+        """Wait until the units with these numbers leave room for another."""
         with self.changed:
-            self.changed.wait_for(lambda: self.left_room >= units)
+            self.changed.wait_for(lambda: self.left_room.issuperset(numbers))
 
-    def _leaves_room(self) -> None:
+    def _leaves_room(self, number: int) -> None:
         with self.changed:
-            self.left_room += 1
+            self.left_room.add(number)
             self.changed.notify_all()
 
-    def run(self, unit: Unit, key: str) -> UnitRecord:
+    def run(self, unit: Unit, key: str, number: int = 0) -> UnitRecord:
+        """Do a unit, which `room` knows by its number."""
         if self.worker is None:
             self.prepare()
         assert self.worker is not None
         with ExitStack() as room:
-            room.callback(self._leaves_room)
+            room.callback(self._leaves_room, number)
             return self._done(self.worker, unit, key, room.close)
 
     def _done(self, worker: Worker, unit: Unit, key: str, give_room: Callable[[], None]) -> UnitRecord:

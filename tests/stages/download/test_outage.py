@@ -70,7 +70,7 @@ def test_a_shard_that_meets_an_outage_ends_as_if_there_had_been_none(store, sele
 
 def test_a_shard_of_which_nobody_answers_is_set_aside(store, select, make, resolver):
     resolver.away = {"a": 99}
-    line = r"^not one picture came; 30 of 30 hosts gave no answer \(dns 30\), in 4 tries; is it the network, resolver or proxy"
+    line = r"^not one picture came; 30 of 30 hosts gave no answer \(dns 30\), in 4 tries; is it this machine's network, resolver"
     with pytest.raises(SetAside, match=line):
         make(Download, store, {"rows": select(store, pages("a", 30))}, **SETTINGS)
     assert set(resolver.asked.values()) == {4} and not list(Path(store.root, "download").rglob("unit.json"))

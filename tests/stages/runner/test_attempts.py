@@ -175,6 +175,9 @@ def test_a_worker_asks_for_no_more_than_the_largest_node_has():
     assert capped(LARGE, GPUS, asked=Resources(6.0, 1.0)) == Resources(4.0, 1.0), "of those that have its GPU"
     assert capped(HEAD, asked=Resources(4.0)) == Resources(4.0), "nobody knows what will come"
     assert capped(SMALL | {"memory": 1e9}, asked=Resources(memory=2e9)) == Resources(memory=1e9)
+    assert capped(HEAD, SMALL | {"memory": 5e8}, asked=Resources(memory=1e9)) == Resources(memory=5e8), "a head takes no work"
+    roomy, busy = SMALL | {"memory": 8e9}, LARGE | {"memory": 1e9}
+    assert capped(roomy, busy, asked=Resources(4.0, memory=2e9)) == Resources(2.0, memory=2e9), "all of it on one node"
 
 
 @pytest.mark.parametrize(
