@@ -86,7 +86,7 @@ def prepare(folder: Path, fresh: bool) -> None:
     from PIL import Image
 
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    Image.open(ROOT / "docs" / "images" / "five-tasks.png").convert("RGB").resize((320, 320)).save(folder / "photo.jpg")
+    Image.open(ROOT / "docs" / "images" / "demo.png").convert("RGB").resize((320, 320)).save(folder / "photo.jpg")
     if fresh:
         return
     ready = (ROOT / ".venv" / ".ready").stat().st_mtime
