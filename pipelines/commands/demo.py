@@ -10,6 +10,7 @@ from rich.console import Console
 from infra.external import state_folder
 from infra.store import Store
 from pipelines.commands.conduct import Wish, run_recipe
+from pipelines.commands.evaluation import figures_table
 from pipelines.flows.run import Run
 from stages.runner.recipe import load_recipe
 
@@ -64,8 +65,11 @@ def _build_web(folder: Path, console: Console) -> None:
 
 
 def _say_results(run: Run, console: Console) -> None:
-    """The pictures of the datasets, and the folder that holds the exported model."""
+    """The figures of the evaluation, the pictures of the datasets, and the folder that holds the exported model."""
     made = [outcome.dataset for outcome in run.outcomes.values() if outcome.dataset is not None]
+    for dataset in made:
+        if dataset.manifest.stage == "evaluate":
+            console.print(figures_table(dataset))
     for dataset in made:
         for entry in dataset.files:
             if entry.name.endswith(".png"):
