@@ -75,7 +75,10 @@ class Squares(Stage):
 
 
 class Chained(Square):
-    """Gives room when it has begun, and ends when the next unit has begun too; `early` appears if that was before."""
+    """Gives room when it has begun, and ends when the next unit has begun too; `early` appears if that was before.
+
+    A second try waits for none: it is alone.
+    """
 
     def run(self, unit, out):
         folder, last = Path(self.job.config.trap), unit.payload["number"] == self.job.config.numbers[-1]
@@ -85,9 +88,9 @@ class Chained(Square):
             time.sleep(0.1)
             if following.exists():
                 (folder / "early").touch()
-        out.give_room()
-        while not last and not following.exists():
-            time.sleep(0.02)
+            out.give_room()
+            while not last and not following.exists():
+                time.sleep(0.02)
         super().run(unit, out)
 
 
