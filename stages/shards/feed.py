@@ -81,5 +81,6 @@ def feeders() -> int:
     """Threads that make pictures ready in this process: one for each CPU that Ray gave it, or one."""
     import ray
 
-    given = ray.get_runtime_context().get_assigned_resources() if ray.is_initialized() else {}
-    return max(1, int(given.get("CPU", 1)))
+    # A process that only speaks to Ray was given nothing, and may not even ask.
+    asked = ray.is_initialized() and (context := ray.get_runtime_context()).worker.mode == ray.WORKER_MODE
+    return max(1, int(context.get_assigned_resources().get("CPU", 1))) if asked else 1

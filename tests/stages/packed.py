@@ -15,6 +15,7 @@ from infra.dataset import Dataset, FileEntry, Manifest, Stats, commit
 from infra.store import Store
 from stages.runner.contract import digest_of
 from stages.shards.tar import Sample, ShardWriter, read_samples
+from unidiffuser.clip_preprocess import Preprocess
 
 
 class ColourClip:
@@ -22,12 +23,16 @@ class ColourClip:
 
     WORDS = {"red": (1.0, 0.1, 0.1), "green": (0.1, 1.0, 0.1), "blue": (0.1, 0.1, 1.0)}
     embed_dim = 3
+    preprocess = Preprocess((8, 8), (0.0,) * 3, (1.0,) * 3, "bilinear", "squash", 0)
 
     def __init__(self, ref: str = "embedded"):
         self.ref = ref
 
     def image(self, images):
-        return torch.tensor(np.stack([np.asarray(image).reshape(-1, 3).mean(0) / 255 + 0.01 for image in images])).float()
+        return self.seen(self.preprocess.pixels(images))
+
+    def seen(self, pixels):
+        return pixels.float().mean((2, 3)) / 255 + 0.01
 
     def text(self, captions):
         found = (next((word for word in caption.split() if word in self.WORDS), None) for caption in captions)

@@ -26,8 +26,8 @@ class SixColours(ColourClip):
 
     embed_dim = 6
 
-    def image(self, images):
-        seen = super().image(images)
+    def seen(self, pixels):
+        seen = super().seen(pixels)
         return torch.cat([seen, 1 - seen], dim=1)
 
 
