@@ -53,11 +53,11 @@ class Packs:
                     wanted.remove(path)
                     yield path, record
         loose = [path for path in paths if path in wanted]
-        for path, record in zip(loose, self.store.read_many(loose), strict=True):
-            if record is not None:
-                self.rows.append((path, listed[path], record))
+        for path, data in zip(loose, self.store.read_many(loose), strict=True):
+            if data is not None:
+                self.rows.append((path, listed[path], data))
                 self.new += 1
-                yield path, record
+                yield path, data
 
     def _packed(self, listed: Mapping[str, datetime]) -> Iterator[list[Row]]:
         """The rows that count, pack by pack; those of packs that are half empty go into the one that is being filled."""
@@ -67,7 +67,7 @@ class Packs:
             table = _table(data) if data is not None else None
             if table is None:
                 continue
-            rows = [
+            rows: list[Row] = [
                 (path, listed[path], record)
                 for path, written, record in zip(*table.to_pydict().values(), strict=True)
                 if path in listed and (listed[path] < packs[pack] if written is None else listed[path] == written)
