@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 BATCH = 16
 STANDIN_SECONDS = 0.008
@@ -69,38 +71,29 @@ class Clock:
         return {"rows": rows, "seconds": time.perf_counter() - start, "cpu": spent() - before}
 
 
-class pretended:
+@contextmanager
+def pretended(worker: Any) -> Iterator[None]:
     """Networks that wait in place of computing, as for a GPU: what makes their input ready stays."""
+    import torch
 
-    def __init__(self, worker: Any):
-        self.worker = worker
+    from unidiffuser.clip_preprocess import Preprocess
 
-    def __enter__(self) -> None:
-        import torch
+    channels, height, width = worker.vae.latent_shape(worker.job.config.size)
 
-        from unidiffuser.clip_preprocess import Preprocess
+    def moments(images: Any) -> Any:
+        time.sleep(STANDIN_SECONDS * len(images))
+        return torch.zeros(len(images), 2 * channels, height, width)
 
-        worker = self.worker
-        channels, height, width = worker.vae.latent_shape(worker.job.config.size)
-        tower = worker.text.model.text
+    def text(ids: Any) -> Any:
+        return torch.zeros(len(ids), worker.text.embed_dim), torch.zeros(*ids.shape, worker.text.text_width)
 
-        def moments(images: Any) -> Any:
-            time.sleep(STANDIN_SECONDS * len(images))
-            return torch.zeros(len(images), 2 * channels, height, width)
-
-        def text(ids: Any) -> Any:
-            return torch.zeros(len(ids), worker.text.embed_dim), torch.zeros(*ids.shape, worker.text.text_width)
-
-        self.kept = (worker.vae.moments, worker.clip.model.encode_image, tower.forward, Preprocess.normalised)
-        worker.vae.moments, tower.forward = moments, text
-        worker.clip.model.encode_image = lambda pixels: torch.zeros(len(pixels), worker.clip.embed_dim)
-        Preprocess.normalised = lambda self, pixels: pixels
-
-    def __exit__(self, *_: object) -> None:
-        from unidiffuser.clip_preprocess import Preprocess
-
-        worker = self.worker
-        worker.vae.moments, worker.clip.model.encode_image, worker.text.model.text.forward, Preprocess.normalised = self.kept
+    with (
+        patch.object(worker.vae, "moments", moments),
+        patch.object(worker.clip.model, "encode_image", lambda pixels: torch.zeros(len(pixels), worker.clip.embed_dim)),
+        patch.object(worker.text.model.text, "forward", text),
+        patch.object(Preprocess, "normalised", lambda self, pixels: pixels),
+    ):
+        yield
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def main(root: str, folder: str, shards: int) -> dict[str, Any]:
             records[phase.name].append(record)
         seconds[phase.name] = time.perf_counter() - start
     left = sum(path.stat().st_size for path in Path(folder, "filter").rglob("*") if path.is_file())
-    places = [entry for entry in records[duplicates.PHASES[-1].name] for entry in entry.files]
+    places = [entry for record in records[duplicates.PHASES[-1].name] for entry in record.files]
     return {
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10),

@@ -1,7 +1,7 @@
 """Bytes that leave an S3 server for each byte that is of use, where many workers each read a part of many files.
 
     select    duplicates: every pair of keys is of use once
-    compare   filter's near duplicates: every row of a band is of use once
+    compare   filter's near duplicates: every row that a unit asks for is of use once to this unit
     index     the start of a training: the columns that tell of the shards, once
 
 and `plan_requests`, what a plan asks of a store of 230,000 units that are all done. The server is one in this process. With more

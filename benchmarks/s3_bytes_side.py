@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
@@ -21,15 +23,17 @@ from benchmarks.index import FINGERPRINT
 from benchmarks.index import write as write_index
 from infra.dataset import find
 from infra.store import Store
-from stages.filter.duplicates import Compare, Survey, band_file
+from stages.filter import duplicates
 from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES
 from stages.filter.stage import FilterConfig
 from stages.runner import pool
-from stages.runner.contract import RECORD, Job, Output, Phase, Unit
+from stages.runner.contract import RECORD, Job, Output, Phase, Unit, UnitRecord, digest_of, scratch_output
 from stages.runner.run import phase_states, run_stage
 from stages.select import keys
 from stages.select.keys import KeyWriter
 from stages.select.stage import Duplicates
+from stages.shards.scores import SCORES
+from stages.shards.tables import read_table, with_dictionary, write_table
 from training.config import TrainConfig
 from training.loader import Loader
 from training.told import Told
@@ -37,7 +41,7 @@ from training.told import Told
 STORE = "s3://data/store"
 
 
-def columns_bytes(path: Path, names: list[str] | None = None) -> int:
+def columns_bytes(path: Path | io.BytesIO, names: list[str] | None = None) -> int:
     """Bytes of a Parquet file's pages, of some columns or of all."""
     footer = pq.ParquetFile(path).metadata
     chunks = (footer.row_group(g).column(c) for g in range(footer.num_row_groups) for c in range(footer.num_columns))
@@ -65,27 +69,55 @@ def select(counted: Counted, files: int, rows: int, ranges: int) -> float:
     return counted.bytes / useful
 
 
+def looks(chance: np.random.Generator, files: int, rows: int) -> Iterator[pa.Table]:
+    """Scores of pictures of which about every second comes again."""
+    known = chance.integers(0, 256, (files * rows // 2, HASH_BYTES + COLOUR_BYTES), np.uint8)
+    for _ in range(files):
+        seen = known[chance.integers(0, len(known), rows)]
+        columns: dict[str, Any] = dict.fromkeys(SCORES, pa.nulls(rows, pa.float32()))
+        columns |= {
+            "width": np.full(rows, 512, np.int32),
+            "height": np.full(rows, 512, np.int32),
+            "caption": ["a picture"] * rows,
+        }
+        columns["phash"] = duplicates.fixed(np.ascontiguousarray(seen[:, :HASH_BYTES]))
+        columns["colours"] = duplicates.fixed(np.ascontiguousarray(seen[:, HASH_BYTES:]))
+        yield pa.table(columns)
+
+
 def compare(counted: Counted, files: int, rows: int, ranges: int) -> float:
-    """Bytes read by the units of `compare` of one band, for each byte of its rows."""
-    config = FilterConfig(clip_scores=False)
-    job, chance, useful = Job(Store(STORE), "filter", "x-filter", config, {}, {}, {}), np.random.default_rng(0), 0
-    highest, paths = 0, []
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(files):
-            out = Output(Path(folder, str(number)))
-            places = np.zeros(rows, np.int32), np.arange(rows)
-            looks = [chance.integers(0, 256, (rows, length), np.uint8) for length in (HASH_BYTES, COLOUR_BYTES)]
-            Survey(job).write(out, *places, *looks)
-            useful += columns_bytes(out.folder / band_file(0))
-            paths.append(f"filter/{number}.parquet")
-            job.store.publish(out.folder / band_file(0), paths[-1])
-            highest = max(highest, *(pq.read_table(out.folder / band_file(0))["key"].to_pylist()[-1:]))
-        counted.forget()
-        worker = Compare(job)
-        edges = [highest * number // ranges for number in range(ranges)] + [highest + 1]
-        for low, after in zip(edges, edges[1:], strict=False):
-            worker.alike(paths, low, after - 1)
-    return counted.bytes / useful
+    """Bytes read by the units that find near duplicates, for each byte of what they ask for, each once a unit."""
+    config = FilterConfig(preset="none", clip_scores=False, duplicate_tolerance=12)
+    job, useful, asked = Job(Store(STORE), "filter", "x-filter", config, {}, {}, {}), 0, set[str]()
+
+    def reading(job: Job, path: str, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+        nonlocal useful
+        table, whole = read_table(job, path, columns, filters), io.BytesIO()
+        if (this := repr((path, columns, filters))) not in asked:
+            asked.add(this)
+            pq.write_table(table, whole, compression="zstd", use_dictionary=with_dictionary(table.schema))
+            useful += columns_bytes(whole)
+        return table
+
+    records: dict[str, list[UnitRecord]] = {"score": []}
+    for number, table in enumerate(looks(np.random.default_rng(0), files, rows)):
+        with scratch_output(job.store) as out:
+            write_table(table, out.path("scores.parquet", rows))
+            records["score"].append(out.publish(job, f"{number:064d}", str(number), 0.0))
+    # A worker's part is so small that there are as many.
+    with patch.object(duplicates, "ROWS", files * rows // ranges), patch.object(duplicates, "read_table", reading):
+        for phase in duplicates.PHASES:
+            assert phase.worker is not None
+            worker, records[phase.name] = phase.worker(job), []
+            for unit in phase.plan(job, records):
+                asked.clear()
+                with scratch_output(job.store) as out:
+                    worker.run(unit, out)
+                    records[phase.name].append(out.publish(job, digest_of([phase.name, unit.name]), unit.name, 0.0))
+            if phase.name == "survey":
+                counted.forget()
+                useful = 0
+        return counted.bytes / useful
 
 
 def index(counted: Counted, units: int) -> float:

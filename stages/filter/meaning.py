@@ -95,8 +95,6 @@ class Centres:
         self.job = job
 
     def run(self, unit: Unit, out: Output) -> None:
-        import faiss
-
         wanted, files = self.job.config.semantic.clusters * SAMPLE, unit.payload["looks"]
         share = min(1.0, wanted / max(1, sum(rows for _, rows in files)))
         parts = []
@@ -105,14 +103,18 @@ class Centres:
             parts.append(found[np.linspace(0, len(found) - 1, int(np.ceil(share * len(found)))).astype(int)])
         sample = np.concatenate([part for part in parts if len(part)] or parts)
         count = min(self.job.config.semantic.clusters, len(sample))
-        if count:
-            kmeans = faiss.Kmeans(
-                sample.shape[1], count, niter=ROUNDS, seed=0, spherical=True, min_points_per_centroid=1,
-                max_points_per_centroid=SAMPLE,
-            )  # fmt: skip
-            kmeans.train(sample)
-            sample = kmeans.centroids
-        np.save(out.path("centres.npy", count), sample)
+        np.save(out.path("centres.npy", count), k_means(sample, count) if count else sample)
+
+
+def k_means(sample: np.ndarray, count: int) -> Any:
+    """So many centres (count, width) of embeddings (rows, width), of length 1."""
+    import faiss
+
+    kmeans = faiss.Kmeans(
+        sample.shape[1], count, niter=ROUNDS, seed=0, spherical=True, min_points_per_centroid=1, max_points_per_centroid=SAMPLE
+    )
+    kmeans.train(sample)
+    return kmeans.centroids
 
 
 def members_units(job: Job, earlier: Records) -> Iterable[Unit]:

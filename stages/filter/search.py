@@ -185,7 +185,12 @@ def decide(sizes: Sequence[int], best: Callable[[int], np.ndarray], looks: Calla
         unclear.append(rows[~clear])
     if any(map(len, unclear)):
         parts = [looks(block).take(rows) for block, rows in enumerate(unclear) if len(rows)]
-        left = Looks(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("hashes", "shades", "ranks")), parts[0].tolerance)
+        left = Looks(
+            np.concatenate([part.hashes for part in parts]),
+            np.concatenate([part.shades for part in parts]),
+            np.concatenate([part.ranks for part in parts]),
+            parts[0].tolerance,
+        )
         first = left.ranks.copy()
         for block in range(len(sizes)):
             others = looks(block).take(np.flatnonzero(~second[edges[block] : edges[block + 1]]))
