@@ -96,9 +96,9 @@ def test_units_that_keep_failing_are_set_aside_and_named_when_the_rest_is_done(s
         (tmp_path / name).write_text(trap)
     with pytest.raises(StageError) as raised:
         run_stage(planned(Squares, trap=str(tmp_path), numbers=[1, 2, 3, 4, 5, 6]), store, Squares)
-    assert str(raised.value).startswith("toy-squares: square n") and "n1" in str(raised.value) and "n3" in str(raised.value)
-    assert "and 1 more" not in str(raised.value) and str(raised.value).count("\n") == 0
-    assert "square n4 (1 rows) is set aside; so are n" in str(raised.value) and ": nobody answers; what is" in str(raised.value)
+    line = str(raised.value)
+    assert line.startswith("toy-squares: square n") and all(name in line for name in ("n1", "n3", "n4"))
+    assert "and 1 more" not in line and "n4 (1 rows) failed" not in line and line.count("\n") == 0
     aside = [line for line in caplog.messages if "set aside" in line]
     assert any("n1 is set aside: ValueError: number is cursed" in line for line in aside)
     assert any("n3 is set aside: its worker died: " in line for line in aside)
