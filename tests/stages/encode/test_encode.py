@@ -183,7 +183,7 @@ def test_further_captions_have_columns_of_their_own_and_are_trained_on(store, ma
     plain = download(store, [samples])
     named = {"columns": {"caption.alt": "string", "caption.long": "string"}, "fingerprint": "d" * 24}
     manifest = plain.manifest.model_copy(update=named)
-    latents = make(Encode, store, inputs | {"rows": commit(store, manifest)}, size=SIZE, batch=4)
+    latents = make(Encode, store, inputs | {"rows": commit(store, manifest)}, size=2 * SIZE, batch=4)
     rows = {row["key"]: row for row in table_of(latents, "key", "caption", "caption.alt", "text", "text.alt", "text.long")}
     assert len(rows) == 10
     clip = ClipEncoder.load("embedded")

@@ -242,8 +242,7 @@ def test_a_shard_that_is_skipped_is_counted_and_the_others_stay_as_they_are(stor
     config = {"clip_scores": False, "preset": "none"}
     whole, before = make(Filter, store, {"rows": rows}, **config), unit_times(store, "filter")
     part = make(Filter, store, {"rows": rows}, **config, skip=["00001"])
-    after = unit_times(store, "filter")
-    assert before.items() < after.items() and len(after) == len(before) + 1, "only what looks at the shards together is another"
+    assert unit_times(store, "filter") == before, "so few shards are looked at one by one"
     assert part.manifest.fingerprint != whole.manifest.fingerprint
     assert part.files == [entry for entry in whole.files if not entry.name.startswith("00001")] != whole.files
     lost = next(entry.rows for entry in rows.files if entry.name == "00001.tar")

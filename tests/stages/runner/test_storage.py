@@ -218,8 +218,8 @@ def overwrite_the_middle(path):
 
 # What reads a table of the filter's, by what it makes.
 READ_BY = [
-    ("scores.parquet", "equal.parquet"), ("scores.parquet", "0*.tar"), ("band-07.parquet", "alike.parquet"),
-    ("equal.parquet", "drops.parquet"), ("alike.parquet", "drops.parquet"), ("drops.parquet", "0*.tar"),
+    ("scores.parquet", "looks.parquet"), ("scores.parquet", "0*.tar"), ("looks.parquet", "firsts.parquet"),
+    ("looks.parquet", "drops-00000.parquet"), ("firsts.parquet", "drops-00000.parquet"), ("drops-00000.parquet", "0*.tar"),
 ]  # fmt: skip
 
 
