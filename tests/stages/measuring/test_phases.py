@@ -85,10 +85,10 @@ def test_all_measures_share_what_is_drawn_and_an_interrupted_evaluation_ends_wit
         with whole.open(whole.file(name)) as file:
             assert min(Image.open(file).size) > 200
     # Eight of each task in units of four, and four by the untrained network; nothing twice, whoever asks for it.
-    stretches = [(samples.task, samples.untrained, start, stop) for samples, start, stop in drawn]
+    stretches = [(samples.task, samples.of, start, stop) for samples, start, stop in drawn]
     assert sorted(stretches) == sorted(
-        [(task, False, start, start + 4) for task in ("t2i", "i2t", "joint", "i", "t") for start in (0, 4)]
-        + [("t2i", True, 0, 4)]
+        [(task, "checkpoint", start, start + 4) for task in ("t2i", "i2t", "joint", "i", "t") for start in (0, 4)]
+        + [("t2i", "untrained", 0, 4)]
     )
     assert whole.manifest.stats.rows_in == whole.manifest.stats.rows_out == 5 * 8 + 4
 

@@ -22,11 +22,14 @@ REDUCED = 64
 STEPS = 2
 
 
-def reduced(config: Any) -> TrainConfig:
-    """The same training, as small as it gets: one worker, and a look at the validation loss after every step."""
+def reduced(config: Any, shrinks: int) -> TrainConfig:
+    """The same training, as small as it gets: one worker, and a look at the validation loss after every step.
+
+    `shrinks` is the pixels that stand for a number of the latents whose positions the recipe counts.
+    """
     told = {name: value for name, value in config.model_dump().items() if name in TrainConfig.model_fields}
     side = config.model.position_side
-    told["model"] |= {"width": 16, "depth": 2, "heads": 2, "position_side": side and side * 8 // REDUCED}
+    told["model"] |= {"width": 16, "depth": 2, "heads": 2, "position_side": side and side * shrinks // REDUCED}
     told["schedule"] |= {"look_every": 1, "look_samples": 4}
     if told["validation"]["fraction"]:
         told["validation"] = {"fraction": 0.2, "every": STEPS, "samples": 4}
@@ -49,10 +52,11 @@ def shards_of(nodes: Mapping[str, Node], training: Node, folder: Path) -> tuple[
 def test_the_trainings_of_a_recipe_take_their_first_steps(recipe: str, alone: None, tmp_path: Path) -> None:
     nodes = load_recipe(CONFIGS / f"{recipe}.yaml").nodes
     trainings = [node for node in nodes.values() if node.stage == "train"]
+    shrinks = 64 if any(getattr(node.config, "vae", "") == "embedded" for node in nodes.values()) else 8
     for node in trainings:
         before = node.inputs.get("init")
         job = TrainJob(
-            reduced(node.config),
+            reduced(node.config, shrinks),
             shards_of(nodes, node, tmp_path / "latents" / node.name),
             str(tmp_path / "work"),
             KeepIn(str(tmp_path / node.name)),
