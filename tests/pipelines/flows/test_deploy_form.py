@@ -117,7 +117,7 @@ def test_bounds_descriptions_choices_and_pairs_reach_the_form(demo: Recipe) -> N
     fields = node_fields(demo.nodes["train-256"])["properties"]
     assert fields["steps"]["minimum"] == 0 and "Optimizer steps" in fields["steps"]["description"]
     assert fields["precision"]["enum"] == ["fp32", "bf16", "auto"]
-    betas = fields["optimizer"]["properties"]["betas"]
+    betas = fields["optimizer"]["properties"]["rest"]["properties"]["betas"]
     assert betas["items"] == {"type": "number"} and (betas["minItems"], betas["maxItems"]) == (2, 2)
     assert recipe_form(demo)["properties"]["nodes"]["properties"]["from"]["enum"] == list(demo.nodes)
 
@@ -136,12 +136,12 @@ def test_the_form_of_a_node_shows_the_fields_that_the_file_sets_for_it_and_accep
 
 
 def test_a_changed_field_changes_that_node_alone_in_whatever_place_the_recipe_writes_it(demo: Recipe) -> None:
-    wanted = {"little-filter": {"min_side": 300}, "train-256": {"model": {"width": 64}}, "text-codec": {"steps": 7}, "export": {}}
+    wanted = {"little-filter": {"min_side": 300}, "train-256": {"model": {"width": 80}}, "text-codec": {"steps": 7}, "export": {}}
     after = values_of(changed(demo, wanted), demo.nodes)
     expected = values_of(demo, demo.nodes)
     expected["little-filter"]["min_side"] = 300
     # The demo writes this model once, with a YAML anchor, for both training stages.
-    expected["train-256"]["model"]["width"] = 64
+    expected["train-256"]["model"]["width"] = 80
     expected["text-codec"]["steps"] = 7
     assert after == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -195,9 +196,9 @@ def test_a_changed_field_of_the_form_changes_that_nodes_dataset_and_a_failure_sa
 ) -> None:
     made = world.dataset("little-select", CHANGED)
     assert made is not None and world.dataset("little-select") is None and world.dataset("little-download", CHANGED) is None
-    assert "no row is left of" in world.api("GET", f"flow_runs/{failed}")["state"]["message"]
+    assert "is set aside" in world.api("GET", f"flow_runs/{failed}")["state"]["message"]
     page.get_by_role("tab", name="Details").click()
-    page.get_by_text(re.compile("no row is left of .* run again")).first.wait_for()
+    page.get_by_text(re.compile("is set aside.* resolver or proxy that fails")).first.wait_for()
     page.get_by_role("tab", name="Task Runs").click()
     for node in ("little-select", "little-download"):
         page.get_by_role("link", name=node).first.wait_for()
@@ -236,9 +237,14 @@ def test_a_datasets_page_says_what_it_is_and_leads_to_the_run_that_made_its_inpu
 def legible(page: Any, node: str) -> float:
     """The height of a node's name in the graph of a page, in pixels of the screen."""
     text = page.locator("main svg .nodeLabel", has_text=node).first
-    text.wait_for()
     script = "e => { const s = e.closest('svg'); return parseFloat(getComputedStyle(e).fontSize) * s.getScreenCTM().a }"
-    return float(text.evaluate(script))
+    for _ in range(50):
+        text.wait_for()
+        # A page that is still being put together replaces its graph: what was found then has no size any more.
+        if not math.isnan(height := float(text.evaluate(script))):
+            return height
+        page.wait_for_timeout(100)
+    raise AssertionError(f"{node}: its name in the graph never had a size")
 
 
 def test_the_runs_page_shows_the_graph_of_its_datasets_legibly_on_a_laptop(page: Any, world: World, failed: str) -> None:
