@@ -25,8 +25,10 @@ def sample_sheet(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.1 * columns, 2.75 * len(rows)), dpi=100, facecolor="white")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
+    # Of the height that a row of pictures takes; words alone need little.
+    heights = [1.0 if any(picture for picture, _ in cells) else 0.3 for _, cells in rows]
+    figure = Figure(figsize=(2.1 * columns, 2.75 * sum(heights)), dpi=100, facecolor="white")
+    grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axes, (title, cells) in zip(grid, rows, strict=True):
         for place in axes:
             place.set_axis_off()
@@ -34,7 +36,7 @@ def sample_sheet(
         for place, (picture, caption) in zip(axes, cells, strict=False):
             lines = "\n".join(textwrap.wrap(caption, 30)[:4])
             if picture is None:
-                place.text(0.5, 0.5, lines, ha="center", va="center", fontsize=8.5, color=INK, transform=place.transAxes)
+                place.text(0.5, 1.0, lines, ha="center", va="top", fontsize=8.5, color=INK, transform=place.transAxes)
                 continue
             place.imshow(picture)
             place.text(0.5, -0.04, lines, ha="center", va="top", fontsize=7.5, color=INK, transform=place.transAxes)
