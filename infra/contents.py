@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from fsspec.archive import AbstractArchiveFileSystem
 
+from infra.hashing import FOLDER, cluster, digests_by
 from infra.queries import unmarked
 from infra.store import Store, StoreError
 
@@ -29,10 +30,9 @@ TAGS = (
     "md5Checksum", "md5", "checksum", "generation", "version_id", "VersionId",
     "Last-Modified", "last_modified", "mtime", "modificationTime", "updated", "modifiedTime",
 )  # fmt: skip
-FOLDER = ".state/contents"
 # Files that are read beside each other; a connection seldom fills the line.
-AT_ONCE = 8
-# So many bytes take long enough to say so.
+AT_ONCE = 16
+# So many bytes take long enough to say so, and to have a cluster read them where there is one.
 MANY = 2**30
 
 
@@ -54,13 +54,24 @@ def remote_digests(fs: Any, paths: Mapping[str, str], store: Store) -> dict[str,
     size = sum(told[address]["size"] or 0 for address in unknown)
     if size > MANY:
         log.warning("%s: reading %d files, %.1f GB, to know their content; once", unknown[0], len(unknown), size / 1e9)
-    # Members of one archive share its handle.
-    with ThreadPoolExecutor(AT_ONCE if getattr(fs, "async_impl", False) else 1) as pool:
-        for address, digest in zip(unknown, pool.map(lambda address: _sha256(fs, paths[address]), unknown), strict=True):
+    # What was read before a Ctrl-C need not be read again.
+    try:
+        for address, digest in zip(unknown, _read(fs, [paths[name] for name in unknown], unknown, size, store), strict=True):
             digests[address] = digest
             memory.put(names[address], stamps[address], digest)
-    memory.keep()
+    finally:
+        memory.keep()
     return digests
+
+
+def _read(fs: Any, paths: Sequence[str], names: Sequence[str], size: int, store: Store) -> Iterator[str]:
+    """sha256 of files in their order, by whoever is nearest to them."""
+    if size > MANY and (address := cluster()) is not None and not store.local:
+        yield from digests_by(address, names, store)
+        return
+    # Members of one archive share its handle.
+    with ThreadPoolExecutor(AT_ONCE if getattr(fs, "async_impl", False) else 1) as pool:
+        yield from pool.map(lambda path: _sha256(fs, path), paths)
 
 
 def stamp(fs: Any, info: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +12,7 @@ import boto3
 import pytest
 
 from benchmarks.counted import BUCKET, Counted
+from infra import hashing
 from infra.dataset import Dataset, find
 from infra.external import resolve
 from infra.queries import QUERIES
@@ -93,6 +96,39 @@ def test_a_file_is_read_once_for_all_plans_and_signatures(
     assert not [path for path in s3.paths if path.endswith(FILE)]
     boto3.client("s3").put_object(Bucket=BUCKET, Key=f"put/{FILE}", Body=b"other")
     assert plan(recipe_of(tmp_path, copies["put"]), Store(str(root)))[NODE].fingerprint not in first
+
+
+def test_a_cluster_reads_what_is_large(s3: Counted, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tasks, which the members of an archive stand in for: a worker of this Ray does not know the S3 server."""
+    asked: list[str] = []
+
+    class Jobs:
+        def __init__(self, address: str, token: str | None) -> None:
+            asked.append(address)
+
+        def submit(self, job: str, entrypoint: str, environment: dict[str, str]) -> None:
+            assert entrypoint.startswith("python -m infra.hashing ")
+            hashing.main(entrypoint.split()[3:])
+
+        def ended(self, job: str) -> bool:
+            return True
+
+    monkeypatch.setattr(hashing, "RayJobs", Jobs)
+    monkeypatch.setattr("infra.contents.MANY", 3)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")
+    contents = {"a.txt": b"one", "b.txt": b"two"}
+    with zipfile.ZipFile(tmp_path / "lists.zip", "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    store = Store(f"s3://{BUCKET}/large")
+    store.write(".state/begun", b"")
+    for _ in range(2):
+        found = resolve([f"zip://*.txt::{tmp_path}/lists.zip"], store)
+        assert list(found.values()) == [hashlib.sha256(content).hexdigest() for content in contents.values()]
+    assert asked == ["http://head:8265"], "once"
+    assert len(store.list(hashing.FOLDER)) == 1, "what was asked and answered is gone"
+    resolve([f"zip://*.txt::{tmp_path}/lists.zip"], Store(str(tmp_path / "store")))
+    assert len(asked) == 1, "a cluster cannot write where this machine's store is"
 
 
 def test_a_signature_is_written_nowhere(
