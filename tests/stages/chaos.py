@@ -189,8 +189,13 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         seconds = [row["seconds"] for row in of]
         told.append(
             {
-                "stage": stage, "fault": fault, "rounds": len(of), "equal": sum(row["equal"] for row in of),
-                "came_in_time": sum(row["came"] for row in of), "seconds": median(seconds), "longest": max(seconds),
+                "stage": stage,
+                "fault": fault,
+                "rounds": len(of),
+                "equal": sum(row["equal"] for row in of),
+                "came_in_time": sum(row["came"] for row in of),
+                "seconds": median(seconds),
+                "longest": max(seconds),
             }  # fmt: skip
         )
     return told

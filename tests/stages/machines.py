@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from unittest.mock import patch
 
 import psutil
 
@@ -25,12 +25,12 @@ START = """
 mount -t tmpfs tmpfs /tmp && ip link set lo up || exit 1
 until ip link set {wire} up 2>/dev/null; do sleep 0.1; done
 ip address add {address}/24 dev {wire} || exit 1
-until {ray} start --address={cluster} --node-ip-address={address} --num-cpus=1 --object-store-memory=100000000 \
-    --dashboard-agent-grpc-port={agent} --dashboard-agent-listen-port={listen} --runtime-env-agent-port={runtime} \
-    --metrics-export-port={metrics} --block; do sleep 1; done
+until {python} -c '{light}' start --address={cluster} --node-ip-address={address} --num-cpus=1 \
+    --object-store-memory=100000000 --block; do sleep 1; done
 """
-# Where they are told Ray does not wait for those that its helpers choose, nor gives up if that takes a busy machine long.
-PORTS = {"agent": 7001, "listen": 7002, "runtime": 7003, "metrics": 7004}
+# Ray waits fifteen seconds for its agent to begin, which imports a lot, unless there is nothing to import it for.
+LIGHT = "ray._private.utils.get_dashboard_dependency_error"
+STARTS = f"import ray.scripts.scripts as starts, ray._private.utils; {LIGHT} = lambda: 1; starts.main()"
 # Seconds that Ray may take to find that a machine is there, or is not: it asks one that does not answer for a minute.
 PATIENCE = 240.0
 
@@ -65,8 +65,7 @@ class Machine:
     def __init__(self, cluster: str) -> None:
         number = next(self.numbers)
         self.address, self.outer, wire = f"{NETWORK}.{number}", f"outer{number}", f"wire{number}"
-        ray = Path(sys.executable).with_name("ray")
-        script = START.format(wire=wire, address=self.address, cluster=cluster, ray=ray, **PORTS)
+        script = START.format(wire=wire, address=self.address, cluster=cluster, python=sys.executable, light=STARTS)
         self.process = subprocess.Popen([*ENTER, "sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(lambda: namespace(self.process.pid) != namespace("self"), "no network namespace")
         ip("link", "add", self.outer, "type", "veth", "peer", "name", wire, "netns", str(self.process.pid))
@@ -132,12 +131,9 @@ def head() -> Iterator[str]:
     """Ray's head, without CPUs; gives its address."""
     from ray.cluster_utils import Cluster
 
-    arguments: dict[str, Any] = {
-        "num_cpus": 0, "include_dashboard": False, "node_ip_address": HEAD,
-        "metrics_agent_port": PORTS["agent"], "dashboard_agent_listen_port": PORTS["listen"],
-        "runtime_env_agent_port": PORTS["runtime"], "metrics_export_port": PORTS["metrics"],
-    }  # fmt: skip
-    cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    arguments = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": HEAD}
+    with patch(LIGHT, lambda: 1):
+        cluster = Cluster(initialize_head=True, head_node_args=arguments)
     try:
         yield cluster.address
     finally:
