@@ -16,7 +16,7 @@ SECONDS = 16.0
 
 @pytest.fixture
 def out_of_order(s3, bucket, monkeypatch):
-    """From now on the server answers 503 for as long as those who ask again have waited less than so many seconds; nobody waits."""
+    """The server answers 503 until those who ask again have waited for so many seconds, which nobody really does."""
     waited, sleep = [0.0], asyncio.sleep
 
     async def at_once(seconds, *more):
