@@ -20,12 +20,13 @@ import json
 import logging
 import os
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,9 +36,9 @@ import torch
 
 from benchmarks.counted import KEYS, Counted, counted_s3
 from benchmarks.frame import machine
+from infra.dataset import Dataset
 from infra.store import Store
 from stages.runner.run import run_stage
-from stages.runner.worker import PoolWorker
 from tests.stages import killed
 from tests.stages.machines import HEAD, Machine, head, network
 from tests.stages.scenes import Scene, Scenes, found
@@ -47,41 +48,10 @@ STAGES = ("select", "download", "filter", "encode", "train")
 FAULTS = ("killed", "added", "busy", "cut")
 MACHINES = 2
 BUSY, CUT = 10.0, 30.0
-# Seconds that a unit and a step take longer than they would, so that there is something to disturb.
-UNIT, STEP = 1.0, 0.3
 # Seconds after which a run that is not over is taken to hang.
 HANGS = 600.0
 # The part of an undisturbed run in which the fault comes.
 WITHIN = 0.8
-
-
-def slow() -> None:
-    """In every worker: units and steps take their time, half of it before anything is done."""
-    done = PoolWorker._done
-
-    def slowly(self: PoolWorker, worker: Any, unit: Any, key: str, give_room: Callable[[], None]) -> Any:
-        class Slow:
-            def run(self, unit: Any, out: Any) -> None:
-                time.sleep(UNIT / 2)
-                worker.run(unit, out)
-                time.sleep(UNIT / 2)
-
-        return done(self, Slow(), unit, key, give_room)
-
-    PoolWorker._done = slowly  # type: ignore[method-assign]
-
-
-def slow_steps() -> None:
-    """The same for a training."""
-    from training.loop import _Run
-
-    loss = _Run._loss
-
-    def slowly(self: _Run, *arguments: Any) -> Any:
-        time.sleep(STEP)
-        return loss(self, *arguments)
-
-    _Run._loss = slowly  # type: ignore[method-assign]
 
 
 class Stand:
@@ -123,7 +93,7 @@ def driver(cluster: str, stage: str) -> Iterator[None]:
     import ray
 
     variables = {name: os.environ[name] for name in (*KEYS, "AWS_ENDPOINT_URL")} | {"PYTHONPATH": str(ROOT)}
-    hook = f"tests.stages.chaos.{'slow_steps' if stage == 'train' else 'slow'}"
+    hook = f"tests.stages.paced.{'steps' if stage == 'train' else 'units'}"
     ray.init(
         address=cluster, _node_ip_address=HEAD, log_to_driver=False,
         runtime_env={"env_vars": variables, "worker_process_setup_hook": hook},
@@ -132,6 +102,20 @@ def driver(cluster: str, stage: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def aside(work: Callable[[], Dataset]) -> Future[Dataset]:
+    """Do it in a thread that the process does not wait for at its end."""
+    done: Future[Dataset] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return done
 
 
 def begun(store: Store, stage: str) -> bool:
@@ -145,23 +129,23 @@ def played(scene: Scene, store: Store, disturb: Callable[[], None], after: float
         store.write(path, scene.store.read(path))
     start = time.monotonic()
     row: dict[str, Any] = {"after": round(after, 1), "came": False}
-    with ThreadPoolExecutor(1) as aside:
-        running: Future[Any] = aside.submit(run_stage, scene.planned, store, scene.stage)
-        while not running.done() and not begun(store, scene.stage.name):
-            time.sleep(0.1)
-        first = time.monotonic()
-        while not running.done() and time.monotonic() < first + after:
-            time.sleep(0.05)
-        row["came"] = not running.done()
-        disturb()
-        try:
-            row["equal"] = found(running.result(HANGS)) == scene.wanted
-        except TimeoutError:
-            print(f"{scene.stage.name}: hangs after {row}", flush=True)
-            # The thread can't be ended, and nothing after it would mean anything.
-            os._exit(1)
-        except Exception as error:
-            row |= {"equal": False, "error": " ".join(str(error).split())[:300]}
+    running = aside(lambda: run_stage(scene.planned, store, scene.stage))
+    while not running.done() and not begun(store, scene.stage.name):
+        time.sleep(0.1)
+    first = time.monotonic()
+    while not running.done() and time.monotonic() < first + after:
+        time.sleep(0.05)
+    row["came"] = not running.done()
+    disturb()
+    try:
+        row["equal"] = found(running.result(HANGS)) == scene.wanted
+    except TimeoutError:
+        # It cannot be ended, so nothing after it would mean anything.
+        raise SystemExit(
+            f"{scene.stage.name} is not over {HANGS:.0f} s after what came {after:.1f} s after its beginning"
+        ) from None
+    except Exception as error:
+        row |= {"equal": False, "error": " ".join(str(error).split())[:300]}
     ended = time.monotonic()
     return row | {"seconds": round(ended - start, 1), "worked": round(ended - first, 1)}
 
@@ -233,20 +217,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the result there")
     arguments = parser.parse_args()
+    # What it has begun ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     os.environ["RAY_worker_niceness"] = "0"
-    rows, where = [], machine(torch.device("cpu"))
-    say = partial(print, flush=True)
+    command = f"unshare --net python -m tests.stages.chaos FOLDER --rounds {arguments.rounds} --seed {arguments.seed}"
+    facts = {"command": command, "machine": machine(torch.device("cpu")), "isolation": "network, process and mount namespaces"}
+    rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         for row in play(arguments, stack):
-            say(json.dumps(row))
+            print(json.dumps(row), flush=True)
             rows.append(row)
-    told = summary(rows)
-    command = ["unshare --net python -m tests.stages.chaos FOLDER", *sys.argv[2:]]
-    facts = {"command": " ".join(command), "machine": where, "network": "namespaces", "pairs": told}
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    sys.exit(any(row["equal"] < row["rounds"] for row in told))
+            # What was found stays where a later run hangs.
+            if arguments.json:
+                record = {**facts, "pairs": summary(rows), "rows": rows}
+                arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    sys.exit(not all(row["equal"] for row in rows))
 
 
 if __name__ == "__main__":

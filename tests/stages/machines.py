@@ -19,7 +19,7 @@ import psutil
 
 BRIDGE, NETWORK = "machines", "10.77.0"
 HEAD = f"{NETWORK}.1"
-ENTER = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
+ENTER = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 # The wire comes from outside, a moment later.
 START = """
 mount -t tmpfs tmpfs /tmp && ip link set lo up || exit 1
@@ -131,7 +131,9 @@ def head() -> Iterator[str]:
     """Ray's head, without CPUs; gives its address."""
     from ray.cluster_utils import Cluster
 
-    arguments = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": HEAD}
+    arguments = {
+        "num_cpus": 0, "include_dashboard": False, "node_ip_address": HEAD, "include_log_monitor": False, "no_monitor": True,
+    }  # fmt: skip
     with patch(LIGHT, lambda: 1):
         cluster = Cluster(initialize_head=True, head_node_args=arguments)
     try:
