@@ -63,7 +63,8 @@ chaos: setup
 	$(PY) -m tests.training.chaos $$(mktemp -d) --kills 20 --json docs/results/chaos-checkpoints.json
 	$(PY) -m tests.pipelines.chaos data $$(mktemp -d) --kills 50 --json docs/results/chaos-data.json
 	$(PY) -m tests.pipelines.chaos deployed $$(mktemp -d) --kills 32 --json docs/results/chaos-deployed.json
-	unshare --net $(PY) -m tests.stages.chaos $$(mktemp -d) --rounds 3 --json docs/results/chaos-nodes.json
+	unshare --net --pid --fork --kill-child --mount-proc \
+		$(PY) -m tests.stages.chaos $$(mktemp -d) --rounds 3 --json docs/results/chaos-nodes.json
 
 # Three hundred small faults, drawn by a seed, each against the tests that run its line: hours on 2 cores, resumable.
 mutants: setup

@@ -1,6 +1,6 @@
 """Machines of a cluster that are lost and come, and a store that is out of order, while a node is made.
 
-`unshare --net python -m tests.stages.chaos FOLDER --rounds 10 --json FILE`
+`unshare --net --pid --fork --kill-child --mount-proc python -m tests.stages.chaos FOLDER --rounds 3 --json FILE`
 
 The cluster is a head without CPUs and two machines of one CPU, see `tests.stages.machines`; the store is on an S3 server. Each
 node is made once undisturbed, and then in every round once with each of these, at a random moment:
@@ -40,7 +40,7 @@ from infra.dataset import Dataset
 from infra.store import Store
 from stages.runner.run import run_stage
 from tests.stages import killed
-from tests.stages.machines import HEAD, Machine, head, network
+from tests.stages.machines import ALONE, HEAD, Machine, head, network
 from tests.stages.scenes import Scene, Scenes, found
 
 ROOT = Path(__file__).parent.parent.parent
@@ -162,7 +162,6 @@ def rounds_of(scene: Scene, stand: Stand, faults: list[str], rounds: int) -> Ite
             after = stand.chance.uniform(0, WITHIN * calm["worked"])
             store = Store(f"s3://data/{name}-{fault}-{number}")
             yield {"stage": name, "fault": fault, "round": number, **played(scene, store, getattr(stand, fault), after)}
-            store.remove("")
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -211,7 +210,7 @@ def main() -> None:
         prog="python -m tests.stages.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="an empty folder to work in")
-    parser.add_argument("--rounds", type=int, default=10, help="of every stage with every fault")
+    parser.add_argument("--rounds", type=int, default=3, help="of every stage with every fault")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
     parser.add_argument("--seed", type=int, default=0)
@@ -221,7 +220,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     os.environ["RAY_worker_niceness"] = "0"
-    command = f"unshare --net python -m tests.stages.chaos FOLDER --rounds {arguments.rounds} --seed {arguments.seed}"
+    command = f"{ALONE} python -m tests.stages.chaos FOLDER --rounds {arguments.rounds} --seed {arguments.seed}"
     facts = {"command": command, "machine": machine(torch.device("cpu")), "isolation": "network, process and mount namespaces"}
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:

@@ -1,6 +1,7 @@
 """A Ray cluster whose machines are namespaces of this one: each has a network address, processes and a /tmp of its own.
 
-It wants root on Linux, and a network namespace for itself: run it by ``unshare --net``.
+It wants root on Linux, and namespaces for itself, so that nothing is left of it and no network of this machine is touched: run it
+by ``unshare --net --pid --fork --kill-child --mount-proc``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import psutil
+from ray.cluster_utils import Cluster
 
+ALONE = "unshare --net --pid --fork --kill-child --mount-proc"
 BRIDGE, NETWORK = "machines", "10.77.0"
 HEAD = f"{NETWORK}.1"
 ENTER = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -26,7 +29,7 @@ mount -t tmpfs tmpfs /tmp && ip link set lo up || exit 1
 until ip link set {wire} up 2>/dev/null; do sleep 0.1; done
 ip address add {address}/24 dev {wire} || exit 1
 until {python} -c '{light}' start --address={cluster} --node-ip-address={address} --num-cpus=1 \
-    --object-store-memory=100000000 --block; do sleep 1; done
+    --object-store-memory=100000000 --include-log-monitor=False --block; do sleep 1; done
 """
 # Ray waits fifteen seconds for its agent to begin, which imports a lot, unless there is nothing to import it for.
 LIGHT = "ray._private.utils.get_dashboard_dependency_error"
@@ -115,7 +118,7 @@ class Machine:
 def network() -> Iterator[None]:
     """What machines are wired to, with the address `HEAD` for this process."""
     if len(Path("/proc/self/net/route").read_text().splitlines()) > 1:
-        raise SystemExit("it makes networks: run it as root, as `unshare --net python -m ...`")
+        raise SystemExit(f"it makes networks: run it as root, as `{ALONE} python -m ...`")
     ip("link", "set", "lo", "up")
     ip("link", "add", BRIDGE, "type", "bridge")
     ip("address", "add", f"{HEAD}/24", "dev", BRIDGE)
@@ -129,14 +132,22 @@ def network() -> Iterator[None]:
 @contextmanager
 def head() -> Iterator[str]:
     """Ray's head, without CPUs; gives its address."""
-    from ray.cluster_utils import Cluster
-
-    arguments = {
-        "num_cpus": 0, "include_dashboard": False, "node_ip_address": HEAD, "include_log_monitor": False, "no_monitor": True,
-    }  # fmt: skip
-    with patch(LIGHT, lambda: 1):
-        cluster = Cluster(initialize_head=True, head_node_args=arguments)
+    cluster = _head(tries=5)
     try:
         yield cluster.address
     finally:
         cluster.shutdown()
+
+
+def _head(tries: int) -> Cluster:
+    arguments = {
+        "num_cpus": 0, "include_dashboard": False, "node_ip_address": HEAD, "include_log_monitor": False, "no_monitor": True,
+    }  # fmt: skip
+    try:
+        with patch(LIGHT, lambda: 1):
+            return Cluster(initialize_head=True, head_node_args=arguments)
+    # Ray gives itself half a minute, which a busy machine may take for less.
+    except Exception:
+        if tries == 1:
+            raise
+    return _head(tries - 1)

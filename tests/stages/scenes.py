@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ class Scenes:
         for number in range(UNITS):
             rows, buffer = laion_rows(200, seed=number), io.BytesIO()
             columns = {name: [row[name] for row in rows] for name in rows[0]}
-            pq.write_table(pq.pa.table(columns), buffer)
+            pq.write_table(pa.table(columns), buffer)
             self.outside.write(f"metadata/part-{number}.parquet", buffer.getvalue())
         metadata = [self.outside.url("metadata/part-*.parquet")]
         return self.made(Select, Store(str(folder / "store")), {}, metadata=metadata, min_side=256, shard_rows=64)
