@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from unittest.mock import patch
@@ -84,8 +84,14 @@ class Machine:
 
     def works(self) -> bool:
         """Whether one of its workers is somebody's."""
-        words = [" ".join(process.cmdline()) for process in self.processes()]
-        return any(each.startswith("ray::") and not each.startswith("ray::IDLE") for each in words)
+        for process in self.processes():
+            with suppress(psutil.Error):
+                words = " ".join(process.cmdline())
+                if words.startswith("ray::") and not words.startswith(
+                    ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+                ):
+                    return True
+        return False
 
     def kill(self) -> None:
         """All its processes and its network, at once and without a word to anyone."""
