@@ -34,6 +34,8 @@ until {python} -c '{light}' start --address={cluster} --node-ip-address={address
 # Ray waits fifteen seconds for its agent to begin, which imports a lot, unless there is nothing to import it for.
 LIGHT = "ray._private.utils.get_dashboard_dependency_error"
 STARTS = f"import ray.scripts.scripts as starts, ray._private.utils; {LIGHT} = lambda: 1; starts.main()"
+# How processes of Ray call themselves that do nobody's work.
+AT_REST = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 # Seconds that Ray may take to find that a machine is there, or is not: it asks one that does not answer for a minute.
 PATIENCE = 240.0
 
