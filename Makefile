@@ -57,11 +57,14 @@ test-trainer: setup
 	$(PY) -m tests.training.equal --json docs/results/trainer-equal.json
 
 # Kills at random moments, fifty over select, download and filter, 32 over whole recipes as deployments, twenty while checkpoints
-# are written: an hour.
+# are written: an hour. Then sixty runs of select, download, filter, encode and train on a cluster that loses a machine, gets one or
+# is cut from one, or whose store is out of order: some hours. These make networks, so they want root and Linux.
 chaos: setup
 	$(PY) -m tests.training.chaos $$(mktemp -d) --kills 20 --json docs/results/chaos-checkpoints.json
 	$(PY) -m tests.pipelines.chaos data $$(mktemp -d) --kills 50 --json docs/results/chaos-data.json
 	$(PY) -m tests.pipelines.chaos deployed $$(mktemp -d) --kills 32 --json docs/results/chaos-deployed.json
+	unshare --net --pid --fork --kill-child --mount-proc \
+		$(PY) -m tests.stages.chaos $$(mktemp -d) --rounds 3 --json docs/results/chaos-nodes.json
 
 # Three hundred small faults, drawn by a seed, each against the tests that run its line: hours on 2 cores, resumable.
 mutants: setup

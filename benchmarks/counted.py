@@ -22,18 +22,22 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAU
 
 @dataclass
 class Counted:
-    """What was asked of the server since `forget`: requests, bytes of its answers, and the paths of what was fetched."""
+    """What was asked of the server since `forget`: requests, bytes of its answers, and the paths of what was fetched.
+
+    While `busy` says so it answers 503, and does nothing.
+    """
 
     requests: int = 0
     bytes: int = 0
     paths: list[str] = field(default_factory=list)
+    busy: Callable[[], bool] = lambda: False
 
     def forget(self) -> None:
         self.requests, self.bytes, self.paths = 0, 0, []
 
 
 @contextmanager
-def counted_s3() -> Iterator[Counted]:
+def counted_s3(address: str = "127.0.0.1") -> Iterator[Counted]:
     """A server with an empty bucket `data`, which this process's S3 file systems use while here."""
     counted, answer = Counted(), DomainDispatcherApplication.__call__
     # A line a request takes longer than the request.
@@ -48,13 +52,16 @@ def counted_s3() -> Iterator[Counted]:
                 counted.paths.append(environ["PATH_INFO"])
             return start_response(status, headers, *more)
 
+        if counted.busy():
+            start_response("503 Service Unavailable", [("Content-Length", "0")])
+            return []
         found: Iterable[bytes] = answer(self, environ, starts)
         return found
 
     # What an earlier server of this process held is not here.
     BackendDict.reset()
     with patch.object(DomainDispatcherApplication, "__call__", counting):
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server = ThreadedMotoServer(ip_address=address, port=0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()
         with patch.dict(os.environ, {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}):

@@ -68,6 +68,9 @@ class _Lease:
             found, now = self._found(), time.monotonic()
             if found is None:
                 continue
+            if found["holder"] == self.holder:
+                # A PUT that was made again, for its answer was lost, found what it had put.
+                break
             if found != seen:
                 seen, since = found, now
             ended = now - since > EXPIRES or time.time() - found["renewed"] > EXPIRES + CLOCKS

@@ -11,7 +11,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from fsspec.asyn import sync
+
+# By name, so that s3fs is imported where it is used.
+for _protocol in ("s3", "s3a"):
+    fsspec.register_implementation(_protocol, "infra.s3_again.S3FileSystem", clobber=True, errtxt="Install s3fs to access S3")
 
 # Bytes of a part of a file that is sent in parts; there may be 10,000 of them.
 PART = 2**25

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from infra.dataset import Dataset
-from infra.external import resolve
 from infra.store import Store
-from stages.runner.contract import Stage, digest_of, result_fields
-from stages.runner.graph import Planned
+from stages.runner.contract import Stage
 from stages.runner.run import run_stage
 from tests.stages import killed
+from tests.stages.planning import planned_of
 
 
 @pytest.fixture
@@ -35,23 +34,7 @@ def make() -> Callable[..., Dataset]:
     """(stage, store, inputs, **config) -> the node's dataset, planned as `stages.runner.graph.plan` does."""
 
     def make(stage: type[Stage], store: Store, inputs: dict[str, Dataset] | None = None, **config: Any) -> Dataset:
-        model = stage.Config.model_validate(config)
-        references = {name: dataset.manifest.reference() for name, dataset in (inputs or {}).items()}
-        sources, weights = resolve(stage.sources(model), store), stage.weights(model)
-        lists = {part: resolve(patterns, store) for part, patterns in stage.lists(model).items()}
-        stage.check(model, sources, lists)
-        content = [
-            sorted((address.rsplit("/", 1)[-1], digest) for address, digest in found.items())
-            for found in (sources, *lists.values())
-        ]
-        before = {name: reference.fingerprint for name, reference in references.items()}
-        fingerprint = digest_of([stage.name, stage.version, result_fields(model), before, content, weights])
-        names = {name: name for name in references}
-        planned = Planned(
-            "test", f"test-{stage.name}", stage.name, model, references, names, sources, weights, 0, fingerprint,
-            lists=lists,
-        )  # fmt: skip
-        return run_stage(planned, store, stage)
+        return run_stage(planned_of(stage, store, inputs or {}, config), store, stage)
 
     return make
 

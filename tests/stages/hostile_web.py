@@ -287,7 +287,7 @@ def served(server: Server) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
-        yield f"127.0.0.1:{server.server_port}"
+        yield f"{server.server_address[0]}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()
@@ -295,8 +295,8 @@ def served(server: Server) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def hostile_web() -> Iterator[str]:
+def hostile_web(address: str = "127.0.0.1") -> Iterator[str]:
     """The pages of `STATUS`; gives ``host:port``."""
     Handler.asked.clear()
-    with served(Server(("127.0.0.1", 0), Handler)) as place:
+    with served(Server((address, 0), Handler)) as place:
         yield place
