@@ -108,6 +108,7 @@ def test_lines_of_a_file_are_captions_of_their_own_where_they_have_names(tmp_pat
     assert dataset.manifest.columns["caption.alt"] == "string"
 
 
+@pytest.mark.usefixtures("in_process")
 def test_where_it_lies_changes_nothing_and_one_more_file_changes_one_shard(tmp_path, store, make, corpus, digests):
     first = make(Folder, store, images=[str(corpus / "**" / "*.jpg")], shard_rows=4)
     moved = shutil.move(corpus, tmp_path / "elsewhere")

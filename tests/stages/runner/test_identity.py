@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
+import io
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -117,17 +118,19 @@ def test_a_cluster_reads_what_is_large(s3: Counted, ray_cluster: None, tmp_path:
     monkeypatch.setattr("infra.contents.MANY", 3)
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")
     contents = {"a.txt": b"one", "b.txt": b"two"}
-    with zipfile.ZipFile(tmp_path / "lists.zip", "w") as archive:
+    with tarfile.open(tmp_path / "lists.tar", "w") as archive:
         for name, content in contents.items():
-            archive.writestr(name, content)
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     store = Store(f"s3://{BUCKET}/large")
     store.write(".state/begun", b"")
     for _ in range(2):
-        found = resolve([f"zip://*.txt::{tmp_path}/lists.zip"], store)
+        found = resolve([f"tar://*.txt::{tmp_path}/lists.tar"], store)
         assert list(found.values()) == [hashlib.sha256(content).hexdigest() for content in contents.values()]
     assert asked == ["http://head:8265"], "once"
     assert len(store.list(hashing.FOLDER)) == 1, "what was asked and answered is gone"
-    resolve([f"zip://*.txt::{tmp_path}/lists.zip"], Store(str(tmp_path / "store")))
+    resolve([f"tar://*.txt::{tmp_path}/lists.tar"], Store(str(tmp_path / "store")))
     assert len(asked) == 1, "a cluster cannot write where this machine's store is"
 
 
