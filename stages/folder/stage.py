@@ -182,11 +182,17 @@ def _units(job: Job, earlier: Records) -> Iterable[Unit]:
         yield Unit(digest[:12], (digest,), {"pairs": [tuple(pair) for pair in shard]}, len(shard))
 
 
+def _resources(config: FolderConfig) -> Resources:
+    return Resources(config.cpus, 0, config.workers)
+
+
 class Folder(Stage):
     name = "folder"
     version = 3
     Config = FolderConfig
-    phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
+    phases = (
+        Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers), takes_sources=False),
+    )
 
     @classmethod
     def sources(cls, config: FolderConfig) -> list[str]:
