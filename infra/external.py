@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -13,16 +12,9 @@ import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from infra.contents import remote_digests
 from infra.listing import Listing, OutsideError, readable
 from infra.store import Store, sha256_of, stays_below
-
-# What file systems call a tag that changes with the content, then what they call the moment of the last change; the first that is
-# there counts. (Amazon and HTTP; Azure and Google; Hugging Face; GitHub; git; Dropbox; Google Drive; others.)
-TAGS = (
-    "ETag", "etag", "md5Hash", "LastModified", "Content-MD5", "Digest", "blob_id", "xet_hash", "sha", "hex", "content_hash",
-    "md5Checksum", "md5", "checksum", "generation", "version_id", "VersionId",
-    "Last-Modified", "last_modified", "mtime", "modificationTime", "updated", "modifiedTime",
-)  # fmt: skip
 
 
 def state_folder(store: Store) -> Path:
@@ -42,8 +34,8 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
     What exists under just this name is no glob. Below a glob, the ending matches in capitals too; folders, hidden files, markers
     and what cannot be read as a file are passed over, counted and logged, and so are images of other endings.
 
-    A local file counts by its sha256 (remembered by size and the times of its last change). A remote one counts by its size and
-    what its file system tells of its content or its last change; where that is nothing, it is read, and counts by its sha256.
+    A file counts by the sha256 of its content, wherever it lies. That is remembered: of a local one by its size and the times of
+    its last change, of a remote one by its size and what its file system tells of its content or its last change.
 
     Raises:
         FileNotFoundError: a pattern matches nothing; the message names it.
@@ -57,7 +49,7 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
             found |= _local_digests(pattern, paths, _state(store) / "digests.json")
             continue
         with readable(pattern):
-            found |= {_address(fs, path, pattern): _remote_digest(fs, path) for path in paths}
+            found |= remote_digests(fs, {_address(fs, path, pattern): path for path in paths}, store)
     listing.say_left_out()
     return dict(sorted(found.items()))
 
@@ -105,31 +97,6 @@ def _address(fs: Any, path: str, pattern: str) -> str:
         return str(fs.unstrip_protocol(path))
     protocol = pattern.partition("://")[0]
     return f"{protocol}://{path}::{pattern.partition('::')[2]}"
-
-
-def _remote_digest(fs: Any, path: str) -> str:
-    info = fs.info(path)
-    tag = _tag(fs, info)
-    if tag is not None:
-        return f"{info['size']}:{tag}"
-    with fs.open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _tag(fs: Any, info: dict[str, Any]) -> str | None:
-    """What tells this content from another, or None.
-
-    A weak ETag promises no more than a like meaning. Archives may hold made-up times: only a ZIP's checksum says something. The
-    time that FTP's LIST gives loses its minutes with the years.
-    """
-    if isinstance(fs, AbstractArchiveFileSystem):
-        return f"{info['CRC']:08x}" if "CRC" in info else None
-    for name in TAGS:
-        value = str(info[name]).strip('"') if info.get(name) else ""
-        if value and not value.startswith("W/"):
-            return value
-    moment = str(info.get("modify", ""))
-    return moment if moment.replace(".", "").isdecimal() else None
 
 
 def _local_digests(pattern: str, paths: list[str], cache: Path) -> dict[str, str]:

@@ -15,7 +15,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from infra.external import _remote_digest, fetch_outside, resolve
+from infra.contents import remote_digests
+from infra.external import fetch_outside, resolve
 from infra.listing import OutsideError
 from infra.store import Store
 
@@ -81,26 +82,27 @@ def test_a_web_file_of_the_same_size_counts_as_changed(web: str, store: Store, m
         (digest,) = resolve([f"{web}/list.txt"], store).values()
         assert resolve([f"{web}/list.txt"], store) == {f"{web}/list.txt": digest}
         digests.append(digest)
-    assert digests[0] != digests[1]
-    if name in ("nothing", "weak-etag"):
-        assert digests == [hashlib.sha256(content).hexdigest() for content in (ONE, TWO)]
-    if name == "time":
-        assert digests == [f"12:{EARLY}", f"12:{LATE}"], "nothing is read"
-    if name == "etag":
-        assert digests == ["12:a", "12:b"], "as older datasets hold it"
+    assert digests == [hashlib.sha256(content).hexdigest() for content in (ONE, TWO)]
 
 
 class Told:
-    """A file system that tells what the real one of that name tells (`info` of its implementation), and does not read."""
+    """A file system that tells what the real one of that name tells (`info` of its implementation), and counts what is read."""
 
-    def __init__(self, info: dict[str, Any]):
+    def __init__(self, info: dict[str, Any], content: bytes = ONE):
         self.told = {"name": "x", "size": 12, "type": "file", **info}
+        self.content, self.read = content, 0
 
     def info(self, path: str) -> dict[str, Any]:
         return self.told
 
     def open(self, path: str, mode: str) -> Any:
-        return io.BytesIO(self.told["content"])
+        self.read += 1
+        return io.BytesIO(self.content)
+
+
+def digest_there(fs: Told, store: Store) -> str:
+    """Of the one file that it tells of."""
+    return remote_digests(fs, {"told://folder/x": "x"}, store)["told://folder/x"]
 
 
 TELLS = {
@@ -119,24 +121,35 @@ TELLS = {
     "ftp": {"modify": "20260101100000"},
     "s3-without-tags": {"ETag": "", "LastModified": "2026-01-01"},
 }
-TAG = {"s3": "9b2c", "gcs": "CJ", "abfs": "0x8D", "s3-without-tags": "2026-01-01", "webhdfs": "1700000000000"}
 
 
 @pytest.mark.parametrize("name", TELLS)
-def test_what_a_file_system_tells_of_the_content_or_its_time_decides(name: str):
+def test_a_file_is_read_once_for_all_that_a_file_system_tells_of_its_content_or_its_time(name: str, store: Store):
+    Path(store.root).mkdir()
     told = TELLS[name]
-    digest = _remote_digest(Told(told), "x")
-    assert digest == f"12:{TAG.get(name, next(iter(told.values())))}"
-    first = next(key for key, value in told.items() if value)
-    other = told[first] + 1 if isinstance(told[first], int | float) else told[first].replace("2026", "2027") + "0"
-    assert _remote_digest(Told(told | {first: other}), "x") != digest
+    first, again = Told(told), Told(told)
+    assert digest_there(first, store) == digest_there(again, Store(store.root)) == hashlib.sha256(ONE).hexdigest()
+    assert (first.read, again.read) == (1, 0)
+    first_told = next(key for key, value in told.items() if value)
+    value = told[first_told]
+    other = value + 1 if isinstance(value, int | float) else value.replace("2026", "2027") + "0"
+    for changed in (told | {first_told: other}, told | {"size": 13}):
+        after = Told(changed, TWO)
+        assert digest_there(after, store) == hashlib.sha256(TWO).hexdigest() and after.read == 1
 
 
 @pytest.mark.parametrize(
     "told", [{}, {"created": 1}, {"mtime": None, "ETag": None}, {"modify": "Jan 01 10:00"}, {"ETag": 'W/"a"'}]
 )
-def test_where_nothing_is_told_the_content_is_read(told: dict[str, Any]):
-    assert _remote_digest(Told(told | {"content": ONE}), "x") == hashlib.sha256(ONE).hexdigest()
+def test_where_nothing_is_told_the_content_is_read_each_time(told: dict[str, Any], store: Store):
+    Path(store.root).mkdir()
+    for content in (ONE, TWO):
+        assert digest_there(Told(told, content), store) == hashlib.sha256(content).hexdigest()
+
+
+def test_who_only_asks_makes_no_store(store: Store):
+    digest_there(Told(TELLS["s3"]), store)
+    assert not store.is_there()
 
 
 def test_a_file_in_memory_counts_by_its_content(store: Store):
