@@ -10,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 from fsspec.archive import AbstractArchiveFileSystem
 
+from infra.hashing import FOLDER, cluster, digests_by
+from infra.queries import unmarked
 from infra.store import Store, StoreError
 
 log = logging.getLogger("infra")
@@ -28,10 +30,9 @@ TAGS = (
     "md5Checksum", "md5", "checksum", "generation", "version_id", "VersionId",
     "Last-Modified", "last_modified", "mtime", "modificationTime", "updated", "modifiedTime",
 )  # fmt: skip
-FOLDER = ".state/contents"
 # Files that are read beside each other; a connection seldom fills the line.
-AT_ONCE = 8
-# So many bytes take long enough to say so.
+AT_ONCE = 16
+# So many bytes take long enough to say so, and to have a cluster read them where there is one.
 MANY = 2**30
 
 
@@ -45,19 +46,32 @@ def remote_digests(fs: Any, paths: Mapping[str, str], store: Store) -> dict[str,
     """
     told = {address: fs.info(path) for address, path in paths.items()}
     stamps = {address: stamp(fs, info) for address, info in told.items()}
-    memory = Memory(store, paths)
-    digests = {address: found for address, of in stamps.items() if (found := memory.find(address, of)) is not None}
+    # An ETag is one address's whatever signs it; a time may be that of all that a query chooses from.
+    names = {address: unmarked(address) if info.get("ETag") else address for address, info in told.items()}
+    memory = Memory(store, names.values())
+    digests = {address: found for address, of in stamps.items() if (found := memory.find(names[address], of)) is not None}
     unknown = [address for address in paths if address not in digests]
     size = sum(told[address]["size"] or 0 for address in unknown)
     if size > MANY:
         log.warning("%s: reading %d files, %.1f GB, to know their content; once", unknown[0], len(unknown), size / 1e9)
+    # What was read before a Ctrl-C need not be read again.
+    try:
+        for address, digest in zip(unknown, _read(fs, [paths[name] for name in unknown], unknown, size, store), strict=True):
+            digests[address] = digest
+            memory.put(names[address], stamps[address], digest)
+    finally:
+        memory.keep()
+    return digests
+
+
+def _read(fs: Any, paths: Sequence[str], names: Sequence[str], size: int, store: Store) -> Iterator[str]:
+    """sha256 of files in their order, by whoever is nearest to them."""
+    if size > MANY and (address := cluster()) is not None and not store.local:
+        yield from digests_by(address, names, store)
+        return
     # Members of one archive share its handle.
     with ThreadPoolExecutor(AT_ONCE if getattr(fs, "async_impl", False) else 1) as pool:
-        for address, digest in zip(unknown, pool.map(lambda address: _sha256(fs, paths[address]), unknown), strict=True):
-            digests[address] = digest
-            memory.put(address, stamps[address], digest)
-    memory.keep()
-    return digests
+        yield from pool.map(lambda path: _sha256(fs, path), paths)
 
 
 def stamp(fs: Any, info: Mapping[str, Any]) -> str | None:
@@ -90,7 +104,7 @@ def _sha256(fs: Any, path: str) -> str:
 class Memory:
     """What the store remembers of the folders that some files lie in."""
 
-    def __init__(self, store: Store, addresses: Mapping[str, str]):
+    def __init__(self, store: Store, addresses: Iterable[str]):
         self.store = store
         places = sorted({_place(address) for address in addresses})
         self.known: dict[str, dict[str, Any]] = {
@@ -108,7 +122,7 @@ class Memory:
             self.fresh.add(_place(address))
 
     def keep(self) -> None:
-        """Write what is new. Where nothing has been run yet, whoever only asks makes no store; what cannot be kept is read again."""
+        """Write what is new; what cannot be kept is read again. Whoever only asks makes no store."""
         if self.fresh and self.store.is_there():
             with suppress(OSError, StoreError):
                 for place in self.fresh:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.contents import remote_digests
 from infra.listing import Listing, OutsideError, readable
+from infra.queries import file_name, place, without_query
 from infra.store import Store, sha256_of, stays_below
 
 
@@ -35,7 +35,8 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
     and what cannot be read as a file are passed over, counted and logged, and so are images of other endings.
 
     A file counts by the sha256 of its content, wherever it lies. That is remembered: of a local one by its size and the times of
-    its last change, of a remote one by its size and what its file system tells of its content or its last change.
+    its last change, of a remote one by its size and what its file system tells of its content or its last change. Addresses are
+    without their queries; `infra.queries.opened` opens them.
 
     Raises:
         FileNotFoundError: a pattern matches nothing; the message names it.
@@ -43,7 +44,7 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     listing = Listing()
-    for pattern in patterns:
+    for pattern in map(without_query, patterns):
         fs, paths = listing.files(pattern)
         if isinstance(fs, LocalFileSystem):
             found |= _local_digests(pattern, paths, _state(store) / "digests.json")
@@ -60,8 +61,8 @@ def member(address: str) -> str:
 
 
 def local_or_url(fs: Any, path: str) -> str:
-    """How `resolve` calls a file of a file system, and `fsspec.open` takes it: its path, or its URL where it is not here."""
-    return path if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+    """How `resolve` calls a file of a file system: its path, or its URL where it is not here."""
+    return path if isinstance(fs, LocalFileSystem) else without_query(str(fs.unstrip_protocol(path)))
 
 
 def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Path) -> Path:
@@ -75,26 +76,26 @@ def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Pat
     """
     if resolve(list(files), store) != dict(files):
         raise OutsideError(root, "has changed since the run was planned; run again")
-    fs, top = fsspec.core.url_to_fs(root)
-    top, target = top.rstrip("/"), folder / PurePosixPath(top).name
+    fs, top = place(root)
+    top, target = top.rstrip("/"), folder / file_name(root.rstrip("/"))
     for address in files:
-        _, path = fsspec.core.url_to_fs(address)
+        _, path = place(address)
         if path != top and not stays_below(path[len(top) + 1 :]):
             raise OutsideError(root, f"lists {path!r}, which leads out of its folder; take it from a place that you trust")
-        place = target / path[len(top) + 1 :] if path != top else target
-        place.parent.mkdir(parents=True, exist_ok=True)
+        copy = target / path[len(top) + 1 :] if path != top else target
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(fs, LocalFileSystem):
-            place.symlink_to(path)
+            copy.symlink_to(path)
         else:
             with readable(address):
-                fs.get_file(path, str(place))
+                fs.get_file(path, str(copy))
     return target
 
 
 def _address(fs: Any, path: str, pattern: str) -> str:
-    """What `fsspec.open` takes; a member of an archive needs the archive's address behind its own."""
+    """What `opened` takes; a member of an archive needs the archive's address behind its own."""
     if not isinstance(fs, AbstractArchiveFileSystem):
-        return str(fs.unstrip_protocol(path))
+        return without_query(str(fs.unstrip_protocol(path)))
     protocol = pattern.partition("://")[0]
     return f"{protocol}://{path}::{pattern.partition('::')[2]}"
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
+
+from infra.queries import place, said
 
 log = logging.getLogger("infra")
 
@@ -66,7 +67,7 @@ class Listing:
             OutsideError: a folder by itself, what is no file, or a place that cannot be looked at.
         """
         with readable(pattern):
-            fs, path = fsspec.core.url_to_fs(pattern)
+            fs, path = place(pattern)
         if id(fs) not in self.fresh and not isinstance(fs, LocalFileSystem):
             # A listing that an earlier look has left in memory would hide what has changed since.
             fs.invalidate_cache()
@@ -200,7 +201,7 @@ def _refused(pattern: str, error: Exception) -> OutsideError:
     if status is not None:
         return OutsideError(pattern, f"the server answers {status}; expected 200")
     why = getattr(cause, "strerror", None) or " ".join(str(cause).split()) or type(cause).__name__
-    return OutsideError(pattern, f"{which}cannot be read: {why}")
+    return OutsideError(pattern, said(f"{which}cannot be read: {why}"))
 
 
 def _literal_part(fs: Any, path: str) -> tuple[str, str]:

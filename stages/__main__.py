@@ -14,6 +14,7 @@ import fsspec
 
 from infra.dataset import Dataset, find, point
 from infra.nearest import nearest
+from infra.queries import QUERIES
 from infra.store import Store, StoreError
 from stages.catalog import stage_class
 from stages.runner.contract import Bug, StageError, in_words
@@ -22,6 +23,9 @@ from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.runner.run import describe_drops, run_stage
 
 log = logging.getLogger("stages")
+
+# Ray sets it for the driver of a job.
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 def run_node(recipe: Recipe, node: str, store: Store, outside: Outside | None = None, expected: str | None = None) -> Dataset:
@@ -66,7 +70,9 @@ def connect_ray() -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=True)
+        # A job's workers have the job's environment; those of a driver that joins by hand would lack what opens signed addresses.
+        signed = {QUERIES: os.environ[QUERIES]} if QUERIES in os.environ and JOB not in os.environ else {}
+        ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": signed} if signed else None)
     else:
         ray.init("local", include_dashboard=False, log_to_driver=True)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-from unidiffuser.references import Kind, local_folder
+from unidiffuser.references import Kind, local_folder, public_name
 
 SECONDS = 5.0
 _WEIGHTS = {
@@ -26,51 +24,45 @@ def unavailable(ref: str, kind: Kind) -> str | None:
     if local_folder(ref, kind) is not None:
         return None
     if kind != "clip":
-        return _of_hub(ref, ref, "config.json", _WEIGHTS[kind])
+        return _of_hub(ref, public_name(ref)[0], "config.json", _WEIGHTS[kind])
     from unidiffuser.clip_settings import published
 
     try:
         told = published(ref)[1]
     except (OSError, ValueError) as error:
         return str(error)
-    if hub := told.get("hf_hub"):
-        # open_clip's table ends the name of a whole repository with a slash, and that of a file with the file.
-        repository, _, file = hub.rpartition("/")
-        return _of_hub(ref, repository, file or "open_clip_config.json", (file,) if file else _WEIGHTS["clip"])
-    return _of_url(ref, told["url"])
+    # open_clip's table ends the name of a whole repository with a slash, and that of a file with the file.
+    repository, _, file = told["hf_hub"].rpartition("/")
+    return _of_hub(ref, repository, file or "open_clip_config.json", (file,) if file else _WEIGHTS["clip"])
 
 
 def _of_hub(ref: str, repository: str, asked: str, weights: tuple[str, ...]) -> str | None:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    commit = public_name(ref)[1]
     try:
-        if any(isinstance(try_to_load_from_cache(repository, file), str) for file in weights):
+        if any(isinstance(try_to_load_from_cache(repository, file, revision=commit), str) for file in weights):
             return None
         if constants.HF_HUB_OFFLINE:
             return f"{ref} is not in the cache, and HF_HUB_OFFLINE is set: fetch it before, or {FIX}"
-        get_hf_file_metadata(hf_hub_url(repository, asked), timeout=SECONDS)
+        get_hf_file_metadata(hf_hub_url(repository, asked, revision=commit), timeout=SECONDS)
     except EntryNotFoundError:
         return f"{ref} is no such model: {constants.ENDPOINT}/{repository} has no {asked}; {FIX}"
+    except RevisionNotFoundError:
+        return f"{ref}: {constants.ENDPOINT}/{repository} has no such commit; correct it, or {FIX}"
     except GatedRepoError:
         return f"{ref} is gated: accept its terms at {constants.ENDPOINT}/{repository}, and set HF_TOKEN"
     except (RepositoryNotFoundError, HFValidationError):
         return f"{ref} is no public model of {constants.ENDPOINT}: correct the name, or {FIX}"
     except Exception as error:
         return _silent(ref, constants.ENDPOINT, error)
-    return None
-
-
-def _of_url(ref: str, url: str) -> str | None:
-    import httpx
-
-    # Where open_clip keeps what it fetches.
-    if Path(os.path.expanduser("~/.cache/clip"), url.rsplit("/", 1)[-1]).is_file():
-        return None
-    try:
-        httpx.head(url, timeout=SECONDS, follow_redirects=True).raise_for_status()
-    except httpx.HTTPError as error:
-        return _silent(ref, url, error)
     return None
 
 

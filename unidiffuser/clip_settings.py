@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiffuser.clip_preprocess import Preprocess
-from unidiffuser.references import local_folder
+from unidiffuser.references import local_folder, public_name
 from unidiffuser.tensors import WeightsError, read_settings
 
 _FIELDS = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
@@ -71,7 +71,7 @@ def published(ref: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """
     import open_clip
 
-    name, _, weights = ref.partition("/")
+    name, _, weights = public_name(ref)[0].partition("/")
     if not weights:
         raise ValueError(f"clip {ref!r}: expected MODEL/WEIGHTS like 'ViT-B-32/openai', 'embedded' or a folder")
     settings = open_clip.get_model_config(name)

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from unidiffuser.clip_preprocess import Preprocess
-from unidiffuser.clip_settings import clip_settings
+from unidiffuser.clip_settings import clip_settings, published
 from unidiffuser.images import to_pil
-from unidiffuser.references import local_folder
+from unidiffuser.references import local_folder, public_name
 from unidiffuser.tensors import NotFinite, WeightsError, load_checked, pretrained, reading
 
 
@@ -196,13 +196,14 @@ class ClipEncoder:
 
     @classmethod
     def load(cls, ref: str = "embedded", device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> ClipEncoder:
-        """Load by reference; a public name is MODEL/WEIGHTS of open_clip, like "ViT-B-32/openai".
+        """Load by reference; a public name is MODEL/WEIGHTS of open_clip, like "ViT-B-32/openai", with or without a commit.
 
         Raises:
             FileNotFoundError: a folder without the model. ValueError: a public name without weights. OSError: an unknown
             one, or it cannot be fetched. WeightsError: tensors do not fit, or a setting of the model is not supported.
         """
         import open_clip
+        from open_clip.pretrained import download_pretrained_from_hf
 
         settings, folder = clip_settings(ref), local_folder(ref, "clip")
         if folder is not None:
@@ -210,13 +211,16 @@ class ClipEncoder:
             with reading(folder):
                 tokenizer = open_clip.get_tokenizer(f"local-dir:{folder.resolve()}")
             return cls(model.to(device=device, dtype=dtype), tokenizer, ref, settings)
-        name, _, weights = ref.partition("/")
+        public, commit = public_name(ref)
+        name, told = public.partition("/")[0], published(ref)[1]
+        # open_clip itself takes the newest commit. Its table ends the name of a whole repository with a slash.
+        repository, _, file = told["hf_hub"].rpartition("/")
         try:
             model = open_clip.create_model(
-                name, pretrained=weights, force_custom_text=True, force_quick_gelu=bool(settings.get("quick_gelu")),
-                require_pretrained=True,
+                name, pretrained=download_pretrained_from_hf(repository, file, revision=commit), require_pretrained=True,
+                force_custom_text=True, force_quick_gelu=bool(settings.get("quick_gelu")), force_preprocess_cfg=dict(told),
             )  # fmt: skip
-        except RuntimeError as error:
+        except (RuntimeError, FileNotFoundError) as error:
             raise OSError(f"clip {ref!r}: {' '.join(str(error).split())}") from error
         return cls(model.to(device=device, dtype=dtype), open_clip.get_tokenizer(name), ref, settings)
 

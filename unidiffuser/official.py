@@ -16,7 +16,7 @@ from unidiffuser.convert_parts import codec_from_official, codec_to_official, va
 from unidiffuser.encoders import ClipEncoder, ImageLatents
 from unidiffuser.generation import UniDiffuser
 from unidiffuser.references import Encoders, local_folder
-from unidiffuser.tensors import named, read_tensors
+from unidiffuser.tensors import named, read_tensors, where
 from unidiffuser.text_decoder import TextCodec
 from unidiffuser.weights import build, save_native
 
@@ -65,7 +65,7 @@ def import_official(source: Path, folder: Path, encoders: Encoders, heads: int |
     clip_text.save(folder / "clip_text")
     ClipEncoder.load(encoders.clip).save(folder / "clip_image")
 
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(str(local_folder(encoders.vae, "vae") or encoders.vae)))
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(**where(local_folder(encoders.vae, "vae") or encoders.vae)))
     latent_width = config.modalities[1].parts[0].shape[1]
     codec = TextCodec.new(encoders.gpt2, clip_text.text_width, latent_width)
     for part, name, from_file in ((vae, VAE_FILE, vae_from_official), (codec, CODEC_FILE, codec_from_official)):

@@ -2,12 +2,15 @@
 
 A reference is "embedded" (the small weights in `unidiffuser/embedded/`), a local folder, or a public name: of diffusers
 ("stabilityai/sd-vae-ft-mse") for the autoencoder, of open_clip ("ViT-B-32/openai") for CLIP, of transformers ("gpt2") for
-the text decoder. This module imports neither torch nor the model libraries, so that a dataset's fingerprint costs nothing.
+the text decoder. What a public name means can change on the hub, so it has the commit there behind it, ``NAME@COMMIT``; those of
+the published model have theirs here. This module imports neither torch nor the model libraries, so that a dataset's fingerprint
+costs nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +20,15 @@ EMBEDDED = Path(__file__).parent / "embedded"
 _EXPECTED: dict[str, str] = {
     "vae": "config.json", "clip": "open_clip_config.json", "gpt2": "config.json", "judge": "judge.safetensors"
 }  # fmt: skip
+# The commits on the hub of what the published model is made of, and of the CLIP that its evaluation asks.
+COMMITS = {
+    "stabilityai/sd-vae-ft-mse": "31f26fdeee1355a5c34592e401dd41e45d25a493",
+    "ViT-B-32/openai": "a6f597a30f7b82c51704746581f9a4e41421e878",
+    "ViT-L-14/openai": "18d0535469bb561bf468d76c1d73aa35156c922b",
+    "ViT-L-14-336/openai": "81e38efc4637de5023b10e75a7f9bd1c6fa6b010",
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+}
+_COMMIT = re.compile(r"(.+)@([0-9a-f]{40})")
 
 
 @dataclass(frozen=True)
@@ -45,20 +57,32 @@ def local_folder(ref: str, kind: Kind) -> Path | None:
     return None
 
 
+def public_name(ref: str) -> tuple[str, str | None]:
+    """The name and the commit of a reference that is neither a folder nor "embedded"; None means the newest."""
+    if (told := _COMMIT.fullmatch(ref)) is not None:
+        return told[1], told[2]
+    return ref, COMMITS.get(ref)
+
+
 def weights_digest(ref: str, kind: Kind | None = None) -> str:
     """SHA-256 over the names and contents of the files that a reference stands for, as hex.
 
-    A public name is its own digest (the hash of the name): nothing is downloaded here.
+    A public name counts by its commit: nothing is downloaded here.
 
     Args:
         kind: what is referred to; None for all embedded weights together.
     Raises:
-        FileNotFoundError: see `local_folder`.
+        FileNotFoundError: a public name without a commit; or see `local_folder`.
     """
     folder = EMBEDDED if kind is None and ref == "embedded" else local_folder(ref, kind or "vae")
     digest = hashlib.sha256()
     if folder is None:
-        digest.update(f"public name {ref}".encode())
+        name, commit = public_name(ref)
+        if commit is None:
+            raise FileNotFoundError(
+                f"{ref}: what a public name means can change; write {name}@COMMIT, the 40 digits of its commit on the hub"
+            )
+        digest.update(f"public name {name}@{commit}".encode())
         return digest.hexdigest()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0")

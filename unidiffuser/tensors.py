@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from unidiffuser.references import public_name
+
 # The greatest header of a safetensors file that its library reads, in bytes; and the types there.
 MOST_HEADER = 100_000_000
 _TYPES = {
@@ -172,7 +174,7 @@ def pretrained(model_class: Any, source: Path | str, **settings: Any) -> Any:
     """A model of diffusers or transformers, whole or not at all.
 
     Args:
-        source: a folder as a ``Path``, which is read offline, or a public name.
+        source: a folder as a ``Path``, which is read offline, or a public name, with or without a commit.
         settings: of ``from_pretrained``.
 
     Raises:
@@ -185,12 +187,20 @@ def pretrained(model_class: Any, source: Path | str, **settings: Any) -> Any:
     settings |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         with reading(folder):
-            model, info = model_class.from_pretrained(str(source), local_files_only=folder is not None, **settings)
+            model, info = model_class.from_pretrained(**where(source), **settings)
     except (WeightsError, OSError):
         _stored(folder)  # says which file it is, if one of them cannot be read
         raise
     _check_loading(model, info, source, folder)
     return model
+
+
+def where(source: Path | str) -> dict[str, Any]:
+    """What ``from_pretrained`` takes for a folder, which is read offline, or for a public name."""
+    if isinstance(source, Path):
+        return {"pretrained_model_name_or_path": str(source), "local_files_only": True}
+    name, commit = public_name(source)
+    return {"pretrained_model_name_or_path": name, "revision": commit or "main"}
 
 
 def _stored(folder: Path | None) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unidiffuser.references import local_folder
-from unidiffuser.tensors import WeightsError, load_checked, pretrained, read_settings, read_tensors, reading
+from unidiffuser.tensors import WeightsError, load_checked, pretrained, read_settings, read_tensors, reading, where
 
 EOS = "<|EOS|>"
 
@@ -54,7 +54,7 @@ class TextCodec(nn.Module):
         source = folder or gpt2_ref
         gpt2 = pretrained(GPT2LMHeadModel, source, dtype=torch.float32)
         with reading(folder):
-            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=folder is not None)
+            tokenizer = AutoTokenizer.from_pretrained(**where(source))
         if EOS not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"eos_token": EOS})
             gpt2.resize_token_embeddings(len(tokenizer))

@@ -29,6 +29,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from infra.dataset import find, point
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.processes import ServerError
+from infra.queries import unsigned
 from infra.store import StoreError
 from pipelines.flows.deployed import open_run, stop_left_jobs
 from pipelines.flows.events import announce
@@ -259,7 +260,8 @@ def run_flow(run: Run, nodes: Choice, overrides: list[str]) -> State[Any]:
     try:
         # The server may hold the automation that waits for heartbeats as often as this.
         with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: HEARTBEAT_SECONDS}):
-            state = named(snapshot(run.recipe, run.store), run.store.root, asked, values, overrides, run.jobs, return_state=True)
+            recipe, said = snapshot(run.recipe, run.store), unsigned(overrides)
+            state = named(recipe, run.store.root, asked, values, said, run.jobs, return_state=True)
         return cast("State[Any]", state)
     finally:
         RUN.reset(token)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from infra.processes import ServerError
+from infra.queries import QUERIES
 from infra.ray_jobs import TERMINAL, RayJobs
 from pipelines.flows import job_logs
 from pipelines.flows.job_logs import PROGRESS, plain
@@ -46,7 +48,8 @@ class NodeStopped(Exception):
 
 def job_environment() -> dict[str, str]:
     """What a job needs besides the cluster's own environment."""
-    return {"PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    fixed = {"PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    return fixed | {name: value for name, value in os.environ.items() if name == QUERIES}
 
 
 def make_as_job(run: Run, planned: Planned, say: Say, report: Report, attached: Callable[[str], None]) -> float:

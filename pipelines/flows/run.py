@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from infra.dataset import Dataset
+from infra.queries import unsigned
 from infra.store import Store
 from pipelines import DEBUG
 from pipelines.servers.servers import Servers
@@ -87,7 +88,8 @@ def snapshot(recipe: Recipe, store: Store) -> str:
     Named by content, so runs share it.
     """
     # In the order of the file: a subset may start from one before it. Not in escapes, which YAML reads otherwise than JSON.
-    document = json.dumps({**recipe.document, "folder": str(recipe.folder)}, indent=1, default=str, ensure_ascii=False)
+    whole = {**unsigned(recipe.document), "folder": str(recipe.folder)}
+    document = json.dumps(whole, indent=1, default=str, ensure_ascii=False)
     path = f".state/recipes/{recipe.name}-{digest_of(document)[:12]}.json"
     if not store.exists(path):
         store.write(path, document.encode())

@@ -18,6 +18,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 
 from infra.prefect_server import HEARTBEAT_SECONDS
+from infra.queries import with_query
 from infra.store import Store
 from pipelines.flows.deployed import deployed_recipe
 from pipelines.flows.forms import node_form, recipe_form
@@ -62,6 +63,7 @@ def deploy(recipe: Recipe, store: Store, replace: bool = False) -> Deployed:
             another's.
     """
     _check_store(recipe.deploy.pool, store)
+    check_addresses(recipe)
     schedules = prefect_schedules(recipe)
     done, owner = Deployed(recipe.name), Owner.of(recipe, store)
     names = {node.name: f"{recipe.name}-{node.name}" for node in recipe.nodes.values()}
@@ -227,6 +229,22 @@ def _check_store(pool: Pool, store: Store) -> None:
             f"deploy.pool.type: a {pool.type} container cannot see the folder {store.root}; point --store at an fsspec URL "
             f"such as s3://BUCKET/runs, or mount the folder at the same path with deploy.pool.variables.{mounts}"
         )
+
+
+def check_addresses(recipe: Recipe) -> None:
+    """What a server keeps of a recipe has no queries, and so would not open what is signed.
+
+    Raises:
+        RecipeError: an address has a query.
+    """
+    for node in recipe.nodes.values():
+        for part, value in node.config:
+            for name in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(name, str) and with_query(name) != name:
+                    raise RecipeError(
+                        f"{node.place}.{part}: {name} has a query, which no server keeps; fetch the file and name that, or run "
+                        "the recipe where no `unidiffuser up` keeps the servers"
+                    )
 
 
 def recipe_tag(recipe: str) -> str:

@@ -34,7 +34,7 @@ from pipelines.flows.parameters import Choice, values_of
 from pipelines.flows.run import Outcome, Result, Run, plan_run, snapshot
 from pipelines.flows.stopping import stop_on_signals
 from pipelines.pages.progress import read_progress
-from pipelines.servers.deployments import register_trial
+from pipelines.servers.deployments import check_addresses, register_trial
 from pipelines.servers.owners import Owner
 
 TICK = 1.0
@@ -57,6 +57,7 @@ _SUFFIX = re.compile(r"-[0-9a-f]{3}$")
 
 def start_run(run: Run, chosen: Choice, overrides: list[str]) -> UUID:
     """Start a run of the recipe's deployment; a recipe that has none gets one for its runs, without schedules."""
+    check_addresses(run.recipe)
     with get_client(sync_client=True) as client:
         try:
             found = client.read_deployment_by_name(f"recipe/{run.recipe.name}")

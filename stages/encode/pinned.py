@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-
 from infra.external import local_or_url
 from infra.listing import NothingFound, OutsideError, readable
+from infra.queries import opened, place, unmarked
 from stages.runner.contract import StageError
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def codec_files(weights: str) -> list[str]:
         OutsideError: there is none, or the place cannot be looked at.
     """
     with readable(weights):
-        fs, path = fsspec.core.url_to_fs(weights)
+        fs, path = place(weights)
         folder, found = path.rstrip("/"), list[str]()
         if fs.isfile(path):
             found = [path]
@@ -60,15 +59,15 @@ def check_codec(config: Any, files: Mapping[str, str]) -> None:
     from unidiffuser.tensors import WeightsError
 
     try:
-        place, (text_width, latent_width) = _widths(files)
+        where, (text_width, latent_width) = _widths(files)
         have = clip_settings(config.text)["text_cfg"]["width"]
     except (WeightsError, OSError, ValueError, KeyError) as error:
         raise StageError(f"the text codec of {config.weights}: {' '.join(str(error).split())}") from error
     if latent_width != config.latent_width:
-        raise StageError(f"{place}: set text-codec.latent_width: {latent_width} (now {config.latent_width})")
+        raise StageError(f"{where}: set text-codec.latent_width: {latent_width} (now {config.latent_width})")
     if text_width != have:
         raise StageError(
-            f"{place}: reads captions of a CLIP with {text_width} numbers a token, encoders.text {config.text} has {have}: name "
+            f"{where}: reads captions of a CLIP with {text_width} numbers a token, encoders.text {config.text} has {have}: name "
             "the one that it was trained with"
         )
 
@@ -80,19 +79,19 @@ def _widths(files: Mapping[str, str]) -> tuple[str, tuple[int, int]]:
     for name, fields in (("codec.json", ("text_width", "latent_width")), ("text_decoder/config.json", DIFFUSERS_FIELDS)):
         for address in files:
             if address.endswith(f"/{name}"):
-                with fsspec.open(address, "rb") as file:
+                with opened(address) as file:
                     told = json.load(file)
                 return address, (int(told[fields[0]]), int(told[fields[1]]))
     address = next(iter(files))
-    with fsspec.open(address, "rb") as file:
-        shapes = read_shapes(file, address)
+    with opened(address) as file:
+        shapes = read_shapes(file, unmarked(address))
     weight = next((tensor for name, tensor in shapes.items() if name.endswith("encode_prefix.weight")), None)
     if weight is None or weight.dim() != 2:
         raise WeightsError(f"{address}: no encode_prefix.weight; this is no {OFFICIAL}")
     return address, (weight.shape[1], weight.shape[0])
 
 
-def load_codec(place: Path, gpt2: str, text_width: int, latent_width: int) -> TextCodec:
+def load_codec(folder: Path, gpt2: str, text_width: int, latent_width: int) -> TextCodec:
     """The codec of a file, or of a folder that holds one.
 
     Args:
@@ -106,11 +105,11 @@ def load_codec(place: Path, gpt2: str, text_width: int, latent_width: int) -> Te
     from unidiffuser.tensors import named, read_tensors
     from unidiffuser.text_decoder import TextCodec
 
-    if (place / "text_codec").is_dir():
-        return TextCodec.load(place / "text_codec")
-    if (place / "text_decoder").is_dir():
-        return pipeline_codec(place)
-    file = place / OFFICIAL if place.is_dir() else place
+    if (folder / "text_codec").is_dir():
+        return TextCodec.load(folder / "text_codec")
+    if (folder / "text_decoder").is_dir():
+        return pipeline_codec(folder)
+    file = folder / OFFICIAL if folder.is_dir() else folder
     codec = TextCodec.new(gpt2, text_width, latent_width)
     tensors = read_tensors(file)
     with named(file):

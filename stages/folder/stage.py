@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator
 from io import BytesIO
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 from pydantic import Field
 
 from infra.external import member
+from infra.queries import file_name, opened
 from infra.text import TextError, text_of
 from stages.runner.contract import (
     Job,
@@ -39,8 +39,6 @@ from stages.shards.images import RESULT, ImageConfig, Outcome
 from stages.shards.outside import UNPACKING
 from stages.shards.tables import write_table
 from stages.shards.tar import Sample, ShardWriter
-
-SHA256_DIGITS = 64
 
 
 class FolderConfig(ImageConfig):
@@ -117,7 +115,7 @@ class Packer:
             return {}, b"", Outcome("no_caption")
         data = _read(pair.image)
         found = hashlib.sha256(data).hexdigest()
-        if len(pair.digest) == SHA256_DIGITS and pair.digest != found:
+        if pair.digest != found:
             raise StageError(f"{pair.image}: changed while it was being read; run again")
         if len(data) > self.config.max_bytes:
             return captions, b"", Outcome("too_large", sha256=found)
@@ -134,7 +132,7 @@ class Packer:
 
 def _read(address: str) -> bytes:
     try:
-        with fsspec.open(address, "rb") as file:
+        with opened(address) as file:
             return file.read()
     except FileNotFoundError:
         raise StageError(f"{address}: no such file (any more)") from None
@@ -151,7 +149,7 @@ def pairs_of(config: FolderConfig, sources: Any) -> list[Pair]:
         if member(address).lower().endswith(ending.lower()):
             continue
         caption = captions.get(_stem(address), "")
-        name = posixpath.basename(member(address))
+        name = file_name(address)
         key = hashlib.sha256("\n".join((name, digest, sources.get(caption, ""))).encode()).hexdigest()[:20]
         found.append(Pair(name, key, address, digest, caption))
     return sorted(found)

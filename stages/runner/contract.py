@@ -17,6 +17,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from infra.dataset import Dataset, FileEntry, InputRef, Stats
+from infra.queries import said
 from infra.store import Store, StoreError
 from stages.runner.packs import FEW, RECORD_FILE, Packs
 from stages.runner.scratch import scratch_folder
@@ -43,7 +44,7 @@ class SetAside(Exception):
 
 def in_words(error: BaseException) -> str:
     """``TypeName: message``, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return " ".join(said(f"{type(error).__name__}: {error}").split()).removesuffix(":")
 
 
 # The field of a configuration that names shards to leave out; see `stages.runner.skipping`.

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from infra.dataset import Dataset, InputRef, find, pointed
-from infra.external import member, resolve
+from infra.external import resolve
 from infra.listing import OutsideError
+from infra.queries import file_name
 from infra.store import NotThere, Store
 from stages.catalog import stage_class
 from stages.runner.contract import StageError, digest_of, result_fields
@@ -166,7 +167,7 @@ def _field(node: Node, pattern: str) -> str:
 
 def _by_content(sources: dict[str, str]) -> list[tuple[str, str]]:
     """Name without folder, and digest: a recipe gives the same datasets wherever its files lie."""
-    return sorted((member(address).rsplit("/", 1)[-1], digest) for address, digest in sources.items())
+    return sorted((file_name(address), digest) for address, digest in sources.items())
 
 
 def _fingerprint(base: str, generation: int) -> str:
@@ -207,7 +208,7 @@ def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
         old, new = manifest.inputs.get(name), planned.inputs.get(name)
         if old != new:
             lines.append(f"input {name} ({planned.input_nodes.get(name, 'gone')}) is another dataset")
-    old_files = {member(name).rsplit("/", 1)[-1]: digest for name, digest in manifest.sources.items()}
+    old_files = {file_name(name): digest for name, digest in manifest.sources.items()}
     new_files = dict(_by_content(planned.all_sources)) | planned.weights
     for name in sorted({*old_files, *new_files}):
         if name not in old_files:

@@ -13,6 +13,7 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.nearest import nearest
+from infra.queries import without_query
 from infra.text import TextError, text_of
 from stages.catalog import FOLDER_STAGES, LATENT_STAGES, MADE_STAGES, STAGES, SUBSET_STAGES, stage_class
 from stages.runner.deployment import Deploy
@@ -346,8 +347,10 @@ class _Builder:
 
     def absolute(self, value: Any) -> Any:
         """Encoder references are left alone unless they look like a path: a public model name may hold a slash."""
-        if not isinstance(value, str) or "://" in value or os.path.isabs(value):
+        if not isinstance(value, str) or os.path.isabs(value):
             return value
+        if "://" in value:
+            return without_query(value)
         return str((self.folder / value).resolve())
 
     def ordered(self) -> dict[str, Node]:

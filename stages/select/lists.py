@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from infra.queries import file_name
 from stages.runner.contract import Job, Output, Records, StageError, Unit, UnitRecord
 from stages.select.keys import Keys, KeyWriter, RowSets, add_notes, mixed, ranges, read_keys, text_keys
 from stages.select.laion import BATCH
@@ -251,8 +252,7 @@ class Admit:
 def list_units(job: Job, earlier: Records) -> Iterable[Unit]:
     for role in ROLES:
         for address, digest in sorted(job.lists.get(role, {}).items(), key=lambda item: (item[1], item[0])):
-            name = address.rsplit("/", 1)[-1]
-            yield Unit(f"{role}-{name}", (role, digest), {"address": address, "role": role})
+            yield Unit(f"{role}-{file_name(address)}", (role, digest), {"address": address, "role": role})
 
 
 def match_units(job: Job, earlier: Records) -> Iterable[Unit]:

@@ -34,6 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, field_validator, model_validator
 
+from infra.queries import file_name
 from stages.runner.contract import (
     Job,
     Output,
@@ -293,7 +294,7 @@ class Write:
 def _files(job: Job) -> list[tuple[str, str]]:
     """(address, digest) in the order that decides which row is earlier."""
     # By name and content, as the fingerprint counts them: where the files lie must not decide which one comes first.
-    return sorted(job.sources.items(), key=lambda item: (PurePosixPath(item[0]).name, item[1]))
+    return sorted(job.sources.items(), key=lambda item: (file_name(item[0]), item[1]))
 
 
 def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
@@ -302,7 +303,7 @@ def _pick_units(job: Job, earlier: Records) -> Iterable[Unit]:
     check_lists(job.config, job.lists)
     kinds = ("url", "hash", "domain") if any(job.lists.values()) else ("url", "hash")
     for address, digest in files:
-        yield Unit(PurePosixPath(address).stem, (digest, *kinds), {"address": address, "kinds": kinds})
+        yield Unit(PurePosixPath(file_name(address)).stem, (digest, *kinds), {"address": address, "kinds": kinds})
 
 
 def _duplicate_units(job: Job, earlier: Records) -> Iterable[Unit]:
@@ -324,7 +325,7 @@ def _write_units(job: Job, earlier: Records) -> Iterable[Unit]:
         picked = record.file("url.parquet")
         decided = (digest, picked.sha256, digests["url"][number], digests["hash"][number])
         payload = {"address": address, "number": number, "file": digest_of(digest)[:10], "url": picked.path, "again": again}
-        yield Unit(PurePosixPath(address).stem, decided, payload, rows=picked.rows)
+        yield Unit(PurePosixPath(file_name(address)).stem, decided, payload, rows=picked.rows)
 
 
 def _resources(config: SelectConfig) -> Resources:
@@ -351,7 +352,7 @@ _READ = frozenset({"laion_schema", "columns"})
 
 class Select(Stage):
     name = "select"
-    version = 4
+    version = 5
     Config = SelectConfig
     check_refuses = False
     phases = (

@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.utils import infer_compression
 
-from infra.external import member
+from infra.queries import file_name, opened, said
 from infra.text import TextError, lines
 from stages.runner.contract import StageError
 
@@ -61,14 +61,14 @@ def open_parquet(address: str) -> Iterator[pq.ParquetFile]:
     """
     with ExitStack() as stack:
         with readable(address):
-            parquet = pq.ParquetFile(stack.enter_context(fsspec.open(address, "rb")))
+            parquet = pq.ParquetFile(stack.enter_context(opened(address)))
         # Outside of `readable`: what goes wrong in the caller's block is not the file's fault.
         yield parquet
 
 
 def is_parquet(address: str) -> bool:
     """Whether a file calls itself Parquet, by its name or by its first bytes; else it is text. Raises as `text_lines`."""
-    if member(address).split("?")[0].endswith(".parquet"):
+    if file_name(address).endswith(".parquet"):
         return True
     with _unpacked(address) as file:
         return file.read(len(MAGIC)) == MAGIC
@@ -87,7 +87,7 @@ def text_lines(address: str) -> Iterator[str]:
 @contextmanager
 def _unpacked(address: str) -> Iterator[Any]:
     try:
-        with fsspec.open(address, "rb", compression="infer") as file:
+        with opened(address, compression=infer_compression(file_name(address))) as file:
             yield file
     except TextError as error:
         raise StageError(f"{address}: {error}") from None
@@ -240,4 +240,4 @@ def first(mask: pa.Array) -> int | None:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    return " ".join(said(str(error) or type(error).__name__).split())[:200]

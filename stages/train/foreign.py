@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fsspec
-
 from infra.external import fetch_outside, local_or_url
 from infra.listing import NothingFound, OutsideError, readable
+from infra.queries import file_name, opened, place, unmarked
 from infra.store import Store
 from stages.runner.contract import StageError
 from training.config import TrainConfig
@@ -42,9 +41,9 @@ def files_of(weights: str) -> list[str]:
         OutsideError: there is none, or the place cannot be looked at.
     """
     with readable(weights):
-        fs, path = fsspec.core.url_to_fs(weights)
+        fs, path = place(weights)
         if fs.isfile(path):
-            found = [path] if path.endswith(LONE) else []
+            found = [path] if file_name(local_or_url(fs, path)).endswith(LONE) else []
         elif fs.isdir(path):
             found = _in_folder(fs, path.rstrip("/"))
         else:
@@ -55,11 +54,11 @@ def files_of(weights: str) -> list[str]:
 
 
 def _in_folder(fs: Any, folder: str) -> list[str]:
-    for place in (folder, f"{folder}/uvit", f"{folder}/unet"):
-        if fs.isfile(f"{place}/config.json"):
-            tensors = next((f"{place}/{name}" for name in BESIDE_CONFIG if fs.isfile(f"{place}/{name}")), None)
+    for below in (folder, f"{folder}/uvit", f"{folder}/unet"):
+        if fs.isfile(f"{below}/config.json"):
+            tensors = next((f"{below}/{name}" for name in BESIDE_CONFIG if fs.isfile(f"{below}/{name}")), None)
             if tensors is not None:
-                return [f"{place}/config.json", tensors]
+                return [f"{below}/config.json", tensors]
     return next(([f"{folder}/{name}"] for name in OFFICIAL if fs.isfile(f"{folder}/{name}")), [])
 
 
@@ -144,15 +143,15 @@ def described(config: TrainConfig, files: Mapping[str, str], text: str) -> UViTC
 
     settings, tensors = _parts(files)
     with _failing_as(StageError):
-        with fsspec.open(tensors, "rb") as file:
-            shapes = read_shapes(file, tensors)
+        with opened(tensors) as file:
+            shapes = read_shapes(file, unmarked(tensors))
         if settings is None:
             widths = (tensor.shape[0] for name, tensor in shapes.items() if name.endswith("norm.weight"))
             # What is wrong with the width is said by whoever compares it.
             heads = config.model.heads if next(widths, 0) % config.model.heads == 0 else 1
             with named(tensors):
                 return from_tensors(shapes, heads, context_length(text))[0]
-        with fsspec.open(settings, "rb") as file, named(settings):
+        with opened(settings) as file, named(settings):
             told = json.load(file)
             if "modalities" not in told:
                 return from_diffusers(told, shapes)[0]
@@ -189,8 +188,8 @@ class Start:
         from unidiffuser.weights import save_native
 
         with _failing_as(TrainingError):
-            place = fetch_outside(self.files, self.weights, self.store, Path(self.folder, "fetched"))
-            model = load_uvit(place, self.heads, context_length(self.text))
+            fetched = fetch_outside(self.files, self.weights, self.store, Path(self.folder, "fetched"))
+            model = load_uvit(fetched, self.heads, context_length(self.text))
         # On a machine of its own it would stay for good.
         shutil.rmtree(Path(self.folder, "fetched"), ignore_errors=True)
         if wrong := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:

@@ -17,9 +17,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from infra.dataset import VERIFY, FileEntry, Stats, datasets_of, fetch_files
+from infra.queries import opened
 from infra.store import Store, StoreError, Writing, sha256_of
 from stages.runner.chain import Chain
 from stages.runner.contract import UnitRecord, write_record
@@ -33,8 +32,6 @@ log = logging.getLogger("stages")
 STOPPED = "stopped"
 # What an attempt at the same step has left goes when it is so old that nobody can be writing it.
 STALE = timedelta(hours=1)
-# Length of a digest of content in hexadecimal.
-SHA256 = 64
 
 
 def kept_at_most(config: TrainConfig) -> int:
@@ -202,8 +199,8 @@ class Outside:
         folder.mkdir(parents=True)
         for address, digest in self.files.items():
             target = folder / address.rsplit("/", 1)[-1]
-            with fsspec.open(address, "rb") as source, target.open("wb") as file:
+            with opened(address) as source, target.open("wb") as file:
                 shutil.copyfileobj(source, file)
-            if len(digest) == SHA256 and sha256_of(target) != digest:
+            if sha256_of(target) != digest:
                 raise StoreError(f"{address}: has changed since the run was planned; run again")
         return self.folder

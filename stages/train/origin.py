@@ -17,10 +17,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
-import fsspec
 from pydantic import ConfigDict, Field, field_validator
 
 from infra.dataset import Dataset
+from infra.queries import opened
 from infra.store import StoreError
 from stages.runner.chain import Chain, unit_key
 from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
@@ -251,7 +251,7 @@ def order_of(store: Any, record: UnitRecord) -> dict[str, Any]:
 def outside(sources: Iterable[str], name: str) -> dict[str, Any]:
     """A JSON file of the folder that is named."""
     address = next(address for address in sources if address.rsplit("/", 1)[-1] == name)
-    with fsspec.open(address, "rb") as file:
+    with opened(address) as file:
         return cast(dict[str, Any], json.loads(file.read()))
 
 

@@ -14,7 +14,7 @@ from open_clip.transformer import QuickGELU
 
 from tests.unidiffuser.test_clip_preprocess import clip_with
 from tests.unidiffuser.test_clip_towers import public_clip
-from unidiffuser.clip_settings import clip_preprocess, clip_settings
+from unidiffuser.clip_settings import clip_preprocess, clip_settings, published
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.tensors import WeightsError
 
@@ -42,9 +42,18 @@ def test_what_is_computed_and_what_is_written_have_the_activation_of_the_weights
     small = json.loads(json.dumps(public_clip().settings))
     del small["quick_gelu"]
     monkeypatch.setitem(factory._MODEL_CONFIGS, "ViT-B-32", small)
-    monkeypatch.setattr(factory, "download_pretrained", lambda *_, **__: str(tmp_path / "weights.bin"))
+    asked = []
+
+    def fetched(*wanted, revision):
+        asked.append((*wanted, revision))
+        (tmp_path / "weights.bin").touch()
+        return str(tmp_path / "weights.bin")
+
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained_from_hf", fetched)
     monkeypatch.setattr(factory, "load_checkpoint", lambda *_, **__: None)
-    public = ClipEncoder.load(f"ViT-B-32/{tag}")
+    public = ClipEncoder.load(f"ViT-B-32/{tag}@{'c' * 40}")
+    hub = published(f"ViT-B-32/{tag}")[1]["hf_hub"]
+    assert [(f"{repository}/{file}", commit) for repository, file, commit in asked] == [(hub, "c" * 40)]
     public.save(tmp_path / "saved")
     local = ClipEncoder.load(str(tmp_path / "saved"))
     for clip in (public, local):

@@ -17,7 +17,8 @@ from torch.nn.functional import cosine_similarity
 
 from examples.little_web.compose import Scene, all_scenes, caption, render
 from unidiffuser.encoders import ClipEncoder, ImageLatents, sample_latent
-from unidiffuser.references import EMBEDDED, local_folder, weights_digest
+from unidiffuser.references import COMMITS, EMBEDDED, Encoders, local_folder, weights_digest
+from unidiffuser.tensors import where
 
 
 def pictures(count: int, px: int) -> torch.Tensor:
@@ -146,7 +147,19 @@ def test_a_digest_follows_contents_and_names(tmp_path: Path) -> None:
     weights = copy / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0\1")
     assert weights_digest(str(copy), "vae") != weights_digest("embedded", "vae")
-    assert weights_digest("stabilityai/sd-vae-ft-mse", "vae") != weights_digest("stabilityai/sd-vae-ft-ema", "vae")
+
+
+def test_a_public_name_counts_by_its_commit_and_is_loaded_at_it() -> None:
+    """Of the published model's parts it is known."""
+    name, commits = "stabilityai/sd-vae-ft-ema", ("c" * 40, "d" * 40)
+    pinned = [f"{name}@{commit}" for commit in commits]
+    assert len({weights_digest(ref, "vae") for ref in (*pinned, "stabilityai/sd-vae-ft-mse")}) == 3
+    assert [where(ref) for ref in pinned] == [{"pretrained_model_name_or_path": name, "revision": commit} for commit in commits]
+    with pytest.raises(FileNotFoundError, match=f"^{name}: what a public name means can change; write {name}@COMMIT, the 40"):
+        weights_digest(name, "vae")
+    for ref, kind in zip(("vae", "clip", "text", "gpt2"), ("vae", "clip", "clip", "gpt2"), strict=True):
+        published = getattr(Encoders(), ref)
+        assert weights_digest(published, kind) == weights_digest(f"{published}@{COMMITS[published]}", kind)
 
 
 def test_references_are_torch_free() -> None:

@@ -24,6 +24,7 @@ from training.footprint import parameters
 from unidiffuser.uvit import UViT, UViTConfig
 
 SHAPES = Path(__file__).parents[3] / "configs" / "shapes.yaml"
+COMMIT = "c" * 40
 FILE = "/{repo_id}/resolve/{revision}/{filename}"
 
 
@@ -83,25 +84,33 @@ def with_encoder(folder: Path, encoders: str = "") -> Path:
 def test_an_encoder_that_the_hub_has_takes_one_request_and_one_that_it_lacks_is_named_by_its_field(
     tmp_path: Path, hub: list[str], say
 ) -> None:
-    recipe = with_encoder(tmp_path, "encoders: {vae: someone/vae}")
+    recipe = with_encoder(tmp_path, f"encoders: {{vae: someone/vae@{COMMIT}}}")
     assert say("run", recipe, "--dry-run", "--store", tmp_path / "store") == (0, [])
-    assert hub == ["/someone/vae/resolve/main/config.json"]
-    recipe = with_encoder(tmp_path, "encoders: {vae: someone/other}")
-    code, lines = say("run", recipe, "--store", tmp_path / "store", "--set", "subsets.good.encode.vae=no/where")
+    assert hub == [f"/someone/vae/resolve/{COMMIT}/config.json"]
+    recipe = with_encoder(tmp_path, f"encoders: {{vae: someone/other@{COMMIT}}}")
+    code, lines = say("run", recipe, "--store", tmp_path / "store", "--set", f"subsets.good.encode.vae=no/where@{COMMIT}")
     assert code == 2 and not (tmp_path / "store" / ".state" / "prefect").exists()
     (line,) = lines
-    assert line.startswith("error: subsets.good.encode.vae: no/where is no public model of http://127.0.0.1:")
+    assert line.startswith(f"error: subsets.good.encode.vae: no/where@{COMMIT} is no public model of http://127.0.0.1:")
     (line,) = say("run", recipe, "--dry-run", "--store", tmp_path / "store")[1]
-    assert line.startswith("error: encoders.vae: someone/other is no public model")
+    assert line.startswith(f"error: encoders.vae: someone/other@{COMMIT} is no public model")
 
 
 def test_an_encoder_in_the_cache_asks_nobody_and_offline_says_what_is_not_there(
     tmp_path: Path, hub: list[str], say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    arguments = ("run", with_encoder(tmp_path, "encoders: {vae: someone/vae}"), "--dry-run", "--store", tmp_path / "store")
+    arguments = (
+        "run",
+        with_encoder(tmp_path, f"encoders: {{vae: someone/vae@{COMMIT}}}"),
+        "--dry-run",
+        "--store",
+        tmp_path / "store",
+    )
     code, (line,) = say(*arguments)
-    assert code == 2 and line.startswith("error: encoders.vae: someone/vae is not in the cache, and HF_HUB_OFFLINE is set")
+    assert code == 2 and line.startswith(
+        f"error: encoders.vae: someone/vae@{COMMIT} is not in the cache, and HF_HUB_OFFLINE is set"
+    )
     folder = tmp_path / "cache" / "models--someone--vae"
     (folder / "snapshots" / ("c" * 40)).mkdir(parents=True)
     (folder / "snapshots" / ("c" * 40) / "diffusion_pytorch_model.safetensors").touch()
@@ -112,9 +121,9 @@ def test_an_encoder_in_the_cache_asks_nobody_and_offline_says_what_is_not_there(
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch, hub: list[str]) -> None:
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/{revision}/{filename}")
-    recipe = with_encoder(tmp_path, "encoders: {gpt2: someone/gpt}")
+    recipe = with_encoder(tmp_path, f"encoders: {{gpt2: someone/gpt@{COMMIT}}}")
     code, (line,) = say("run", recipe, "--dry-run", "--store", tmp_path / "store")
-    assert code == 2 and line.startswith("error: encoders.gpt2: someone/gpt is not in the cache, and ")
+    assert code == 2 and line.startswith(f"error: encoders.gpt2: someone/gpt@{COMMIT} is not in the cache, and ")
     assert line.endswith("mend the network, or name a local folder or `embedded`")
 
 
