@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -15,14 +15,17 @@ from typing import Any, BinaryIO, cast, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from infra.entries import fingerprint_of, stages_in
+from infra.sources import StoredSources, written
 from infra.store import NotThere, Store, StoreError, sha256_of, stays_below
 
-# Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
+# Beyond this many files the list moves out of manifest.json into files.parquet beside it, and that of the files from outside into
+# sources.parquet: Parquet reads much faster.
 FILES_INLINE = 2000
-# Files in one of its row groups, which is what several readers share out.
+SOURCES_FILE = "sources.parquet"
+# Files in one row group of files.parquet, which is what several readers share out.
 FILES_TOGETHER = 16384
 # Files that `verify` reads at a time: on a disk the cores are busy with fewer, an object store answers more.
 VERIFIED_AT_ONCE = 16
@@ -85,7 +88,7 @@ class Manifest(BaseModel):
     generation: int
     inputs: dict[str, InputRef]
     config: dict[str, Any]
-    sources: dict[str, str]
+    sources: SkipValidation[Mapping[str, str]]
     code: dict[str, Any]
     columns: dict[str, str] = Field(alias="schema")
     stats: Stats
@@ -223,7 +226,10 @@ def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Da
     folder = folder_of(manifest.stage, manifest.fingerprint)
     manifest.file_columns = more.column_names if more is not None else []
     many = more is not None or len(manifest.files) > FILES_INLINE
-    document = manifest.model_dump(mode="json", by_alias=True, exclude={"files"} if many else None)
+    document = manifest.model_dump(mode="json", by_alias=True, exclude={"files", "sources"} if many else {"sources"})
+    document["sources"] = dict(manifest.sources) if len(manifest.sources) <= FILES_INLINE else None
+    if document["sources"] is None:
+        store.write(f"{folder}/{SOURCES_FILE}", written(manifest.sources))
     if many:
         columns = {column.name: [getattr(entry, column.name) for entry in manifest.files] for column in fields(FileEntry)}
         table = pa.table(columns)
@@ -255,6 +261,8 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
         return None
     if document["files"] is None:
         document["files"] = list(StoredFiles(store, folder))
+    if document["sources"] is None:
+        document["sources"] = StoredSources(store, f"{folder}/{SOURCES_FILE}")
     return Dataset(store, Manifest.model_validate(document))
 
 
