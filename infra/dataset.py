@@ -27,8 +27,8 @@ FILES_INLINE = 2000
 SOURCES_FILE = "sources.parquet"
 # Files in one row group of files.parquet, which is what several readers share out.
 FILES_TOGETHER = 16384
-# Files that `verify` reads at a time: on a disk the cores are busy with fewer, an object store answers more.
-VERIFIED_AT_ONCE = 16
+# Files that `verify` reads at a time; of an object store each is 50 MB ahead.
+VERIFIED_AT_ONCE = 8
 VERIFY = "`unidiffuser verify` names what is damaged"
 
 

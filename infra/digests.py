@@ -37,21 +37,21 @@ BYTES_HERE, OPENING = 2**29, 2**16
 BYTES_TOGETHER, AHEAD, BYTES_SAID = 2**28, 2, 2**34
 
 
-def local_digests(found: Mapping[str, Files], folder: Path) -> Mapping[str, str]:
+def local_digests(found: dict[str, Files], folder: Path) -> Mapping[str, str]:
     """Path -> sha256.
 
     Args:
-        found: by pattern, its files.
+        found: by pattern, its files, of which those are let go that are no longer needed.
         folder: where digests are remembered; not where the store has no state yet, for whoever only asks makes none.
 
     Raises:
         OutsideError: a file cannot be read.
     """
     tables = []
-    for root in dict.fromkeys(each.root for each in found.values()):
-        here = {pattern: each.table for pattern, each in found.items() if each.root == root}
+    for root in list(dict.fromkeys(each.root for each in found.values())):
+        here = {pattern: found.pop(pattern).table for pattern in list(found) if found[pattern].root == root}
         tables.append(Memory(root, folder).digests(here))
-    return Sources(once(pa.concat_tables(tables), "address")) if tables else {}
+    return Sources(once(tables, "address")) if tables else {}
 
 
 class Memory:
@@ -61,42 +61,52 @@ class Memory:
         self.root, self.folder = root, folder
         self.path = folder / f"{hashlib.sha256(root.encode()).hexdigest()[:24]}.arrow"
 
-    def digests(self, found: Mapping[str, pa.Table]) -> pa.Table:
+    def digests(self, found: dict[str, pa.Table]) -> pa.Table:
         """`address` and `digest` of files; what is not known is read and remembered, as far as that got."""
         patterns = list(found)
-        tables = [
-            table.drop_columns("kind").append_column("pattern", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
+        parts = [
+            table.append_column("pattern", pa.repeat(pa.scalar(number, pa.int32()), table.num_rows))
             for number, table in enumerate(found.values())
         ]
-        files = once(pa.concat_tables(tables), "name")
-        stamps, names = np.stack([files[part].to_numpy() for part in STAMP]), files["name"].combine_chunks()
-        digests, known = self._recall(names, stamps)
-        unknown = np.flatnonzero(~known)
+        found.clear()
+        files = pa.concat_tables(parts)
+        parts.clear()
+        # Columns are not brought into the order of the names, which would be copies of them.
+        names, stamps = files["name"].combine_chunks(), np.stack([files[part].to_numpy() for part in STAMP])
+        pattern = files["pattern"].to_numpy()
+        del files
+        order = pc.array_sort_indices(names).to_numpy()
+        digests, known = self._recall(names, stamps, order)
+        unknown = order[~known[order]]
         try:
             for rows, some in self._read(names, stamps[0], unknown):
                 if isinstance(some, OSError):
-                    with readable(patterns[files["pattern"][int(rows[0])].as_py()]):
+                    with readable(patterns[pattern[rows[0]]]):
                         raise some
                 digests[rows], known[rows] = some, True
         finally:
             if known[unknown].any():
                 self._keep(names, stamps, digests, known)
-        column = pa.FixedSizeBinaryArray.from_buffers(SHA256, len(names), [None, pa.py_buffer(digests)])
+        del stamps, pattern
         root, nothing = (pa.scalar(text, pa.large_string()) for text in (self.root, ""))
-        return pa.table({"address": pc.binary_join_element_wise(root, names, nothing), "digest": column})
+        tables = []
+        for rows in np.array_split(order, len(order) // SOME + 1):
+            addresses = pc.binary_join_element_wise(root, names.take(pa.array(rows)), nothing)
+            tables.append(pa.table({"address": addresses, "digest": _column(digests[rows])}))
+        return pa.concat_tables(tables)
 
-    def _recall(self, names: pa.Array, stamps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Digests (files, 32) as bytes, and which of them (files,) are known."""
+    def _recall(self, names: pa.Array, stamps: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Digests (files, 32) as bytes, and which of them (files,) are known; `order` is that of the names."""
         digests, known = np.zeros((len(names), SHA256.byte_width), np.uint8), np.zeros(len(names), bool)
         for batch in self._batches():
             first, last = batch["name"][0].as_py(), batch["name"][-1].as_py()
-            low = bisect_left(range(len(names)), first, key=lambda row: names[row].as_py())
-            high = bisect_right(range(len(names)), last, key=lambda row: names[row].as_py())
-            at = pc.index_in(names[low:high], value_set=batch["name"]).fill_null(-1).to_numpy()
-            rows = np.flatnonzero(at >= 0)
-            at = at[rows]
-            same = (np.stack([batch[part].to_numpy()[at] for part in STAMP]) == stamps[:, low + rows]).all(axis=0)
-            digests[low + rows[same]], known[low + rows[same]] = _bytes_of(batch["sha256"])[at[same]], True
+            low = bisect_left(order, first, key=lambda row: names[row].as_py())
+            high = bisect_right(order, last, key=lambda row: names[row].as_py())
+            rows = order[low:high]
+            at = pc.index_in(names.take(pa.array(rows)), value_set=batch["name"]).fill_null(-1).to_numpy()
+            rows, at = rows[at >= 0], at[at >= 0]
+            same = (np.stack([batch[part].to_numpy()[at] for part in STAMP]) == stamps[:, rows]).all(axis=0)
+            digests[rows[same]], known[rows[same]] = _bytes_of(batch["sha256"])[at[same]], True
         return digests, known
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
@@ -132,8 +142,7 @@ class Memory:
         """Remember what is known now, beside what was known of other files."""
         if not self.folder.parent.exists():
             return
-        column = pa.FixedSizeBinaryArray.from_buffers(SHA256, len(names), [None, pa.py_buffer(digests)])
-        fresh = pa.table([names, *map(pa.array, stamps), column], schema=MEMORY).filter(pa.array(known))
+        fresh = pa.table([names, *map(pa.array, stamps), _column(digests)], schema=MEMORY).filter(pa.array(known))
         before = pa.Table.from_batches(self._batches(), MEMORY)
         before = before.filter(pc.invert(pc.is_in(before["name"], value_set=names)))
         with suppress(OSError, StoreError):
@@ -152,6 +161,10 @@ def _pieces(rows: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
         stop = max(start + 1, int(np.searchsorted(ends, before + BYTES_TOGETHER, "right")))
         yield rows[start:stop]
         start = stop
+
+
+def _column(digests: np.ndarray) -> pa.Array:
+    return pa.FixedSizeBinaryArray.from_buffers(SHA256, len(digests), [None, pa.py_buffer(digests)])
 
 
 def _bytes_of(column: pa.FixedSizeBinaryArray) -> np.ndarray:

@@ -20,7 +20,7 @@ from infra.store import Store, StoreError
 
 SHA256 = pa.binary(32)
 # Rows that are Python objects at a time.
-SOME = 65536
+SOME = 16384
 
 
 class Sources(Mapping[str, str]):
@@ -42,7 +42,7 @@ class Sources(Mapping[str, str]):
         tables = [as_table(part) for part in full]
         if len({table.schema.field("digest").type for table in tables}) > 1:
             tables = [_in_hex(table) for table in tables]
-        return cls(once(pa.concat_tables(tables), "address")) if tables else {}
+        return cls(once(tables, "address")) if tables else {}
 
     def __getitem__(self, address: str) -> str:
         addresses = self.table["address"]
@@ -113,12 +113,22 @@ class StoredSources(Mapping[str, str]):
         return self.read.items()
 
 
-def once(table: pa.Table, column: str) -> pa.Table:
-    """The rows sorted by a column, one of each value."""
-    table = table.sort_by(column).combine_chunks()
-    values = table[column].combine_chunks()
-    again = pc.equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
-    return table.filter(pa.array(np.concatenate([[True], ~again]))) if again.any() else table
+def once(parts: list[pa.Table], column: str) -> pa.Table:
+    """The rows of all parts, sorted by a column, one of each value. The parts are let go of as soon as they can be."""
+    table = pa.concat_tables(parts).combine_chunks()
+    parts.clear()
+    if not _rising(table[column]):
+        table = table.take(pc.sort_indices(table[column]))
+        values = table[column].combine_chunks()
+        again = pc.equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
+        table = table.filter(pa.array(np.concatenate([[True], ~again]))) if again.any() else table
+    return table
+
+
+def _rising(values: pa.ChunkedArray) -> bool:
+    """Whether each value of a single chunk is greater than the one before it."""
+    whole = values.combine_chunks()
+    return bool(pc.all(pc.greater(whole[1:], whole[:-1]), min_count=0).as_py())
 
 
 def as_table(sources: Mapping[str, str]) -> pa.Table:
@@ -163,35 +173,28 @@ def apart(data: bytes) -> Iterator[tuple[str, str | None, Mapping[str, str]]]:
 
 def content_of(sources: Mapping[str, str]) -> str:
     """One digest of all names without their folders, and all digests: a recipe gives the same datasets wherever its files lie."""
-    table = named(sources)
-    table = table.take(pc.sort_indices(table, [("name", "ascending"), ("digest", "ascending")])).combine_chunks()
-    whole = hashlib.sha256()
-    for batch in table.to_batches(SOME):
-        names = [name.encode() for name in batch["name"].to_pylist()]
-        # The lengths tell where a name ends.
-        whole.update(np.fromiter(map(len, names), "<i4", len(names)).tobytes())
-        whole.update(b"".join(names))
-        whole.update(
-            b"".join(value if isinstance(value, bytes) else value.encode() + b"\n" for value in batch["digest"].to_pylist())
-        )
-    return whole.hexdigest()[:24]
+    rows = [np.zeros(0, "S32")]
+    for batch in as_table(sources).to_batches(SOME):
+        pairs = zip(_names(batch["address"]).to_pylist(), map(_text, batch["digest"].to_pylist()), strict=True)
+        rows.append(np.array([hashlib.sha256(f"{name}\n{digest}".encode()).digest() for name, digest in pairs], "S32"))
+    # Sorted: in which folders they lie decides the order of addresses.
+    return hashlib.sha256(np.sort(np.concatenate(rows)).tobytes()).hexdigest()[:24]
 
 
-def named(sources: Mapping[str, str]) -> pa.Table:
-    """`name`, as `infra.queries.file_name` makes it of an address, and `digest`."""
-    table = as_table(sources)
-    names = table["address"]
+def _names(addresses: Any) -> Any:
+    """What `infra.queries.file_name` makes of addresses."""
     for unnamed in ("(?s)::.*", MARK.pattern, "(?s)^.*/"):
-        names = pc.replace_substring_regex(names, unnamed, "")
-    return pa.table({"name": names, "digest": table["digest"]})
+        addresses = pc.replace_substring_regex(addresses, unnamed, "")
+    return addresses
 
 
 def other(sources: Mapping[str, str], than: Mapping[str, str]) -> dict[str, str]:
     """Name -> digest of those whose name and digest no file has of those that they are compared with."""
-    own, others = (_in_hex(named(each)) for each in (sources, than))
-    mine, known = (pc.binary_join_element_wise(each["digest"], each["name"], "/") for each in (own, others))
+    own, others = (_in_hex(as_table(each)) for each in (sources, than))
+    slash = pa.scalar("/", pa.large_string())
+    mine, known = (pc.binary_join_element_wise(each["digest"], _names(each["address"]), slash) for each in (own, others))
     left = own.filter(pc.invert(pc.is_in(mine, value_set=known)))
-    return dict(zip(left["name"].to_pylist(), left["digest"].to_pylist(), strict=True))
+    return dict(zip(_names(left["address"]).to_pylist(), left["digest"].to_pylist(), strict=True))
 
 
 def _in_hex(table: pa.Table) -> pa.Table:

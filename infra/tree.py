@@ -14,7 +14,7 @@ FILE, FOLDER, LINK, BROKEN, SPECIAL = range(5)
 STAMP = ("size", "modified", "changed")
 TREE = pa.schema([("name", pa.large_string()), ("kind", pa.int8()), *((part, pa.int64()) for part in STAMP)])
 # Files that are Python objects at a time.
-SOME = 65536
+SOME = 16384
 
 Row = tuple[str, int, int, int, int]
 

@@ -151,13 +151,13 @@ def pairs_of(config: FolderConfig, sources: Any) -> list[Pair]:
         # Of two captions, the one that is spelled as the recipe says counts, else the last.
         stem, found = _stem(address), (own.endswith(ending), address, digest)
         captions[stem] = max(captions.get(stem, found), found)
-    found = []
+    pairs = []
     for address, digest in images:
         _, caption, told = captions.get(_stem(address), (True, "", ""))
         name = file_name(address)
         key = hashlib.sha256("\n".join((name, digest, told)).encode()).hexdigest()[:20]
-        found.append(Pair(name, key, address, digest, caption))
-    return sorted(found)
+        pairs.append(Pair(name, key, address, digest, caption))
+    return sorted(pairs)
 
 
 def _stem(address: str) -> str:

@@ -155,8 +155,9 @@ def _before(recipe: Recipe, node: Node) -> dict[str, list[BaseModel]]:
 
 def outside_of(planned: Mapping[str, Planned]) -> bytes:
     """What a plan found outside the store, as a file that `read_outside` reads."""
-    parts = [(node.name, None, node.sources) for node in planned.values()]
-    parts += [(node.name, part, found) for node in planned.values() for part, found in node.lists.items()]
+    parts: list[tuple[str, str | None, Mapping[str, str]]] = []
+    for node in planned.values():
+        parts += [(node.name, None, node.sources), *((node.name, part, found) for part, found in node.lists.items())]
     return together(parts)
 
 
