@@ -2,6 +2,9 @@
 
 The peer is a plain loop that reads the same unit records, parses them, and writes the parsed list into one file: what any
 bookkeeping that keeps a record a unit has to do at least.
+
+Beside it: what each worker holds of a job whose input has a file a shard; the plan of a folder of pairs that have not changed;
+and what a plan asks of an S3 server, in this process, when all units are done.
 """
 
 from __future__ import annotations
@@ -9,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import pickle
 import sys
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -25,8 +30,9 @@ from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit,
 from infra.store import Store
 from stages.runner import pool
 from stages.runner.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
-from stages.runner.graph import Planned
+from stages.runner.graph import Planned, plan
 from stages.runner.keys import unit_keys
+from stages.runner.recipe import parse_recipe
 from stages.runner.run import make_job, run_stage
 
 SHARD_ROWS = 10_000
@@ -131,19 +137,69 @@ def plain(store: Store) -> dict[str, float]:
     return {"plain": time.perf_counter() - start}
 
 
-SIDES = {"first": first, "resume": resume, "plain": plain}
+def worker(store: Store) -> dict[str, float]:
+    """What a worker holds of its job."""
+    sent = pickle.dumps(pool.for_workers(make_job(planned("second"), store), Empty.phases[0]))
+    tracemalloc.start()
+    job = pickle.loads(sent)
+    held = tracemalloc.get_traced_memory()[0]
+    assert job.inputs
+    return {"worker_mb": round(max(held, len(sent)) / 1e6, 3)}
+
+
+def folder(store: Store) -> dict[str, float]:
+    """The plan of the pairs beside the store; called a second time, of pairs of which none has changed."""
+    own = parse_recipe({"name": "own", "subsets": {"own": {"folder": {"images": [f"{store.root}-pairs/**/*.jpg"]}}}}, Path())
+    start = time.perf_counter()
+    node = plan(own, store)["own-folder"]
+    seconds = time.perf_counter() - start
+    if node.state != "hit":
+        rows = len(node.sources) // 2
+        commit(
+            store,
+            Manifest(
+                stage="folder", node="own-folder", fingerprint=node.fingerprint, generation=0, inputs={}, config={},
+                sources=node.sources, code={}, columns={}, stats=Stats(rows_in=rows, rows_out=rows), summary={}, seconds=0.0,
+                created="", files=[],
+            ),
+        )  # fmt: skip
+    return {"folder_plan": seconds}
+
+
+def s3(_: Store, units: int) -> dict[str, float]:
+    """Requests of a plan of units that are all done, bytes of the answers, and files that were read."""
+    from benchmarks.counted import counted_s3
+    from benchmarks.s3_bytes_side import plan
+
+    with counted_s3() as counted:
+        return {"requests": plan(counted, units), "bytes": counted.bytes, "files": len(counted.paths)}
+
+
+def make_pairs(place: Path, pairs: int) -> None:
+    """Images and captions of a few bytes, ten thousand in a folder."""
+    for number in range(pairs):
+        if number % 10_000 == 0:
+            (below := place / f"part-{number // 10_000:05d}").mkdir(parents=True)
+        for ending in ("jpg", "txt"):
+            (below / f"picture-{number:08d}.{ending}").write_bytes(b"%d %s" % (number, ending.encode()))
+
+
+SIDES = {"first": first, "resume": resume, "plain": plain, "worker": worker, "folder": folder}
 
 
 def main(
     shards: Annotated[int, typer.Option(help="Shards; 230,000 of 10,000 rows are laion2B-en.")] = 230_000,
+    pairs: Annotated[int, typer.Option(help="Images with captions in the folder that is planned.")] = 1_000_000,
+    s3_units: Annotated[int, typer.Option(help="Units of the plan against an S3 server.")] = 23_000,
     folder: Annotated[Path | None, typer.Option(help="Where the store is made; a temporary folder by default.")] = None,
     side: Annotated[str, typer.Option(hidden=True)] = "",
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
 ) -> None:
-    """Measure plan, resume and commit with empty units."""
+    """Measure plan, resume and commit with empty units, and plans of unchanged files."""
     if side:
         logging.disable()
-        print(json.dumps(SIDES[side](Store(str(folder)))))
+        found = s3(Store(str(folder)), s3_units) if side == "s3" else SIDES[side](Store(str(folder)))
+        print(json.dumps(found))
         return
     # Not above: the sides must not pay for importing torch.
     import torch
@@ -153,21 +209,38 @@ def main(
     words = machine(torch.device("cpu"))
     seconds: dict[str, float] = {}
     memory: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(dir=folder) as root:
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        root = f"{place}/store"
         store = Store(root)
         make_input(store, shards)
         for name in ("first", "resume", "plain"):
             if name == "resume":
                 _lay_down_records(store)
-            watch = Watch(lambda process: "driver")
-            printed = watch.run([sys.executable, "-m", "benchmarks.bookkeeping", "--side", name, "--folder", root])
-            seconds |= json.loads(printed.strip().splitlines()[-1])
-            memory[name] = round(watch.peak["driver"])
-            print(f"{name}: {seconds} s, {memory[name]} MiB", file=sys.stderr, flush=True)
+            found, memory[name] = _measured(name, root)
+            seconds |= found
+        held, _ = _measured("worker", root)
+        Path(root, ".state").mkdir()
+        make_pairs(Path(f"{root}-pairs"), pairs)
+        new, _ = _measured("folder", root)
+        unchanged, memory["folder"] = _measured("folder", root)
+        asked, _ = _measured("s3", root, "--s3-units", str(s3_units))
     figures: dict[str, Any] = {f"{name}_s": round(value, 1) for name, value in seconds.items() if name != "plain"}
     figures |= {"peer_s": round(seconds["plain"], 1), "memory_mib": max(memory["first"], memory["resume"]), "shards": shards}
+    figures |= {**held, "folder_new_s": round(new["folder_plan"], 1), "folder_plan_s": round(unchanged["folder_plan"], 1)}
+    figures |= {"folder_plan_mib": memory["folder"], "pairs": pairs, "s3_units": s3_units}
+    figures |= {f"s3_{name}": value for name, value in asked.items()}
     ratio = round(seconds["plain"] / seconds["resume_and_commit"], 3)
     Result("bookkeeping", ratio, "plain_loop", figures, words, {"seconds": seconds, "peak_mib": memory}).finish(file)
+
+
+def _measured(side: str, root: str, *options: str) -> tuple[dict[str, float], int]:
+    """What a side says, and its peak memory in MiB."""
+    watch = Watch(lambda process: "driver")
+    printed = watch.run([sys.executable, "-m", "benchmarks.bookkeeping", "--side", side, "--folder", root, *options])
+    found: dict[str, float] = json.loads(printed.strip().splitlines()[-1])
+    peak = round(watch.peak.get("driver", 0))
+    print(f"{side}: {found}, {peak} MiB", file=sys.stderr, flush=True)
+    return found, peak
 
 
 def _lay_down_records(store: Store) -> None:

@@ -5,22 +5,30 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, cast, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from infra.entries import fingerprint_of, stages_in
+from infra.sources import StoredSources, written
 from infra.store import NotThere, Store, StoreError, sha256_of, stays_below
 
-# Beyond this many files the list moves out of manifest.json into files.parquet beside it: Parquet reads much faster.
+# Beyond this many files the list moves out of manifest.json into files.parquet beside it, and that of the files from outside into
+# sources.parquet: Parquet reads much faster.
 FILES_INLINE = 2000
-# Files in one of its row groups, which is what several readers share out.
+SOURCES_FILE = "sources.parquet"
+# Files in one row group of files.parquet, which is what several readers share out.
 FILES_TOGETHER = 16384
+# Files that `verify` reads at a time; of an object store each is 50 MB ahead.
+VERIFIED_AT_ONCE = 8
 VERIFY = "`unidiffuser verify` names what is damaged"
 
 
@@ -41,6 +49,11 @@ class FileEntry:
         name = self.path.split(f"/{self.unit}/", 1)[-1]
         # On an object store the files lie in a folder of the attempt that made them.
         return name.partition("/")[2] if name.startswith("@") else name
+
+    @property
+    def stem(self) -> str:
+        """The name without folders and ending, which all files of a shard have alike."""
+        return PurePosixPath(self.name).stem
 
 
 @dataclass(slots=True)
@@ -75,7 +88,7 @@ class Manifest(BaseModel):
     generation: int
     inputs: dict[str, InputRef]
     config: dict[str, Any]
-    sources: dict[str, str]
+    sources: SkipValidation[Mapping[str, str]]
     code: dict[str, Any]
     columns: dict[str, str] = Field(alias="schema")
     stats: Stats
@@ -84,25 +97,41 @@ class Manifest(BaseModel):
     created: str
     # Further columns of files.parquet, which say more of each file to whoever reads them.
     file_columns: list[str] = []
-    files: list[FileEntry]
+    files: Sequence[FileEntry]
 
     def reference(self) -> InputRef:
         return InputRef(stage=self.stage, fingerprint=self.fingerprint)
 
 
 class Dataset:
-    """A committed dataset: its manifest and the store that it lies in."""
+    """A committed dataset: its manifest and the store that it lies in.
 
-    def __init__(self, store: Store, manifest: Manifest):
+    A long list of files does not travel with it to other processes; they read it from the store, should they need it.
+
+    Args:
+        without: names, less their endings, of files that do not count.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, without: frozenset[str] = frozenset()):
         self.store = store
         self.manifest = manifest
+        self.without = without
+        if without and not isinstance(manifest.files, StoredFiles):
+            left = [entry for entry in manifest.files if entry.stem not in without]
+            self.manifest = manifest.model_copy(update={"files": left})
+
+    def __reduce__(self) -> tuple[type[Dataset], tuple[Store, Manifest, frozenset[str]]]:
+        manifest = self.manifest
+        if not isinstance(manifest.files, StoredFiles) and len(manifest.files) > FILES_INLINE:
+            manifest = manifest.model_copy(update={"files": StoredFiles(self.store, self.folder, self.without)})
+        return Dataset, (self.store, manifest, self.without)
 
     @property
     def folder(self) -> str:
         return folder_of(self.manifest.stage, self.manifest.fingerprint)
 
     @property
-    def files(self) -> list[FileEntry]:
+    def files(self) -> Sequence[FileEntry]:
         return self.manifest.files
 
     def open(self, entry: FileEntry) -> BinaryIO:
@@ -133,7 +162,7 @@ class Dataset:
         raise StoreError(f"{self.store.url(self.folder)}: the manifest lists no file {name}")
 
 
-def fetch_files(store: Store, files: list[FileEntry], folder: Path, fix: str = VERIFY) -> Path:
+def fetch_files(store: Store, files: Sequence[FileEntry], folder: Path, fix: str = VERIFY) -> Path:
     """Make files available below a local folder, under their names; from a local store they are linked, not copied.
 
     Args:
@@ -160,7 +189,7 @@ def fetch_files(store: Store, files: list[FileEntry], folder: Path, fix: str = V
     return folder
 
 
-def _check_names(store: Store, files: list[FileEntry], fix: str) -> None:
+def _check_names(store: Store, files: Sequence[FileEntry], fix: str) -> None:
     """Whoever can write a manifest must not choose where on this machine its files come to lie, or what is read instead of them.
 
     Raises:
@@ -197,7 +226,10 @@ def commit(store: Store, manifest: Manifest, more: pa.Table | None = None) -> Da
     folder = folder_of(manifest.stage, manifest.fingerprint)
     manifest.file_columns = more.column_names if more is not None else []
     many = more is not None or len(manifest.files) > FILES_INLINE
-    document = manifest.model_dump(mode="json", by_alias=True, exclude={"files"} if many else None)
+    document = manifest.model_dump(mode="json", by_alias=True, exclude={"files", "sources"} if many else {"sources"})
+    document["sources"] = dict(manifest.sources) if len(manifest.sources) <= FILES_INLINE else None
+    if document["sources"] is None:
+        store.write(f"{folder}/{SOURCES_FILE}", written(manifest.sources))
     if many:
         columns = {column.name: [getattr(entry, column.name) for entry in manifest.files] for column in fields(FileEntry)}
         table = pa.table(columns)
@@ -228,16 +260,48 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
     if document is None:
         return None
     if document["files"] is None:
-        path = f"{folder}/files.parquet"
-        names = [column.name for column in fields(FileEntry)]
-        file = store.ranges(path)
-        try:
-            table = pq.read_table(file, columns=names, pre_buffer=True, page_checksum_verification=True)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise StoreError(f"{store.url(path)}: damaged ({error}); delete {store.url(folder)} and run again") from None
-        columns = (table[name].to_pylist() for name in names)
-        document["files"] = [FileEntry(*values) for values in zip(*columns, strict=True)]
+        document["files"] = list(StoredFiles(store, folder))
+    if document["sources"] is None:
+        document["sources"] = StoredSources(store, f"{folder}/{SOURCES_FILE}")
     return Dataset(store, Manifest.model_validate(document))
+
+
+class StoredFiles(Sequence[FileEntry]):
+    """The files of a committed dataset as its files.parquet lists them, read whenever they are asked for and never held together.
+
+    Args:
+        without: as of `Dataset`.
+    """
+
+    def __init__(self, store: Store, folder: str, without: frozenset[str] = frozenset()):
+        self.store, self.folder, self.without = store, folder, without
+
+    def __iter__(self) -> Iterator[FileEntry]:
+        """Raises StoreError: the list is damaged."""
+        path = f"{self.folder}/files.parquet"
+        names = [column.name for column in fields(FileEntry)]
+        try:
+            with self.store.ranges(path) as file:
+                parquet = pq.ParquetFile(file, pre_buffer=True, page_checksum_verification=True)
+                for batch in parquet.iter_batches(FILES_TOGETHER, columns=names):
+                    entries = (FileEntry(*values) for values in zip(*(batch[name].to_pylist() for name in names), strict=True))
+                    yield from (entry for entry in entries if entry.stem not in self.without) if self.without else entries
+        except (pa.ArrowInvalid, OSError) as error:
+            folder = self.store.url(self.folder)
+            raise StoreError(f"{self.store.url(path)}: damaged ({error}); delete {folder} and run again") from None
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    @overload
+    def __getitem__(self, index: int) -> FileEntry: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[FileEntry]: ...
+    def __getitem__(self, index: int | slice) -> FileEntry | list[FileEntry]:
+        if isinstance(index, int) and index >= 0:
+            for entry in islice(self, index, None):
+                return entry
+        return list(self)[index]
 
 
 def all_datasets(store: Store) -> Iterator[Dataset]:
@@ -268,19 +332,26 @@ def by_prefix(store: Store, text: str) -> Dataset:
 
 
 def verify(dataset: Dataset) -> list[str]:
-    """Compare every file with the manifest, by size and sha256; returns one line per damaged or missing file."""
-    problems = []
-    for entry in dataset.files:
-        where = dataset.url(entry)
-        try:
-            with dataset.open(entry) as file:
-                found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
-        except StoreError:
-            problems.append(f"{where}: missing")
-            continue
-        if found != entry.sha256:
-            problems.append(f"{where}: damaged (sha256 {found[:12]}, the manifest says {entry.sha256[:12]})")
-    return problems
+    """Compare every file with the manifest by sha256, several at a time.
+
+    Returns:
+        A line for each file that is damaged or missing, in the order of the manifest.
+    """
+    with ThreadPoolExecutor(VERIFIED_AT_ONCE) as threads:
+        return [problem for problem in threads.map(partial(_problem, dataset), dataset.files) if problem]
+
+
+def _problem(dataset: Dataset, entry: FileEntry) -> str:
+    """What is wrong with a file; empty for nothing."""
+    where = dataset.url(entry)
+    try:
+        with dataset.open(entry) as file:
+            found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
+    except StoreError:
+        return f"{where}: missing"
+    if found != entry.sha256:
+        return f"{where}: damaged (sha256 {found[:12]}, the manifest says {entry.sha256[:12]})"
+    return ""
 
 
 def point(store: Store, recipe: str, node: str, reference: InputRef) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +11,11 @@ from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.contents import remote_digests
-from infra.listing import Listing, OutsideError, readable
+from infra.digests import local_digests
+from infra.listing import Files, Listing, OutsideError, readable
 from infra.queries import file_name, place, without_query
-from infra.store import Store, sha256_of, stays_below
+from infra.sources import Sources
+from infra.store import Store, stays_below
 
 
 def state_folder(store: Store) -> Path:
@@ -28,7 +29,7 @@ def _state(store: Store) -> Path:
     return Path(store.root if store.local else os.environ.get("UNIDIFFUSER_STATE", "runs")) / ".state"
 
 
-def resolve(patterns: list[str], store: Store) -> dict[str, str]:
+def resolve(patterns: list[str], store: Store) -> Mapping[str, str]:
     """Expand paths, globs and fsspec URLs into address -> digest, sorted by address.
 
     What exists under just this name is no glob. Below a glob, the ending matches in capitals too; folders, hidden files, markers
@@ -42,17 +43,20 @@ def resolve(patterns: list[str], store: Store) -> dict[str, str]:
         FileNotFoundError: a pattern matches nothing; the message names it.
         OutsideError: a pattern is a folder, or cannot be looked at, or a file of it cannot be read.
     """
-    found: dict[str, str] = {}
+    remote: dict[str, str] = {}
+    here: dict[str, Files] = {}
     listing = Listing()
     for pattern in map(without_query, patterns):
-        fs, paths = listing.files(pattern)
-        if isinstance(fs, LocalFileSystem):
-            found |= _local_digests(pattern, paths, _state(store) / "digests.json")
+        files = listing.files(pattern)
+        if isinstance(files.fs, LocalFileSystem):
+            here[pattern] = files
             continue
         with readable(pattern):
-            found |= remote_digests(fs, {_address(fs, path, pattern): path for path in paths}, store)
+            remote |= remote_digests(files.fs, {_address(files.fs, path, pattern): path for path in files.paths()}, store)
     listing.say_left_out()
-    return dict(sorted(found.items()))
+    # What it has seen is as large as what was found.
+    del listing
+    return Sources.of(local_digests(here, _state(store) / "digests"), remote)
 
 
 def member(address: str) -> str:
@@ -98,22 +102,3 @@ def _address(fs: Any, path: str, pattern: str) -> str:
         return without_query(str(fs.unstrip_protocol(path)))
     protocol = pattern.partition("://")[0]
     return f"{protocol}://{path}::{pattern.partition('::')[2]}"
-
-
-def _local_digests(pattern: str, paths: list[str], cache: Path) -> dict[str, str]:
-    """sha256 of local files, each read once as long as its size and times stay. (The second of the two cannot be set back.)"""
-    known = json.loads(cache.read_text()) if cache.exists() else {}
-    digests, fresh = {}, False
-    # What goes wrong with the memory of digests is not the files' fault.
-    with readable(pattern):
-        for path in paths:
-            status = os.stat(path)
-            stamp = f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
-            if known.get(path, {}).get("stamp") != stamp:
-                known[path] = {"stamp": stamp, "sha256": sha256_of(path)}
-                fresh = True
-            digests[path] = known[path]["sha256"]
-    # Not where nothing has been run yet: whoever only asks makes no folder.
-    if fresh and cache.parent.exists():
-        Store(str(cache.parent)).write_json(cache.name, known)
-    return digests

@@ -7,31 +7,37 @@ import glob
 import logging
 import os
 import re
-import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from infra.queries import place, said
+from infra.tree import BROKEN, FILE, FOLDER, LINK, SPECIAL, TREE, Tree, batch, stamped
 
 log = logging.getLogger("infra")
 
 MAGIC = re.compile(r"[*?[]")
-# What writers of Parquet leave beside the data.
-MARKER = re.compile(r"_SUCCESS|_temporary|_delta_log|_(common_)?metadata|_(committed|started)_.*|.*_\$folder\$")
+# A name a part of which begins with a dot, or is what writers of Parquet leave beside the data.
+MARKER = r"_SUCCESS|_temporary|_delta_log|_(common_)?metadata|_(committed|started)_[^/]*|[^/]*_\$folder\$"
+HIDING = rf"(^|/)(\.|({MARKER})(/|$))"
 # Ending of a pattern: letters and digits that stand for themselves.
 ENDING = re.compile(r"\.(\w+)$")
 IMAGES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jp2", "heic", "heif"})
 GONE = (404, 410)
 
-FOLDER, LINK, BROKEN = "folders", "links to folders, which are not entered", "broken links"
-SPECIAL, HIDDEN, NAME = "neither files nor folders", "hidden files and markers", "names that are not UTF-8"
-UNREADABLE = "folders that may not be read"
+IMAGE = rf"(?i)\.({'|'.join(sorted(IMAGES))})$"
+
+HIDDEN, NAME, UNREADABLE = "hidden files and markers", "names that are not UTF-8", "folders that may not be read"
+WORDS = {
+    FOLDER: "folders", LINK: "links to folders, which are not entered", BROKEN: "broken links",
+    SPECIAL: "neither files nor folders",
+}  # fmt: skip
 
 
 class OutsideError(OSError):
@@ -49,18 +55,31 @@ class NothingFound(OutsideError, FileNotFoundError):
         super().__init__(pattern, "no such file; expected a path, glob or URL that exists")
 
 
+class Files(NamedTuple):
+    """Files of one file system, as `infra.tree.TREE` in no order; their names continue the root, which ends in ``/``."""
+
+    fs: Any
+    root: str
+    table: pa.Table
+
+    def paths(self) -> list[str]:
+        """Sorted."""
+        return sorted(self.root + name for name in self.table["name"].to_pylist())
+
+
 class Listing:
     """The files that some patterns mean together, so that what all of them leave out can be told."""
 
     def __init__(self) -> None:
         self.fresh: set[int] = set()
-        self.found: set[str] = set()
         self.odd: set[str] = set()
-        # Pattern -> addresses of images that it leaves out for their ending alone.
-        self.beside: dict[str, set[str]] = {}
+        self.trees: dict[tuple[str, int | None], Tree] = {}
+        self.found: list[Files] = []
+        # By pattern, file system and paths of images that it leaves out for their ending alone.
+        self.beside: dict[str, tuple[Any, list[pa.Array]]] = {}
 
-    def files(self, pattern: str) -> tuple[Any, list[str]]:
-        """The file system, and the paths there, sorted.
+    def files(self, pattern: str) -> Files:
+        """The files that a pattern means.
 
         Raises:
             NothingFound: there is none.
@@ -68,41 +87,66 @@ class Listing:
         """
         with readable(pattern):
             fs, path = place(pattern)
-        if id(fs) not in self.fresh and not isinstance(fs, LocalFileSystem):
+        local = isinstance(fs, LocalFileSystem)
+        if id(fs) not in self.fresh and not local:
             # A listing that an earlier look has left in memory would hide what has changed since.
             fs.invalidate_cache()
             self.fresh.add(id(fs))
         with readable(pattern):
-            paths = [path] if _exists(fs, path, pattern) else self._matches(fs, path, pattern)
-        if not paths:
+            if _exists(fs, path, pattern):
+                root, name = path[: path.rfind("/") + 1], path[path.rfind("/") + 1 :]
+                found = [stamped(root, name) if local else batch([(name, FILE, 0, 0, 0)])]
+            else:
+                root, rest = _literal_part(fs, path)
+                found = list(self._matches(fs, root, rest, pattern))
+        files = Files(fs, root, pa.Table.from_batches(found, TREE))
+        if not files.table.num_rows:
             raise NothingFound(pattern)
-        self.found.update(map(fs.unstrip_protocol, paths))
-        return fs, paths
+        self.found.append(files)
+        return files
 
-    def _matches(self, fs: Any, path: str, pattern: str) -> list[str]:
-        root, rest = _literal_part(fs, path)
+    def _matches(self, fs: Any, root: str, rest: str, pattern: str) -> Iterator[pa.RecordBatch]:
+        """The files of data that a glob below a folder means."""
         ending = ENDING.search(rest)
-        images = ending is not None and ending[1].lower() in IMAGES
-        wanted = re.compile(glob_translate(_any_case(rest)))
-        matches, odd = [], Odd(pattern, rest, ending is None)
-        for name, kind, size in _entries(fs, root, ENDING.sub(".*", rest) if images else _any_case(rest), odd):
-            address = fs.unstrip_protocol(f"{root}{name}")
-            if kind != LINK and not wanted.match(name):
-                if kind == "file" and not odd.hidden(name) and _utf8(name) and PurePosixPath(name).suffix[1:].lower() in IMAGES:
-                    self.beside.setdefault(pattern, set()).add(address)
-            elif odd.is_data(name, kind, size):
-                matches.append(f"{root}{name}")
+        around = ENDING.sub(".*", rest) if ending is not None and ending[1].lower() in IMAGES else _any_case(rest)
+        wanted, beside = (re.compile(glob_translate(each)) for each in (_any_case(rest), around))
+        odd = Odd(pattern, rest, ending is None)
+        if isinstance(fs, LocalFileSystem):
+            tree = self._tree(root, None if odd.deep else rest.count("/") + 1)
+            parts, odd.names = tree.parts, {UNREADABLE: list(tree.unreadable)} if tree.unreadable else {}
+            for name, kind, size in tree.strange:
+                if wanted.match(name):
+                    odd.put(name, kind, size)
+        else:
+            parts = [batch(list(_globbed(fs, root, around)))]
+        for part in parts:
+            data, others = odd.parted(part, wanted)
+            images = others.filter(pc.match_substring_regex(others, IMAGE))
+            if around != _any_case(rest) and len(images):
+                images = images.filter(pa.array([beside.match(name) is not None for name in images.to_pylist()], pa.bool_()))
+                self.beside.setdefault(pattern, (fs, []))[1].append(_joined(root, images))
+            yield data
         odd.say(root, self.odd)
-        return sorted(matches)
+
+    def _tree(self, root: str, depth: int | None) -> Tree:
+        """Images and captions are two patterns, and one look at each file."""
+        if (root, depth) not in self.trees:
+            self.trees[root, depth] = Tree(root, depth)
+        return self.trees[root, depth]
 
     def say_left_out(self) -> None:
         """One line for each pattern beside whose images lie others that no pattern takes."""
-        for pattern, images in self.beside.items():
-            endings = Counter(PurePosixPath(address).suffix.lower() for address in images - self.found)
+        for pattern, (fs, parts) in self.beside.items():
+            beside = pa.chunked_array(parts, pa.large_string())
+            found = [_joined(files.root, files.table["name"]) for files in self.found if files.fs is fs]
+            taken = pa.chunked_array([part for paths in found for part in paths.chunks], pa.large_string())
+            left = beside.filter(pc.invert(pc.is_in(beside, value_set=taken)))
+            endings = pc.utf8_lower(pc.replace_substring_regex(left, r"(?s)^.*\.", ".")).value_counts().to_pylist()
             if endings:
-                counts = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
+                told = sorted((each["values"], each["counts"]) for each in endings)
+                counts = ", ".join(f"{count} {ending}" for ending, count in told)
                 own, colons, archive = pattern.partition("::")
-                others = " and ".join(f"{ENDING.sub(ending, own)}{colons}{archive}" for ending in sorted(endings))
+                others = " and ".join(f"{ENDING.sub(ending, own)}{colons}{archive}" for ending, _ in told)
                 _say(f"{pattern}: leaves out other images that lie there: {counts}; to take them too, add {others}")
 
 
@@ -117,30 +161,39 @@ class Odd:
     """
 
     def __init__(self, pattern: str, below: str, any_ending: bool):
-        self.pattern, self.flat, self.any_ending = pattern, "**" not in below, any_ending
+        self.pattern, self.deep, self.any_ending = pattern, "**" in below, any_ending
+        self.depth = below.count("/") + 1
         self.explicit = any(part.startswith((".", "_")) for part in below.split("/"))
         self.names: dict[str, list[str]] = {}
 
-    def put(self, kind: str, name: str) -> None:
-        self.names.setdefault(kind, []).append(name)
+    def parted(self, part: pa.RecordBatch, wanted: re.Pattern[str]) -> tuple[pa.RecordBatch, pa.Array]:
+        """The files of data among those that match, and the names of other files that are not hidden; what is odd is put down."""
+        names, kinds = part["name"].to_pylist(), part["kind"].to_numpy()
+        fits = np.fromiter((wanted.match(name) is not None for name in names), bool, len(names))
+        plain = kinds == FILE
+        if self.any_ending:
+            plain &= part["size"].to_numpy() != 0
+        if not self.explicit:
+            plain &= ~pc.match_substring_regex(part["name"], HIDING).to_numpy(zero_copy_only=False)
+        for row in np.flatnonzero((fits & ~plain) | (kinds == LINK)):
+            # A link to a folder through which a pattern might have led is told of whatever its name is.
+            if fits[row] or self.deep or names[row].count("/") + 1 != self.depth:
+                self.put(names[row], int(kinds[row]), part["size"][row].as_py())
+        return part.filter(pa.array(fits & plain)), part["name"].filter(pa.array(plain & ~fits))
 
-    def hidden(self, name: str) -> bool:
-        parts = () if self.explicit else name.split("/")
-        return any(part.startswith(".") or MARKER.fullmatch(part) for part in parts)
-
-    def is_data(self, name: str, kind: str, size: int) -> bool:
-        """Whether this is a file of data; else it is put down."""
-        if kind == "directory":
-            odd = FOLDER if self.flat else None
-        elif self.hidden(name) or (kind == "file" and size == 0 and self.any_ending):
+    def put(self, name: str, kind: int, size: int) -> None:
+        """Put down what is no data."""
+        if kind == FOLDER:
+            odd = "" if self.deep else WORDS[FOLDER]
+        elif self._hidden(name) or (kind == FILE and size == 0 and self.any_ending):
             odd = HIDDEN
-        elif kind == "file":
-            odd = None if _utf8(name) else NAME
         else:
-            odd = SPECIAL if kind == "other" else kind
+            odd = NAME if kind == FILE else WORDS[kind]
         if odd:
-            self.put(odd, name)
-        return kind == "file" and not odd
+            self.names.setdefault(odd, []).append(name)
+
+    def _hidden(self, name: str) -> bool:
+        return not self.explicit and re.search(HIDING, name) is not None
 
     def say(self, root: str, said: set[str]) -> None:
         """One line about all of it, without what another pattern has met before."""
@@ -222,59 +275,21 @@ def _any_case(pattern: str) -> str:
     return ENDING.sub(lambda ending: "".join(f"[{c.lower()}{c.upper()}]" if c.isalpha() else c for c in ending[0]), pattern)
 
 
-def _entries(fs: Any, root: str, pattern: str, odd: Odd) -> Iterator[tuple[str, str, int]]:
-    """(name below the root, kind, bytes) of everything that matches; kinds are fsspec's, or those of what is odd."""
-    if isinstance(fs, LocalFileSystem):
-        matches = re.compile(glob_translate(pattern))
-        depth = None if "**" in pattern else pattern.count("/") + 1
-        for name, entry in _walk(root, "", depth, odd):
-            if matches.match(name):
-                yield name, *_kind(entry)
-            elif entry.is_symlink() and name.count("/") + 1 != depth and _kind(entry)[0] == LINK:
-                yield name, LINK, 0
-        return
+def _globbed(fs: Any, root: str, pattern: str) -> Iterator[tuple[str, int, int, int, int]]:
+    """What matches below a folder that is not here, as rows of `TREE` without times."""
     base = str(fs._strip_protocol(root)).rstrip("/")
+    kinds = {"file": FILE, "directory": FOLDER}
     for path, info in fs.glob(glob.escape(root) + pattern, detail=True).items():
-        yield path[len(base) :].lstrip("/"), info["type"], -1 if info.get("size") is None else info["size"]
+        size = -1 if info.get("size") is None else info["size"]
+        yield path[len(base) :].lstrip("/"), kinds.get(info["type"], SPECIAL), size, 0, 0
 
 
-def _walk(root: str, below: str, depth: int | None, odd: Odd) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Everything below a local folder, by name. Links to folders are not entered, so that none leads round in a circle."""
-    try:
-        with os.scandir(root + below) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
-    except PermissionError:
-        odd.put(UNREADABLE, below)
-        return
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        name = below + entry.name
-        yield name, entry
-        if depth != 1 and entry.is_dir(follow_symlinks=False):
-            yield from _walk(root, f"{name}/", depth and depth - 1, odd)
-
-
-def _kind(entry: os.DirEntry[str]) -> tuple[str, int]:
-    try:
-        status = entry.stat()
-    except OSError:
-        return BROKEN, 0
-    if stat.S_ISDIR(status.st_mode):
-        return LINK if entry.is_symlink() else "directory", 0
-    return ("file", status.st_size) if stat.S_ISREG(status.st_mode) else (SPECIAL, 0)
-
-
-def _utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _joined(root: str, names: pa.Array) -> pa.Array:
+    return pc.binary_join_element_wise(pa.scalar(root, pa.large_string()), names, pa.scalar("", pa.large_string()))
 
 
 def _counted(kind: str, names: list[str]) -> str:
-    first = os.fsencode(names[0]).decode(errors="backslashreplace")
+    first = os.fsencode(min(names)).decode(errors="backslashreplace")
     return f"{kind}: {len(names)} ({first}{', ...' if len(names) > 1 else ''})"
 
 

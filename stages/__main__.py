@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -18,7 +17,7 @@ from infra.queries import QUERIES
 from infra.store import Store, StoreError
 from stages.catalog import stage_class
 from stages.runner.contract import Bug, StageError, in_words
-from stages.runner.graph import Outside, Planned, plan
+from stages.runner.graph import Outside, Planned, plan, read_outside
 from stages.runner.recipe import Recipe, RecipeError, load_recipe
 from stages.runner.run import describe_drops, run_stage
 
@@ -53,11 +52,6 @@ def run_node(recipe: Recipe, node: str, store: Store, outside: Outside | None = 
     point(store, recipe.name, node, dataset.manifest.reference())
     report(planned, dataset)
     return dataset
-
-
-def read_outside(address: str) -> Outside:
-    with fsspec.open(address, "rt", encoding="utf-8") as file:
-        return json.load(file)
 
 
 def connect_ray() -> None:
@@ -98,7 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
     try:
-        outside = read_outside(options.outside) if options.outside else None
+        outside = None
+        if options.outside:
+            with fsspec.open(options.outside, "rb") as file:
+                outside = read_outside(file.read())
         run_node(load_recipe(options.recipe, options.set), options.node, Store(options.store), outside, options.expect)
     except RecipeError as error:
         return _fail(error, str(error), 2, options.debug)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, BinaryIO
 
@@ -208,7 +208,7 @@ def _schema_table(columns: dict[str, str]) -> Table:
     return table
 
 
-def _files_table(files: list[FileEntry]) -> Table:
+def _files_table(files: Sequence[FileEntry]) -> Table:
     table = ReportTable("file", heading=f"{len(files):,} files")
     for head in ("rows", "bytes"):
         table.add_column(head, justify="right", no_wrap=True)

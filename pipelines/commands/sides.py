@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ class Made:
     fingerprint: str
     config: dict[str, Any]
     code: dict[str, Any]
-    sources: dict[str, str]
+    sources: Mapping[str, str]
     rows_in: int
     rows_out: int
     dropped: dict[str, int]

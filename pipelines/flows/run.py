@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import threading
@@ -14,7 +15,7 @@ from infra.queries import unsigned
 from infra.store import Store
 from pipelines import DEBUG
 from pipelines.servers.servers import Servers
-from stages.runner.contract import digest_of, digest_of_text
+from stages.runner.contract import digest_of
 from stages.runner.graph import Planned, outside_of, plan
 from stages.runner.recipe import Recipe
 
@@ -98,10 +99,10 @@ def snapshot(recipe: Recipe, store: Store) -> str:
 
 def pinned(run: Run) -> str:
     """What the run found outside the store when it was planned, as a file that its jobs read; returns its address."""
-    document = json.dumps(outside_of(run.planned), indent=1)
-    path = f".state/outside/{digest_of_text(document)}.json"
+    found = outside_of(run.planned)
+    path = f".state/outside/{hashlib.sha256(found).hexdigest()[:24]}.parquet"
     if not run.store.exists(path):
-        run.store.write(path, document.encode())
+        run.store.write(path, found)
     return run.store.url(path)
 
 

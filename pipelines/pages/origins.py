@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from infra.dataset import Dataset, Manifest, find
 from infra.store import Store
 from pipelines.flows.run import Run
@@ -82,7 +84,7 @@ def inputs(run: Run, planned: Planned) -> str:
         lines.append(f"- {name}: [{node}]({link_of(run, node, reference)}) `{reference.stage}/{reference.fingerprint}`{by}")
     for name, digest in planned.weights.items():
         lines.append(f"- {name}: {_encoder(planned, name)}`{digest[:24]}`")
-    lines += [f"- `{name}` `{digest[:24]}`" for name, digest in list(planned.sources.items())[:OUTSIDE]]
+    lines += [f"- `{name}` `{digest[:24]}`" for name, digest in islice(planned.sources.items(), OUTSIDE)]
     if len(planned.sources) > OUTSIDE:
         lines.append(f"- and {len(planned.sources) - OUTSIDE} more files")
     return "\n".join(lines) or "None."

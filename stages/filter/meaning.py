@@ -123,7 +123,7 @@ def members_units(job: Job, earlier: Records) -> Iterable[Unit]:
     (centres,), payload = earlier["centres"], _payload(earlier)
     (file,) = centres.files
     for block, record in enumerate(earlier["survey"]):
-        told = {**payload, "block": block, "centres": file.path}
+        told = {**payload, "scores": {block: payload["scores"][block]}, "block": block, "centres": file.path}
         yield Unit(record.name, (_decided(earlier), file.sha256, str(block)), told)
 
 

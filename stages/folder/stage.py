@@ -144,18 +144,23 @@ def _read(address: str) -> bytes:
 def pairs_of(config: FolderConfig, sources: Any) -> list[Pair]:
     """The images with their captions, by name; `sources` is address -> digest of all files. Endings may be in capitals."""
     ending = f".{config.caption_extension}"
-    texts = [address for address in sources if member(address).lower().endswith(ending.lower())]
-    # Of two captions, the one that is spelled as the recipe says comes last and counts.
-    captions = {_stem(address): address for address in sorted(texts, key=lambda text: member(text).endswith(ending))}
-    found = []
+    images: list[tuple[str, str]] = []
+    captions: dict[str, tuple[bool, str, str]] = {}
     for address, digest in sources.items():
-        if member(address).lower().endswith(ending.lower()):
+        own = member(address)
+        if not own.lower().endswith(ending.lower()):
+            images.append((address, digest))
             continue
-        caption = captions.get(_stem(address), "")
+        # Of two captions, the one that is spelled as the recipe says counts, else the last.
+        stem, found = _stem(address), (own.endswith(ending), address, digest)
+        captions[stem] = max(captions.get(stem, found), found)
+    pairs = []
+    for address, digest in images:
+        _, caption, told = captions.get(_stem(address), (True, "", ""))
         name = file_name(address)
-        key = hashlib.sha256("\n".join((name, digest, sources.get(caption, ""))).encode()).hexdigest()[:20]
-        found.append(Pair(name, key, address, digest, caption))
-    return sorted(found)
+        key = hashlib.sha256("\n".join((name, digest, told)).encode()).hexdigest()[:20]
+        pairs.append(Pair(name, key, address, digest, caption))
+    return sorted(pairs)
 
 
 def _stem(address: str) -> str:
@@ -183,11 +188,15 @@ def _units(job: Job, earlier: Records) -> Iterable[Unit]:
         yield Unit(digest[:12], (digest,), {"pairs": [tuple(pair) for pair in shard]}, len(shard))
 
 
+def _resources(config: FolderConfig) -> Resources:
+    return Resources(config.cpus, 0, config.workers)
+
+
 class Folder(Stage):
     name = "folder"
     version = 3
     Config = FolderConfig
-    phases = (Phase("pack", _units, Packer, resources=lambda config: Resources(config.cpus, 0, config.workers)),)
+    phases = (Phase("pack", _units, Packer, resources=_resources, takes_sources=False),)
 
     @classmethod
     def sources(cls, config: FolderConfig) -> list[str]:

@@ -298,6 +298,7 @@ class Phase:
         resources: config -> what a worker takes.
         memory: the config fields of which lower values take less memory.
         at_once: units that one worker may have at once, in threads; it says by `Output.give_room` when the next can begin.
+        takes_sources: whether its workers read `Job.sources`; else these stay behind, for units name what they read.
     """
 
     name: str
@@ -309,6 +310,7 @@ class Phase:
     resources: Callable[[Any], Resources] = lambda config: Resources()
     memory: tuple[str, ...] = ()
     at_once: int = 1
+    takes_sources: bool = True
 
 
 class Stage:

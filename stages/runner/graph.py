@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from infra.dataset import Dataset, InputRef, find, pointed
 from infra.external import resolve
 from infra.listing import OutsideError
-from infra.queries import file_name
+from infra.sources import Sources, apart, content_of, other, together
 from infra.store import NotThere, Store
 from stages.catalog import stage_class
 from stages.runner.contract import StageError, digest_of, result_fields
@@ -34,22 +34,23 @@ class Planned:
     config: BaseModel
     inputs: dict[str, InputRef]
     input_nodes: dict[str, str]
-    sources: dict[str, str]
+    sources: Mapping[str, str]
     weights: dict[str, str]
     generation: int
     fingerprint: str
     state: State = "miss"
     reasons: list[str] = field(default_factory=list)
-    lists: dict[str, dict[str, str]] = field(default_factory=dict)
+    lists: dict[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
-    def all_sources(self) -> dict[str, str]:
+    def all_sources(self) -> Mapping[str, str]:
         """Files from outside as address -> digest, whatever part they play."""
-        return self.sources | {address: digest for found in self.lists.values() for address, digest in found.items()}
+        return Sources.of(self.sources, *self.lists.values())
 
 
-# Files from outside by node: its sources, and its lists by the part they play, as address -> digest.
-Outside = Mapping[str, tuple[dict[str, str], dict[str, dict[str, str]]]]
+# Files from outside of a node: its sources, and its lists by the part they play, as address -> digest.
+Found = tuple[Mapping[str, str], dict[str, Mapping[str, str]]]
+Outside = Mapping[str, Found]
 
 
 def plan(
@@ -89,7 +90,7 @@ def plan_node(
     before: Mapping[str, Sequence[Any]],
     force: bool = False,
     retry: bool = False,
-    outside: tuple[dict[str, str], dict[str, dict[str, str]]] | None = None,
+    outside: Found | None = None,
 ) -> Planned:
     """Plan one node, whose inputs are known; see `plan`.
 
@@ -118,7 +119,7 @@ def plan_node(
         raise RecipeError(f"{node.place}.{stage.names_datasets}: {error}") from None
     identity = [
         stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in known.items()},
-        _by_content(sources), weights, *([{part: _by_content(found) for part, found in lists.items()}] if lists else []),
+        content_of(sources), weights, *([{part: content_of(found) for part, found in lists.items()}] if lists else []),
         *([recipe, node.name] if node.forks_itself else []),
     ]  # fmt: skip
     base = digest_of(identity)
@@ -152,9 +153,23 @@ def _before(recipe: Recipe, node: Node) -> dict[str, list[BaseModel]]:
     return found
 
 
-def outside_of(planned: Mapping[str, Planned]) -> dict[str, Any]:
-    """What a plan found outside the store, as JSON that `plan` takes back."""
-    return {name: [node.sources, node.lists] for name, node in planned.items()}
+def outside_of(planned: Mapping[str, Planned]) -> bytes:
+    """What a plan found outside the store, as a file that `read_outside` reads."""
+    parts: list[tuple[str, str | None, Mapping[str, str]]] = []
+    for node in planned.values():
+        parts += [(node.name, None, node.sources), *((node.name, part, found) for part, found in node.lists.items())]
+    return together(parts)
+
+
+def read_outside(data: bytes) -> Outside:
+    """What `plan` takes as `outside`."""
+    found: dict[str, Found] = {}
+    for node, part, sources in apart(data):
+        if part is None:
+            found[node] = (sources, {})
+        else:
+            found[node][1][part] = sources
+    return found
 
 
 def _field(node: Node, pattern: str) -> str:
@@ -163,11 +178,6 @@ def _field(node: Node, pattern: str) -> str:
         if value == pattern or (isinstance(value, list) and pattern in value):
             return f"{node.place}.{name}"
     return node.place
-
-
-def _by_content(sources: dict[str, str]) -> list[tuple[str, str]]:
-    """Name without folder, and digest: a recipe gives the same datasets wherever its files lie."""
-    return sorted((file_name(address), digest) for address, digest in sources.items())
 
 
 def _fingerprint(base: str, generation: int) -> str:
@@ -208,14 +218,14 @@ def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
         old, new = manifest.inputs.get(name), planned.inputs.get(name)
         if old != new:
             lines.append(f"input {name} ({planned.input_nodes.get(name, 'gone')}) is another dataset")
-    old_files = {file_name(name): digest for name, digest in manifest.sources.items()}
-    new_files = dict(_by_content(planned.all_sources)) | planned.weights
-    for name in sorted({*old_files, *new_files}):
-        if name not in old_files:
+    new_files = Sources.of(planned.all_sources, planned.weights)
+    gone, come = other(manifest.sources, new_files), other(new_files, manifest.sources)
+    for name in sorted({*gone, *come}):
+        if name not in gone:
             lines.append(f"new file {name}")
-        elif name not in new_files:
+        elif name not in come:
             lines.append(f"file {name} is gone")
-        elif old_files[name] != new_files[name]:
+        else:
             lines.append(f"{name} has other content")
     if manifest.generation != planned.generation:
         why = "what failed is tried again" if "parent" in planned.inputs else "forced"

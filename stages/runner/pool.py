@@ -10,7 +10,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import ray
@@ -59,6 +59,11 @@ def run_pool(
     Pool(job, phase, Attempts(pending, units, lambda: Cluster.seen().nodes), done).run()
 
 
+def for_workers(job: Job, phase: Phase) -> Job:
+    """The job as each worker holds it, which is no larger where there are more files."""
+    return job if phase.takes_sources else replace(job, sources={})
+
+
 @dataclass(eq=False)
 class Hand:
     """One actor, from when it is asked for: first without a node, then not ready, then with or without a unit.
@@ -88,7 +93,7 @@ class Pool:
         self.asked = self.resources = phase.resources(job.config)
         self.hands: list[Hand] = []
         self.calls: dict[ray.ObjectRef, Hand] = {}
-        self.shared, self.actor = ray.put(job), ray.remote(PoolWorker)
+        self.shared, self.actor = ray.put(for_workers(job, phase)), ray.remote(PoolWorker)
         self.looked = self.said = float("-inf")
         self.given: Counter[ActorHandle] = Counter()
         self.aside = self.stillborn = 0

@@ -22,6 +22,7 @@ from typing import Any
 
 from infra.commit import git_commit
 from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
+from infra.sources import Sources
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import (
@@ -83,7 +84,7 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
             generation=planned.generation,
             inputs={name: InputRef(stage=d.manifest.stage, fingerprint=d.manifest.fingerprint) for name, d in job.inputs.items()},
             config=result_fields(planned.config),
-            sources={**planned.all_sources, **planned.weights},
+            sources=Sources.of(planned.all_sources, planned.weights),
             code=code_identity(stage),
             columns=stage.schema(job, last),
             stats=stats,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import Field
 
-from infra.dataset import Dataset, FileEntry
+from infra.dataset import Dataset
 from infra.nearest import nearest
 from stages.runner.contract import SKIP, Job, Stage, StageError, Unit
 
@@ -50,17 +49,9 @@ def skipped_rows(stage: type[Stage], whole: Job) -> int:
 
 def can_skip(job: Job, unit: Unit) -> bool:
     """Whether the recipe may skip what a unit works on."""
-    shards = (_shard_of(entry) for dataset in job.inputs.values() for entry in dataset.files)
+    shards = (entry.stem for dataset in job.inputs.values() for entry in dataset.files)
     return SKIP in type(job.config).model_fields and unit.name in shards
 
 
 def _without(inputs: Mapping[str, Dataset], names: Collection[str]) -> dict[str, Dataset]:
-    left = {}
-    for name, dataset in inputs.items():
-        files = [entry for entry in dataset.files if _shard_of(entry) not in names]
-        left[name] = Dataset(dataset.store, dataset.manifest.model_copy(update={"files": files}))
-    return left
-
-
-def _shard_of(entry: FileEntry) -> str:
-    return PurePosixPath(entry.name).stem
+    return {name: Dataset(dataset.store, dataset.manifest, frozenset(names)) for name, dataset in inputs.items()}

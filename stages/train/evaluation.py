@@ -37,10 +37,10 @@ def check_beside(config: BesideConfig) -> None:
         StageError: there is not.
     """
     try:
-        fs, paths = Listing().files(config.prompts) if config.prompts is not None else (None, [])
+        files = Listing().files(config.prompts) if config.prompts is not None else None
     except OSError as error:
         raise StageError(f"evaluate.prompts: {error}") from None
-    check_prompts(config, {local_or_url(fs, path): "" for path in paths})
+    check_prompts(config, {local_or_url(files.fs, path): "" for path in files.paths()} if files is not None else {})
     if config.inception is not None and not Path(config.inception).is_file():
         raise StageError(f"evaluate.{inception_missing(config.inception)}")
 

@@ -1,6 +1,7 @@
 """Datasets: the manifest is the commit, and `verify` finds what no longer matches it."""
 
 import hashlib
+import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -8,6 +9,7 @@ import pytest
 
 from infra import dataset as module
 from infra.dataset import (
+    Dataset,
     FileEntry,
     InputRef,
     Manifest,
@@ -68,6 +70,21 @@ def test_rows_that_vanish_are_refused(tmp_path):
     with pytest.raises(ValueError, match="a-select: 1 of 9 rows are neither written nor counted"):
         commit(store, manifest(store, stats=Stats(rows_in=9, rows_out=6, dropped={"small": 2})))
     assert find(store, "select", "f" * 24) is None
+
+
+def test_verify_reads_files_side_by_side(tmp_path, monkeypatch):
+    store, together, opening = Store(str(tmp_path)), threading.Barrier(2), Dataset.open
+    dataset = commit(store, manifest(store, files=4))
+    damaged = Path(store.root, dataset.files[2].path)
+    damaged.write_bytes(b"!" + damaged.read_bytes()[1:])
+
+    def meeting(self, entry):
+        together.wait(timeout=20)
+        return opening(self, entry)
+
+    monkeypatch.setattr(Dataset, "open", meeting)
+    (problem,) = verify(dataset)
+    assert problem.startswith(f"{damaged}: damaged (sha256 ")
 
 
 def test_verify_names_damaged_and_missing_files(tmp_path):

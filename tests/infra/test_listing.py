@@ -173,10 +173,10 @@ def test_an_object_store_is_listed_alike(store: Store, caplog: pytest.LogCapture
 def test_a_file_that_may_not_be_read_is_named_and_never_left_out(store: Store, folder: Path, monkeypatch: pytest.MonkeyPatch):
     write(folder, "a.jpg", "b.jpg")
 
-    def read(path: str) -> str:
+    def read(path: str, mode: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
-    monkeypatch.setattr("infra.external.sha256_of", read)
+    monkeypatch.setattr("infra.hashed.open", read, raising=False)
     with pytest.raises(OutsideError) as refused:
         resolve([f"{folder}/*.jpg"], store)
     assert str(refused.value) == f"{folder}/*.jpg: {folder}/a.jpg: cannot be read: Permission denied"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from infra.external import resolve
 from infra.queries import QUERIES, with_query
 from infra.store import Store
 from stages.__main__ import main
-from stages.runner.graph import outside_of, plan
+from stages.runner.graph import outside_of, plan, read_outside
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import ROWS, write_metadata
 from tests.stages.hostile_web import hostile_web
@@ -28,9 +27,9 @@ def test_files_that_come_after_the_plan_are_the_next_runs(
     select = "{metadata: [metadata/*.parquet], deny: [blocked.txt], deny_by: url}"
     recipe.write_text(f"name: grows\nsubsets:\n  a: {{select: {select}}}\n")
     early = plan(load_recipe(recipe), store)
-    outside = tmp_path / "outside.json"
-    outside.write_text(json.dumps(outside_of(early)))
-    assert outside_of(plan(load_recipe(recipe), store, outside=json.loads(outside.read_text()))) == outside_of(early)
+    outside = tmp_path / "outside.parquet"
+    outside.write_bytes(outside_of(early))
+    assert outside_of(plan(load_recipe(recipe), store, outside=read_outside(outside.read_bytes()))) == outside_of(early)
 
     write_metadata(tmp_path / "metadata" / "part-1.parquet", first=ROWS)
     fingerprint = early["a-select"].fingerprint
