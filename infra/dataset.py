@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation, field_serializer
 
 from infra.entries import fingerprint_of, stages_in
 from infra.sources import StoredSources, written
@@ -98,6 +98,10 @@ class Manifest(BaseModel):
     # Further columns of files.parquet, which say more of each file to whoever reads them.
     file_columns: list[str] = []
     files: Sequence[FileEntry]
+
+    @field_serializer("sources")
+    def _plain(self, sources: Mapping[str, str]) -> dict[str, str]:
+        return dict(sources)
 
     def reference(self) -> InputRef:
         return InputRef(stage=self.stage, fingerprint=self.fingerprint)

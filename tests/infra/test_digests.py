@@ -149,6 +149,7 @@ def test_many_sources_lie_beside_the_manifest(store: Store, monkeypatch: pytest.
         found = find(store, "folder", f"f{count}")
         assert found is not None and found.manifest.sources == sources == {**some(count - 1), "clip": "embedded-1"}
         assert isinstance(found.manifest.sources, StoredSources) == (count > 10)
+        assert found.manifest.model_dump(mode="json")["sources"] == dict(sources)
     path = Path(store.root, "folder", "f11", "sources.parquet")
     path.write_bytes(path.read_bytes()[:-9])
     found = find(store, "folder", "f11")
