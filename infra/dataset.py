@@ -264,7 +264,7 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
     if document is None:
         return None
     if document["files"] is None:
-        document["files"] = list(StoredFiles(store, folder))
+        document["files"] = list(iter(StoredFiles(store, folder)))
     if document["sources"] is None:
         document["sources"] = StoredSources(store, f"{folder}/{SOURCES_FILE}")
     return Dataset(store, Manifest.model_validate(document))
@@ -272,6 +272,8 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
 
 class StoredFiles(Sequence[FileEntry]):
     """The files of a committed dataset as its files.parquet lists them, read whenever they are asked for and never held together.
+
+    The length is counted by reading, and `list` asks for it first: `list(iter(files))` reads once.
 
     Args:
         without: as of `Dataset`.
@@ -305,7 +307,7 @@ class StoredFiles(Sequence[FileEntry]):
         if isinstance(index, int) and index >= 0:
             for entry in islice(self, index, None):
                 return entry
-        return list(self)[index]
+        return list(iter(self))[index]
 
 
 def all_datasets(store: Store) -> Iterator[Dataset]:
