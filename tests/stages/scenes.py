@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-import torch.distributed as dist
 
 from infra.dataset import Dataset
 from infra.store import Store
@@ -113,12 +109,6 @@ class Scenes:
     def train(self, folder: Path) -> Scene:
         trainings = Trainings(folder)
         planned = trainings.planned(steps=STEPS, workers=1)
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
-        with patch.dict(os.environ, alone):
-            dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=0, world_size=1)
-            try:
-                # As in the trainer's own worker, where Ray gives one thread to one CPU.
-                torch.set_num_threads(1)
-                return self.of(Train, planned, trainings.store)
-            finally:
-                dist.destroy_process_group()
+        there = [path for path, *_ in trainings.store.walk("") if not path.startswith(".")]
+        # Another process has other arithmetic: the truth is the undisturbed run on the same machines.
+        return Scene(Train, planned, trainings.store, there, {})
