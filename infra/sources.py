@@ -17,10 +17,9 @@ import pyarrow.parquet as pq
 
 from infra.queries import MARK
 from infra.store import Store, StoreError
+from infra.tree import SOME
 
 SHA256 = pa.binary(32)
-# Rows that are Python objects at a time.
-SOME = 16384
 
 
 class Sources(Mapping[str, str]):

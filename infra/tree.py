@@ -13,7 +13,7 @@ FILE, FOLDER, LINK, BROKEN, SPECIAL = range(5)
 # Size in bytes, and the times of the last change of content and of status in nanoseconds: the second cannot be set back.
 STAMP = ("size", "modified", "changed")
 TREE = pa.schema([("name", pa.large_string()), ("kind", pa.int8()), *((part, pa.int64()) for part in STAMP)])
-# Files that are Python objects at a time.
+# Rows that are Python objects at a time.
 SOME = 16384
 
 Row = tuple[str, int, int, int, int]

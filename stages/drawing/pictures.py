@@ -25,9 +25,10 @@ def sample_sheet(
     """
     from matplotlib.figure import Figure
 
-    # Of the height that a row of pictures takes; words alone need little.
-    heights = [1.0 if any(picture for picture, _ in cells) else 0.3 for _, cells in rows]
-    figure = Figure(figsize=(2.1 * columns, 2.75 * sum(heights)), dpi=100, facecolor="white")
+    # In heights of a picture: words alone need little, and below each row is room for captions and the next title.
+    heights, below = [1.0 if any(picture for picture, _ in cells) else 0.3 for _, cells in rows], 0.42
+    height = 2.75 * sum(each + below for each in heights) / (1 + below)
+    figure = Figure(figsize=(2.1 * columns, height), dpi=100, facecolor="white")
     grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
     for axes, (title, cells) in zip(grid, rows, strict=True):
         for place in axes:
@@ -40,7 +41,7 @@ def sample_sheet(
                 continue
             place.imshow(picture)
             place.text(0.5, -0.04, lines, ha="center", va="top", fontsize=7.5, color=INK, transform=place.transAxes)
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.04, wspace=0.06, hspace=0.42)
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.97, bottom=0.04, wspace=0.06, hspace=below * len(rows) / sum(heights))
     figure.savefig(file, format="png", metadata={"Software": None})
 
 

@@ -37,9 +37,10 @@ STEPS = 40
 
 @dataclass(frozen=True)
 class Scene:
-    """A node, and the store with its inputs and with its dataset as a run in one process makes it.
+    """A node, and the store with its inputs.
 
-    `wanted` is the sha256 of each of its files that is to be the same.
+    `wanted` is the sha256 of each of its files that is to be the same, from a run in one process; empty where the first run on
+    the machines is to tell.
     """
 
     stage: type[Stage]

@@ -324,7 +324,7 @@ def check_page_of_training(world: World) -> None:
     (artifact,) = api(world, "POST", "artifacts/filter", {"artifacts": {"key": {"any_": ["small-train-256-training"]}}})
     assert "Step 6: validation loss " in artifact["data"] and "## Samples at step 3" in artifact["data"]
     curve, sheet = (base64.b64decode(data) for data in re.findall(r"data:image/\w+;base64,([^)]+)", artifact["data"]))
-    assert min(Image.open(io.BytesIO(curve)).size) > 300 and Image.open(io.BytesIO(sheet)).size == (210, 907)
+    assert min(Image.open(io.BytesIO(curve)).size) > 300 and Image.open(io.BytesIO(sheet)).size == (210, 964)
 
 
 def check_graphs(world: World, page: Any) -> None:
