@@ -72,15 +72,16 @@ def result_fields(config: BaseModel) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, info in type(config).model_fields.items():
         if not _is_operational(type(config), name):
-            values[info.alias or name] = _told(getattr(config, name))
+            values[info.alias or name] = told(getattr(config, name))
     return values
 
 
-def _told(value: Any) -> Any:
+def told(value: Any) -> Any:
+    """A value of a configuration as JSON; of a model its `result_fields`."""
     if isinstance(value, BaseModel):
         return result_fields(value)
     if isinstance(value, list | tuple):
-        return [_told(each) for each in value]
+        return [told(each) for each in value]
     return TypeAdapter(Any).dump_python(value, mode="json")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from infra.sources import Sources, apart, content_of, other, together
 from infra.store import NotThere, Store
 from stages.catalog import stage_class
 from stages.runner.contract import StageError, digest_of, result_fields
+from stages.runner.keys import deciding
 from stages.runner.recipe import Node, Recipe, RecipeError
 
 State = Literal["hit", "stale", "miss"]
@@ -118,7 +119,7 @@ def plan_node(
     except NotThere as error:
         raise RecipeError(f"{node.place}.{stage.names_datasets}: {error}") from None
     identity = [
-        stage.name, stage.version, result_fields(node.config), {k: v.fingerprint for k, v in known.items()},
+        stage.name, stage.version, deciding(node.config), {k: v.fingerprint for k, v in known.items()},
         content_of(sources), weights, *([{part: content_of(found) for part, found in lists.items()}] if lists else []),
         *([recipe, node.name] if node.forks_itself else []),
     ]  # fmt: skip
@@ -211,7 +212,7 @@ def _with_state(draft: Planned, recipe: str, store: Store, version: int) -> Plan
 def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
     """What differs between a planned node and the dataset that it gave last, a line each."""
     manifest = before.manifest
-    lines = config_changes("", manifest.config, result_fields(planned.config))
+    lines = changed_fields(manifest.config, planned.config)
     if manifest.code["stage_version"] != version:
         lines.append(f"stage version {manifest.code['stage_version']} -> {version}")
     for name in sorted({*planned.inputs, *manifest.inputs} - {"parent"}):
@@ -233,11 +234,30 @@ def changes(planned: Planned, before: Dataset, version: int) -> list[str]:
     return lines or ["its dataset was removed"]
 
 
-def config_changes(place: str, old: Any, new: Any) -> list[str]:
-    """What differs between two configurations, as ``field: old -> new``, a line each."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in sorted({*old, *new}):
-            lines += config_changes(f"{place}.{key}" if place else key, old.get(key), new.get(key))
-        return lines
-    return [] if old == new else [f"{place}: {old!r} -> {new!r}"]
+def changed_fields(old: Mapping[str, Any], config: BaseModel, without: Collection[str] = ()) -> list[str]:
+    """What a configuration has otherwise than the one that was written down, as ``field: old -> new``, a line each.
+
+    A field that was not there then is a change once it is set.
+
+    Args:
+        without: names of fields that do not count.
+    """
+    new, plain = result_fields(config), deciding(config)
+    return [line for name in sorted({*old, *new} - {*without}) for line in _changes(name, name, old, new, plain)]
+
+
+def _changes(place: str, name: Any, old: Mapping[Any, Any], new: Mapping[Any, Any], plain: Mapping[Any, Any]) -> list[str]:
+    if name not in old and name not in plain:
+        return []
+    was, now = old.get(name), new.get(name)
+    if (before := _parts(was)) is None or (after := _parts(now)) is None or isinstance(was, list) and len(was) != len(now):
+        return [] if was == now else [f"{place}: {was!r} -> {now!r}"]
+    below = _parts(plain.get(name)) or {}
+    return [line for each in sorted({*before, *after}) for line in _changes(f"{place}.{each}", each, before, after, below)]
+
+
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    """What a model's values, or a list of models', are looked into by."""
+    if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
+        return dict(enumerate(value))
+    return value if isinstance(value, Mapping) else None

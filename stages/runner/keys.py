@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from stages.runner.contract import SKIP, Job, Phase, Stage, Unit, canonical, digest_of_text, result_fields
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from stages.runner.contract import SKIP, Job, Phase, Stage, Unit, canonical, digest_of_text, result_fields, told
 
 if TYPE_CHECKING:
     from stages.runner.graph import Planned
@@ -34,10 +37,35 @@ def outside_digests(planned: Planned) -> tuple[str, ...]:
     return tuple(sorted(planned.all_sources.values()))
 
 
+def deciding(config: BaseModel) -> dict[str, Any]:
+    """What tells a configuration from others: its result fields, without those that are at their defaults.
+
+    So a field that a later version adds makes nothing another until somebody sets it; another default is another version of the
+    stage.
+    """
+    model, values = type(config), {}
+    for name, value in result_fields(config).items():
+        field = next(field for field, info in model.model_fields.items() if name in (field, info.alias))
+        info = model.model_fields[field]
+        default = info.get_default(call_default_factory=True, validated_data={})
+        # What a model of a union is told by has but one value.
+        one_of_one = get_origin(info.annotation) is Literal and len(get_args(info.annotation)) == 1
+        if one_of_one or default is PydanticUndefined or told(default) != value:
+            values[name] = _deciding(getattr(config, field))
+    return values
+
+
+def _deciding(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return deciding(value)
+    return [_deciding(each) for each in value] if isinstance(value, list | tuple) else told(value)
+
+
 def decisive(phase: Phase, config: Any) -> dict[str, Any]:
-    """The fields of a configuration that decide a phase's result; which shards are left out decides none of the others."""
-    values = {name: value for name, value in result_fields(config).items() if name != SKIP}
-    return values if phase.fields is None else {name: value for name, value in values.items() if name in phase.fields}
+    """What of a configuration decides a phase's result; which shards are left out decides none of the others."""
+    return {
+        name: value for name, value in deciding(config).items() if name != SKIP and (phase.fields is None or name in phase.fields)
+    }
 
 
 def _keys(

@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from infra.dataset import InputRef
 from infra.store import Store, StoreError
 from stages.runner.chain import Chain, Gang, unit_key
-from stages.runner.contract import Job, Phase, Stage, StageError, UnitRecord, digest_of
+from stages.runner.contract import Job, Phase, Stage, StageError, UnitRecord, digest_of, result_fields
 from stages.runner.graph import Planned
-from stages.runner.keys import chain_key, decisive
+from stages.runner.keys import chain_key
 
 FOLDER = "chains"
 LAST = "last.json"
@@ -213,7 +213,7 @@ def chain_of(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Pl
             key=base if start.parent is None else digest_of([base, start.parent.chain, start.parent.step]),
             root=start.root,
             version=stage.version,
-            config=decisive(phase, planned.config),
+            config=grown_with(phase, planned.config),
             inputs=planned.inputs,
             created=datetime.now(UTC).isoformat(),
             parent=start.parent,
@@ -229,6 +229,11 @@ def _chain(gang: Gang, job: Job, entry: Entry) -> Chain:
             "raise steps"
         )
     return chain
+
+
+def grown_with(phase: Phase, config: Any) -> dict[str, Any]:
+    """What a chain's entry says of its configuration: every field that decides it, those at their defaults too."""
+    return {name: value for name, value in result_fields(config).items() if phase.fields is None or name in phase.fields}
 
 
 def entered(chain: Chain, gang: Gang, planned: Planned) -> Chain:

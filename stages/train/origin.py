@@ -24,7 +24,7 @@ from infra.queries import opened
 from infra.store import StoreError
 from stages.runner.chain import Chain, unit_key
 from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
-from stages.runner.graph import Planned, config_changes
+from stages.runner.graph import Planned, changed_fields
 from stages.runner.keys import outside_digests
 from stages.runner.ledger import Head, Ledger, Parent, Start
 from stages.runner.recipe import DATASET
@@ -115,14 +115,10 @@ def _references(inputs: Mapping[str, Any], data: bool) -> dict[str, str]:
     return {name: reference.fingerprint for name, reference in inputs.items() if name.startswith("data.") == data}
 
 
-def _told(config: Any) -> dict[str, Any]:
-    return {name: value for name, value in result_fields(config).items() if name not in LENGTH}
-
-
 def _grown(stage: type[Stage], job: Job, planned: Planned, head: Head) -> Parent | None:
     """The newest step, if its training is this one with less data, or just this one, begun by force with another length."""
     before = head.entry
-    same = (before.config, before.version) == (_told(job.config), stage.version)
+    same = before.version == stage.version and not changed_fields(before.config, job.config, LENGTH)
     if not same or _references(before.inputs, data=False) != _references(planned.inputs, data=False):
         return None
     changed: tuple[str, ...] = ()
@@ -164,8 +160,7 @@ def _elsewhere(job: Job, planned: Planned) -> Parent:
     if record is None:
         there = ", ".join(map(str, Chain(job, chain, 0).done()))
         raise StageError(f"{job.node}: from: step {step} of {origin.run} is not there; those that are: {there or 'none'}")
-    config = {name: value for name, value in dataset.manifest.config.items() if name not in LENGTH}
-    changed = config_changes("", config, _told(job.config))
+    changed = changed_fields(dataset.manifest.config, job.config, LENGTH)
     return _parent(job, planned, chain, step, dataset.manifest.node, order_of(job.store, record), changed)
 
 
@@ -186,7 +181,7 @@ def _parent(
 def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
     changed = _changes(stage, job, planned, head)
     line = f"{job.node}: would begin at step 0; {head.step} steps are there ({'; '.join(changed)})"
-    if other := _other_shape(head.entry.config, _told(job.config)):
+    if other := _other_shape(head.entry.config, result_fields(job.config)):
         return f"{line}; a model of another {other} cannot go on from them: begin anew with --force {job.node}"
     try:
         keeps_order = not _other_order(job, planned, order_of(job.store, head.record))
@@ -208,7 +203,7 @@ def _those(head: Head | None) -> str:
 
 def _changes(stage: type[Stage], job: Job, planned: Planned, head: Head) -> list[str]:
     """What a chain has otherwise than the one that is planned."""
-    lines = config_changes("", head.entry.config, _told(job.config))
+    lines = changed_fields(head.entry.config, job.config, LENGTH)
     if head.entry.version != stage.version:
         lines.append(f"stage version {head.entry.version} -> {stage.version}")
     for name in sorted({*head.entry.inputs, *planned.inputs}):

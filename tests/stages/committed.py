@@ -13,8 +13,8 @@ from stages.catalog import stage_class
 from stages.runner.chain import unit_key
 from stages.runner.contract import scratch_output
 from stages.runner.graph import Planned
-from stages.runner.keys import chain_key, decisive
-from stages.runner.ledger import Entry, ledger_of
+from stages.runner.keys import chain_key
+from stages.runner.ledger import Entry, grown_with, ledger_of
 from stages.runner.run import make_job
 from stages.train.origin import ORDER_FILE, begins, order_told
 
@@ -41,7 +41,7 @@ def trained(store: Store, planned: Planned, *steps: int) -> str:
     """A chain of checkpoints without tensors, as if this training had reached these steps; gives its key."""
     stage = stage_class("train")
     (phase,) = stage.phases
-    key, config = chain_key(stage, phase, planned), decisive(phase, planned.config)
+    key, config = chain_key(stage, phase, planned), grown_with(phase, planned.config)
     job = make_job(planned, store, missing_ok=True)
     for step in steps:
         with scratch_output(store) as out:

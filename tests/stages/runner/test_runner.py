@@ -11,11 +11,16 @@ import pytest
 
 from infra.dataset import find, verify
 from infra.store import Store
+from stages.evaluate.stage import EvaluateConfig
 from stages.runner.attempts import ATTEMPTS
 from stages.runner.contract import Bug, StageError, result_fields
+from stages.runner.keys import deciding
 from stages.runner.ledger import chain_of
 from stages.runner.run import make_job, phase_states, run_stage
 from tests.stages.toy import Count, Squares, Together, planned
+from training.config import TrainConfig
+from training.optimizers.adamw import AdamW
+from training.optimizers.muon import Muon
 
 ROOT = Path(__file__).parent.parent.parent.parent
 pytestmark = pytest.mark.usefixtures("ray_cluster", "short_pauses")
@@ -79,6 +84,16 @@ def test_only_what_changed_is_done_again(store):
 def test_operational_fields_stay_out_of_the_identity():
     assert result_fields(Squares.Config(speed=9)) == result_fields(Squares.Config())
     assert result_fields(Squares.Config(limit=9)) != result_fields(Squares.Config())
+
+
+def test_a_field_at_its_default_decides_nothing_and_what_tells_models_of_a_union_apart_always_does():
+    """So a field that a later version adds makes nothing another."""
+    assert deciding(Squares.Config(speed=9)) == deciding(Squares.Config()) == {}
+    assert deciding(Squares.Config(limit=9)) == {"limit": 9}
+    assert deciding(TrainConfig(steps=7, global_batch=8, optimizer=AdamW())) == {"steps": 7, "global_batch": 8}
+    assert deciding(TrainConfig(steps=7, global_batch=8, optimizer=Muon(lr=0.5)))["optimizer"] == {"kind": "muon", "lr": 0.5}
+    same = {"measures": [{"kind": "shapes", "samples": 64}]}
+    assert deciding(EvaluateConfig.model_validate(same)) == same
 
 
 def test_a_worker_that_dies_is_replaced(store, tmp_path):

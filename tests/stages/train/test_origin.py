@@ -16,8 +16,9 @@ from stages.runner.contract import StageError
 from stages.runner.document import parse
 from stages.runner.run import phase_states
 from stages.train.origin import Shard, arrived
-from stages.train.stage import Train
+from stages.train.stage import Train, TrainStageConfig
 from tests.stages.train.trainings import Trainings, same_tensors
+from training.averaging import EmaConfig
 
 # What changes the result of a training, and whether the order of its rows can go on.
 CHANGES: list[tuple[dict[str, Any], bool]] = [
@@ -83,6 +84,26 @@ def test_a_changed_run_is_refused_and_goes_on_with_what_the_refusal_says(trainin
 @pytest.mark.parametrize(("changes", "keeps_order"), CHANGES[1:], ids=lambda value: str(value))
 def test_no_change_loses_a_step(training: Trainings, changes: dict[str, Any], keeps_order: bool) -> None:
     goes_on(training, changes, keeps_order)
+
+
+class LaterEma(EmaConfig):
+    floor: float = 0.1
+
+
+class Later(TrainStageConfig):
+    """The configuration of a later version, which knows a field more."""
+
+    ema: LaterEma = LaterEma()
+
+
+def test_a_field_that_a_later_version_adds_is_no_change_until_it_is_set(
+    training: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training(steps=5, ema={"decay": 0.5})
+    monkeypatch.setattr("tests.stages.train.trainings.TrainStageConfig", Later)
+    training(steps=8, ema={"decay": 0.5})
+    assert training.began == [0, 5]
+    assert "(ema.floor: None -> 0.2)" in str(refusal(training, steps=9, ema={"decay": 0.5, "floor": 0.2}).value)
 
 
 def test_a_fork_is_pinned_where_it_began_and_the_next_change_goes_on_from_it(training: Trainings) -> None:
