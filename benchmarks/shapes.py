@@ -55,6 +55,7 @@ CHANGES = {
     "gamma-5": Change(_training(objective__min_snr_gamma="5")),
     "no-gamma": Change(_training(objective__min_snr_gamma="null")),
     "noise-of-stable-diffusion": Change(_training(noise="{}")),
+    "noise-that-ends-lower": Change(_training(noise="{beta_start: 0.005, beta_end: 0.02}")),
     "average-999": Change(_training(ema__decay="0.999")),
     "average-9999": Change(_training(ema__decay="0.9999")),
     "half-the-batch": Change(_training(global_batch="32")),
@@ -65,14 +66,18 @@ CHANGES = {
 }
 
 
-def learned(store: str, name: str, change: Change, steps: int) -> dict[str, Any]:
+def learned(store: str, name: str, change: Change, steps: int, samples: int) -> dict[str, Any]:
     """What shapes.json says of a training with a change; a recipe of its own name, so that the trainings stand beside each other.
+
+    Args:
+        samples: of each task without an input.
 
     Raises:
         typer.Exit: the run failed, and has said why.
     """
     recipe, done = f"shapes-{name}", round(steps * change.share)
-    settings = [f"name={recipe}", f"train.shapes.steps={done}", f"train.shapes.schedule.decay_steps={done}", *change.fields]
+    length = [f"train.shapes.steps={done}", f"train.shapes.schedule.decay_steps={done}"]
+    settings = [f"name={recipe}", f"evaluate.measures=[{{kind: shapes, samples: {samples}}}]", *length, *change.fields]
     command = [sys.executable, "-m", "pipelines.command", "run", str(RECIPE), "--store", store]
     _run([*command, *(part for setting in settings for part in ("--set", setting))], ROOT)
     dataset = pointed(Store(store), recipe, "evaluate")
@@ -109,6 +114,7 @@ def main(
     changes: Annotated[bool, typer.Option("--changes", help="Train once for each single change instead.")] = False,
     only: Annotated[list[str] | None, typer.Option(help="Of the changes, these.", metavar="NAME")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps instead of the recipe's.", min=1)] = None,
+    samples: Annotated[int, typer.Option(help="Samples of each task without an input.", min=1)] = 20_000,
     store: Annotated[str, typer.Option(help="Folder of the datasets.")] = "runs/shapes",
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
 ) -> None:
@@ -118,7 +124,7 @@ def main(
     chosen = {name: CHANGES[name] for name in (only or CHANGES)} if changes else {"none": CHANGES["none"]}
     table: dict[str, dict[str, Any]] = {}
     for name, change in chosen.items():
-        found = learned(store, name, change, steps or config.steps)
+        found = learned(store, name, change, steps or config.steps, samples)
         table[name] = {figure: found[figure] for figure in SHOWN} | {"steps": found["training"]["steps"]}
         progress(" ".join([name, *(f"{figure}={value}" for figure, value in table[name].items())]))
     peer = learned_before(before, store) if before else None
@@ -129,7 +135,7 @@ def main(
         peer="before" if peer else "bar",
         figures=first | {"met": str(met(first)).lower()},
         machine=words,
-        details={"commit": commit_of(), "table": table}
+        details={"commit": commit_of(), "samples": samples, "table": table}
         | ({"before": {"commit": commit_of(before), **{name: peer[name] for name in SHOWN}}} if peer and before else {}),
     ).finish(file)
 

@@ -250,7 +250,8 @@ def _changes(place: str, name: Any, old: Mapping[Any, Any], new: Mapping[Any, An
     if name not in old and name not in plain:
         return []
     was, now = old.get(name), new.get(name)
-    if (before := _parts(was)) is None or (after := _parts(now)) is None or isinstance(was, list) and len(was) != len(now):
+    before, after = _parts(was), _parts(now)
+    if before is None or after is None or (isinstance(was, list) and len(before) != len(after)):
         return [] if was == now else [f"{place}: {was!r} -> {now!r}"]
     below = _parts(plain.get(name)) or {}
     return [line for each in sorted({*before, *after}) for line in _changes(f"{place}.{each}", each, before, after, below)]
