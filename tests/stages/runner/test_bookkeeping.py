@@ -30,12 +30,12 @@ def test_a_digest_does_not_know_the_order_in_which_fields_were_written():
 
 
 def test_a_unit_key_is_the_digest_of_all_that_decides_it(store):
-    plan = planned(Squares, numbers=[7])
+    plan = planned(Squares, numbers=[7], limit=500)
     square, keep = Squares.phases
     job = make_job(plan, store)
     (unit,) = square.plan(job, {})
     assert unit_keys(Squares, square, job, 4)(unit) == digest_of(["squares", 1, "square", {}, {}, {}, 4, "n7", "7"])
-    assert unit_keys(Squares, keep, job, 0)(unit) == digest_of(["squares", 1, "keep", {"limit": 1000}, {}, {}, 0, "n7", "7"])
+    assert unit_keys(Squares, keep, job, 0)(unit) == digest_of(["squares", 1, "keep", {"limit": 500}, {}, {}, 0, "n7", "7"])
 
 
 def test_many_units_are_found_again_and_committed_alike(store, in_process, capsys, monkeypatch):
