@@ -1,4 +1,4 @@
-"""infra/Dockerfile without Docker: its steps run against a `uv` that only notes what it is asked for, and the lock holds it all."""
+"""infra/Dockerfile without Docker: its steps run with a `uv` that only notes what it is asked for; the lock holds it all."""
 
 from __future__ import annotations
 
