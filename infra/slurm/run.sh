@@ -31,7 +31,7 @@ export RAY_AUTH_MODE RAY_AUTH_TOKEN RAY_JOB_STOP_WAIT_TIME_S
 ray=(ray start --block --disable-usage-stats --num-cpus="$cpus" --resources='{"cpu-machine": 1, "gpu-machine": 1}'
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=$((port + 2)))
 # Whoever may look into Ray's own folder could act as Ray. It goes when Ray has ended.
-own='mkdir -m 700 "$0" || exit; "$@" & trap "kill $!" TERM; wait $!; wait $!; rm -rf "$0"'
+own='rm -rf "$0"; trap "rm -rf \"$0\"" EXIT; mkdir -m 700 "$0" || exit; "$@" & trap "kill $!" TERM; wait $!; wait $!'
 step=(srun --ntasks-per-node=1 --cpus-per-task="$cpus" --no-kill --kill-on-bad-exit=0 --wait=0)
 
 steps=()

@@ -143,6 +143,24 @@ def test_rays_autoscaler_sees_a_head_without_cpus_and_two_kinds_of_machines_from
     assert types["cpu"]["resources"] | {"memory": 0} == {"CPU": 15, "cpu-machine": 1, "memory": 0}
     assert types["gpu"]["resources"] | {"memory": 0} == {"CPU": 90, "GPU": 8, "gpu-machine": 1, "memory": 0}
     assert types["gpu"]["max_workers"] * 8 == 88
+    assert brought(types["headgroup"]["resources"]) == coming([told for name, told in types.items() if name != "headgroup"])
+
+
+def brought(resources: dict[str, float]) -> dict[str, float]:
+    """What a head says that may come."""
+    return {name: amount for name, amount in resources.items() if name.startswith("brings/")}
+
+
+def coming(groups: list[dict[str, Any]]) -> dict[str, float]:
+    """What groups of machines come to, as a head is to say it."""
+    return {
+        f"brings/{kind}/{what}": group["max_workers"] * group["resources"][what]
+        for group in groups
+        for kind in group["resources"]
+        if kind.endswith("-machine")
+        for what in ("CPU", "GPU")
+        if what in group["resources"]
+    }
 
 
 def environment(deployment: str) -> dict[str, str]:

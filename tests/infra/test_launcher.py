@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.infra.test_kubernetes import coming
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -42,6 +45,9 @@ def test_every_machine_asks_for_the_token_and_the_head_shows_its_jobs_to_itself_
         assert words[0] == "RAY_AUTH_MODE=token" and words[words.index("ray") + 1] == "start"
         assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known
     assert "--dashboard-host=127.0.0.1" in starts[0] and "--num-cpus=0" in starts[0]
+    words = shlex.split(starts[0])
+    (told,) = [json.loads(word.partition("=")[2]) for word in words if word.startswith("--resources=")]
+    assert told == coming([group for name, group in config["available_node_types"].items() if name != "head"])
     assert "/home/unidiffuser/.ray/auth_token" in config["file_mounts"]
 
 
