@@ -8,7 +8,6 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@600
 set -euo pipefail
-umask 077
 
 recipe=${1:?"RECIPE is missing: sbatch --nodes=4 infra/slurm/run.sh RECIPE"}
 : "${UNIDIFFUSER_STORE:?"set it to the store that every node sees, such as s3://BUCKET/runs, or a folder below UNIDIFFUSER_SHARED"}"
