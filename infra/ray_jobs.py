@@ -9,7 +9,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -95,6 +95,18 @@ class RayJobs:
         gpus = [gpu["memoryTotal"] * 2**20 for node in working for gpu in node.get("gpus") or [] if gpu.get("memoryTotal")]
         return [int(node["mem"][0]) for node in working], gpus
 
+    def works_on(self, hosts: Collection[str]) -> bool:
+        """Whether these machines, by their names, are all that does work: no other is there, nor would one have to come.
+
+        Raises:
+            ServerError: Ray does not answer.
+        """
+        nodes = self._call("GET", "/nodes?view=summary", timeout=SHORT_TIMEOUT)["data"]["summary"]
+        alive = [node for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"]
+        # A head that takes no work has no CPUs.
+        works = any(node["raylet"].get("resourcesTotal", {"CPU": 1}).get("CPU") for node in alive)
+        return works and all(node.get("hostname") in hosts for node in alive)
+
     def statuses(self) -> dict[str, str]:
         """Submission id -> status of every job that the cluster knows."""
         return {job["submission_id"]: job["status"] for job in self._ask("GET", "/api/jobs/") if job.get("submission_id")}
@@ -133,17 +145,40 @@ class RayJobs:
         """What Ray itself has to say about how a job ended."""
         return str(self._ask("GET", f"/api/jobs/{job}").get("message") or "")
 
+    def upload(self, name: str, package: bytes) -> str:
+        """Leave a ZIP with the cluster, unless it has one of this name; returns its address for `submit`.
+
+        Raises:
+            ServerError: Ray does not answer or refuses.
+        """
+        path = f"/api/packages/gcs/{name}"
+        try:
+            with self._open("GET", path):
+                pass
+        except ServerError:
+            with self._open("PUT", path, package):
+                pass
+        return f"gcs://{name}"
+
     def submit(
-        self, job: str, entrypoint: str, environment: dict[str, str] | None = None, metadata: dict[str, str] | None = None
+        self,
+        job: str,
+        entrypoint: str,
+        environment: dict[str, str] | None = None,
+        metadata: dict[str, str] | None = None,
+        folder: str | None = None,
     ) -> None:
         """Submit a job under an id of our own. This is asked once: the job may be there although no answer came.
+
+        Args:
+            folder: address of a ZIP that is the job's and its workers' working folder, from which they import first.
 
         Raises:
             ServerError: Ray does not answer or refuses; the message holds its reason.
         """
         body: dict[str, Any] = {"submission_id": job, "entrypoint": entrypoint, "metadata": metadata or {}}
         if environment:
-            body["runtime_env"] = {"env_vars": environment}
+            body["runtime_env"] = {"env_vars": environment, **({"working_dir": folder} if folder else {})}
         self._call("POST", "/api/jobs/", body)
 
     def stop(self, job: str) -> None:
@@ -189,7 +224,7 @@ class RayJobs:
     @contextmanager
     def _open(self, method: str, path: str, body: Any = None, timeout: float = TIMEOUT) -> Iterator[Any]:
         """The reply, still to be read; what goes wrong meanwhile is one line."""
-        data = json.dumps(body).encode() if body is not None else None
+        data = body if isinstance(body, bytes) else json.dumps(body).encode() if body is not None else None
         headers = {**self.headers, "Content-Type": "application/json"}
         request = urllib.request.Request(self.address + path, data=data, headers=headers, method=method)
         try:

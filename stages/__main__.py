@@ -11,6 +11,8 @@ from importlib.metadata import version
 
 import fsspec
 
+from infra.code import code_digest, other_code
+from infra.commit import git_commit
 from infra.dataset import Dataset, find, point
 from infra.nearest import nearest
 from infra.queries import QUERIES
@@ -48,6 +50,7 @@ def run_node(recipe: Recipe, node: str, store: Store, outside: Outside | None = 
     dataset = find(store, planned.stage, planned.fingerprint)
     if dataset is None:
         connect_ray()
+        log.info("%s: every machine runs the code %s, commit %s", node, code_digest(), git_commit() or "unknown")
         dataset = run_stage(planned, store, stage_class(planned.stage))
     point(store, recipe.name, node, dataset.manifest.reference())
     report(planned, dataset)
@@ -68,7 +71,9 @@ def connect_ray() -> None:
         signed = {QUERIES: os.environ[QUERIES]} if QUERIES in os.environ and JOB not in os.environ else {}
         ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": signed} if signed else None)
     else:
-        ray.init("local", include_dashboard=False, log_to_driver=True)
+        # As many CPUs as this process may use, where that is known: a job of Slurm has a part of the machine.
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True)
 
 
 def report(planned: Planned, dataset: Dataset) -> None:
@@ -88,10 +93,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override a field of the recipe")
     parser.add_argument("--outside", metavar="FILE", help="files from outside that an earlier plan found; else looked for now")
     parser.add_argument("--expect", metavar="FINGERPRINT", help="fail if the node would get another one here")
+    parser.add_argument("--code", metavar="DIGEST", help="fail if the code here is another one")
     parser.add_argument("--debug", action="store_true", help="show the traceback of any error, not of bugs alone")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
     try:
+        if options.code and (why := other_code(options.code, "the cluster")) is not None:
+            raise StageError(f"{options.node}: {why}")
         outside = None
         if options.outside:
             with fsspec.open(options.outside, "rb") as file:

@@ -252,6 +252,11 @@ class TrainConfig(Section):
         "lost or won a machine.",
         json_schema_extra=OPERATIONAL,
     )
+    machines: str | None = Field(
+        None,
+        description="Custom resource of Ray whose machines do the work; any machine when not given.",
+        json_schema_extra=OPERATIONAL,
+    )
     silent_after: int = Field(
         60,
         ge=5,

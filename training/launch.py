@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import ray
 
+from infra.ray_nodes import free, marked, may_come, missing, total
 from training.config import TrainConfig, workers_told
 from training.gang.attempt import Attempt, Lost
 from training.history import Row
@@ -72,9 +73,10 @@ def train(
     requested = stop or threading.Event()
     job = plan()
     room = _Room(job.config)
-    workers = room.at_start()
     furthest, losses, step = 0, 0, 0
-    with _sigterm_sets(requested):
+    with _sigterm_sets(requested), room.asked_for():
+        if (workers := room.at_start(requested)) is None:
+            return Outcome(step, True)
         while True:
             attempt, growth = Attempt(job, workers, room.gpus), _Growth(room, workers)
             try:
@@ -106,24 +108,45 @@ class _Room:
     """How many workers the cluster has room for."""
 
     def __init__(self, config: TrainConfig) -> None:
+        """Raises TrainingError: there is no machine of the kind that the configuration names."""
+        if (why := missing(config.machines)) is not None:
+            raise TrainingError(f"machines: {why}")
         self.config = config
         # Decided once: what is left of a cluster may have none.
-        self.gpus = ray.cluster_resources().get("GPU", 0) > 0
+        self.gpus = bool(total("GPU", config.machines) or may_come("GPU", config.machines))
         self.kind = "GPU" if self.gpus else "CPU"
+
+    @contextmanager
+    def asked_for(self) -> Iterator[None]:
+        """While here, a cluster that grows by itself is asked for room for all workers."""
+        if not may_come(self.kind, self.config.machines):
+            yield
+            return
+        from ray.autoscaler.sdk import request_resources
+
+        one = {self.kind: 1, **marked(self.config.machines)}
+        request_resources(bundles=[one] * self.config.most_workers)
+        try:
+            yield
+        finally:
+            request_resources(bundles=[])
 
     def fit(self, have: int) -> int | None:
         """The greatest number of workers that is allowed and fits."""
         return max((n for n in self.config.allowed_workers if n <= have), default=None)
 
-    def at_start(self) -> int:
-        """How many workers to begin with.
+    def at_start(self, requested: threading.Event) -> int | None:
+        """How many workers to begin with, of a cluster that grows once there is room for the fewest; None as `again`.
 
         Raises:
             TrainingError: the cluster is too small.
         """
-        if (workers := self.fit(self._have())) is None:
+        if (workers := self.fit(self._have())) is not None:
+            return workers
+        if may_come(self.kind, self.config.machines) < self.config.fewest_workers:
             raise self._too_small()
-        return workers
+        log.info("waiting for machines for %d workers", self.config.fewest_workers)
+        return self.again(requested)
 
     def again(self, requested: threading.Event) -> int | None:
         """How many workers to go on with, once there is room for the fewest; None when the run is to stop.
@@ -141,7 +164,7 @@ class _Room:
 
     def more(self, workers: int) -> bool:
         """Whether more than so many, which run, would fit."""
-        return (self.fit(workers + int(ray.available_resources().get(self.kind, 0))) or 0) > workers
+        return (self.fit(workers + int(free(self.kind, self.config.machines))) or 0) > workers
 
     def forget(self, nodes: frozenset[str]) -> None:
         """Wait until Ray counts machines that do not answer no longer, lest a group be placed there."""
@@ -150,11 +173,12 @@ class _Room:
             time.sleep(1.0)
 
     def _have(self) -> int:
-        return int(ray.cluster_resources().get(self.kind, 0))
+        return int(total(self.kind, self.config.machines))
 
     def _too_small(self) -> TrainingError:
         told = workers_told(self.config)
-        return TrainingError(f"workers is {told}, but the Ray cluster has {self._have()} {self.kind}s; lower workers")
+        whose = f"machines with {self.config.machines} have" if self.config.machines else "the Ray cluster has"
+        return TrainingError(f"workers is {told}, but {whose} {self._have()} {self.kind}s; lower workers")
 
 
 class _Growth:

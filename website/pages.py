@@ -12,7 +12,18 @@ DOCS = ROOT / "docs"
 # named here stands in the last section, so that none is ever left out.
 ORDER: dict[str, tuple[str, ...]] = {
     "Start": ("index.md", "tutorial.md", "notebook.md"),
-    "How to": ("how-to/schedule.md", "how-to/rerun.md", "how-to/scale.md", "how-to/trace.md", "how-to/", "fine-tune.md"),
+    "How to": (
+        "how-to/schedule.md",
+        "how-to/rerun.md",
+        "how-to/scale.md",
+        "how-to/image.md",
+        "how-to/kubernetes.md",
+        "how-to/slurm.md",
+        "how-to/cloud.md",
+        "how-to/trace.md",
+        "how-to/",
+        "fine-tune.md",
+    ),
     "Understand": ("mathematics.md", "formats.md", "comparison.md"),
     "Reference": ("reference/", "fields.md"),
     "Results": ("results/overview.md", "results/leaderboard.md", "results/"),

@@ -10,13 +10,14 @@ from typing import cast
 
 from pydantic import BaseModel
 
-from infra.loopback import is_loopback
 from infra.machine_memory import gpu_bytes, machine_bytes
+from infra.places import FIX, elsewhere, is_everywhere
 from infra.processes import ServerError
 from infra.ray_cluster import configured_ray
 from infra.ray_jobs import RayJobs, user_token
 from infra.store import Store, StoreError
 from infra.store_access import check_access
+from pipelines.commands.unseen import KINDS, unseen
 from stages.catalog import stage_class
 from stages.encode.stage import EncodeConfig
 from stages.runner.contract import StageError, in_words
@@ -32,7 +33,6 @@ from unidiffuser.references import Kind
 
 # What has not answered after this many seconds is not waited for.
 SECONDS = 10.0
-KINDS: dict[str, Kind] = {"vae": "vae", "clip": "clip", "text": "clip", "gpt2": "gpt2"}
 # A machine that cannot hold this much could not run the program itself.
 SMALL = 2**30
 # Of the paper's encoders, which take no fewer: how many pixels of a side a latent's is, and the tokens of a caption.
@@ -54,11 +54,10 @@ def check_store(store: Store, write: bool = True) -> None:
         StoreError: it cannot be used, or does not answer in time.
         ServerError: Ray is on other machines, and the store on this one.
     """
-    address = configured_ray()
-    if address is not None and store.local and not is_loopback(address):
+    if store.local and not is_everywhere(store.root) and (address := elsewhere()) is not None:
         raise ServerError(
-            f"RAY_ADDRESS={address} is another machine, which cannot see {store.root}: name a store that both can, such as "
-            "--store s3://BUCKET/runs, or unset RAY_ADDRESS"
+            f"RAY_ADDRESS={address} is other machines, which cannot see {store.root}: name a store that all can, such as "
+            f"--store s3://BUCKET/runs, {FIX}"
         )
     if store.local:
         check_access(store, write)
@@ -90,6 +89,7 @@ def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], cho
         "space": lambda: _space(store, planned, work),
         "metadata": lambda: _outside(planned, work),
         "steps": lambda: chain_problems(store, planned, work),
+        "places": lambda: unseen(nodes.values()),
         **{f"encoder {ref}": _encoder(fields, ref, kind) for (ref, kind), fields in _encoders(recipe, nodes.values()).items()},
     }
     if trained := {name: node for name, node in nodes.items() if isinstance(node.config, TrainConfig)}:

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from infra.code import code_digest, is_sent, package
+from infra.commit import VARIABLE as COMMIT
+from infra.commit import git_commit
 from infra.processes import ServerError
 from infra.queries import QUERIES
 from infra.ray_jobs import TERMINAL, RayJobs
@@ -49,6 +52,9 @@ class NodeStopped(Exception):
 def job_environment() -> dict[str, str]:
     """What a job needs besides the cluster's own environment."""
     fixed = {"PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    # Code that is sent has no history.
+    if is_sent() and (commit := git_commit()):
+        fixed[COMMIT] = commit
     return fixed | {name: value for name, value in os.environ.items() if name == QUERIES}
 
 
@@ -114,9 +120,11 @@ def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say, attache
     # A cluster has a Python of its own, this machine's Ray takes the one that runs here.
     python = sys.executable if run.servers.embedded_ray else "python"
     command = [python, "-m", "stages", snapshot(run.recipe, run.store), planned.name, "--store", run.store.root]
-    command += ["--outside", pinned(run), "--expect", planned.fingerprint, *(["--debug"] if run.debug else [])]
+    command += ["--outside", pinned(run), "--expect", planned.fingerprint, "--code", code_digest()]
+    command += ["--debug"] if run.debug else []
+    folder = ray.upload(*package()) if is_sent() and not run.servers.embedded_ray else None
     try:
-        ray.submit(job, shlex.join(command), job_environment(), {FLOW_RUN: run.flow_run} if run.flow_run else None)
+        ray.submit(job, shlex.join(command), job_environment(), {FLOW_RUN: run.flow_run} if run.flow_run else None, folder)
     except ServerError:
         # It is there all the same when another command was quicker, or when only the answer was lost.
         if job not in ray.statuses():

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from stages.encode.square import Squared, Squaring
-from stages.runner.contract import Job, Output, Phase, Records, Resources, Stage, StageConfig, Unit, UnitRecord, operational
+from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Resources, Stage, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
 from stages.runner.scratch import scratch_folder
 from stages.runner.skipping import skipped_shards
@@ -45,7 +45,7 @@ from unidiffuser.references import weights_digest
 ROW_GROUP = 256
 
 
-class EncodeConfig(StageConfig):
+class EncodeConfig(NodeConfig):
     size: int = Field(256, ge=32, le=4096, description="side of the square images, in pixels")
     vae: str = encoder("embedded", "AutoencoderKL that makes image latents")
     clip: str = encoder("embedded", "open_clip model for image embeddings")
@@ -228,8 +228,8 @@ def encoder_resources(config: EncodeConfig) -> Resources:
     """One worker a GPU where there are GPUs, else one a core."""
     from stages.runner.pool import gpus_each
 
-    gpus = gpus_each()
-    return Resources(cpus_each(config.cpus, gpus), gpus, config.workers)
+    gpus = gpus_each(config.machines)
+    return Resources(cpus_each(config.cpus, gpus, config.machines), gpus, config.workers)
 
 
 class Encode(Stage):

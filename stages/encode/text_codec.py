@@ -16,7 +16,7 @@ from pydantic import Field
 from infra.dataset import FileEntry
 from infra.external import fetch_outside
 from stages.encode.pinned import check_codec, codec_files, load_codec
-from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, StageError, Unit, UnitRecord, single_trainer
+from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Stage, StageError, Unit, UnitRecord, single_trainer
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.runner.scratch import scratch_folder
@@ -33,7 +33,7 @@ log = logging.getLogger("stages")
 STANDARDISED_ON = 512
 
 
-class TextCodecConfig(StageConfig):
+class TextCodecConfig(NodeConfig):
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")
     gpt2: str = encoder("embedded", "GPT-2 that the decoder starts from")
     weights: str | None = external_file(

@@ -11,12 +11,12 @@ from pydantic import Field
 
 from infra.dataset import fetch_files
 from stages.drawing.assembly import assemble, encoder_digests
-from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord
+from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Stage, Unit, UnitRecord
 from stages.runner.recipe import encoder
 from stages.runner.scratch import scratch_folder
 
 
-class ExportConfig(StageConfig):
+class ExportConfig(NodeConfig):
     vae: str = encoder("embedded", "AutoencoderKL of the latents that the model was trained on")
     clip: str = encoder("embedded", "open_clip model of the image embeddings that the model was trained on")
     text: str = encoder("embedded", "open_clip model whose text tower gives the caption's hidden states")

@@ -19,14 +19,14 @@ from stages.measuring.checkpoint import files_of
 from stages.measuring.config import EvaluationConfig, check_prompts, check_world, judge_weights
 from stages.measuring.phases import PHASES
 from stages.measuring.rows import HELD_OUT, Rows
-from stages.runner.contract import Job, Records, Stage, UnitRecord, operational
+from stages.runner.contract import Job, NodeConfig, Records, Stage, UnitRecord, operational
 from stages.runner.recipe import encoder, external_file
 
 # How rows are named that no subset of the recipe has.
 STORED = re.compile(r"(filter|folder|download)/[0-9a-f]{8,24}")
 
 
-class EvaluateConfig(EvaluationConfig):
+class EvaluateConfig(EvaluationConfig, NodeConfig):
     weights: str = Field("ema", pattern="^(ema|model)$", description="which weights: the moving average or the last")
     before: str | None = external_file(
         None, "what training began from, a folder with uvit/ such as an export's: the measure judge tells what that draws"

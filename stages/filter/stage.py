@@ -31,12 +31,12 @@ from stages.filter.look import Look, Looking
 from stages.filter.meaning import SemanticConfig, check_semantic
 from stages.runner.contract import (
     Job,
+    NodeConfig,
     Output,
     Phase,
     Records,
     Resources,
     Stage,
-    StageConfig,
     StageError,
     Unit,
     UnitRecord,
@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 DROPS = {"settle": "near_duplicate", "meaning": "semantic_duplicate"}
 
 
-class FilterConfig(StageConfig):
+class FilterConfig(NodeConfig):
     """Conditions on what was measured; a bound of null is not asked. Bounds are inclusive.
 
     A condition on a score that not one row has would let all of them pass: it is refused, unless it came with a preset.
@@ -279,8 +279,8 @@ def refusal_of(job: Job, earlier: Records) -> str:
 def _score_resources(config: FilterConfig) -> Resources:
     from stages.runner.pool import gpus_each
 
-    gpus = gpus_each() if config.clip_scores or config.heads.named() else 0.0
-    return Resources(cpus_each(config.cpus, gpus), gpus, config.workers)
+    gpus = gpus_each(config.machines) if config.clip_scores or config.heads.named() else 0.0
+    return Resources(cpus_each(config.cpus, gpus, config.machines), gpus, config.workers)
 
 
 CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance", "semantic"}

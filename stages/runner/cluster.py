@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
+from infra.ray_nodes import marked
 from stages.runner.contract import Resources
 
 KINDS = ("CPU", "GPU")
@@ -34,7 +35,7 @@ class Cluster:
         CPUs change the pace alone, and a worker may do with less memory than it declares. While no node takes work, it is left
         as it is: nobody knows what will come.
         """
-        able = [node for node in self.nodes.values() if node.get("CPU") and node.get("GPU", 0) >= resources.gpus]
+        able = [node for node in self._of_kind(resources) if node.get("CPU") and node.get("GPU", 0) >= resources.gpus]
         held = [
             replace(resources, cpus=min(resources.cpus, node["CPU"]), memory=min(resources.memory, node.get("memory", 0.0)))
             for node in able
@@ -48,10 +49,15 @@ class Cluster:
             total = [sum(node.get(kind, 0.0) for node in self.nodes.values()) for kind in KINDS]
             held = f" and {self._free('memory') / 2**30:.1f} GiB" if resources.memory else ""
             return f"{asked}, and of {_told(*total)} only {_told(*map(self._free, KINDS))}{held} are free"
-        largest = max(([node.get(kind, 0.0) for kind in KINDS] for node in self.nodes.values()), key=sum, default=[0.0, 0.0])
+        largest = max(([node.get(kind, 0.0) for kind in KINDS] for node in self._of_kind(resources)), key=sum, default=[0.0, 0.0])
         if not any(largest):
-            return f"{asked}, and no node of the cluster takes work; add one"
+            which = f"with the resource {resources.machines}" if resources.machines else "of the cluster"
+            return f"{asked}, and no node {which} takes work; add one"
         return f"{asked}, and the largest node has {_told(*largest)}; add a larger one"
+
+    def _of_kind(self, resources: Resources) -> list[Mapping[str, float]]:
+        """What the nodes have that workers may be on."""
+        return [node for node in self.nodes.values() if resources.machines is None or node.get(resources.machines)]
 
     def _free(self, kind: str) -> float:
         return self.free.get(kind, 0.0)
@@ -67,5 +73,5 @@ def _told(cpus: float, gpus: float) -> str:
 
 
 def _on_one(node: Mapping[str, float], resources: Resources) -> int:
-    asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory}
+    asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": resources.memory, **marked(resources.machines)}
     return min(int(node.get(kind, 0.0) / amount + 1e-9) for kind, amount in asked.items() if amount)

@@ -57,9 +57,15 @@ def operational(default: Any, description: str, **bounds: Any) -> Any:
 
 
 class StageConfig(BaseModel):
-    """Base of every stage's configuration: unknown fields are errors, and so are numbers that are not finite."""
+    """Base of every stage's configuration and of its parts: unknown fields are errors, and so are numbers that are not finite."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class NodeConfig(StageConfig):
+    """Base of the configuration of a stage's node."""
+
+    machines: str | None = operational(None, "custom resource of Ray whose machines do the work; any machine when not given")
 
 
 def _is_operational(model: type[BaseModel], name: str) -> bool:
@@ -265,21 +271,24 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one worker takes, and how many workers at most (None: as many as the cluster holds); memory in bytes, 0 for little."""
+    """What one worker takes, and how many workers at most (None: as many as the cluster holds); memory in bytes, 0 for little.
+
+    `machines` is the custom resource of those that it may be on; the pool sets it.
+    """
 
     cpus: float = 1.0
     gpus: float = 0.0
     workers: int | None = None
     memory: float = 0.0
+    machines: str | None = None
 
 
-def single_trainer(_: Any) -> Resources:
+def single_trainer(config: Any) -> Resources:
     """The one worker of a phase that trains a small model: with a GPU, or with the cores of a small machine, which are idle."""
-    import ray
-
+    from infra.ray_nodes import total
     from stages.runner.pool import gpus_each
 
-    gpus, cpus = gpus_each(), ray.cluster_resources().get("CPU", 1)
+    gpus, cpus = gpus_each(config.machines), total("CPU", config.machines) or 1
     return Resources(cpus=1 if gpus else min(4, cpus), gpus=gpus, workers=1)
 
 

@@ -17,6 +17,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 
+from infra.code import code_digest
+from infra.ray_nodes import marked, may_come, missing, total
 from stages.runner.attempts import ATTEMPTS, Attempt, Attempts
 from stages.runner.cluster import Cluster, told
 from stages.runner.contract import SKIP, Bug, Job, Phase, SetAside, Stage, StageError, Unit, UnitRecord
@@ -38,12 +40,9 @@ DOUBT = 60.0
 NODE_DIED = "its node has died"
 
 
-def gpus_each() -> float:
-    """GPUs that one worker of a model takes: a whole one wherever the cluster has any, or may bring some when it grows."""
-    if ray.cluster_resources().get("GPU"):
-        return 1.0
-    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return 1.0 if grown.get("GPU") else 0.0
+def gpus_each(machines: str | None) -> float:
+    """GPUs that one worker of a model takes: a whole one wherever its machines have any, or would when the cluster grows."""
+    return 1.0 if total("GPU", machines) or may_come("GPU", machines) else 0.0
 
 
 def run_pool(
@@ -52,10 +51,12 @@ def run_pool(
     """Run units on actors and call `done` for each as it finishes, in any order.
 
     Raises:
-        StageError: a worker cannot be built; a unit cannot be done in any way; or, when all others are done, some failed
-            `ATTEMPTS` times.
+        StageError: no machine is of the kind that the stage names; a worker cannot be built; a unit cannot be done in any way;
+            or, when all others are done, some failed `ATTEMPTS` times.
         Bug: one of them in a way that no stage foresees.
     """
+    if (why := missing(job.config.machines)) is not None:
+        raise StageError(f"{job.node}: machines: {why}")
     Pool(job, phase, Attempts(pending, units, lambda: Cluster.seen().nodes), done).run()
 
 
@@ -90,7 +91,7 @@ class Pool:
 
     def __init__(self, job: Job, phase: Phase, attempts: Attempts, done: Callable[[Unit, UnitRecord], None]):
         self.job, self.phase, self.attempts, self.done = job, phase, attempts, done
-        self.asked = self.resources = phase.resources(job.config)
+        self.asked = self.resources = replace(phase.resources(job.config), machines=job.config.machines)
         self.hands: list[Hand] = []
         self.calls: dict[ray.ObjectRef, Hand] = {}
         self.shared, self.actor = ray.put(for_workers(job, phase)), ray.remote(PoolWorker)
@@ -152,7 +153,7 @@ class Pool:
     def hire(self, now: float) -> None:
         options = {
             "num_cpus": self.resources.cpus, "num_gpus": self.resources.gpus, "memory": self.resources.memory,
-            "max_concurrency": self.phase.at_once,
+            "resources": marked(self.resources.machines), "max_concurrency": self.phase.at_once,
         }  # fmt: skip
         actor = cast(ActorHandle, cast(Any, self.actor).options(**options).remote(self.shared, self.phase))
         hand = Hand(actor, now, None)
@@ -248,7 +249,7 @@ class Pool:
         hand.since, hand.doubted, hand.blamed = time.monotonic(), None, None
         if not hand.node:
             hand.node = answer
-            self.ask(hand, hand.actor.prepare.remote())
+            self.ask(hand, hand.actor.prepare.remote(code_digest()))
         elif attempt is None:
             hand.ready, self.stillborn = True, 0
         else:

@@ -66,6 +66,9 @@ class Document(BaseModel):
     subsets: dict[str, dict[str, Any]] = Field(
         description="SUBSET -> its stages: select, download or folder, then filter and encode; or world"
     )
+    machines: dict[str, str] = Field(
+        default_factory=dict, description="stage or node -> custom resource of Ray whose machines do its work"
+    )
     text_codec: dict[str, Any] | None = Field(
         None, alias="text-codec", description="the text decoder; needed where text is encoded"
     )
@@ -168,6 +171,7 @@ def parse_recipe(document: dict[str, Any], folder: Path) -> Recipe:
     for subset, stages in outer.subsets.items():
         build.subset(subset, stages)
     build.codec_and_training()
+    build.check_machines()
     return Recipe(outer.name, outer.description, build.ordered(), document, folder, outer.deploy)
 
 
@@ -253,6 +257,12 @@ class _Builder:
                 inputs["evaluation"] = "evaluate"
             self.add(stage, stage, values, stage, inputs)
 
+    def check_machines(self) -> None:
+        known = {*self.nodes, *(node.stage for node in self.nodes.values())}
+        for name in self.document.machines:
+            if name not in known:
+                raise RecipeError(f"machines.{name}: no such stage or node{nearest(name, known)}")
+
     def held_out(self, data: Any) -> dict[str, str]:
         """The rows of a subset that a checkpoint is measured on: those of its filter."""
         if data is None or "/" in str(data):
@@ -323,6 +333,8 @@ class _Builder:
             raise RecipeError(f"{place}: expected a mapping of fields, got {values!r}")
         shared = self.document.encoders.model_dump()
         values = {key: shared[key] for key in model.model_fields if key in shared} | values
+        if (kind := self.document.machines.get(name, self.document.machines.get(stage))) is not None:
+            values = {"machines": kind} | values
         try:
             config = model.model_validate(self.with_paths(model, values))
         except ValidationError as error:

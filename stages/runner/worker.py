@@ -7,8 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from socket import gethostname
 from typing import Any
 
+from infra.code import other_code
 from stages.runner.contract import Bug, Job, Phase, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
 from stages.runner.scratch import sweep
 from unidiffuser.memory import out_of_memory
@@ -33,12 +35,17 @@ class PoolWorker:
 
         return ray.get_runtime_context().get_node_id()
 
-    def prepare(self) -> None:
+    def prepare(self, code: str | None = None) -> None:
         """Build what runs the units; before that, clear away what dead workers left on this machine.
 
+        Args:
+            code: the digest of the driver's code.
+
         Raises:
-            StageError: it cannot be built.
+            StageError: it cannot be built, or the code of this machine is another one.
         """
+        if code is not None and (why := other_code(code, f"the machine {gethostname()}")) is not None:
+            raise StageError(f"{self.job.node}: {why}")
         assert self.phase.worker is not None
         sweep()
         try:

@@ -37,12 +37,12 @@ from pydantic import Field, field_validator, model_validator
 from infra.queries import file_name
 from stages.runner.contract import (
     Job,
+    NodeConfig,
     Output,
     Phase,
     Records,
     Resources,
     Stage,
-    StageConfig,
     Unit,
     UnitRecord,
     digest_of,
@@ -79,7 +79,7 @@ WEB_ADDRESS = r"^(?i:https?)://[^\s/?#]+"
 ListKind = Literal["auto", "url", "hash", "domain"]
 
 
-class SelectConfig(StageConfig):
+class SelectConfig(NodeConfig):
     """Conditions on the metadata. Bounds are inclusive; one that is not set is not asked."""
 
     metadata: list[str] = external_file(..., "Parquet files with LAION's columns: paths, globs or fsspec URLs", min_length=1)

@@ -67,14 +67,15 @@ def on_device(pictures: Sequence[np.ndarray], device: str) -> Tensor:
     return pixels.pin_memory().to(device, non_blocking=True) if device == "cuda" else pixels
 
 
-def cpus_each(given: int | None, gpus: float) -> float:
+def cpus_each(given: int | None, gpus: float, machines: str | None = None) -> float:
     """CPUs of a worker with so many GPUs: as given, else its share of those that go with GPUs, or one."""
-    import ray
+    from infra.ray_nodes import may_come, total
 
     if given is not None or not gpus:
         return given or 1
-    total = ray.cluster_resources()
-    return max(1, min(CPUS_OF_A_GPU, total.get("CPU", 0.0) * gpus // total["GPU"]))
+    # Where none is there yet, those that may come.
+    count = total if total("GPU", machines) else may_come
+    return max(1, min(CPUS_OF_A_GPU, count("CPU", machines) * gpus // count("GPU", machines)))
 
 
 def feeders() -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from stages.runner.contract import StageConfig
+from stages.runner.contract import NodeConfig
 
 # What is known of a row afterwards; sizes are pixels, `sha256` is that of the bytes as they came.
 RESULT = pa.schema(
@@ -24,7 +24,7 @@ RESULT = pa.schema(
 MEASURED = tuple(name for name in RESULT.names if name != "status")
 
 
-class ImageConfig(StageConfig):
+class ImageConfig(NodeConfig):
     """LAION's own settings by default."""
 
     image_size: int = Field(512, ge=16, description="side that images are resized to, in pixels")

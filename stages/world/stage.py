@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from stages.runner.contract import Job, Output, Phase, Records, Stage, StageConfig, Unit, UnitRecord, single_trainer
+from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Stage, Unit, UnitRecord, single_trainer
 from stages.runner.run import emit_progress
 from stages.shards.latents import binaries
 from stages.shards.tables import write_table
@@ -36,7 +36,7 @@ ROW_BYTES = 2 * (16 * LATENT_SIDE**2 + CAPTION_WORDS * 21) + 100
 CODEC = "codec.safetensors"
 
 
-class WorldConfig(StageConfig):
+class WorldConfig(NodeConfig):
     rows: int = Field(262_144, ge=1, description="pairs, each a picture of its own; a power of two keeps the proportions")
     draws: Literal["sobol", "random"] = Field(
         "sobol", description="how scenes are drawn: every stretch of rows has close to its share of each, or independently"

@@ -7,12 +7,12 @@ from pathlib import Path
 from pydantic import Field
 
 from stages.runner.chain import Gang
-from stages.runner.contract import Phase, Resources, SetAside, Stage, StageConfig, StageError, Unit, operational, scratch_output
+from stages.runner.contract import NodeConfig, Phase, Resources, SetAside, Stage, StageError, Unit, operational, scratch_output
 from stages.runner.graph import Planned
 from stages.runner.ledger import Start
 
 
-class SquaresConfig(StageConfig):
+class SquaresConfig(NodeConfig):
     numbers: list[int] = [1, 2, 3]
     limit: int = Field(1000, ge=0)
     trap: str = operational("", "folder whose files make units die or fail")
@@ -113,7 +113,7 @@ def _kept(records):
     return [Unit(r.name, tuple(f.sha256 for f in r.files), {"square": r.notes["square"]}) for r in records]
 
 
-class CountConfig(StageConfig):
+class CountConfig(NodeConfig):
     steps: int = 3
     die_at: int = operational(0, "step at which the gang dies, once")
 

@@ -13,6 +13,7 @@ import pytest
 import ray
 import torch
 
+from infra.code import code_digest
 from infra.store import StoreError
 from tests.training.synthetic import KeepIn, config, losses, write_shards
 from training.gang.attempt import _work, failure_of
@@ -76,7 +77,7 @@ def test_a_worker_whose_memory_is_not_enough_names_micro_batch(monkeypatch: pyte
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
     job = TrainJob(config(global_batch=8, micro_batch=4), (), str(tmp_path), KeepIn(str(tmp_path)))
     with pytest.raises(TrainingError, match=r"^memory is not enough; lower micro_batch \(now 4\) or the model$"):
-        _work({"job": job, "board": None})
+        _work({"job": job, "board": None, "code": code_digest()})
 
 
 def test_a_bug_is_a_line_that_is_caused_by_the_workers_traceback() -> None:

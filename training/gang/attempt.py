@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import ray
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
+from infra.code import code_digest, other_code
+from infra.ray_nodes import marked
 from training.board import Heard, Reporter, new_board
 from training.gang.ranks import end, last_words, on_machines, stacks
 from training.gang.signs import Sign
@@ -62,6 +65,8 @@ def _work(config: dict[str, Any]) -> Outcome:
 
     from training.loop import run
 
+    if (why := other_code(config["code"], f"the machine {socket.gethostname()}")) is not None:
+        raise TrainingError(why)
     device = get_device()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // get_context().get_local_world_size()))
@@ -115,9 +120,13 @@ class Attempt:
         config = self.job.config
         return TorchTrainer(
             _work,  # type: ignore[arg-type]
-            train_loop_config={"job": self.job, "board": self.board},
+            train_loop_config={"job": self.job, "board": self.board, "code": code_digest()},
             # A fixed number: of a range Ray Train would take any number, and the batch has to be divided by it.
-            scaling_config=ScalingConfig(num_workers=config.most_workers, use_gpu=gpus),
+            scaling_config=ScalingConfig(
+                num_workers=config.most_workers,
+                use_gpu=gpus,
+                resources_per_worker={"GPU" if gpus else "CPU": 1, **marked(config.machines)},
+            ),
             torch_config=GroupConfig(backend="nccl" if gpus else "gloo", board=self.board),
             run_config=RunConfig(  # type: ignore[call-arg]
                 name="train",

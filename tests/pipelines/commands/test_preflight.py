@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub import constants
 
+from infra.places import elsewhere
+from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.commands import preflight
 from stages.runner.graph import plan
@@ -21,6 +25,7 @@ from tests.pipelines.conftest import write_metadata, write_recipe
 from tests.stages.committed import trained
 from training.config import ModelConfig
 from training.footprint import parameters
+from unidiffuser.references import EMBEDDED
 from unidiffuser.uvit import UViT, UViTConfig
 
 SHAPES = Path(__file__).parents[3] / "configs" / "shapes.yaml"
@@ -223,9 +228,47 @@ def test_a_cluster_elsewhere_and_a_store_here_is_refused(tmp_path: Path, say, mo
     monkeypatch.setenv("RAY_ADDRESS", "http://head.example:8265")
     for command in (("run", recipe), ("run", recipe, "--dry-run"), ("deploy", recipe)):
         code, (line,) = say(*command, "--store", tmp_path / "store")
-        assert code == 1 and line.startswith("error: RAY_ADDRESS=http://head.example:8265 is another machine")
+        assert code == 1 and line.startswith("error: RAY_ADDRESS=http://head.example:8265 is other machines")
+        assert "s3://BUCKET/runs" in line and "UNIDIFFUSER_SHARED" in line
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
     assert say("run", recipe, "--dry-run", "--only", "good-select", "--store", tmp_path / "store") == (0, [])
+
+
+def test_files_here_of_a_run_elsewhere_are_refused_with_the_field_unless_every_machine_has_them(
+    tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, store = with_encoder(tmp_path), "memory://elsewhere/runs"
+    shutil.copytree(EMBEDDED / "clip", tmp_path / "weights")
+    arguments = ("run", recipe, "--dry-run", "--store", store, "--only", "good-select", "--only", "good-filter")
+    arguments += ("--set", f"subsets.good.filter.clip={tmp_path}/weights")
+    assert say(*arguments) == (0, [])
+    monkeypatch.setenv("RAY_ADDRESS", "http://head.example:8265")
+    code, lines = say(*arguments)
+    told = f"RAY_ADDRESS=http://head.example:8265 is other machines, which cannot see {tmp_path}"
+    assert code == 2 and [line.partition(": ")[2].split(": name an address")[0] for line in lines] == [
+        f"subsets.good.select.metadata: {told}/metadata/*.parquet", f"subsets.good.filter.clip: {told}/weights"
+    ]  # fmt: skip
+    monkeypatch.setenv("UNIDIFFUSER_SHARED", f"/elsewhere:{tmp_path}")
+    assert say(*arguments) == (0, [])
+
+
+def test_a_forwarded_port_and_the_head_of_a_cluster_are_no_reason_to_take_files_here_for_everyones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    here, other = socket.gethostname(), "another"
+
+    def node(host: str, cpus: float) -> dict[str, Any]:
+        return {"hostname": host, "raylet": {"state": "ALIVE", "resourcesTotal": {"CPU": cpus} if cpus else {"memory": 1.0}}}
+
+    for nodes, local in (
+        ([node(here, 2)], True),
+        ([node(other, 2)], False),
+        ([node(here, 0)], False),
+        ([node(here, 4), node(other, 4)], False),
+    ):
+        monkeypatch.setattr(RayJobs, "_call", lambda *_, nodes=nodes, **__: {"data": {"summary": nodes}})
+        assert elsewhere() == (None if local else "http://127.0.0.1:8265")
 
 
 def test_metadata_that_cannot_be_used_is_a_warning_at_once_of_the_first_files_of_every_pattern(tmp_path: Path, say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import socket
 import sys
 import threading
@@ -16,7 +17,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+import infra.code
 from infra import ray_jobs, ray_log
+from infra.code import ROOMS, code_digest, package
 from infra.dataset import find
 from infra.processes import ServerError, recorded
 from infra.ray_jobs import RayJobs
@@ -120,6 +123,25 @@ def test_a_log_that_ray_cannot_read_does_not_fail_its_job(jobs: RayJobs, monkeyp
     assert [str(line) for line in said if isinstance(line, ServerError)] == [str(said[-1])]
     assert "the log of the job binary-1 cannot be read: Ray at" in str(said[-1]) and "UnicodeDecodeError" in str(said[-1])
     assert jobs.status("binary-1") == "SUCCEEDED"
+
+
+def test_code_that_is_sent_is_what_a_job_and_its_workers_import(jobs: RayJobs, tmp_path: Path) -> None:
+    for room in ROOMS:
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").touch()
+    shutil.copy(infra.code.__file__, tmp_path / "infra")
+    (tmp_path / "stages" / "said.py").write_text("WORD = 'of the command'\n")
+    folder = jobs.upload(*package(tmp_path))
+    assert jobs.upload(*package(tmp_path)) == folder, "what the cluster has already is not sent again"
+    script = (
+        "import ray; ray.init(log_to_driver=False)\n"
+        "def say():\n import infra.code, stages.said; return stages.said.WORD, infra.code.code_digest()\n"
+        "print(say(), ray.get(ray.remote(num_cpus=0)(say).remote()))"
+    )
+    jobs.submit("sent-1", python(script), {"PYTHONUNBUFFERED": "1"}, None, folder)
+    said = [line for line in jobs.follow("sent-1") if line is not None]
+    assert f"{('of the command', code_digest(tmp_path))} " * 2 in f"{said[-1]} ", said
+    assert code_digest(tmp_path) != code_digest()
 
 
 def test_of_two_commands_at_one_ray_the_slower_one_attaches(jobs: RayJobs, tmp_path: Path) -> None:

@@ -195,3 +195,13 @@ def test_a_worker_asks_for_no_more_than_the_largest_node_has():
 )  # fmt: skip
 def test_why_a_worker_has_no_place_is_said(nodes, free, asked, why):
     assert Cluster(dict(enumerate(nodes)), free).why_not(asked) == why
+
+
+def test_a_worker_that_names_its_machines_is_on_those_alone():
+    cpu, gpu = LARGE | {"cpu-machine": 1.0}, GPUS | {"gpu-machine": 1.0}
+    cluster = Cluster({"head": HEAD, "a": cpu, "b": gpu}, {})
+    assert cluster.fits(Resources(1.0)) == 12 and cluster.fits(Resources(1.0, machines="cpu-machine")) == 8
+    assert cluster.fits(Resources(1.0, 1.0, machines="cpu-machine")) == 0
+    assert cluster.capped(Resources(6.0, machines="gpu-machine")).cpus == 4.0, "the larger machine is of the other kind"
+    lonely = Cluster({"head": HEAD, "a": cpu}, {}).why_not(Resources(machines="gpu-machine"))
+    assert lonely == "a worker takes 1 CPUs, and no node with the resource gpu-machine takes work; add one"

@@ -10,7 +10,7 @@ import pytest
 from infra.dataset import Dataset, FileEntry, Manifest, Stats, StoredFiles, commit, find
 from infra.store import Store
 from stages.folder.stage import Folder, FolderConfig
-from stages.runner.contract import Job, Phase, StageConfig
+from stages.runner.contract import Job, NodeConfig, Phase
 from stages.runner.pool import for_workers
 from stages.runner.skipping import without_skipped
 
@@ -33,7 +33,7 @@ def committed(store: Store, files: int) -> Dataset:
 
 
 def job_of(store: Store, dataset: Dataset, **skip: list[str]) -> Job:
-    class Config(StageConfig):
+    class Config(NodeConfig):
         skip: tuple[str, ...] = ()
 
     return Job(store, "empty", "a-empty", Config(**skip), {"rows": dataset}, {}, {})

@@ -116,6 +116,7 @@ def test_nodes_and_their_inputs(recipe: Path) -> None:
         ("train.large.from={run: small, keep: [weights, moments]}", "train.large.from.keep.1: input should be 'weights'"),
         ("text-codec.captions=c", "text-codec.captions: expected a subset that has a select"),
         ("encoders.vea=embedded", "encoders.vea: unknown field"),
+        ("machines={donwload: cpu-machine}", "machines.donwload: no such stage or node; nearest are download"),
         ("trian={}", "trian: unknown field"),
     ],
 )
@@ -369,6 +370,19 @@ def test_the_networks_of_a_measure_are_named_where_they_are_missing(recipe: Path
     there = f"evaluate.inception={tmp_path}/nowhere.pth"
     with pytest.raises(RecipeError, match=f"^evaluate: inception: {tmp_path}/nowhere.pth: no such file; .*{wanted}"):
         plan(load_recipe(recipe, [over_inception, there]), store)
+
+
+def test_a_recipe_names_the_machines_of_stages_and_nodes_and_they_decide_nothing(recipe: Path, store: Store) -> None:
+    kinds = "machines={download: cpu-machine, filter: cpu-machine, b-filter: other, train: gpu-machine, evaluate: gpu-machine}"
+    own = "subsets.a.encode={size: 256, machines: mine}"
+    named = load_recipe(recipe, [kinds, own])
+    assert {name: node.config.machines for name, node in named.nodes.items()} == {  # type: ignore[attr-defined]
+        "a-select": None, "a-download": "cpu-machine", "a-filter": "cpu-machine", "text-codec": None, "a-encode": "mine",
+        "b-filter": "other", "b-encode": None, "train-small": "gpu-machine", "train-large": "gpu-machine",
+        "evaluate": "gpu-machine", "export": None,
+    }  # fmt: skip
+    anywhere = plan(load_recipe(recipe), store)
+    assert {n: p.fingerprint for n, p in plan(named, store).items()} == {n: p.fingerprint for n, p in anywhere.items()}
 
 
 def test_the_recipes_that_we_ship_are_good() -> None:
