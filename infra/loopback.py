@@ -9,8 +9,7 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-# 127.0.0.2 is where the embedded Ray's own parts talk to each other.
-HOSTS = ("127.0.0.1", "127.0.0.2", "localhost", "::1")
+HOSTS = ("127.0.0.1", "localhost", "::1")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -40,7 +39,7 @@ def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 
     Example:
         >>> without_proxy({"NO_PROXY": "head"})["no_proxy"]
-        'head,127.0.0.1,127.0.0.2,localhost,::1'
+        'head,127.0.0.1,localhost,::1'
     """
     lower, upper = environment.get("no_proxy"), environment.get("NO_PROXY")
     told = {"no_proxy": lower or upper or "", "NO_PROXY": upper or lower or ""}

@@ -14,6 +14,7 @@ import fsspec
 from infra.dataset import Dataset, find, point
 from infra.nearest import nearest
 from infra.queries import QUERIES
+from infra.ray_cluster import start_ray_here
 from infra.store import Store, StoreError
 from stages.catalog import stage_class
 from stages.runner.contract import Bug, StageError, in_words
@@ -56,19 +57,19 @@ def run_node(recipe: Recipe, node: str, store: Store, outside: Outside | None = 
 
 def connect_ray() -> None:
     """Join the cluster that RAY_ADDRESS names (a Ray job has it set), or start Ray on this machine alone."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        start_ray_here(log_to_driver=True)
+        return
     import ray
 
     if ray.is_initialized():
         return
     # Ray's workers are nice to other programs by default, and starve beside them on a small machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        # A job's workers have the job's environment; those of a driver that joins by hand would lack what opens signed addresses.
-        signed = {QUERIES: os.environ[QUERIES]} if QUERIES in os.environ and JOB not in os.environ else {}
-        ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": signed} if signed else None)
-    else:
-        ray.init("local", include_dashboard=False, log_to_driver=True)
+    # A job's workers have the job's environment; those of a driver that joins by hand would lack what opens signed addresses.
+    signed = {QUERIES: os.environ[QUERIES]} if QUERIES in os.environ and JOB not in os.environ else {}
+    ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": signed} if signed else None)
 
 
 def report(planned: Planned, dataset: Dataset) -> None:
