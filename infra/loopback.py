@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import urllib.request
 from collections.abc import Mapping
@@ -10,6 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 HOSTS = ("127.0.0.1", "localhost", "::1")
+log = logging.getLogger("infra")
+
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -25,6 +28,12 @@ def is_loopback(url: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
+
+
+def warn_of_clear_text(url: str, what: str) -> None:
+    """Say that a secret goes over a network as everybody there can read it."""
+    if url.lower().startswith("http://") and not is_loopback(url):
+        log.warning("%s travels in clear to %s: name it with https://, or let nobody else into its network", what, url)
 
 
 def open_url(request: urllib.request.Request, timeout: float) -> Any:

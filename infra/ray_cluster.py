@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.processes import Server, ServerError, free_ports, recorded, spawn, stop, wait_until_ready
+from infra.queries import without_user
 from infra.ray_jobs import RayJobs
 
 # Room for what passes between workers; datasets go through the store, so this stays small.
@@ -27,7 +28,9 @@ def configured_ray() -> str | None:
     if not address:
         return None
     if not address.startswith(("http://", "https://")):
-        raise ServerError(f"RAY_ADDRESS={address}: expected the Jobs API, such as http://head:8265")
+        raise ServerError(f"RAY_ADDRESS={without_user(address)}: expected the Jobs API, such as http://head:8265")
+    if without_user(address) != address:
+        raise ServerError("RAY_ADDRESS holds a password, which would be shown; set RAY_AUTH_TOKEN instead")
     return address.rstrip("/")
 
 
@@ -73,9 +76,7 @@ def start_ray_here(**settings: Any) -> None:
     # Ray has read the environment, as it was, when it was imported.
     ray_constants.ENABLE_RAY_CLUSTER = False
     Config.initialize("")
-    ray.init(
-        "local", _node_ip_address=NODE_ADDRESS, _temp_dir=_inner(folder), include_dashboard=False, **settings
-    )
+    ray.init("local", _node_ip_address=NODE_ADDRESS, _temp_dir=_inner(folder), include_dashboard=False, **settings)
 
     def end() -> None:
         ray.shutdown()

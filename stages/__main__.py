@@ -13,9 +13,10 @@ import fsspec
 
 from infra.dataset import Dataset, find, point
 from infra.nearest import nearest
-from infra.queries import QUERIES
+from infra.queries import QUERIES, said
 from infra.ray_cluster import start_ray_here
 from infra.store import Store, StoreError
+from infra.store_access import check_seen
 from stages.catalog import stage_class
 from stages.runner.contract import Bug, StageError, in_words
 from stages.runner.graph import Outside, Planned, plan, read_outside
@@ -93,11 +94,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s %(message)s")
     try:
+        store = Store(options.store)
+        if JOB in os.environ:
+            check_seen(store)
         outside = None
         if options.outside:
             with fsspec.open(options.outside, "rb") as file:
                 outside = read_outside(file.read())
-        run_node(load_recipe(options.recipe, options.set), options.node, Store(options.store), outside, options.expect)
+        run_node(load_recipe(options.recipe, options.set), options.node, store, outside, options.expect)
     except RecipeError as error:
         return _fail(error, str(error), 2, options.debug)
     except Bug as error:
@@ -112,8 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(error: Exception, line: str, code: int, traced: bool) -> int:
     """The error's line comes last: whoever follows the log takes it for the reason."""
     if traced:
-        traceback.print_exception(error, file=sys.stdout)
-    print(f"error: {line}", flush=True)
+        print(said("".join(traceback.format_exception(error))), end="")
+    print(said(f"error: {line}"), flush=True)
     return code
 
 

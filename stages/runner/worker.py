@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from infra.store import StoreError
+from infra.store_access import check_seen
 from stages.runner.contract import Bug, Job, Phase, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
 from stages.runner.scratch import sweep
 from unidiffuser.memory import out_of_memory
@@ -41,6 +43,10 @@ class PoolWorker:
         """
         assert self.phase.worker is not None
         sweep()
+        try:
+            check_seen(self.job.store)
+        except StoreError as error:
+            raise StageError(f"{self.job.node}: {error}") from error
         try:
             with memory_said("its models", self.job, self.phase):
                 self.worker = self.phase.worker(self.job)
