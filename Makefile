@@ -6,7 +6,7 @@ UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings audit lock clean
 
 setup: $(VENV)/.ready
 
@@ -126,6 +126,11 @@ leaderboard: setup
 # What outside tools really do (findings/README.md), each in an environment of its own: some minutes, and a package registry.
 findings:
 	@for script in findings/*.sh; do echo "$$script"; bash $$script || exit 1; done
+
+# What is known against the pinned packages, and the list of them in CycloneDX, runs/sbom.cdx.json. It fails where the advisories
+# cannot be asked. The tools have environments of their own, and a package registry brings them.
+audit: setup | $(UV)
+	$(PY) -m infra.audit $(UV) requirements.lock runs
 
 # Pins every dependency with hashes; run it after changing pyproject.toml.
 # The other trackers hold back packages of ours: who wants one installs it beside them.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-import ray
-
+from infra.ray_cluster import start_ray_here
 from infra.store import Store
 from stages.download.stage import Download
 from stages.runner.graph import plan
@@ -23,8 +21,7 @@ def main(metadata: str, folder: str, settings: str) -> None:
     select = {"metadata": [metadata], "shard_rows": 1000}
     download = {**json.loads(settings), "allow_private": True}
     recipe = parse_recipe({"name": "bench", "subsets": {"web": {"select": select, "download": download}}}, Path("/"))
-    os.environ["RAY_worker_niceness"] = "0"
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    start_ray_here(num_cpus=1, log_to_driver=False)
     run_stage(plan(recipe, store)["web-select"], store, Select)
     print("ready", flush=True)
     start = time.perf_counter()

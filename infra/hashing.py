@@ -40,6 +40,7 @@ def digests_by(address: str, names: Sequence[str], store: Store) -> list[str]:
         ServerError: Ray does not answer.
     """
     ray, job = RayJobs(address, user_token()), f"contents-{uuid4().hex[:12]}"
+    ray.check()
     question = f"{FOLDER}/{job}"
     store.write_json(question, list(names))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import urllib.request
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-# 127.0.0.2 is where the embedded Ray's own parts talk to each other.
-HOSTS = ("127.0.0.1", "127.0.0.2", "localhost", "::1")
+HOSTS = ("127.0.0.1", "localhost", "::1")
+log = logging.getLogger("infra")
+
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -28,6 +30,12 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+def warn_of_clear_text(url: str, what: str) -> None:
+    """Say that a secret goes over a network as everybody there can read it."""
+    if url.lower().startswith("http://") and not is_loopback(url):
+        log.warning("%s travels in clear to %s: name it with https://, or let nobody else into its network", what, url)
+
+
 def open_url(request: urllib.request.Request, timeout: float) -> Any:
     """As `urllib.request.urlopen`, without a proxy to this machine itself."""
     if is_loopback(request.full_url):
@@ -40,7 +48,7 @@ def without_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 
     Example:
         >>> without_proxy({"NO_PROXY": "head"})["no_proxy"]
-        'head,127.0.0.1,127.0.0.2,localhost,::1'
+        'head,127.0.0.1,localhost,::1'
     """
     lower, upper = environment.get("no_proxy"), environment.get("NO_PROXY")
     told = {"no_proxy": lower or upper or "", "NO_PROXY": upper or lower or ""}

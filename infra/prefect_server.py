@@ -15,10 +15,13 @@ from http.client import HTTPException
 from importlib.metadata import version
 from pathlib import Path
 
-from infra.loopback import open_url
+from infra.loopback import open_url, warn_of_clear_text
 from infra.processes import Server, ServerError, free_port, locked, recorded, running, spawn, stop, wait_until_ready
+from infra.queries import without_user
 
 START_SECONDS = 300.0
+# How long a server of the user's own may take to answer, in seconds.
+ANSWER_SECONDS = 8.0
 # How often a flow says that it is alive; the least that Prefect takes.
 HEARTBEAT_SECONDS = 30
 # Where the embedded server signs a browser in, with the credential as the fragment: browsers send that part to no server.
@@ -27,8 +30,17 @@ WORKER = f"unidiffuser on {socket.gethostname()}"
 
 
 def configured_api() -> str | None:
-    """The Prefect API that the user named (PREFECT_API_URL), or None for the embedded server."""
-    return os.environ.get("PREFECT_API_URL") or None
+    """The Prefect API that the user named (PREFECT_API_URL), or None for the embedded server.
+
+    Raises:
+        ServerError: the address holds a password.
+    """
+    address = os.environ.get("PREFECT_API_URL") or None
+    if address is not None and without_user(address) != address:
+        raise ServerError(
+            "PREFECT_API_URL holds a password, which would be shown; set PREFECT_API_AUTH_STRING=USER:PASSWORD instead"
+        )
+    return address
 
 
 def check_api(api: str) -> None:
@@ -44,18 +56,21 @@ def check_api(api: str) -> None:
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers=headers)
     try:
-        with open_url(request, timeout=30) as reply:
+        with open_url(request, timeout=ANSWER_SECONDS) as reply:
             theirs = str(json.loads(reply.read()))
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
+            what = "refuses the key" if headers else "asks for a key, and there is none here"
             raise ServerError(
-                f"the Prefect server at {api} refuses the key; set PREFECT_API_KEY, or PREFECT_API_AUTH_STRING, to a valid one"
+                f"the Prefect server at {api} {what}; set PREFECT_API_KEY, or PREFECT_API_AUTH_STRING, to a valid one"
             ) from None
         # A hosted one does not tell its version.
         return
     except (OSError, HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise ServerError(f"no Prefect server answers at {api} ({reason}); start it, or unset PREFECT_API_URL") from None
+    if headers:
+        warn_of_clear_text(api, "the key of Prefect")
     ours = version("prefect")
     if _minor(theirs)[0] != _minor(ours)[0]:
         raise ServerError(

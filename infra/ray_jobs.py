@@ -6,6 +6,7 @@ import http.client
 import json
 import math
 import os
+import platform
 import time
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from infra.loopback import open_url
+from infra.loopback import open_url, warn_of_clear_text
 from infra.processes import ServerError
 from infra.ray_log import FollowedLog
 
@@ -23,13 +24,22 @@ TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 # How long a question is asked again while a busy head, or a proxy before it, gives no answer, and how often, in seconds.
 PATIENCE = 60.0
 PAUSE = 1.0
-# How long an answer may take, in seconds, and one without which a job is followed all the same.
+# How long an answer may take, in seconds; one without which a job is followed all the same; one that decides whether a run
+# begins; and one without which that is decided otherwise.
 TIMEOUT = 60.0
 SHORT_TIMEOUT = 10.0
+FIRST_TIMEOUT = 8.0
+LOOK_TIMEOUT = 2.0
+# Set by whoever lets jobs go to a cluster that takes them from everybody who reaches it.
+OPEN = "UNIDIFFUSER_OPEN_RAY"
 
 
 class NoAnswer(ServerError):
     """Ray cannot be reached, or answers 5xx: it may in a moment."""
+
+
+class Refused(ServerError):
+    """Ray answers, and does not let us in."""
 
 
 def user_token() -> str | None:
@@ -63,17 +73,35 @@ class RayJobs:
             return False
         return bool(nodes["data"]["summary"])
 
-    def check_version(self) -> None:
-        """Compare the cluster's Ray with the one installed here: its stages are written for that one.
+    def check(self) -> None:
+        """Whether jobs can be given to the cluster: it lets in nobody without a token, takes ours, and has our Ray and Python.
 
         Raises:
-            ServerError: Ray does not answer, refuses the token, or is of another minor version.
+            ServerError: it is none of these, or does not answer.
         """
-        theirs, ours = str(self._call("GET", "/api/version")["ray_version"]), version("ray")
-        if theirs.split(".")[:2] != ours.split(".")[:2]:
+        if not self._asks_for_a_token() and not os.environ.get(OPEN):
             raise ServerError(
-                f"Ray at {self.address} is {theirs}, here it is {ours}; install on the cluster what requirements.lock names"
+                f"Ray at {self.address} asks for no token, so whoever reaches it runs code there; start it with "
+                f"RAY_AUTH_MODE=token, or set {OPEN}=1 if its network is closed to others"
             )
+        theirs = str(self._call("GET", "/api/version", timeout=FIRST_TIMEOUT)["ray_version"])
+        self._compare("Ray", theirs, version("ray"))
+        told = self._call("GET", "/api/v0/cluster_metadata", timeout=FIRST_TIMEOUT).get("data", {})
+        self._compare("Python", str(told["pythonVersion"]), platform.python_version())
+        if self.headers:
+            warn_of_clear_text(self.address, "Ray's token")
+
+    def _asks_for_a_token(self) -> bool:
+        try:
+            return bool(self._call("GET", "/api/authentication_mode", timeout=FIRST_TIMEOUT)["authentication_mode"] != "disabled")
+        except Refused:
+            # Something before it asks for more.
+            return True
+
+    def _compare(self, what: str, theirs: str, ours: str) -> None:
+        if theirs.split(".")[:2] != ours.split(".")[:2]:
+            fix = "install on the cluster what requirements.lock names" if what == "Ray" else "use the same on both"
+            raise ServerError(f"{what} at {self.address} is {theirs}, here it is {ours}; {fix}")
 
     def memory(self) -> tuple[list[int], list[int]]:
         """Bytes of memory of every machine that does work, and of every GPU.
@@ -101,11 +129,24 @@ class RayJobs:
         Raises:
             ServerError: Ray does not answer.
         """
-        nodes = self._call("GET", "/nodes?view=summary", timeout=SHORT_TIMEOUT)["data"]["summary"]
-        alive = [node for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"]
+        alive = self._alive(LOOK_TIMEOUT)
         # A head that takes no work has no CPUs.
         works = any(node["raylet"].get("resourcesTotal", {"CPU": 1}).get("CPU") for node in alive)
         return works and all(node.get("hostname") in hosts for node in alive)
+
+    def processors(self) -> tuple[int, int]:
+        """CPUs and GPUs of all machines that are there now.
+
+        Raises:
+            ServerError: Ray does not answer.
+        """
+        totals = [node["raylet"].get("resourcesTotal", {}) for node in self._alive(FIRST_TIMEOUT)]
+        cpus, gpus = (int(sum(total.get(kind, 0) for total in totals)) for kind in ("CPU", "GPU"))
+        return cpus, gpus
+
+    def _alive(self, timeout: float) -> list[dict[str, Any]]:
+        nodes = self._call("GET", "/nodes?view=summary", timeout=timeout)["data"]["summary"]
+        return [node for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"]
 
     def statuses(self) -> dict[str, str]:
         """Submission id -> status of every job that the cluster knows."""
@@ -232,7 +273,8 @@ class RayJobs:
                 yield reply
         except urllib.error.HTTPError as error:
             if error.code in (401, 403):
-                raise ServerError(f"Ray at {self.address} refuses the token; set RAY_AUTH_TOKEN to the cluster's") from None
+                what = "refuses the token" if self.headers else "asks for a token, and there is none here"
+                raise Refused(f"Ray at {self.address} {what}; set RAY_AUTH_TOKEN to the cluster's") from None
             # Ray ends a traceback that it passes on with a line of its own, which holds a full stop.
             text = error.read().decode(errors="replace").rstrip("\n .").splitlines()
             kind = NoAnswer if error.code >= 500 else ServerError

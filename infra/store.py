@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from infra import s3
 from infra.lease import leased
+from infra.queries import of_nobody, said
 from infra.ranges import RangeFile
 
 # Small files that an object store is asked for at once; the answers are held in memory.
@@ -93,12 +94,12 @@ class Store:
     def __init__(self, root: str):
         try:
             # Nothing that a process has listed may hide from it what others write.
-            fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
+            fs, path = fsspec.core.url_to_fs(of_nobody(root), use_listings_cache=False)
         except ImportError as error:
             package = getattr(error.__cause__ or error, "name", None) or "the package of its file system"
             raise StoreError(f"{root}: {package} is not installed, which such a store needs; pip install {package}") from error
         except ValueError as error:
-            raise StoreError(f"{root}: {error}; expected a folder or an fsspec URL such as s3://bucket/prefix") from error
+            raise StoreError(f"{said(root)}: {error}; expected a folder or an fsspec URL such as s3://bucket/prefix") from error
         self.local = isinstance(fs, LocalFileSystem)
         self.root = str(Path(path).resolve()) if self.local else root.rstrip("/")
         self.fs = fs

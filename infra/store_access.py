@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 from pathlib import Path
 
 from infra.store import Store, StoreError
@@ -15,6 +17,8 @@ KEYS = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and its key",
 }
 KINDS = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
+# How long a machine that works waits for the store's first answer.
+SECONDS = 8.0
 REGION = ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException", "301")
 
 
@@ -36,6 +40,50 @@ def check_access(store: Store, write: bool) -> None:
     # Every file system has errors of its own.
     except Exception as error:
         raise store_error(store.root, error) from error
+
+
+def check_in_time(store: Store, write: bool, seconds: float) -> None:
+    """The same, without waiting longer for an answer.
+
+    Raises:
+        StoreError: as `check_access`, or there was none.
+    """
+    if store.local:
+        check_access(store, write)
+        return
+    found: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            check_access(store, write)
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise StoreError(f"{store.root}: no answer in {seconds:.0f} s; check the address and the network")
+    for error in found:
+        raise error
+
+
+def check_seen(store: Store) -> None:
+    """Whether a machine that is to work sees the store of the command, which has written there already.
+
+    Raises:
+        StoreError: it does not; names the machine, the store and the fix.
+    """
+    machine = socket.gethostname()
+    try:
+        check_in_time(store, False, SECONDS)
+    except StoreError as error:
+        raise StoreError(f"the machine {machine} does not reach the store: {error}") from error
+    if store.local and not store.is_there():
+        raise StoreError(
+            f"the machine {machine} has no folder {store.root}; mount it there at the same path, or name a store that all "
+            "machines reach, such as --store s3://BUCKET/runs"
+        )
 
 
 def is_clients(error: BaseException) -> bool:

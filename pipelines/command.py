@@ -57,17 +57,18 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
+        from infra.queries import said
         from infra.store_access import is_clients, store_error
 
         # What typer says of arguments, without its box; it has a class for each of these.
         if not debug and (told := getattr(error, "format_message", None)) is not None:
-            print(f"error: {' '.join(told().split()).rstrip('.')}{_help_of(error)}", file=sys.stderr)
+            print(said(f"error: {' '.join(told().split()).rstrip('.')}{_help_of(error)}"), file=sys.stderr)
             sys.exit(2)
         if is_clients(error):
             error = store_error("the store", error)
         if debug or not (code := _exit_code(error)):
             raise error
-        print(f"error: {error}", file=sys.stderr)
+        print(said(f"error: {error}"), file=sys.stderr)
         sys.exit(code)
 
 

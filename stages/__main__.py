@@ -15,8 +15,10 @@ from infra.code import code_digest, other_code
 from infra.commit import git_commit
 from infra.dataset import Dataset, find, point
 from infra.nearest import nearest
-from infra.queries import QUERIES
+from infra.queries import QUERIES, said
+from infra.ray_cluster import start_ray_here
 from infra.store import Store, StoreError
+from infra.store_access import check_seen
 from stages.catalog import stage_class
 from stages.runner.contract import Bug, StageError, in_words
 from stages.runner.graph import Outside, Planned, plan, read_outside
@@ -59,21 +61,21 @@ def run_node(recipe: Recipe, node: str, store: Store, outside: Outside | None = 
 
 def connect_ray() -> None:
     """Join the cluster that RAY_ADDRESS names (a Ray job has it set), or start Ray on this machine alone."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # As many CPUs as this process may use, where that is known: a job of Slurm has a part of the machine.
+        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        start_ray_here(num_cpus=cpus, log_to_driver=True)
+        return
     import ray
 
     if ray.is_initialized():
         return
     # Ray's workers are nice to other programs by default, and starve beside them on a small machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        # A job's workers have the job's environment; those of a driver that joins by hand would lack what opens signed addresses.
-        signed = {QUERIES: os.environ[QUERIES]} if QUERIES in os.environ and JOB not in os.environ else {}
-        ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": signed} if signed else None)
-    else:
-        # As many CPUs as this process may use, where that is known: a job of Slurm has a part of the machine.
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=True)
+    # A job's workers have the job's environment; those of a driver that joins by hand would lack what opens signed addresses.
+    signed = {QUERIES: os.environ[QUERIES]} if QUERIES in os.environ and JOB not in os.environ else {}
+    ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": signed} if signed else None)
 
 
 def report(planned: Planned, dataset: Dataset) -> None:
@@ -100,11 +102,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.code and (why := other_code(options.code, "the cluster")) is not None:
             raise StageError(f"{options.node}: {why}")
+        store = Store(options.store)
+        if JOB in os.environ:
+            check_seen(store)
         outside = None
         if options.outside:
             with fsspec.open(options.outside, "rb") as file:
                 outside = read_outside(file.read())
-        run_node(load_recipe(options.recipe, options.set), options.node, Store(options.store), outside, options.expect)
+        run_node(load_recipe(options.recipe, options.set), options.node, store, outside, options.expect)
     except RecipeError as error:
         return _fail(error, str(error), 2, options.debug)
     except Bug as error:
@@ -119,8 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _fail(error: Exception, line: str, code: int, traced: bool) -> int:
     """The error's line comes last: whoever follows the log takes it for the reason."""
     if traced:
-        traceback.print_exception(error, file=sys.stdout)
-    print(f"error: {line}", flush=True)
+        print(said("".join(traceback.format_exception(error))), end="")
+    print(said(f"error: {line}"), flush=True)
     return code
 
 

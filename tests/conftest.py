@@ -27,10 +27,10 @@ def ray_cluster() -> Iterator[None]:
     """A local Ray with 2 CPUs."""
     import ray
 
-    # Workers run at niceness 15 otherwise: on a busy machine a test would wait minutes for one to start.
-    os.environ["RAY_worker_niceness"] = "0"
+    from infra.ray_cluster import start_ray_here
+
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent)}
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": environment})
+    start_ray_here(num_cpus=2, log_to_driver=False, runtime_env={"env_vars": environment})
     yield
     ray.shutdown()
 

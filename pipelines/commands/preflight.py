@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from infra.processes import ServerError
 from infra.ray_cluster import configured_ray
 from infra.ray_jobs import RayJobs, user_token
 from infra.store import Store, StoreError
-from infra.store_access import check_access
+from infra.store_access import check_in_time
 from pipelines.commands.unseen import KINDS, unseen
 from stages.catalog import stage_class
 from stages.encode.stage import EncodeConfig
@@ -26,13 +27,13 @@ from stages.runner.ledger import chain_of, where_it_begins
 from stages.runner.recipe import Node, Recipe, RecipeError
 from stages.runner.run import check_disk, make_job
 from stages.world.stage import CAPTION_WORDS, LATENT_SIDE, WorldConfig
-from training.config import TrainConfig
+from training.config import TrainConfig, workers_told
 from training.footprint import footprint, too_much
 from unidiffuser.availability import unavailable
 from unidiffuser.references import Kind
 
-# What has not answered after this many seconds is not waited for.
-SECONDS = 10.0
+# What has not answered after this many seconds is not waited for: a person hears of it within ten.
+SECONDS = 8.0
 # A machine that cannot hold this much could not run the program itself.
 SMALL = 2**30
 # Of the paper's encoders, which take no fewer: how many pixels of a side a latent's is, and the tokens of a caption.
@@ -59,20 +60,7 @@ def check_store(store: Store, write: bool = True) -> None:
             f"RAY_ADDRESS={address} is other machines, which cannot see {store.root}: name a store that all can, such as "
             f"--store s3://BUCKET/runs, {FIX}"
         )
-    if store.local:
-        check_access(store, write)
-        return
-
-    def access() -> list[Problem]:
-        try:
-            check_access(store, write)
-        except StoreError as error:
-            return [error]
-        return []
-
-    late = StoreError(f"{store.root}: no answer in {SECONDS:.0f} s; check the address and the network")
-    for problem in _at_once({"store": access}, {"store": late}):
-        raise problem
+    check_in_time(store, write, SECONDS)
 
 
 def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], chosen: Sequence[str], refuse: bool = True) -> None:
@@ -92,10 +80,17 @@ def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], cho
         "places": lambda: unseen(nodes.values()),
         **{f"encoder {ref}": _encoder(fields, ref, kind) for (ref, kind), fields in _encoders(recipe, nodes.values()).items()},
     }
+    late: dict[str, Problem] = {}
+    if work and (address := configured_ray()) is not None:
+        checks["ray"] = lambda: _ray(address)
+        late["ray"] = ServerError(
+            f"no Ray Jobs API answers at {address} in {SECONDS:.0f} s; start the cluster, or unset RAY_ADDRESS"
+        )
     if trained := {name: node for name, node in nodes.items() if isinstance(node.config, TrainConfig)}:
         checks["memory"] = lambda: _memory(recipe, trained)
+        checks["workers"] = lambda: _room(trained)
     wrong = []
-    for problem in _at_once(checks):
+    for problem in _at_once(checks, late):
         if isinstance(problem, Doubt) or not refuse:
             print(f"warning: {problem}", file=sys.stderr)
         else:
@@ -124,7 +119,14 @@ def _at_once(checks: Mapping[str, Check], late: Mapping[str, Problem] | None = N
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     for name in checks:
-        yield from found.get(name, [late[name]] if late else [])
+        yield from found.get(name, [late[name]] if late and name in late else [])
+
+
+def _ray(address: str) -> Iterator[Problem]:
+    try:
+        RayJobs(address, user_token()).check()
+    except ServerError as error:
+        yield error
 
 
 def _space(store: Store, planned: Mapping[str, Planned], work: Sequence[str]) -> Iterator[Problem]:
@@ -240,6 +242,28 @@ def _memory(recipe: Recipe, nodes: Mapping[str, Node]) -> Iterator[Problem]:
             have, whose = have // workers, f"the machine {where} has for each of {workers} workers"
         if found.device > have:
             yield StageError(f"{name}: {too_much(config, found, have, whose)}")
+
+
+def _room(nodes: Mapping[str, Node]) -> Iterator[Problem]:
+    """Whether there are as many GPUs, or CPUs where there are none, as the workers that a training begins with at least."""
+    if (address := configured_ray()) is None:
+        cpus, gpus = os.cpu_count() or 1, len(gpu_bytes())
+    else:
+        try:
+            cpus, gpus = RayJobs(address, user_token()).processors()
+        except ServerError:
+            return
+    have, kind = (gpus, "GPU") if gpus else (cpus, "CPU")
+    for name, node in nodes.items():
+        config = cast(TrainConfig, node.config)
+        if config.fewest_workers > have:
+            told = f"{name}: workers is {workers_told(config)}, but {{where}} has {have} {kind}s; lower workers"
+            # A cluster may grow.
+            yield (
+                Doubt(told.format(where=f"the cluster at {address}") + ", or add machines")
+                if address
+                else StageError(told.format(where="this machine"))
+            )
 
 
 def _tokens(recipe: Recipe, node: Node) -> int:

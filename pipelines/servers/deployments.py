@@ -22,6 +22,7 @@ import infra
 from infra.loopback import is_loopback
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.queries import with_query
+from infra.ray_jobs import OPEN
 from infra.store import Store
 from pipelines.flows.deployed import deployed_recipe
 from pipelines.flows.forms import node_form, recipe_form
@@ -228,18 +229,18 @@ def _check_store(pool: Pool, store: Store) -> None:
 
 
 def check_addresses(recipe: Recipe) -> None:
-    """What a server keeps of a recipe has no queries, and so would not open what is signed.
+    """What a server keeps of a recipe has no queries and no passwords, and so would not open what needs them.
 
     Raises:
-        RecipeError: an address has a query.
+        RecipeError: an address has a query or a password.
     """
     for node in recipe.nodes.values():
         for part, value in node.config:
             for name in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(name, str) and with_query(name) != name:
                     raise RecipeError(
-                        f"{node.place}.{part}: {name} has a query, which no server keeps; fetch the file and name that, or run "
-                        "the recipe where no `unidiffuser up` keeps the servers"
+                        f"{node.place}.{part}: {name} has a query or a password, which no server keeps; fetch the file "
+                        "and name that, or run the recipe where no `unidiffuser up` keeps the servers"
                     )
 
 
@@ -289,7 +290,7 @@ def _job_variables(pool: Pool) -> dict[str, Any]:
             **pool.variables,
             "env": {**environment, **pool.variables.get("env", {})},
         }
-    for name in ("RAY_ADDRESS", "UNIDIFFUSER_STATE"):
+    for name in ("RAY_ADDRESS", OPEN, "UNIDIFFUSER_STATE"):
         # What is forwarded to this machine is somewhere else for a pod.
         if (value := os.environ.get(name)) and not (pool.type == "kubernetes" and is_loopback(value)):
             environment[name] = value

@@ -90,7 +90,7 @@ class Servers:
         if self.embedded_ray:
             self._ray = self._threads.submit(start)
         else:
-            self.ray().check_version()
+            self.ray().check()
             tidy(self.ray())
 
     def ray(self) -> RayJobs:

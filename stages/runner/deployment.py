@@ -8,6 +8,8 @@ from zoneinfo import available_timezones
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from infra.secret_words import secrets_in
+
 # Bounds of cron's five fields, and the names that stand for numbers in two of them.
 _CRON = {"minute": (0, 59), "hour": (0, 23), "day": (1, 31), "month": (1, 12), "weekday": (0, 7)}
 _CRON_NAMES = {
@@ -96,6 +98,16 @@ class Pool(_Section):
     name: str = Field("local", description="its name on the server; `up` starts a worker of `local`")
     type: Literal["process", "docker", "kubernetes"] = Field("process", description="what a run becomes")
     variables: dict[str, Any] = Field({}, description="job variables of the pool: `image`, `env`, `volumes`, `namespace`, ...")
+
+    @field_validator("variables")
+    @classmethod
+    def _open_to_all(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        if found := list(secrets_in(variables)):
+            raise ValueError(
+                f"{found[0]} looks like a secret, which the store and Prefect's server would show; name a block of that server "
+                "instead, as {{ prefect.blocks.secret.NAME }}, or set it in the environment of the pool's worker"
+            )
+        return variables
 
 
 class Deploy(_Section):

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from infra.nearest import nearest
-from infra.queries import without_query
+from infra.queries import opened, without_query
 from infra.text import TextError, text_of
 from stages.catalog import FOLDER_STAGES, LATENT_STAGES, MADE_STAGES, STAGES, SUBSET_STAGES, stage_class
 from stages.runner.deployment import Deploy
@@ -121,8 +120,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: the file is missing or not YAML, has a key twice, or a field is unknown, of the wrong type or out of bounds.
     """
+    path = without_query(str(path))
     try:
-        with fsspec.open(str(path), "rb") as file:
+        with opened(path) as file:
             document = parse(text_of(file.read()))
     except FileNotFoundError:
         beside = (file.name for file in Path(path).parent.glob("*.y*ml"))
@@ -135,7 +135,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: expected a mapping with `name` and `subsets`")
     for override in overrides:
         _override(document, override)
-    file = str(path) if "://" in str(path) else os.path.abspath(path)
+    file = path if "://" in path else os.path.abspath(path)
     return replace(parse_recipe(document, Path(path).parent), file=file)
 
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
+from pathlib import Path
 from typing import Any
 
 from infra.commit import git_commit
@@ -61,6 +62,9 @@ def run_stage(planned: Planned, store: Store, stage: type[Stage]) -> Dataset:
     whole = _whole_job(planned, store, missing_ok=False)
     job, skipped = without_skipped(whole), skipped_rows(stage, whole)
     check_disk(stage, job)
+    if store.local:
+        # Workers look for it, since a folder that they do not see is one of another machine.
+        Path(store.root).mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     records: dict[str, list[UnitRecord]] = {}
     for phase in stage.phases:

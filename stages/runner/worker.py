@@ -11,6 +11,8 @@ from socket import gethostname
 from typing import Any
 
 from infra.code import other_code
+from infra.store import StoreError
+from infra.store_access import check_seen
 from stages.runner.contract import Bug, Job, Phase, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
 from stages.runner.scratch import sweep
 from unidiffuser.memory import out_of_memory
@@ -48,6 +50,10 @@ class PoolWorker:
             raise StageError(f"{self.job.node}: {why}")
         assert self.phase.worker is not None
         sweep()
+        try:
+            check_seen(self.job.store)
+        except StoreError as error:
+            raise StageError(f"{self.job.node}: {error}") from error
         try:
             with memory_said("its models", self.job, self.phase):
                 self.worker = self.phase.worker(self.job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import socket
 import sys
 import threading
@@ -22,6 +23,7 @@ from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
 from infra import prefect_server, ray_jobs
+from infra.loopback import warn_of_clear_text
 from infra.prefect_server import answers, check_api
 from infra.processes import (
     ServerError,
@@ -166,24 +168,27 @@ class Stand:
     log = "first\nsecond line\nthird\nlast, without an end"
 
     def __init__(self) -> None:
-        self.version = "0.0.0"
+        self.version, self.python, self.mode = "0.0.0", "3.8.1", "token"
         self.connections = 0
         self.address = ""
         self.hiccups = 0
         self.asked: list[str] = []
 
     def answer(self, connection: ServerConnection, request: Request) -> Response | None:
-        if request.headers.get("Authorization") != "Bearer secret":
+        public = request.path == "/api/authentication_mode"
+        if not public and request.headers.get("Authorization") != "Bearer secret":
             return connection.respond(401, "Unauthorized")
         if request.path.endswith("/tail"):
             return None
         self.asked.append(request.path)
-        if self.hiccups:
+        if self.hiccups and not public:
             self.hiccups -= 1
             return connection.respond(502, "Bad Gateway")
         ended = self.connections >= 2
         body = {
+            "/api/authentication_mode": {"authentication_mode": self.mode},
             "/api/version": {"ray_version": self.version},
+            "/api/v0/cluster_metadata": {"data": {"pythonVersion": self.python}},
             "/api/admin/version": self.version,
             "/api/jobs/one": {"status": "SUCCEEDED" if ended else "RUNNING"},
             "/api/jobs/one/logs": {"logs": self.log},
@@ -231,9 +236,9 @@ def test_following_outlives_a_proxy_without_answers_but_not_for_ever(monkeypatch
             jobs.status("one")
         stand.hiccups, stand.asked = 1000, []
         with pytest.raises(ServerError):
-            jobs.check_version()
+            jobs.check()
         assert not jobs.ready()
-        assert stand.asked == ["/api/version"] * 2, "a command that begins asks once"
+        assert stand.asked == ["/api/authentication_mode", "/api/version", "/api/version"], "a command that begins asks once"
 
 
 def test_a_job_is_submitted_once_whatever_answer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +261,11 @@ def test_jobs_without_a_submission_are_nobodys() -> None:
 
 @pytest.mark.parametrize(
     ("token", "path", "said"),
-    [(None, "one", "refuses the token; set RAY_AUTH_TOKEN"), ("secret", "two", "Job /api/jobs/two does not exist")],
+    [
+        (None, "one", "asks for a token, and there is none here; set RAY_AUTH_TOKEN"),
+        ("expired", "one", "refuses the token; set RAY_AUTH_TOKEN"),
+        ("secret", "two", "Job /api/jobs/two does not exist"),
+    ],
 )
 def test_a_refusal_is_one_line(token: str | None, path: str, said: str) -> None:
     with standing() as stand, pytest.raises(ServerError, match=said) as refusal:
@@ -264,14 +273,48 @@ def test_a_refusal_is_one_line(token: str | None, path: str, said: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def test_a_cluster_with_another_ray_is_refused_and_one_with_another_patch_is_not() -> None:
+def test_a_cluster_with_another_ray_or_python_is_refused_and_one_with_another_patch_is_not() -> None:
     with standing() as stand:
+        jobs = RayJobs(stand.address, "secret")
         with pytest.raises(ServerError, match=r"is 0\.0\.0, here it is .*; install on the cluster what requirements.lock names"):
-            RayJobs(stand.address, "secret").check_version()
+            jobs.check()
         with pytest.raises(ServerError, match="refuses the token; set RAY_AUTH_TOKEN"):
-            RayJobs(stand.address, "expired").check_version()
+            RayJobs(stand.address, "expired").check()
+        with pytest.raises(ServerError, match="asks for a token, and there is none here; set RAY_AUTH_TOKEN"):
+            RayJobs(stand.address).check()
         stand.version = ".".join([*version("ray").split(".")[:2], "99"])
-        RayJobs(stand.address, "secret").check_version()
+        with pytest.raises(ServerError, match=r"Python at .* is 3\.8\.1, here it is .*; use the same on both"):
+            jobs.check()
+        stand.python = ".".join([*platform.python_version_tuple()[:2], "99"])
+        jobs.check()
+
+
+def test_a_cluster_that_asks_for_no_token_is_refused_unless_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with standing() as stand:
+        stand.mode, stand.version, stand.python = "disabled", version("ray"), platform.python_version()
+        with pytest.raises(ServerError, match=r"asks for no token, so .*RAY_AUTH_MODE=token, or set UNIDIFFUSER_OPEN_RAY=1 if"):
+            RayJobs(stand.address, "secret").check()
+        monkeypatch.setenv(ray_jobs.OPEN, "1")
+        RayJobs(stand.address, "secret").check()
+
+
+def test_a_secret_that_would_travel_in_clear_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    for quiet in ("http://127.0.0.1:8265", "https://head:8265"):
+        warn_of_clear_text(quiet, "the token")
+    assert caplog.messages == []
+    warn_of_clear_text("http://head:8265", "the token")
+    assert caplog.messages == [
+        "the token travels in clear to http://head:8265: name it with https://, or let nobody else into its network"
+    ]
+
+
+def test_addresses_of_servers_hold_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "https://me:pl4nted@head:8265")
+    monkeypatch.setenv("PREFECT_API_URL", "https://me:pl4nted@prefect.example/api")
+    for ask, fix in ((configured_ray, "RAY_AUTH_TOKEN"), (prefect_server.configured_api, "PREFECT_API_AUTH_STRING")):
+        with pytest.raises(ServerError, match=f"holds a password, which would be shown; set {fix}") as refusal:
+            ask()
+        assert "pl4nted" not in str(refusal.value)
 
 
 def test_a_prefect_server_that_cannot_be_used_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +322,9 @@ def test_a_prefect_server_that_cannot_be_used_is_said_in_one_line(monkeypatch: p
     with standing() as stand:
         monkeypatch.setenv("PREFECT_API_KEY", "expired")
         with pytest.raises(ServerError, match="refuses the key; set PREFECT_API_KEY"):
+            check_api(f"{stand.address}/api")
+        monkeypatch.delenv("PREFECT_API_KEY")
+        with pytest.raises(ServerError, match="asks for a key, and there is none here; set PREFECT_API_KEY"):
             check_api(f"{stand.address}/api")
         monkeypatch.setenv("PREFECT_API_KEY", "secret")
         major, minor, *_ = map(int, version("prefect").split("."))

@@ -13,7 +13,7 @@ from s3fs import S3FileSystem
 from infra import s3 as s3_itself
 from infra.external import resolve
 from infra.store import Store, StoreError
-from infra.store_access import check_access, store_error
+from infra.store_access import check_access, check_seen, store_error
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -198,3 +198,19 @@ def test_an_object_that_changes_is_seen_by_the_same_process(bucket, tmp_path):
         digest = hashlib.sha256(content).hexdigest()
         for pattern in (s3.url("*.txt"), s3.url("a.txt")):
             assert resolve([pattern], cache) == {"s3://data/lists/a.txt": digest}
+
+
+def test_a_password_in_an_address_of_a_store_is_refused_and_not_shown():
+    with pytest.raises(StoreError, match=r"^s3://data/store: the address holds a password, .* environment") as refusal:
+        Store("s3://me:pl4nted@data/store")
+    assert "pl4nted" not in str(refusal.value)
+
+
+def test_a_machine_that_does_not_see_the_store_says_so(tmp_path):
+    machine = socket.gethostname()
+    with pytest.raises(
+        StoreError, match=rf"^the machine {machine} has no folder {tmp_path}/gone; mount it there at the same path"
+    ):
+        check_seen(Store(str(tmp_path / "gone")))
+    (tmp_path / "gone").mkdir()
+    check_seen(Store(str(tmp_path / "gone")))

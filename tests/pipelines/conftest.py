@@ -29,6 +29,8 @@ from infra.prefect_server import credential
 from infra.processes import MARK, recorded
 
 ROWS = 60
+# A secret that is nobody's, in the environment of a run: it must stand in nothing that the run writes.
+PLANTED = "pl4nted-and-nobodys"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 90_000  # milliseconds
 
@@ -167,8 +169,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     folder = tmp_path_factory.mktemp("tiny")
     recipe, store = write_recipe(folder), folder / "store"
     # Nothing listens there: its own servers are asked without a proxy.
-    proxies = dict.fromkeys(["http_proxy", "https_proxy", "ALL_PROXY"], "http://127.0.0.1:9")
-    command = start("run", recipe, "--store", store, "--keep", **proxies)
+    proxies = dict.fromkeys(["http_proxy", "https_proxy", "ALL_PROXY"], f"http://me:{PLANTED}@127.0.0.1:9")
+    secrets = dict.fromkeys(["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "WANDB_API_KEY"], PLANTED)
+    command = start("run", recipe, "--store", store, "--keep", **proxies, **secrets)
     try:
         line = command.read_until("This run in the Prefect UI: ")
         command.read_until("Ctrl-C stops the servers.")

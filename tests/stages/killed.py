@@ -10,6 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
+from infra.ray_cluster import start_ray_here
 from infra.store import Store
 from stages.runner import pool
 from stages.runner.contract import scratch_output
@@ -65,12 +66,9 @@ def every(folder: str) -> None:
 
 
 def on_ray(root: str, number: int) -> None:
-    import ray
-
-    os.environ["RAY_worker_niceness"] = "0"
     driver = os.getpid()
     hook = {"worker_process_setup_hook": lambda: kill_at(root, number, driver)}
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=hook)
+    start_ray_here(num_cpus=2, log_to_driver=False, runtime_env=hook)
     kill_at(root, number, driver)
     run_stage(planned(Squares), Store(root), Squares)
 

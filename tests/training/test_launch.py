@@ -9,12 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 import torch
 
 from infra.code import code_digest
 from infra.store import StoreError
+from tests.infra.listening import beyond_loopback, family
 from tests.training.synthetic import KeepIn, config, losses, write_shards
 from training.gang.attempt import _work, failure_of
 from training.history import Row
@@ -29,7 +31,7 @@ def test_a_run_whose_worker_is_killed_goes_on_and_stops_when_it_is_asked_to(
     """Rank 0 dies in the middle of its share of step 10; the next group takes the same steps as a run that nobody kills."""
     shards, kept = write_shards(tmp_path / "shards"), str(tmp_path / "kept")
     settings = config(workers=2, steps=100_000, checkpoint_every=5, log_every=5)
-    stop, rows, plans = threading.Event(), [], []
+    stop, rows, plans, doors = threading.Event(), [], [], []
 
     def plan() -> TrainJob:
         keeper = KeepIn(kept, None if plans else (10, 0, 1000))
@@ -40,11 +42,15 @@ def test_a_run_whose_worker_is_killed_goes_on_and_stops_when_it_is_asked_to(
 
     def on_row(row: Row) -> None:
         rows.append(row)
-        if row["step"] >= 10 and len(plans) > 1:
+        if row["step"] >= 10 and len(plans) > 1 and not stop.is_set():
+            doors.append(beyond_loopback(family(psutil.Process())))
             stop.set()
 
     outcome = train(plan, on_row, stop)
     assert plans == [None, 5]
+    # The driver, Ray's own parts, two workers, where these meet, and where each waits for the other.
+    ((open_to_others, count),) = doors
+    assert open_to_others == [] and count > 8
     assert outcome.stopped and 10 <= outcome.step < 50_000 and outcome.step in KeepIn(kept).steps()
     steps = [row["step"] for row in rows if row["kind"] == "train" and row["step"] > 5]
     assert rows[0]["kind"] == "validation" and rows[0]["step"] == 0 and steps == list(range(10, outcome.step + 1, 5))

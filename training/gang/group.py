@@ -1,8 +1,14 @@
-"""The process group of a training's workers, as Ray Train makes it: their signs begin before it, and nobody waits for its end."""
+"""The process group of a training's workers, as Ray Train makes it: their signs begin before it, and nobody waits for its end.
+
+On a Ray that is on loopback alone, so are its listeners; torch's own would be on every interface.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
 from ray.train.torch import TorchConfig
@@ -14,15 +20,53 @@ from training.gang.signs import begin
 TIMEOUT = 900
 
 _Torch: Any = TorchConfig().backend_cls
+# The server at which the workers meet, in the process of rank 0 and for as long as that lives.
+_meeting: list[Any] = []
 
 
 class _Group(_Torch):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """As Ray Train's, which has torch choose where rank 0 listens."""
+        import ray
+
         worker_group.execute(begin, backend_config.board)
-        super().on_start(worker_group, backend_config)
+        place = worker_group.execute_single(0, _open)
+        workers = len(worker_group)
+        told = (backend_config.backend, place, workers, backend_config.timeout_s)
+        ray.get([worker_group.execute_single_async(rank, _join, rank, *told) for rank in range(workers)])
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Workers that wait for a dead one would be waited for; all are killed anyway."""
+
+
+def _open() -> tuple[str, int]:
+    """Begin to listen for the other workers; returns where."""
+    import ray
+    from torch.distributed import TCPStore
+
+    host = ray.util.get_node_ip_address()
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    server = socket.create_server((host if ip_address(host).is_loopback else "", 0), family=kind)
+    port = server.getsockname()[1]
+    # torch takes the server that its process has on a port already.
+    own = TCPStore(
+        host, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=server.detach(), use_libuv=True
+    )
+    _meeting.append(own)
+    return host, port
+
+
+def _join(rank: int, backend: str, place: tuple[str, int], workers: int, timeout: int) -> None:
+    """Meet the other workers and make the group."""
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
+
+    host, port = place
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    if ip_address(host).is_loopback:
+        own = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        os.environ.update(GLOO_SOCKET_IFNAME=own, NCCL_SOCKET_IFNAME=own)
+    _set_torch_distributed_env_vars()
+    _setup_torch_process_group(backend, rank, workers, "env://", timeout)
 
 
 @dataclass

@@ -230,8 +230,37 @@ def test_a_cluster_elsewhere_and_a_store_here_is_refused(tmp_path: Path, say, mo
         code, (line,) = say(*command, "--store", tmp_path / "store")
         assert code == 1 and line.startswith("error: RAY_ADDRESS=http://head.example:8265 is other machines")
         assert "s3://BUCKET/runs" in line and "UNIDIFFUSER_SHARED" in line
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
-    assert say("run", recipe, "--dry-run", "--only", "good-select", "--store", tmp_path / "store") == (0, [])
+
+
+def test_a_cluster_that_does_not_answer_is_said_before_anything_starts_unless_nothing_is_to_be_done(
+    tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("run", write_recipe(tmp_path), "--dry-run", "--only", "good-select", "--store", tmp_path / "store")
+    monkeypatch.setattr(preflight, "SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        line = f"error: no Ray Jobs API answers at {address} in 1 s; start the cluster, or unset RAY_ADDRESS"
+        assert say(*arguments) == (1, [line])
+    code, (line,) = say(*arguments)
+    assert code == 1 and line.startswith(f"error: no Ray Jobs API answers at {address} (") and line.endswith("unset RAY_ADDRESS")
+
+
+def test_more_workers_than_there_are_processors_are_said_before_anything_starts(
+    tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = with_encoder(tmp_path)
+    train = "{x: {data: [good], steps: 1, global_batch: 512, workers: 512, model: {width: 16, depth: 2, heads: 2}}}"
+    recipe.write_text(f"{recipe.read_text()}train: {train}\n")
+    arguments = ("run", recipe, "--dry-run", "--store", tmp_path / "store")
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    line = "error: train-x: workers is 512, but this machine has 2 CPUs; lower workers"
+    assert say(*arguments) == (1, [line])
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setattr(preflight.RayJobs, "check", lambda _: None)
+    monkeypatch.setattr(preflight.RayJobs, "processors", lambda _: (4, 0))
+    line = "warning: train-x: workers is 512, but the cluster at http://127.0.0.1:1 has 4 CPUs; lower workers, or add machines"
+    assert say(*arguments) == (0, [line])
 
 
 def test_files_here_of_a_run_elsewhere_are_refused_with_the_field_unless_every_machine_has_them(

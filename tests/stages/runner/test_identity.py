@@ -109,6 +109,8 @@ def test_a_cluster_reads_what_is_large(s3: Counted, ray_cluster: None, tmp_path:
             assert entrypoint.startswith("python -m infra.hashing ")
             hashing.main(entrypoint.split()[3:])
 
+        def check(self) -> None: ...
+
         def ended(self, job: str) -> bool:
             return True
 
@@ -127,14 +129,15 @@ def test_a_cluster_reads_what_is_large(s3: Counted, ray_cluster: None, tmp_path:
     assert len(asked) == 1, "a cluster cannot write where this machine's store is"
 
 
-def test_a_signature_is_written_nowhere(
+def test_a_signature_and_a_password_are_written_nowhere(
     copies: dict[str, str], tmp_path: Path, in_process: None, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     """Neither by a command and the job that it starts, nor for a dataset or an error."""
     store = Store(str(tmp_path / "store"))
     store.write(".state/begun", b"")
-    recipe = recipe_of(tmp_path, copies["web"])
-    query = copies["web"].partition("?")[2]
+    web = copies["web"].replace("://", "://me:pl4nted-and-nobodys@")
+    recipe = recipe_of(tmp_path, web)
+    query = web.partition("?")[2]
     planned = plan(recipe, store)
     run = cast(Run, SimpleNamespace(planned=planned, store=store))
     arguments = [snapshot(recipe, store), NODE, "--store", store.root, "--outside", pinned(run)]
@@ -142,15 +145,20 @@ def test_a_signature_is_written_nowhere(
     dataset = find(store, "select", planned[NODE].fingerprint)
     assert dataset is not None and list(dataset.manifest.sources.values()) == list(planned[NODE].sources.values())
     assert main([str(tmp_path / "tiny.yaml"), NODE, "--store", store.root, "--set", "subsets.a.select.min_width=300"]) == 0
-    gone = signed("put/gone.parquet")
+    gone = signed("put/gone.parquet").replace("://", "://me:pl4nted-and-nobodys@")
     recipe_of(tmp_path, gone)
     assert main([str(tmp_path / "tiny.yaml"), NODE, "--store", store.root, "--debug"]) == 2
     written = {path: path.read_bytes() for path in Path(store.root).rglob("*") if path.is_file()}
     assert len(written) > 20
     told = "".join(capfd.readouterr())
-    for secret in {part.partition("=")[2] for address in (query, gone) for part in address.split("&")[-2:]} | {query}:
+    for secret in {part.partition("=")[2] for address in (query, gone) for part in address.split("&")[-2:]} | {
+        query,
+        "pl4nted-and-nobodys",
+    }:
         assert len(secret) > 8
         assert not [path for path, data in written.items() if secret.encode() in data or secret in str(path)]
         assert secret not in told
-    with pytest.raises(RecipeError, match=r"^subsets.a.select.metadata: http://.*/part-0.parquet#q-\w{8} has a query, which"):
+    with pytest.raises(
+        RecipeError, match=r"^subsets.a.select.metadata: http://.*/part-0.parquet#q-\w{8} has a query or a password, which"
+    ):
         check_addresses(recipe)
