@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-PAGE = "docs/plan.md has the formula of every number"
+PAGE = "docs/how-to/plan.md has the formula of every number"
 
 
 @dataclass(frozen=True)
