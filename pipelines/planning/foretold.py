@@ -100,9 +100,12 @@ class _Foretelling:
 
     def _train(self, node: Node, work: Work) -> float:
         training = self.trained[node.name]
-        step = self._step(training)
+        config, step = training.config, self._step(training)
+        # Held-out rows: a forward pass, with the weights and with their average.
+        looks = (training.steps // config.validation.every + 1) * 2 * config.validation.samples / (3 * config.global_batch)
+        steps = (training.steps + looks) * step
         begin = max((seconds for name, seconds in self.found.items() if name.startswith("begin ")), default=self.start)
-        return BEFORE_A_GROUP * self.start + self.loaded() + begin + training.steps * step + self._previews(training)
+        return BEFORE_A_GROUP * self.start + self.loaded() + begin + steps + self._previews(training, steps)
 
     def _step(self, training: Training) -> float:
         """Of a training that was not measured, by one of the recipe that was and their arithmetic, or by the machine's."""
@@ -114,13 +117,13 @@ class _Foretelling:
                 return step * flop / workers / each
         return self.computed(flop, workers)
 
-    def _previews(self, training: Training) -> float:
-        """Sheets are drawn beside the training, where there is no core for them but those that it has."""
+    def _previews(self, training: Training, seconds: float) -> float:
+        """Sheets are drawn beside the training, one at a time, where there is no core for them but those that it has."""
         config = training.config.preview
         if not config.count:
             return 0.0
         each = self.loaded("vae", "clip", "codec") + sum(self._draw(task, config.steps) * config.count for task in SHEET)
-        return training.checkpoints * each
+        return min(training.checkpoints, 1 + seconds / each) * each
 
     def _draw(self, task: str, steps: int) -> float:
         """Seconds of one sample in one process."""

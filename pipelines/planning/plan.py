@@ -78,6 +78,7 @@ def on_this_machine(asked: Asked, machine: Mapping[str, Any], seconds: Mapping[s
         seconds: by node.
     """
     told = _told(asked, dict(machine) | {"calibrated": True}, seconds, {})
+    told["training_gpu_hours"] = told["training_seconds"] * machine["gpus"] / 3600
     told["training"] = [_training(training, None, 0.0) for training in asked.trainings]
     told["cost"] = _cost(told, None)
     told["notes"] = _notes(asked, None)

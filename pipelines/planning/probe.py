@@ -114,11 +114,13 @@ class Probe:
         from stages.shards.picture import ImageResizer
 
         configs = [node.config for node in self.recipe.nodes.values() if isinstance(node.config, ImageConfig)]
-        resizer = ImageResizer(configs[0] if configs else ImageConfig())
-        self._time("store", lambda: [resizer(io.BytesIO(picture)) for picture in self.pictures], PICTURES)
+        if configs:
+            resizer = ImageResizer(configs[0])
+            self._time("store", lambda: [resizer(io.BytesIO(picture)) for picture in self.pictures], PICTURES)
 
     def _filter(self, node: Node) -> None:
         from stages.filter.look import Looking
+        from stages.shards.box import boxed
 
         config: Any = node.config
         scorer = None
@@ -129,15 +131,16 @@ class Probe:
             scorer = Scorer(config.clip, True, Heads(), config.precision)
             self.found["load_clip"] = time.perf_counter() - start
         looking = Looking(scorer.preprocesses if scorer else ())
-        self._time("look", lambda: [looking(picture) for picture in self.pictures], PICTURES)
+        self._time("look", lambda: [boxed(looking, picture) for picture in self.pictures], PICTURES)
         if scorer is not None:
-            views = [look.seen for picture in self.pictures if (look := looking(picture)) is not None]
+            views = [look.seen for picture in self.pictures if (look := boxed(looking, picture)) is not None]
             self._time("score", lambda: scorer(views, self.captions)["clip"].cpu(), PICTURES)
 
     def _encode(self, node: Node) -> None:
         import torch
 
         from stages.encode.square import Squared, Squaring
+        from stages.shards.box import boxed
         from stages.shards.feed import on_device
         from unidiffuser.encoders import ImageLatents
 
@@ -147,10 +150,10 @@ class Probe:
         vae = ImageLatents.load(config.vae, self.device, torch.bfloat16 if half else torch.float32)
         self.found.setdefault("load_vae", time.perf_counter() - start)
         squaring = Squaring(config.size, None)
-        shown = [found for picture in self.pictures if isinstance(found := squaring(picture), Squared)]
+        shown = [found for picture in self.pictures if isinstance(found := boxed(squaring, picture), Squared)]
         if not shown:
             return
-        self._time(f"square {node.name}", lambda: [squaring(picture) for picture in self.pictures], PICTURES)
+        self._time(f"square {node.name}", lambda: [boxed(squaring, picture) for picture in self.pictures], PICTURES)
         pixels = [found.pixels for found in shown]
         self._time(f"vae {node.name}", lambda: vae.moments(on_device(pixels, self.device)).cpu(), len(pixels))
 
