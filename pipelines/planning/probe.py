@@ -185,10 +185,10 @@ class Probe:
         self.meet()
         if self.rank == 0:
             torch.set_num_threads(os.cpu_count() or 1)
-            latent = codec.encode(clip.tokens(self.captions).clone()).detach()
-            self.found["decode"] = rate_of(lambda: codec.eval().decode(latent, beams=config.beams)) / PICTURES
+            batch = (self.captions * config.batch)[: config.batch]
+            latent = codec.encode(clip.tokens(batch).clone()).detach()
+            self.found["decode"] = rate_of(lambda: codec.eval().decode(latent, beams=config.beams)) / config.batch
             if config.weights is None:
-                batch = (self.captions * config.batch)[: config.batch]
                 optimizer = AdamW(lr=1e-9).build(codec.named_parameters())
 
                 def step() -> None:

@@ -100,8 +100,11 @@ def test_every_recipe_is_told_in_tables_and_on_a_page(recipe: str, none: Store) 
 
 
 def test_a_batch_that_cannot_be_shared_out_is_noted(none: Store) -> None:
-    (note,) = {note.partition(": ")[2] for note in planned("8-gpus", none, Wish(gpu_of("h200"), 7))["notes"]} - {""}
-    assert note.startswith("global_batch") and "7 GPUs" in note
+    notes = planned("8-gpus", none, Wish(gpu_of("h200"), 7))["notes"]
+    assert [note.partition(" is not divisible by 7 GPUs")[0] for note in notes] == [
+        "train-256: global_batch 1,024",
+        "train-512: global_batch 512",
+    ]
 
 
 @pytest.mark.parametrize(
