@@ -18,6 +18,8 @@ SELECTED, MOVED, FETCHED = 6e-6, 5e-4, 2e-3
 REACHED = 0.5
 # Processes that begin one after the other until a group of workers trains: its coordinator, the group, its queue.
 BEFORE_A_GROUP = 3
+# Of the seconds of a process that draws beside a training, what it takes from the training: they share the cores.
+BESIDE = 0.7
 # Tasks on a sheet of samples beside a training, two of which end in captions.
 SHEET = ("t2i", "i2t", "t2i", "i2t")
 
@@ -93,10 +95,10 @@ class _Foretelling:
         config: Any = node.config
         held = min(config.validation_captions, work.rows_in / 10) * self.found.get("decode", 0.0)
         if config.weights is not None:
-            return self.loaded("codec") + held
+            return self.loaded("clip", "codec") + held
         looks = math.ceil(config.steps / config.validate_every)
         steps = config.steps * self.found["codec_step"] if "codec_step" in self.found else self.computed(work.flop, 1)
-        return self.loaded("codec") + steps + (looks + 1) * held
+        return self.loaded("clip", "codec") + steps + (looks + 1) * held
 
     def _train(self, node: Node, work: Work) -> float:
         training = self.trained[node.name]
@@ -123,7 +125,8 @@ class _Foretelling:
         if not config.count:
             return 0.0
         each = self.loaded("vae", "clip", "codec") + sum(self._draw(task, config.steps) * config.count for task in SHEET)
-        return min(training.checkpoints, 1 + seconds / each) * each
+        # The last one is not waited for.
+        return min(training.checkpoints - 1, seconds / each) * each * BESIDE
 
     def _draw(self, task: str, steps: int) -> float:
         """Seconds of one sample in one process."""

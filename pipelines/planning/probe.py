@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # Seconds of a measurement, pictures that it goes over, and side of a picture.
 SECONDS, PICTURES, SIDE = 0.7, 16, 640
-# Calls of the network of the two draws whose difference is the cost of a call.
-FEW, MORE = 2, 8
+# Samples drawn at once, and the least calls of the network; the most are those of the evaluation.
+DRAWN, FEW, MORE = 12, 2, 30
 # Matrices whose product tells of arithmetic.
 PRODUCT = 768
 
@@ -36,6 +36,12 @@ def rate_of(work: Callable[[], object], seconds: float = SECONDS) -> float:
         work()
         calls += 1
     return (time.perf_counter() - start) / calls
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 class Probe:
@@ -227,7 +233,8 @@ class Probe:
         uvit = UViT(uvit_config(training.config, modalities(training))).to(self.device)
         image = self.text if config.text == config.clip else ClipEncoder.load(config.clip, self.device)
         model = UniDiffuser(uvit, ImageLatents.load(config.vae, self.device), image, self.text, self.codec)
-        count = config.batch
+        count = min(config.batch, DRAWN)
+        most = max(FEW + 1, min(config.steps, MORE))
         prompts, shown = (self.captions * count)[:count], [_open(picture) for picture in (self.pictures * count)[:count]]
 
         def draw(task: str, steps: int) -> Callable[[], object]:
@@ -240,8 +247,8 @@ class Probe:
         torch.set_num_threads(1)
         for task in ("t2i", "i2t"):
             self.meet()
-            few, more = rate_of(draw(task, FEW), 0.0), rate_of(draw(task, MORE), 0.0)
-            call = max(more - few, 0.0) / (MORE - FEW)
+            few, more = rate_of(draw(task, FEW), 0.0), seconds_of(draw(task, most))
+            call = max(more - few, 0.0) / (most - FEW)
             self.found |= {f"call {task}": call / count, f"around {task}": max(few - FEW * call, 0.0) / count}
 
 

@@ -38,7 +38,7 @@ def _glance(plan: Mapping[str, Any]) -> Block:
         lines.append(f"Training: {plan['training_flop']:.4g} FLOP, {duration(plan['training_seconds'])}")
     else:
         lines.append(f"{plan['recipe']} on {machine['gpus']} {machine['gpu']} with {machine['cores']:,} CPU cores")
-        lines += _training_lines(plan)
+        lines += _training_lines(plan) if plan["training"] else []
         lines.append(f"Encoding: {plan['encode_gpu_hours']:,.0f} GPU-hours; all GPUs together {plan['gpu_hours']:,.0f}")
     lines.append(f"Fetched {size(totals['fetched_bytes'])}, stored {size(totals['stored_bytes'])}, {_requests(totals)}")
     told = [f"${cost['gpus']:,.0f} for GPUs at ${cost['gpu_hour']:g} an hour"] if "gpus" in cost else []

@@ -123,13 +123,14 @@ def _of_rows(recipe: Recipe, node: Node, flow: Flow, before: Work | None, scored
         kept = before.stored / max(before.rows_out, 1) * flow.rows_out
         scores = 0.0 if scored else flow.rows_in * (SCORED + BANDS)
         read = before.stored * (1 if scored else 2)
-        seen = clip(config.clip) if config.clip_scores and not scored else None
-        flop = flow.rows_in * (seen.image.flop + seen.text.flop) if seen is not None else 0.0
+        flop = 0.0
+        if config.clip_scores and not scored:
+            flop = flow.rows_in * (clip(config.clip).image.flop + clip(config.clip).text.flop)
         stored = kept + flow.rows_out * TABLE
         requests = _requests((3 if scored else 5) * shards, stored + scores, (3 if scored else 5) * shards, read)
         return Work(*unit, 0, read, stored, stored + scores, shards, *requests, flop, shards)
     stored = flow.rows_out * (shapes_of(recipe, node.name).row_bytes + DESCRIBED)
-    seen = clip(config.clip).image.flop if not passed_on(recipe, node) else 0
+    seen = 0 if passed_on(recipe, node) else clip(config.clip).image.flop
     flop = flow.rows_in * (autoencoder(config.vae).flop(config.size) + seen + clip(config.text).text.flop)
     return Work(*unit, 0, before.stored, stored, stored, shards, *_requests(shards, stored, shards, before.stored), flop, shards)
 
