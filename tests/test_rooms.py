@@ -85,7 +85,9 @@ def _modules(*folder: str) -> Iterable[Path]:
 
 def test_commands_import_no_prefect():
     """Not even through what they import: a hit, `status` or `sample` must not pay a second for it."""
-    names = [f"pipelines.{folder}.{path.stem}" for folder in ("cli", "commands") for path in _modules("pipelines", folder)]
+    names = [
+        f"pipelines.{folder}.{path.stem}" for folder in ("cli", "commands", "planning") for path in _modules("pipelines", folder)
+    ]
     assert names
     code = f"import sys, {', '.join(names)}; sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -86,6 +86,16 @@ def footprint(config: TrainConfig, half: bool, tokens: int = 0, samples: int | N
     return Footprint(int(count * held), int(count * moved), buckets, activations)
 
 
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Bytes of one checkpoint: fp32 weights, moving average and what the optimizer keeps. What it keeps of adapters is small.
+
+    >>> round(checkpoint_bytes(TrainConfig(steps=1, global_batch=1)) / 1e9, 1)
+    15.2
+    """
+    kinds = 2 if config.lora is not None else 2 + config.optimizer.matrix_state
+    return kinds * 4 * parameters(config.model)
+
+
 def activation_bytes(model: ModelConfig, tokens: int, each: int) -> int:
     """Bytes of the activations of one sample, at `each` a number."""
     every, held, again = model.activation_checkpointing, ENDS + GRADIENTS, 0

@@ -76,6 +76,42 @@ def demo(
     raise typer.Exit(run_demo(Store(store), wish, console, from_scratch))
 
 
+@group.command(
+    rich_help_panel="Recipes",
+    epilog="Example: unidiffuser plan configs/paper-v0.yaml --gpus 88 --gpu a100-80g --mfu 0.175 --price 2.0",
+)
+def plan(
+    recipe: RecipeArgument,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="How many; by default the recipe's workers.", metavar="N")] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Their kind, such as a100-80g; without it, this machine.", metavar="NAME")
+    ] = None,
+    mfu: Annotated[
+        float | None, typer.Option("--mfu", help="Share of their peak that training reaches, if not as measured.", metavar="X")
+    ] = None,
+    price: Annotated[float | None, typer.Option("--price", help="Dollars a GPU-hour.", metavar="P")] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    store: StoreOption = "runs",
+) -> None:
+    """What a recipe will take: rows, bytes, requests, time, memory and cost, on GPUs that are named or on this machine.
+
+    Nothing is run or fetched. For this machine it is measured how fast it is, which takes up to a minute.
+    """
+    from infra.store import Store
+    from pipelines.commands import planning
+    from stages.runner.recipe import load_recipe
+
+    wish = planning.wish_of(gpus, gpu, mfu, price)
+    view, place = Console(stderr=True) if as_json else console, Store(store)
+    found = planning.make_plan(load_recipe(recipe, overrides or ()), place, wish, view)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        planning.show(found, console)
+    planning.publish(found, place, view)
+
+
 @group.command(rich_help_panel="Recipes", epilog="Example: unidiffuser status configs/demo.yaml --json")
 def status(
     recipe: RecipeArgument,

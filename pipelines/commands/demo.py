@@ -37,20 +37,29 @@ def run_demo(store: Store, wish: Wish, console: Console, from_scratch: bool = Fa
     Returns the exit code; raises what `run_recipe` raises.
     """
     folder = state_folder(store).parent / "little-web"
-    settings = [
-        f"subsets.little.select.metadata=['{folder}/metadata/part-*.parquet']",
-        f"evaluate.prompts='{folder}/held_out.parquet'",
-        *(FROM_SCRATCH if from_scratch else ()),
-    ]
+    settings = [*of_web(folder), *(FROM_SCRATCH if from_scratch else ())]
     # What the person set comes last and wins; it is checked before anything is built.
     load_recipe(RECIPE, [*settings, *wish.overrides])
     _build_web(folder, console)
     from examples.little_web.server import LittleWeb
 
     with LittleWeb(folder) as web:
-        settings.append(f"subsets.little.download.hosts={{'{HOST}': '{web.address}'}}")
+        settings.append(served(web.address))
         wish = replace(wish, overrides=[*settings, *wish.overrides])
         return run_recipe(load_recipe(RECIPE, wish.overrides), store, wish, console, lambda run: _say_results(run, console))
+
+
+def of_web(folder: Path) -> list[str]:
+    """Overrides of the recipe that have it read a little web from this folder."""
+    return [
+        f"subsets.little.select.metadata=['{folder}/metadata/part-*.parquet']",
+        f"evaluate.prompts='{folder}/held_out.parquet'",
+    ]
+
+
+def served(address: str) -> str:
+    """The override that has it fetch from a little web that is served at this address."""
+    return f"subsets.little.download.hosts={{'{HOST}': '{address}'}}"
 
 
 def _build_web(folder: Path, console: Console) -> None:

@@ -43,9 +43,9 @@ def asked_of(job: Job) -> Asked:
     return Asked(held_out.count, held_out.pictures, way, "before" in job.lists)
 
 
-def needs_of(job: Job, asked: Asked) -> list[Need]:
+def needs_of(config: Any, asked: Asked) -> list[Need]:
     """What the measures and the sheet of samples need."""
-    return [*_sheet_needs(asked), *(need for measure in job.config.measures for need in measure.needs(asked))]
+    return [*_sheet_needs(asked), *(need for measure in config.measures for need in measure.needs(asked))]
 
 
 def _sheet_needs(asked: Asked) -> list[Need]:
@@ -53,10 +53,10 @@ def _sheet_needs(asked: Asked) -> list[Need]:
     return [Need(asked.samples(task), min(SHEET, asked.count)) for task in tasks]  # type: ignore[arg-type]
 
 
-def _samples_of(needs: list[Need]) -> dict[Samples, int]:
-    """How many of each kind to draw."""
+def samples_wanted(config: Any, asked: Asked) -> dict[Samples, int]:
+    """How many of each kind an evaluation draws."""
     wanted: dict[Samples, int] = {}
-    for need in needs:
+    for need in needs_of(config, asked):
         if need.samples is not None:
             wanted[need.samples] = max(wanted.get(need.samples, 0), need.count)
     return wanted
@@ -70,7 +70,7 @@ def plan_draw(job: Job, _: Records) -> Iterator[Unit]:
     codec = job.inputs["codec"].manifest.fingerprint if "codec" in job.inputs else ""
     weights = {name: digest for name, digest in job.weights.items() if name in ("vae", "clip", "text")}
     drawn_by = canonical([identity(job).fingerprint, codec, weights, config.seed, config.weights, config.data_type])
-    for samples, count in _samples_of(needs_of(job, asked)).items():
+    for samples, count in samples_wanted(config, asked).items():
         begun = sorted(job.lists["before"].values()) if samples.of == "before" else []
         for start in range(0, count, painter.at_once):
             stop = min(start + painter.at_once, count)
@@ -103,7 +103,7 @@ def plan_look(job: Job, records: Records) -> Iterator[Unit]:
     held_out, at_once = painter_of(job).prompts(job), painter_of(job).at_once
     side = next((record.notes["side"] for found in drawn.values() for record in found if "side" in record.notes), None)
     looks: dict[tuple[str, str], int] = {}
-    for need in needs_of(job, asked):
+    for need in needs_of(job.config, asked):
         if need.network is not None:
             key = (need.network, named(need.samples))
             looks[key] = max(looks.get(key, 0), need.count)

@@ -38,7 +38,7 @@ from stages.train.trackers import Name, not_installed
 from stages.train.tracking import Tracking
 from training.begin import Kept
 from training.config import DataConfig, TrainConfig
-from training.footprint import parameters
+from training.footprint import checkpoint_bytes
 from training.names import column_of
 from training.told import Told
 
@@ -296,9 +296,7 @@ class Train(Stage):
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:
-        # fp32 weights, moving average and what the optimizer keeps. What it keeps of adapters is small.
-        kinds = 2 if job.config.lora is not None else 2 + job.config.optimizer.matrix_state
-        return kept_at_most(job.config) * kinds * 4 * parameters(job.config.model)
+        return kept_at_most(job.config) * checkpoint_bytes(job.config)
 
     @classmethod
     def schema(cls, job: Job, records: list[UnitRecord]) -> dict[str, str]:

@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.speed import PEAKS, gauges, peak_of, sample_flop
+from training.peaks import PEAKS, peak_of
+from training.speed import gauges, sample_flop
 from unidiffuser.modalities import paper_modalities
 from unidiffuser.uvit import UViT, UViTConfig
 

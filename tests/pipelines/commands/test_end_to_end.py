@@ -273,6 +273,7 @@ def run_example(world: World, command: str, folder: Path) -> str:
 SAID = {
     "run": "nothing new: all 11 nodes reused",
     "status": '"node": "train-512"',
+    "plan": "At 45% MFU: ",
     "fields": "train.NAME",
     "logs": "step 3 validation loss",
     "lineage": "little-select",

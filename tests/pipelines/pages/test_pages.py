@@ -362,3 +362,17 @@ def test_a_comparison_has_a_page_with_what_differs(server, kept):
     assert "| good-select | `min_width` | `256` | `not set` |" in page.data
     assert "| good-select | `words` | `a / b` | `'c'` |" in page.data
     assert "| good-select | 44 | 44 |" in page.data
+
+
+def test_a_plan_has_a_page_with_what_the_store_measured(server, kept):
+    from pipelines.pages.plan import publish_plan
+    from pipelines.planning.devices import gpu_of
+    from pipelines.planning.plan import Wish, asked_of, on_cluster
+
+    place = Store(str(kept.store))
+    facts = on_cluster(asked_of(load_recipe(kept.recipe), place), place, Wish(gpu_of("l4"), 1, 0.3, 1.0))
+    link = publish_plan(facts)
+    with get_client(sync_client=True) as client:
+        (page,) = client.read_artifacts(artifact_filter=ArtifactFilter(key=ArtifactFilterKey(any_=["tiny-plan"])))
+    assert link == f"/v2/artifacts/artifact/{page.id}" and page.description == "what it takes on 1 l4"
+    assert "| good-select | 44 | 44 | measured: 44 of" in page.data
