@@ -29,6 +29,7 @@ from benchmarks.watch import Watch
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, find
 from infra.store import Store
 from stages.runner import pool
+from stages.runner.actors import for_workers
 from stages.runner.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
 from stages.runner.graph import Planned, plan
 from stages.runner.keys import unit_keys
@@ -139,7 +140,7 @@ def plain(store: Store) -> dict[str, float]:
 
 def worker(store: Store) -> dict[str, float]:
     """What a worker holds of its job."""
-    sent = pickle.dumps(pool.for_workers(make_job(planned("second"), store), Empty.phases[0]))
+    sent = pickle.dumps(for_workers(make_job(planned("second"), store), Empty.phases[0]))
     tracemalloc.start()
     job = pickle.loads(sent)
     held = tracemalloc.get_traced_memory()[0]

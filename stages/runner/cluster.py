@@ -57,6 +57,14 @@ class Cluster:
         return self.free.get(kind, 0.0)
 
 
+def gpus_each() -> float:
+    """GPUs that one worker of a model takes: a whole one wherever the cluster has any, or may bring some when it grows."""
+    if ray.cluster_resources().get("GPU"):
+        return 1.0
+    grown = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return 1.0 if grown.get("GPU") else 0.0
+
+
 def told(resources: Resources) -> str:
     """``4 CPUs and 1 GPUs and 2.0 GiB``"""
     return _told(resources.cpus, resources.gpus) + (f" and {resources.memory / 2**30:.1f} GiB" if resources.memory else "")

@@ -276,7 +276,7 @@ def single_trainer(_: Any) -> Resources:
     """The one worker of a phase that trains a small model: with a GPU, or with the cores of a small machine, which are idle."""
     import ray
 
-    from stages.runner.pool import gpus_each
+    from stages.runner.cluster import gpus_each
 
     gpus, cpus = gpus_each(), ray.cluster_resources().get("CPU", 1)
     return Resources(cpus=1 if gpus else min(4, cpus), gpus=gpus, workers=1)
