@@ -75,7 +75,7 @@ def record_of(job: Job, unit: Unit, key: str) -> UnitRecord:
     return UnitRecord(key=key, name=unit.name, files=files, stats=stats, seconds=1.0)
 
 
-def make_input(store: Store, shards: int) -> Dataset:
+def make_input(store: Store, shards: int, fingerprint: str = "input") -> Dataset:
     """A committed dataset of that many files, as select would have made it."""
     files = []
     for number in range(shards):
@@ -87,7 +87,7 @@ def make_input(store: Store, shards: int) -> Dataset:
     return commit(
         store,
         Manifest(
-            stage="select", node="laion-select", fingerprint="input", generation=0, inputs={}, config={}, sources={}, code={},
+            stage="select", node="laion-select", fingerprint=fingerprint, generation=0, inputs={}, config={}, sources={}, code={},
             columns={}, stats=Stats(rows_in=rows, rows_out=rows), summary={}, seconds=0.0, created="", files=files,
         ),
     )  # fmt: skip
