@@ -17,14 +17,15 @@ SCHEMA = "create table if not exists objects (path text primary key, written rea
 
 
 class Bucket(fsspec.AbstractFileSystem):
-    """See the module; as much of fsspec as `infra.store.Store` uses. With `cut` nothing arrives any more."""
+    """See the module; as much of fsspec as `infra.store.Store` uses.
+    `refuses` is the part of a path by which objects are known that it does not take now."""
 
     protocol = "bucket"
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.files: dict[str, sqlite3.Connection] = {}
-        self.cut = False
+        self.refuses: str | None = None
 
     def _split(self, path: str) -> tuple[sqlite3.Connection, str]:
         file, _, key = self._strip_protocol(path).partition(".bucket")
@@ -43,7 +44,7 @@ class Bucket(fsspec.AbstractFileSystem):
         return tuple(found)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:
-        if self.cut:
+        if self.refuses is not None and self.refuses in path:
             raise ConnectionError(path)
         database, key = self._split(path)
         way = "ignore" if mode == "create" else "replace"

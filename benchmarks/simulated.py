@@ -35,6 +35,8 @@ CPUS, PACE, LAST_HOSTS = 8, 59.0, (5.0, 60.0)
 # Seconds until a worker is ready.
 READY = 20.0
 HOUR = 3600.0
+# What the store refuses: of a driver that is lost all, and while it is slow the packs, which are copies.
+ALL, PACKS = "", "/packs/"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Faults:
         refused, twice: shards whose first try, and whose second try too, ends with an error of the store.
         slow, slower: tries that take so many times as long.
         hangs: tries that never end.
-        slow_store: hours between two times at which the store is slow, how long that takes, and how long a shard then takes more.
+        slow_store: hours between two times at which the store is slow and refuses packs, how long that takes, and how long a
+            shard then takes more.
         poison: shards that nobody can do: one raises, one kills its worker, one hangs, and so on.
     """
 
@@ -180,6 +183,11 @@ class Download(PaperCluster):
     def _slow_store(self) -> None:
         self.happened["times at which the store was slow"] += 1
         self.slow_until = self.time + self.faults.slow_store[1]
+        self.job.store.fs.refuses = PACKS
+        self.at(self.slow_until, self._well_again)
+
+    def _well_again(self) -> None:
+        self.job.store.fs.refuses = None
 
     def _lose_head(self) -> None:
         """Some of what the workers were at is done, and the driver has not heard of it."""
@@ -188,7 +196,7 @@ class Download(PaperCluster):
                 if call.method == "run" and self.chance.random() < 0.1:
                     self.happened["shards that were done when nobody heard of it"] += 1
                     self._publish(*call.given[:2], seconds=1.0)
-        self.job.store.fs.cut = True
+        self.job.store.fs.refuses = ALL
         raise HeadLost
 
     # Shards.

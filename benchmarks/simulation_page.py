@@ -33,7 +33,8 @@ shards fail, hang or take long, the store is slow, and the head is lost in the m
 shards can be done by nobody: the run refuses and names them, and is run again with these skipped.
 
 **{figures["lost_rows"]} rows are lost**: for every reason, the committed dataset has the count that was drawn beforehand, and
-every shard once. A shard costs the driver {figures["cost_growth"]:.2f} times the processor time that it costs at a tenth of the size.
+every shard once. A shard costs the driver {figures["cost_growth"]:.2f} times the processor time that it costs at a tenth of the
+size.
 
 ![Cost and memory against scale](simulation.png)
 

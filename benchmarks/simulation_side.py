@@ -95,11 +95,12 @@ def drive(place: Path, world: World, begins: float, head_lost: float | None, ski
         with patch.object(pool, "run_pool", made.run_pool):
             run_stage(node, store, DownloadStage)
     except HeadLost:
-        told.ended, store.fs.cut = "head lost", False
+        told.ended = "head lost"
     except StageError as error:
         told.ended = str(error)
         found = SKIP.search(told.ended)
         told.skip = found[1].split(", ") if found else []
+    store.fs.refuses = None
     told.driver_s = time.process_time() - before - made.seconds
     told.simulated_s, told.happened = made.time, dict(made.happened)
     told.peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

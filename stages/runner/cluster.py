@@ -35,11 +35,11 @@ class Cluster:
         as it is: nobody knows what will come.
         """
         able = [node for node in self.nodes.values() if node.get("CPU") and node.get("GPU", 0) >= resources.gpus]
-        held = [
-            replace(resources, cpus=min(resources.cpus, node["CPU"]), memory=min(resources.memory, node.get("memory", 0.0)))
-            for node in able
-        ]
-        return max(held, key=lambda each: (each.memory, each.cpus), default=resources)
+        held = [(min(resources.memory, node.get("memory", 0.0)), min(resources.cpus, node["CPU"])) for node in able]
+        if not held:
+            return resources
+        memory, cpus = max(held)
+        return replace(resources, cpus=cpus, memory=memory)
 
     def why_not(self, resources: Resources) -> str:
         """What stands in the way of one more worker."""

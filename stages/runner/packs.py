@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from uuid import uuid4
 
@@ -78,11 +79,12 @@ class Packs:
             yield rows
 
     def add(self, path: str, record: bytes) -> None:
-        """A record that was just written, or found to be."""
+        """A record that was just written, or found to be. A store that takes no pack now is asked again when more are new."""
         self.rows.append((path, None, record))
         self.new += 1
-        if self.new >= NEW:
-            self.flush()
+        if self.new % NEW == 0:
+            with suppress(OSError):
+                self.flush()
 
     def flush(self) -> None:
         """Write down what no pack has yet."""

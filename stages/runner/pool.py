@@ -18,7 +18,7 @@ from stages.runner.attempts import ATTEMPTS, LEAST_LIMIT, Attempt, Attempts
 from stages.runner.cluster import told
 from stages.runner.contract import SKIP, Bug, Job, Phase, SetAside, StageError, Unit, UnitRecord
 from stages.runner.executor import CallError, Died, Executor, Raised, Unreached
-from stages.runner.skipping import can_skip
+from stages.runner.skipping import that_can_be_skipped
 from stages.runner.worker import field_of
 
 log = logging.getLogger("stages")
@@ -365,7 +365,7 @@ class Pool:
         also = f"; so are {', '.join(other.unit.name for other in others[:3])}" if others else ""
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         memory = self.memory() if first.deaths else ""
-        names = [attempt.unit.name for attempt in self.attempts.aside if can_skip(self.job, attempt.unit)]
+        names = that_can_be_skipped(self.job, (attempt.unit for attempt in self.attempts.aside))
         fix = f"; mend it, or count its rows as dropped with {SKIP}: [{', '.join(names)}]" if names else "; what is done is kept"
         raised = isinstance(first.cause, Raised)
         foreseen = isinstance(first.cause, Raised) and isinstance(first.cause.error, SetAside)
