@@ -191,11 +191,11 @@ class Download(PaperCluster):
 
     def _lose_head(self) -> None:
         """Some of what the workers were at is done, and the driver has not heard of it."""
-        for actor in self.actors:
-            for call in actor.running:
-                if call.method == "run" and self.chance.random() < 0.1:
-                    self.happened["shards that were done when nobody heard of it"] += 1
-                    self._publish(*call.given[:2], seconds=1.0)
+        running = [call.given for actor in self.actors for call in actor.running if call.method == "run"]
+        for unit, key, _ in running:
+            if number_of(unit.name) not in self.poison and self.chance.random() < 0.1:
+                self.happened["shards that were done when nobody heard of it"] += 1
+                self._publish(unit, key, seconds=1.0)
         self.job.store.fs.refuses = ALL
         raise HeadLost
 

@@ -77,9 +77,9 @@ def _happened(happened: Mapping[str, int]) -> str:
 
 
 def kib_a_shard(rows: Rows, workers: int) -> float:
-    """What a shard more takes of the driver's memory, by the two largest sizes."""
+    """What a shard more takes of the driver's memory, by the two largest sizes; of small ones that cannot be seen."""
     *_, part, whole = of_workers(rows, workers)
-    return 1024.0 * (whole["peak_mib"] - part["peak_mib"]) / (whole["shards"] - part["shards"])
+    return max(0.1, 1024.0 * (whole["peak_mib"] - part["peak_mib"]) / (whole["shards"] - part["shards"]))
 
 
 def _wall(rows: Rows, figures: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from benchmarks.simulated import FATES, Faults, World, number_of
 from benchmarks.simulation import lost_rows, play
 from benchmarks.simulation_page import page
 from benchmarks.simulation_side import drive, prepare
-from stages.runner import packs
+from stages.runner import attempts, packs
 
 # As much as a day brings, within an hour.
 MUCH = Faults(
@@ -27,6 +27,8 @@ RESULT = Path("docs/results/simulation.json")
 
 def test_whatever_happens_to_a_cluster_every_row_is_there_or_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(packs, "NEW", 16)
+    # Nodes live for less than it takes to be sure that a shard hangs.
+    monkeypatch.setattr(attempts, "OVERTIME", 3.0)
     prepare(tmp_path, WORLD.shards)
     runs = play(tmp_path, WORLD, drive)
     assert [told.ended for told in runs[:1] + runs[-1:]] == ["head lost", "committed"]
