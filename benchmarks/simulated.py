@@ -131,8 +131,9 @@ class Download(PaperCluster):
         self.fates, self.refusals, self.poison = world.fates(), world.refusals(), world.poison()
         self.happened: Counter[str] = Counter()
         self.named = 0
-        for _ in range(math.ceil(world.workers / CPUS)):
-            self.after(self.chance.uniform(0, self.faults.come), self._come)
+        for place in range(0, world.workers, CPUS):
+            cpus = min(CPUS, world.workers - place)
+            self.after(self.chance.uniform(0, self.faults.come), partial(self._come, cpus))
         self._again(self.faults.slow_store[0] * HOUR, self._slow_store)
         self.slow_until = 0.0
         if head_lost is not None:
@@ -147,12 +148,12 @@ class Download(PaperCluster):
 
     # Nodes.
 
-    def _come(self) -> None:
+    def _come(self, cpus: int) -> None:
         node = f"node-{self.named}"
         self.named += 1
-        self.add(node, float(min(CPUS, self.world.workers)))
+        self.add(node, float(cpus))
         if self.faults.lost_per_hour:
-            self.after(self.chance.expovariate(self.faults.lost_per_hour / HOUR), partial(self._vanish, node))
+            self.after(self.chance.expovariate(self.faults.lost_per_hour / HOUR), partial(self._vanish, node, cpus))
         if self.faults.cut_per_hour:
             self._again(HOUR / self.faults.cut_per_hour, partial(self._cut, node))
 
@@ -166,10 +167,10 @@ class Download(PaperCluster):
         if mean < math.inf:
             self.after(self.chance.expovariate(1 / mean), happens)
 
-    def _vanish(self, node: str) -> None:
+    def _vanish(self, node: str, cpus: int) -> None:
         self.happened["nodes that vanished"] += 1
         self.lose(node)
-        self.after(self.chance.uniform(*self.faults.away), self._come)
+        self.after(self.chance.uniform(*self.faults.away), partial(self._come, cpus))
 
     def _cut(self, node: str) -> bool:
         if node not in self.nodes:

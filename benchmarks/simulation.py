@@ -17,6 +17,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,13 +34,15 @@ import typer
 from benchmarks.bookkeeping import SHARD_ROWS
 from benchmarks.simulated import CALM, FATES, World, number_of
 from benchmarks.simulation_side import Told
+from infra.store import Store
+from stages.runner.contract import Job, Phase, Resources, StageConfig
 
 # Part of the time that the work takes after which the head is lost.
 HEAD_LOST = 0.4
 # Parts of the full size, and workers beside the stated ones for a tenth of it.
 PARTS, CROWDS = (1, 10, 100), (0.1, 10.0)
-# Workers of the table of speed-ups, and the shards that each of them has to do.
-SPEEDS, SHARDS_EACH, SHARDS_LEAST = (1, 2, 3, 10, 100, 1000), 10, 200
+# Workers of the table of speed-ups, and the shards that each of them has to do, and all of them at least.
+SPEEDS, SHARDS_EACH, SHARDS_LEAST = (1, 2, 3, 10, 100, 1000), 50, 2000
 
 Drive = Callable[[Path, World, float, float | None, list[str]], Told]
 
@@ -144,6 +147,30 @@ def simulated_speed(folder: Path, workers: int) -> tuple[int, float]:
     return workers, world.shards / (apart(place, world, 0.0, None, []).simulated_s / 3600)
 
 
+def ray_call_us(calls: int = 500) -> float:
+    """Processor time that a call of a worker takes of the driver on a real Ray, in microseconds; the worker does nothing."""
+    import ray
+
+    from stages.runner.actors import Actors
+
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            actors = Actors(Job(Store(folder), "empty", "laion-empty", StageConfig(), {}, {}, {}), Phase("work"))
+            worker = actors.hire(Resources())
+
+            def call() -> float:
+                actors.call(worker, "where")
+                while not actors.wait(60.0):
+                    pass
+                return time.process_time()
+
+            start = call()
+            return 1e6 * ([call() for _ in range(calls)][-1] - start) / calls
+    finally:
+        ray.shutdown()
+
+
 def main(
     shards: Annotated[int, typer.Option(help="Shards of the largest size; 230,000 of 10,000 rows are laion2B-en.")] = 230_000,
     workers: Annotated[int, typer.Option(help="Workers.")] = 1000,
@@ -164,12 +191,14 @@ def main(
         folder = Path(name)
         found = dict(zip(sizes, two.map(lambda size: measured(folder, *size), sizes), strict=True))
         speeds = dict(two.map(partial(simulated_speed, folder), SPEEDS))
+    called = round(ray_call_us())
     whole, part = found[shards, workers], found[tenth, workers]
     growth = whole.driver_us / part.driver_us
     lost = sum(each.lost_rows for each in found.values())
     figures = {
         "shards": shards, "workers": workers, "rows": shards * SHARD_ROWS, "lost_rows": lost,
         "cost_growth": round(growth, 3), "driver_us": round(whole.driver_us, 1), "memory_mib": round(whole.peak_mib),
+        "ray_call_us": called,
     }  # fmt: skip
     details = {"sizes": [each.row() for each in found.values()], "shards_per_simulated_hour": speeds}
     Result("simulation", round(1 / growth, 3), "a_tenth_of_it", figures, words, details).finish(file)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 INK = "#8b949e"
-# Memory of a head in GiB; processor time that Ray takes of the driver for a call, in microseconds, and calls of a shard (run it,
-# and say when there is room for the next).
-HEAD_GIB, RAY_CALL_US, CALLS = 16, 410, 2
+# Memory of a head in GiB, and calls of a worker for a shard: to do it, and to say when there is room for the next.
+HEAD_GIB, CALLS = 16, 2
 # Seconds of a worker that a shard takes, as the simulation has it, and shards of LAION-5B.
 SHARD_S, LAION_5B = 170, 585_000
 
@@ -26,11 +25,11 @@ def page(record: Mapping[str, Any]) -> str:
     happened = of_workers(rows, figures["workers"])[-1]["happened"]
     return f"""# laion2B-en on a thousand workers, simulated
 
-{figures["rows"]:,} rows in {figures["shards"]:,} shards go through a download by {figures["workers"]:,} workers. The plan, the
-runner, the pool that schedules, the records and the commit are those of every run. The cluster and its clock are made up, and so
-is the web: nothing here says how fast a real one is. Nodes vanish and come back, some cannot be reached for a while, workers die,
-shards fail, hang or take long, the store is slow, and the head is lost in the middle, after which another run resumes. Three
-shards can be done by nobody: the run refuses and names them, and is run again with these skipped.
+{figures["rows"]:,} rows in {figures["shards"]:,} shards go through a download by {figures["workers"]:,} workers. The plan,
+the runner, the pool that schedules, the records and the commit are those of every run. The cluster and its clock are made up,
+and so is the web: nothing here says how fast a real one is. Nodes vanish and come back, some cannot be reached for a while,
+workers die, shards fail, hang or take long, the store is slow, and the head is lost in the middle, after which another run
+resumes. Three shards can be done by nobody: the run refuses and names them, and is run again with these skipped.
 
 **{figures["lost_rows"]} rows are lost**: for every reason, the committed dataset has the count that was drawn beforehand, and
 every shard once. A shard costs the driver {figures["cost_growth"]:.2f} times the processor time that it costs at a tenth of the
@@ -54,8 +53,8 @@ What happened at the largest size:
 
 ## Simulated speed-up
 
-Without faults; some shards take longer than others, and each worker has ten to do. A real cluster shares its network and its
-store, which this one does not.
+Without faults; some shards take longer than others, and each worker has at least fifty to do. A real cluster shares its
+network and its store, which this one does not.
 
 {_speeds(record["details"]["shards_per_simulated_hour"])}
 
@@ -85,15 +84,17 @@ def kib_a_shard(rows: Rows, workers: int) -> float:
 def _wall(rows: Rows, figures: Mapping[str, Any]) -> str:
     each, crowd = kib_a_shard(rows, figures["workers"]), max(rows, key=lambda row: row["workers"])
     most = HEAD_GIB * 2**20 / each
-    per_s = 1e6 / (figures["driver_us"] + CALLS * RAY_CALL_US)
+    called = figures["ray_call_us"]
+    per_s = 1e6 / (figures["driver_us"] + CALLS * called)
     return f"""The driver's memory. A shard takes {each:.1f} KiB of it for its unit, its record and its files, all of which the
 manifest names: {LAION_5B:,} shards, all of LAION-5B, take {LAION_5B * each / 2**20:.1f} GiB, and a head of {HEAD_GIB} GiB is full
 at {most / 1e6:.1f} million shards, or {most * 1e-5:.0f} billion rows.
 
-Processor time comes later. A shard costs {figures["driver_us"]:.0f} us here, {crowd["driver_us"]:.0f} us with
-{crowd["workers"]:,} workers, and Ray itself takes about {RAY_CALL_US} us for each of its {CALLS} calls, which are not simulated.
-One core then serves {per_s:,.0f} shards a second. A shard takes a worker {SHARD_S} seconds, so that is the work of
-{per_s * SHARD_S:,.0f} workers: more than Ray holds actors."""
+Processor time comes later. A shard costs {figures["driver_us"]:.0f} us here, and {crowd["driver_us"]:.0f} us with
+{crowd["workers"]:,} workers, of which each has two or three shards only: every few seconds all workers are looked at. Ray itself
+takes {called} us for each of the {CALLS} calls of a shard, measured on a real one with a worker that does nothing. One core then
+serves {per_s:,.0f} shards a second. A shard takes a worker {SHARD_S} seconds, so that is the work of {per_s * SHARD_S:,.0f}
+workers. How many Ray itself can hold is not told here."""
 
 
 def _speeds(found: Mapping[str, float]) -> str:

@@ -24,9 +24,9 @@ from infra.store import Store
 
 # So few records are asked for one by one.
 FEW = 100
-# Records in a pack, and how many are new when it is written anew.
+# Records in a pack, and how many are new when it is written anew, with those that it has: in all a record is written three times.
 PACK = 8192
-NEW = 512
+NEW = 2048
 RECORD_FILE = "unit.json"
 ROWS = pa.schema([("path", pa.string()), ("written", pa.timestamp("us", "UTC")), ("record", pa.binary())])
 
