@@ -22,7 +22,7 @@ from infra.dataset import FileEntry, Stats
 from stages.runner.contract import Job, Phase, Unit, UnitRecord, attempts_folder, write_record
 from stages.runner.executor import Died, Raised
 from stages.runner.pool import run_pool
-from tests.stages.cluster_of_paper import Actor, Ending, PaperCluster
+from tests.stages.paper_cluster import Actor, Ending, PaperCluster
 
 # What becomes of a link: about a third of LAION's are dead.
 FATES = {

@@ -16,7 +16,7 @@ from stages.runner import pool
 from stages.runner.attempts import ATTEMPTS, KNOWN_FROM, LEAST_LIMIT
 from stages.runner.contract import Job, Phase, Resources, StageConfig, StageError, Unit
 from stages.runner.worker import PoolWorker
-from tests.stages.cluster_of_paper import Actor, PaperCluster
+from tests.stages.paper_cluster import Actor, PaperCluster
 
 
 class World(PaperCluster):
