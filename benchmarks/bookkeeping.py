@@ -29,6 +29,7 @@ from benchmarks.watch import Watch
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, find
 from infra.store import Store
 from stages.runner import pool
+from stages.runner.actors import for_workers
 from stages.runner.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
 from stages.runner.graph import Planned, plan
 from stages.runner.keys import unit_keys
@@ -74,7 +75,7 @@ def record_of(job: Job, unit: Unit, key: str) -> UnitRecord:
     return UnitRecord(key=key, name=unit.name, files=files, stats=stats, seconds=1.0)
 
 
-def make_input(store: Store, shards: int) -> Dataset:
+def make_input(store: Store, shards: int, fingerprint: str = "input") -> Dataset:
     """A committed dataset of that many files, as select would have made it."""
     files = []
     for number in range(shards):
@@ -86,7 +87,7 @@ def make_input(store: Store, shards: int) -> Dataset:
     return commit(
         store,
         Manifest(
-            stage="select", node="laion-select", fingerprint="input", generation=0, inputs={}, config={}, sources={}, code={},
+            stage="select", node="laion-select", fingerprint=fingerprint, generation=0, inputs={}, config={}, sources={}, code={},
             columns={}, stats=Stats(rows_in=rows, rows_out=rows), summary={}, seconds=0.0, created="", files=files,
         ),
     )  # fmt: skip
@@ -115,7 +116,7 @@ def first(store: Store) -> dict[str, float]:
         for unit, key in pending:
             done(unit, record_of(job, unit, key))
 
-    pool.run_pool = at_once
+    pool.run_pool = at_once  # type: ignore[assignment]
     start = time.perf_counter()
     run_stage(planned("first"), store, Empty)
     return {"plan_and_commit": time.perf_counter() - start}
@@ -139,7 +140,7 @@ def plain(store: Store) -> dict[str, float]:
 
 def worker(store: Store) -> dict[str, float]:
     """What a worker holds of its job."""
-    sent = pickle.dumps(pool.for_workers(make_job(planned("second"), store), Empty.phases[0]))
+    sent = pickle.dumps(for_workers(make_job(planned("second"), store), Empty.phases[0]))
     tracemalloc.start()
     job = pickle.loads(sent)
     held = tracemalloc.get_traced_memory()[0]

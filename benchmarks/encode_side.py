@@ -103,13 +103,14 @@ def main() -> None:
 
     import stages.__main__ as entry
     from infra.store import Store
-    from stages.runner import pool
+    from stages.runner import cluster, pool
     from stages.runner.recipe import load_recipe
 
     torch.set_num_threads(1)
     clock = Clock()
     # One worker in this process in place of Ray's.
-    pool.run_pool, pool.gpus_each, entry.connect_ray = clock.run_pool, lambda machines: 0.0, lambda: None
+    pool.run_pool = clock.run_pool  # type: ignore[assignment]
+    cluster.gpus_each, entry.connect_ray = lambda machines: 0.0, lambda: None
     (folder / "recipe.yaml").write_text(RECIPE.format(size=size), encoding="utf-8")
     recipe, store = load_recipe(folder / "recipe.yaml", []), Store(str(file.with_suffix("")))
     made = {node: entry.run_node(recipe, node, store) for node in ("many-folder", "many-filter", "text-codec", "many-encode")}

@@ -12,13 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.planning.training import Training
 from stages.runner.recipe import Node, Recipe
-
-if TYPE_CHECKING:
-    pass
 
 # Seconds of a measurement, pictures that it goes over, and side of a picture.
 SECONDS, PICTURES, SIDE = 0.7, 16, 640

@@ -12,8 +12,7 @@ from infra.dataset import Dataset, pointed
 from infra.store import Store
 from pipelines.planning.corpora import OWN, Corpus, corpus_of
 from stages.catalog import ROW_STAGES
-from stages.runner.contract import result_fields
-from stages.runner.graph import config_changes
+from stages.runner.graph import changed_fields
 from stages.runner.recipe import Node, Recipe
 from stages.select.stage import SelectConfig
 
@@ -69,8 +68,7 @@ def _bytes(made: Dataset) -> int:
 
 def _other(node: Node, made: Dataset) -> str:
     """What is configured otherwise now than it was when it was measured."""
-    changes = config_changes("", made.manifest.config, result_fields(node.config))
-    fields = [change.partition(":")[0] for change in changes if not change.startswith("sample:")]
+    fields = [change.partition(":")[0] for change in changed_fields(made.manifest.config, node.config, ["sample"])]
     return f", with another {', '.join(fields)}" if fields else ""
 
 

@@ -226,7 +226,7 @@ def plan_shards(job: Job, _: Records) -> Iterator[Unit]:
 
 def encoder_resources(config: EncodeConfig) -> Resources:
     """One worker a GPU where there are GPUs, else one a core."""
-    from stages.runner.pool import gpus_each
+    from stages.runner.cluster import gpus_each
 
     gpus = gpus_each(config.machines)
     return Resources(cpus_each(config.cpus, gpus, config.machines), gpus, config.workers)

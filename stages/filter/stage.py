@@ -277,7 +277,7 @@ def refusal_of(job: Job, earlier: Records) -> str:
 
 
 def _score_resources(config: FilterConfig) -> Resources:
-    from stages.runner.pool import gpus_each
+    from stages.runner.cluster import gpus_each
 
     gpus = gpus_each(config.machines) if config.clip_scores or config.heads.named() else 0.0
     return Resources(cpus_each(config.cpus, gpus, config.machines), gpus, config.workers)

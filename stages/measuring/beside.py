@@ -45,7 +45,7 @@ def _codec(training: Job, data: Dataset) -> Dataset:
 def measured(job: Job, path: str) -> dict[str, Any]:
     """Evaluate, write the report to `path` in the store, and give it."""
     # Imported here: Ray's is no business of a plan.
-    from stages.runner.pool import run_here
+    from stages.runner.here import run_here
 
     records = run_here(stage_class(STAGE), job)
     report = json.loads(job.store.read(records["report"][0].file("report.json").path))

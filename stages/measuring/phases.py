@@ -239,7 +239,7 @@ class Report:
 
 def _one_each(config: Any) -> Resources:
     """One worker a GPU where there are GPUs, else one a core."""
-    from stages.runner.pool import gpus_each
+    from stages.runner.cluster import gpus_each
 
     return Resources(cpus=1, gpus=gpus_each(config.machines), workers=config.workers)
 

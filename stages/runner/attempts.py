@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from itertools import count
 from statistics import median
 
 from stages.runner.contract import Unit
@@ -39,7 +41,6 @@ class Attempt:
     failed: int = 0
     deaths: list[str] = field(default_factory=list)
     lost: int = 0
-    due: float = 0.0
     reason: str = ""
     cause: Exception | None = None
 
@@ -65,7 +66,9 @@ class Attempts:
     def __init__(self, pending: Iterable[tuple[Unit, str]], units: int, alive: Callable[[], Collection[str]]):
         self._pending, self._alive = iter(pending), alive
         self._fresh, self.units = units, units
-        self._again: deque[Attempt] = deque()
+        # Those that are to be tried again, the one that is due next first; the numbers tell apart what is due at once.
+        self._again: list[tuple[float, int, Attempt]] = []
+        self._numbers = count()
         self._flying: Counter[Attempt] = Counter()
         self._took: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
         self._typical: tuple[float, float] | None = None
@@ -87,10 +90,12 @@ class Attempts:
 
     def next(self, now: float) -> Attempt | None:
         """The unit to hand out now: one whose pause is over, else a fresh one."""
-        due = next((attempt for attempt in self._again if attempt.due <= now), None)
-        if due is not None:
-            self._again.remove(due)
-            return self._handed(due)
+        while self._again and self._again[0][0] <= now:
+            attempt = heappop(self._again)[-1]
+            if self._is_condemned(attempt):
+                self.aside.append(attempt)
+            else:
+                return self._handed(attempt)
         if self._fresh:
             following = next(self._pending, None)
             if following is not None:
@@ -100,11 +105,16 @@ class Attempts:
         return None
 
     def judge(self, now: float) -> None:
-        """Set aside those whose deaths were too many, now that it is known which nodes went too."""
-        for attempt in [each for each in self._again if each.due <= now and each.failed + len(each.deaths) >= ATTEMPTS]:
-            if attempt.counted(self._alive()) >= ATTEMPTS:
-                self._again.remove(attempt)
-                self.aside.append(attempt)
+        """Set aside those whose deaths were too many, now that it is known which nodes went too, though no worker may be free."""
+        condemned = [entry for entry in self._again if entry[0] <= now and self._is_condemned(entry[-1])]
+        for entry in condemned:
+            self._again.remove(entry)
+            self.aside.append(entry[-1])
+        heapify(self._again)
+
+    def _is_condemned(self, attempt: Attempt) -> bool:
+        # Asked of few, for the cluster is asked which nodes live.
+        return attempt.failed + len(attempt.deaths) >= ATTEMPTS and attempt.counted(self._alive()) >= ATTEMPTS
 
     def _handed(self, attempt: Attempt) -> Attempt:
         self._flying[attempt] += 1
@@ -123,11 +133,12 @@ class Attempts:
                 late[attempt] = (now - begun) / max(expected, 1e-3)
         return max(late, key=late.__getitem__, default=None)
 
-    def done(self, attempt: Attempt, seconds: float) -> None:
-        """It is done, and took so long; whatever its copies do is of no interest."""
-        del self._flying[attempt]
+    def done(self, attempt: Attempt, seconds: float) -> bool:
+        """It is done, and took so long; gives whether a copy is at it still, which is of no interest now."""
+        has_copy = self._flying.pop(attempt) > 1
         self._took.append((seconds, attempt.unit.rows))
         self._typical = None
+        return has_copy
 
     def failed(
         self, attempt: Attempt, now: float, reason: str, cause: Exception | None = None, enough: bool = False
@@ -140,7 +151,7 @@ class Attempts:
         if self._has_copy(attempt):
             return None
         attempt.failed, attempt.reason, attempt.cause = attempt.failed + 1, reason, cause
-        if enough or attempt.counted(self._alive()) >= ATTEMPTS:
+        if enough or self._is_condemned(attempt):
             self.aside.append(attempt)
             return None
         return self._later(attempt, now, PAUSES[attempt.failed - 1])
@@ -172,8 +183,7 @@ class Attempts:
         return False
 
     def _later(self, attempt: Attempt, now: float, pause: float) -> float:
-        attempt.due = now + pause
-        self._again.append(attempt)
+        heappush(self._again, (now + pause, next(self._numbers), attempt))
         return pause
 
     def limit(self, unit: Unit) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from infra.ray_nodes import marked
+from infra.ray_nodes import marked, may_come, total
 from stages.runner.contract import Resources
 
 KINDS = ("CPU", "GPU")
@@ -36,11 +36,11 @@ class Cluster:
         as it is: nobody knows what will come.
         """
         able = [node for node in self._of_kind(resources) if node.get("CPU") and node.get("GPU", 0) >= resources.gpus]
-        held = [
-            replace(resources, cpus=min(resources.cpus, node["CPU"]), memory=min(resources.memory, node.get("memory", 0.0)))
-            for node in able
-        ]
-        return max(held, key=lambda each: (each.memory, each.cpus), default=resources)
+        held = [(min(resources.memory, node.get("memory", 0.0)), min(resources.cpus, node["CPU"])) for node in able]
+        if not held:
+            return resources
+        memory, cpus = max(held)
+        return replace(resources, cpus=cpus, memory=memory)
 
     def why_not(self, resources: Resources) -> str:
         """What stands in the way of one more worker."""
@@ -61,6 +61,11 @@ class Cluster:
 
     def _free(self, kind: str) -> float:
         return self.free.get(kind, 0.0)
+
+
+def gpus_each(machines: str | None) -> float:
+    """GPUs that one worker of a model takes: a whole one wherever its machines have any, or would when the cluster grows."""
+    return 1.0 if total("GPU", machines) or may_come("GPU", machines) else 0.0
 
 
 def told(resources: Resources) -> str:

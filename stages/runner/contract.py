@@ -105,7 +105,7 @@ def digest_of_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Unit:
     """A piece of work that is done or not done.
 
@@ -286,7 +286,7 @@ class Resources:
 def single_trainer(config: Any) -> Resources:
     """The one worker of a phase that trains a small model: with a GPU, or with the cores of a small machine, which are idle."""
     from infra.ray_nodes import total
-    from stages.runner.pool import gpus_each
+    from stages.runner.cluster import gpus_each
 
     gpus, cpus = gpus_each(config.machines), total("CPU", config.machines) or 1
     return Resources(cpus=1 if gpus else min(4, cpus), gpus=gpus, workers=1)

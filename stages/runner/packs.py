@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from uuid import uuid4
 
@@ -23,9 +24,9 @@ from infra.store import Store
 
 # So few records are asked for one by one.
 FEW = 100
-# Records in a pack, and how many are new when it is written anew.
+# Records in a pack, and how many are new when it is written anew, with those that it has: in all a record is written three times.
 PACK = 8192
-NEW = 512
+NEW = 2048
 RECORD_FILE = "unit.json"
 ROWS = pa.schema([("path", pa.string()), ("written", pa.timestamp("us", "UTC")), ("record", pa.binary())])
 
@@ -78,11 +79,12 @@ class Packs:
             yield rows
 
     def add(self, path: str, record: bytes) -> None:
-        """A record that was just written, or found to be."""
+        """A record that was just written, or found to be. A store that takes no pack now is asked again when more are new."""
         self.rows.append((path, None, record))
         self.new += 1
-        if self.new >= NEW:
-            self.flush()
+        if self.new % NEW == 0:
+            with suppress(OSError):
+                self.flush()
 
     def flush(self) -> None:
         """Write down what no pack has yet."""

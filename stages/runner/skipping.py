@@ -6,7 +6,7 @@ decided by their own shards, as ever, and stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -47,10 +47,12 @@ def skipped_rows(stage: type[Stage], whole: Job) -> int:
     return sum(rows[name] for name in set(names))
 
 
-def can_skip(job: Job, unit: Unit) -> bool:
-    """Whether the recipe may skip what a unit works on."""
-    shards = (entry.stem for dataset in job.inputs.values() for entry in dataset.files)
-    return SKIP in type(job.config).model_fields and unit.name in shards
+def that_can_be_skipped(job: Job, units: Iterable[Unit]) -> list[str]:
+    """The names of those units that the recipe may skip what they work on."""
+    if SKIP not in type(job.config).model_fields:
+        return []
+    shards = {entry.stem for dataset in job.inputs.values() for entry in dataset.files}
+    return [unit.name for unit in units if unit.name in shards]
 
 
 def _without(inputs: Mapping[str, Dataset], names: Collection[str]) -> dict[str, Dataset]:

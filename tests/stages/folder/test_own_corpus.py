@@ -180,7 +180,7 @@ def check_filtered(kept, drawings):
 def run_nodes(store, in_process, monkeypatch):
     """(example, overrides, nodes) -> the nodes' datasets, with the encoders that ship with the project."""
     monkeypatch.setattr("stages.__main__.connect_ray", lambda: None)
-    monkeypatch.setattr("stages.runner.pool.gpus_each", lambda machines: 0.0)
+    monkeypatch.setattr("stages.runner.cluster.gpus_each", lambda machines: 0.0)
 
     def run(example, overrides, *nodes):
         recipe = load_recipe(CONFIGS / f"{example}.yaml", [*EMBEDDED, *overrides])

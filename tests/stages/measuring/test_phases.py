@@ -18,7 +18,7 @@ from stages.evaluate.stage import Evaluate
 from stages.measuring.painters import World
 from stages.measuring.samples import Samples
 from stages.runner.contract import Job, Output
-from stages.runner.pool import run_here
+from stages.runner.here import run_here
 from stages.runner.worker import PoolWorker
 
 ASKED: dict[str, Any] = {

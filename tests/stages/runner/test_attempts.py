@@ -89,6 +89,25 @@ def test_a_node_that_is_only_found_dead_after_its_worker_does_not_count():
     assert units.next(now) is attempt and not units.aside
 
 
+def test_the_cluster_is_asked_which_nodes_live_only_where_that_decides():
+    asked: list[float] = []
+    units, now = attempts(50), 0.0
+    units._alive = lambda: asked.append(now) or {"here"}
+    for number in range(50):
+        attempt = units.next(now)
+        assert attempt is not None
+        units.failed(attempt, now, "503") if number % 2 else units.died(attempt, now, "here", "it died", RuntimeError())
+    now = 100.0
+    units.judge(now)
+    assert not asked
+    while not units.aside:
+        attempt = units.next(now)
+        assert attempt is not None
+        units.failed(attempt, now, "503")
+        now += 100.0
+    assert len(asked) == 1
+
+
 def test_lost_contact_never_counts():
     units, now = attempts(1), 0.0
     for _ in range(20):

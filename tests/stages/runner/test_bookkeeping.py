@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from infra.dataset import Stats, find
 from infra.store import Store, StoreError
 from stages.download.stage import Download
 from stages.folder.stage import Folder
+from stages.runner import packs
 from stages.runner.contract import Job, StageError, UnitRecord, canonical, digest_of
 from stages.runner.keys import unit_keys
-from stages.runner.run import DISK_RESERVE, add_up, check_disk, describe_drops, make_job, run_stage
+from stages.runner.run import DISK_RESERVE, SELDOM, add_up, check_disk, describe_drops, make_job, run_stage
 from stages.select.stage import Select
 from tests.stages.committed import dataset_of
 from tests.stages.killed import in_process
@@ -135,6 +139,38 @@ def test_records_on_an_object_store_are_asked_for_together(monkeypatch):
     found = list(store.read_many([f"units/{number}.json" for number in range(10)]))
     assert found == [b"0", b"1", None, None, None, b"5", None, None, None, b"9"]
     assert list(store.read_many([])) == []
+
+
+def test_records_that_a_store_puts_into_no_pack_now_go_into_a_later_one(monkeypatch):
+    monkeypatch.setattr(packs, "NEW", 2)
+    store, write = Store("memory://packs"), Store.write
+    paths = [f"empty/units/{number}/unit.json" for number in range(4)]
+    kept = packs.Packs(store, "empty")
+
+    def refuses(*_: object) -> bool:
+        raise ConnectionError("503")
+
+    monkeypatch.setattr(Store, "write", refuses)
+    for path in paths[:3]:
+        kept.add(path, b"{}")
+    monkeypatch.setattr(Store, "write", write)
+    assert list(store.walk("empty/packs")) == []
+    for path in paths:
+        store.write(path, b"{}")
+    kept.add(paths[3], b"{}")
+    ((pack, *_),) = store.walk("empty/packs")
+    assert pq.read_table(io.BytesIO(store.read(pack)))["path"].to_pylist() == paths
+
+
+def test_python_looks_for_cycles_as_often_as_before_once_a_stage_is_done(store, in_process, monkeypatch):
+    before, during, run = gc.get_threshold(), [], Keep.run
+    monkeypatch.setattr(Keep, "run", lambda self, unit, out: (during.append(gc.get_threshold()), run(self, unit, out)))
+    gc.set_threshold(701, 11, 12)
+    try:
+        run_stage(planned(Squares), store, Squares)
+        assert gc.get_threshold() == (701, 11, 12) and set(during) == {SELDOM}
+    finally:
+        gc.set_threshold(*before)
 
 
 @pytest.mark.parametrize("can_heal", [False, True])

@@ -10,8 +10,8 @@ import pytest
 from infra.dataset import Dataset, FileEntry, Manifest, Stats, StoredFiles, commit, find
 from infra.store import Store
 from stages.folder.stage import Folder, FolderConfig
+from stages.runner.actors import for_workers
 from stages.runner.contract import Job, NodeConfig, Phase
-from stages.runner.pool import for_workers
 from stages.runner.skipping import without_skipped
 
 FEW, MANY = 10, 10_000
