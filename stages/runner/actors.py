@@ -57,7 +57,7 @@ class Actors:
         ).remote(self.shared, self.phase)  # fmt: skip
         return cast(ActorHandle, actor)
 
-    def call(self, worker: ActorHandle, method: str, *arguments: Any) -> ray.ObjectRef:
+    def call(self, worker: Any, method: str, *arguments: Any) -> ray.ObjectRef:
         call: ray.ObjectRef = getattr(worker, method).remote(*arguments)
         call.future().add_done_callback(partial(self._note, call))
         return call
@@ -65,7 +65,7 @@ class Actors:
     def _note(self, call: ray.ObjectRef, future: Future[Any]) -> None:
         self.ended.put((call, future))
 
-    def end(self, worker: ActorHandle) -> None:
+    def end(self, worker: Any) -> None:
         ray.kill(worker)
 
     def wait(self, seconds: float) -> list[Answer]:
