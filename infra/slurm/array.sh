@@ -10,7 +10,6 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@60
 set -euo pipefail
-umask 077
 
 recipe=${1:?"RECIPE is missing: sbatch --array=0-63 infra/slurm/array.sh RECIPE NODE..."}
 shift

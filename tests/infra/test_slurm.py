@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent.parent.parent / "infra" / "slurm"
 # What stands for every program: it notes its name, what of its environment matters and its arguments, and acts by its name.
 PROGRAM = r"""#!/bin/bash
 name=${0##*/}
+[[ $* =~ --temp-dir=([^ ]*)/ray && $name == ray ]] && stat -c 'mode %a' "${BASH_REMATCH[1]}" >> NOTES
 line=$(printf '%s\037' "$name" "$RAY_ADDRESS" "$RAY_AUTH_MODE" "$RAY_AUTH_TOKEN" "$@")
 echo "$line" >> NOTES
 case "$name" in
@@ -135,7 +136,8 @@ def test_a_run_has_a_head_on_the_first_node_workers_on_the_others_and_a_token_of
     assert again.token != tokens[0], "a run begun again has another token"
     ports = {int(told[name]) for name in told if name.endswith("port") and told[name] != "0"}
     assert len(ports) == 4 and all(20000 <= each < 60000 for each in ports)
-    assert not list(slurm.scratch.iterdir()), "Ray's folder is gone"
+    assert set(re.findall("^mode (.*)", slurm.notes.read_text(), re.MULTILINE)) == {"700"}, "Ray's folder is its user's"
+    assert not list(slurm.scratch.iterdir()), "and gone afterwards"
 
 
 def test_a_failed_run_is_a_failed_job_that_is_not_begun_again(slurm: Slurm) -> None:
