@@ -16,7 +16,7 @@ from infra.store import Store
 from stages.runner import pool
 from stages.runner.attempts import ATTEMPTS, KNOWN_FROM, LEAST_LIMIT
 from stages.runner.cluster import Cluster
-from stages.runner.contract import Job, Phase, Resources, StageConfig, StageError, Unit
+from stages.runner.contract import Job, NodeConfig, Phase, Resources, StageError, Unit
 from stages.runner.worker import PoolWorker
 
 
@@ -133,7 +133,7 @@ def run(monkeypatch: pytest.MonkeyPatch, store: Store) -> Callable[..., list[str
         pending = [(Unit(f"n{number}", (), rows=7), f"key-{number}") for number in range(units)]
         done: list[str] = []
         pool.run_pool(
-            Job(store, "toy", "toy", StageConfig(), {}, {}, {}), phase, pending, units, lambda unit, _: done.append(unit.name)
+            Job(store, "toy", "toy", NodeConfig(), {}, {}, {}), phase, pending, units, lambda unit, _: done.append(unit.name)
         )
         assert all(actor.gone is not None for actor in world.actors)
         return sorted(done, key=lambda name: int(name[1:]))
@@ -256,7 +256,7 @@ def test_workers_that_die_with_their_nodes_while_they_start_do_not_count(run):
 
 
 def test_there_is_room_when_all_that_it_is_asked_for_have_left_some(store):
-    worker = PoolWorker(Job(store, "toy", "toy", StageConfig(), {}, {}, {}), Phase("score", at_once=3))
+    worker = PoolWorker(Job(store, "toy", "toy", NodeConfig(), {}, {}, {}), Phase("score", at_once=3))
     waits = threading.Thread(target=worker.room, args=([2, 4],), daemon=True)
     waits.start()
     for number in (1, 2, 3):
