@@ -30,7 +30,7 @@ from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit,
 from infra.store import Store
 from stages.runner import pool
 from stages.runner.actors import for_workers
-from stages.runner.contract import RECORD, Job, Output, Phase, Stage, StageConfig, Unit, UnitRecord
+from stages.runner.contract import RECORD, Job, NodeConfig, Output, Phase, Stage, Unit, UnitRecord
 from stages.runner.graph import Planned, plan
 from stages.runner.keys import unit_keys
 from stages.runner.recipe import parse_recipe
@@ -44,7 +44,7 @@ class Empty(Stage):
 
     name = "empty"
     version = 1
-    Config = StageConfig
+    Config = NodeConfig
     phases = (Phase("work", lambda job, earlier: units_of(job), worker=lambda job: Nothing()),)
 
     @classmethod
@@ -96,7 +96,7 @@ def make_input(store: Store, shards: int, fingerprint: str = "input") -> Dataset
 def planned(fingerprint: str) -> Planned:
     rows = InputRef(stage="select", fingerprint="input")
     return Planned(
-        "benchmark", "laion-empty", "empty", StageConfig(), {"rows": rows}, {"rows": "laion-select"}, {}, {}, 0, fingerprint
+        "benchmark", "laion-empty", "empty", NodeConfig(), {"rows": rows}, {"rows": "laion-select"}, {}, {}, 0, fingerprint
     )
 
 
@@ -249,7 +249,7 @@ def _lay_down_records(store: Store) -> None:
     job = make_job(planned("second"), store)
     key_of = unit_keys(Empty, Empty.phases[0], job, 0)
     keys = [(unit, key_of(unit)) for unit in units_of(job)]
-    small = Job(store, "empty", "laion-empty", StageConfig(), {}, {}, {})
+    small = Job(store, "empty", "laion-empty", NodeConfig(), {}, {}, {})
     parts = [keys[start : start + 5000] for start in range(0, len(keys), 5000)]
     with ProcessPoolExecutor(2) as processes:
         list(processes.map(partial(write_records, store, job=small), parts))

@@ -29,13 +29,28 @@ export RAY_AUTH_MODE RAY_AUTH_TOKEN RAY_JOB_STOP_WAIT_TIME_S
 # What a recipe's `machines` may name: every node is of both kinds.
 ray=(ray start --block --disable-usage-stats --num-cpus="$cpus" --resources='{"cpu-machine": 1, "gpu-machine": 1}'
     --min-worker-port=0 --max-worker-port=0 --dashboard-agent-listen-port=$((port + 2)))
-# Whoever may look into Ray's own folder could act as Ray. It goes when Ray has ended.
-own='rm -rf "$0"; trap "rm -rf \"$0\"" EXIT; mkdir -m 700 "$0" || exit; "$@" & trap "kill $!" TERM; wait $!; wait $!'
+# On a node: run Ray beside a folder of its own, which goes when Ray has ended. Whoever may look into it could act as Ray.
+beside() {
+    local folder=$1 child='' ended=''
+    trap 'ended=1; [[ $child ]] && kill "$child"' TERM
+    rm -rf "$folder"
+    mkdir -m 700 "$folder" || return
+    if [[ ! $ended ]]; then
+        "${@:2}" &
+        child=$!
+        [[ $ended ]] && kill "$child"
+        # A signal ends the first wait, and Ray the second.
+        wait "$child"
+        wait "$child"
+    fi
+    rm -rf "$folder"
+}
+own=(bash -c "$(declare -f beside); beside \"\$@\"" beside "$folder")
 step=(srun --ntasks-per-node=1 --cpus-per-task="$cpus" --no-kill --kill-on-bad-exit=0 --wait=0)
 
 steps=()
 trap 'kill "${steps[@]}" 2> /dev/null || true; wait || true' EXIT
-"${step[@]}" --nodes=1 --nodelist="${nodes[0]}" bash -c "$own" "$folder" "${ray[@]}" --head --temp-dir="$folder/ray" \
+"${step[@]}" --nodes=1 --nodelist="${nodes[0]}" "${own[@]}" "${ray[@]}" --head --temp-dir="$folder/ray" \
     --node-ip-address="$address" --port="$port" --ray-client-server-port=$((port + 3)) \
     --dashboard-host="$address" --dashboard-port=$((port + 1)) &
 steps+=($!)
@@ -47,7 +62,7 @@ for ((waited = 0; ; waited++)); do
 done
 if ((${#nodes[@]} > 1)); then
     "${step[@]}" --nodes=$((${#nodes[@]} - 1)) --exclude="${nodes[0]}" \
-        bash -c "$own" "$folder" "${ray[@]}" --address="$address:$port" &
+        "${own[@]}" "${ray[@]}" --address="$address:$port" &
     steps+=($!)
 fi
 

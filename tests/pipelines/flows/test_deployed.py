@@ -80,6 +80,7 @@ class Ray:
         self.lines = lines
         self.jobs = {job.replace("_", "-"): "RUNNING" for job in owners}
         self.metadata = {job.replace("_", "-"): {FLOW_RUN: owner} if owner else {} for job, owner in owners.items()}
+        self.submitted: list[tuple[str, Any, str | None]] = []
 
     def running(self, before: float = 0.0) -> dict[str, dict[str, str]]:
         return {job: self.metadata[job] for job, status in self.jobs.items() if status == "RUNNING"}
@@ -90,7 +91,8 @@ class Ray:
     def status(self, job: str) -> str:
         return self.jobs[job]
 
-    def submit(self, job: str, command: str, environment: Any, metadata: dict[str, str]) -> None:
+    def submit(self, job: str, command: str, environment: Any, metadata: dict[str, str], folder: str | None = None) -> None:
+        self.submitted.append((command, environment, folder))
         self.jobs[job], self.metadata[job] = "RUNNING", metadata
 
     def stop(self, job: str) -> None:

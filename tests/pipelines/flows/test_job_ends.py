@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from infra.code import SEND, code_digest
 from infra.processes import ServerError
 from infra.store import Store
 from pipelines.flows import jobs
@@ -85,6 +86,30 @@ def test_a_failure_is_called_by_the_jobs_last_error_or_by_its_last_words_or_by_w
     with pytest.raises(NodeFailed) as raised:
         make(run, [], [])
     assert str(raised.value) == message.format(job=run.job_ids[NODE])
+
+
+def test_a_cluster_is_told_which_code_it_is_to_have_and_gets_it_where_that_is_asked_for(
+    recipe: Recipe, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[str] = []
+
+    class Uploads(Ray):
+        def upload(self, name: str, data: bytes) -> str:
+            sent.append(name)
+            return f"gcs://{name}"
+
+    monkeypatch.setattr(jobs, "package", lambda: ("code.zip", b""))
+    monkeypatch.setattr(jobs, "git_commit", lambda: "0123456789ab")
+    for embedded, asked, folder in ((False, "1", "gcs://code.zip"), (False, "", None), (True, "1", None)):
+        monkeypatch.setenv(SEND, asked)
+        ray = Uploads()
+        run = a_run(recipe, store, ray)
+        run.servers.embedded_ray = embedded
+        make(run, [], [])
+        ((command, environment, given),) = ray.submitted
+        assert command.split()[command.split().index("--code") + 1] == code_digest() and given == folder
+        assert (environment.get("UNIDIFFUSER_COMMIT") == "0123456789ab") is bool(asked)
+    assert sent == ["code.zip"], "a Ray of this machine has its code"
 
 
 def test_a_line_of_progress_that_was_cut_is_passed_over(recipe: Recipe, store: Store) -> None:
