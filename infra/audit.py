@@ -1,12 +1,7 @@
 """``python -m infra.audit UV LOCK FOLDER``: what is known against the packages of a lock file, and the list of them all.
 
-<<<<<<< HEAD
-A list of parts in CycloneDX is written to FOLDER/sbom.cdx.json first. Then pip-audit asks the advisories of the package index;
-each tool has an environment of its own. An index that has no advisories, as many mirrors, says of every package that nothing is
-=======
 A list of parts in CycloneDX is written to FOLDER/sbom.cdx.json first. Then pip-audit asks the advisories of the package index.
 Each tool has an environment of its own. An index that has no advisories, as many mirrors, says of every package that nothing is
->>>>>>> doors
 known: so a release of which much is known is asked for first, and nothing that cannot be asked counts as clean.
 """
 
