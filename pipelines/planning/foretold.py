@@ -16,8 +16,8 @@ from stages.runner.recipe import Node
 SELECTED, MOVED, FETCHED = 6e-6, 5e-4, 2e-3
 # Of what a machine's matrix products reach, what a large network does; nothing of it was measured here.
 REACHED = 0.5
-# Processes that begin one after the other until a group of workers trains: its coordinator, the group, its queue.
-BEFORE_A_GROUP = 3
+# Processes that begin one after the other until a group of workers trains: its coordinator, its queue, the group.
+BEFORE_A_GROUP = 4
 # Of the seconds of a process that draws beside a training, what it takes from the training: they share the cores.
 BESIDE = 0.7
 # Tasks on a sheet of samples beside a training, two of which end in captions.
@@ -139,8 +139,9 @@ class _Foretelling:
     def _evaluate(self, node: Node, work: Work) -> float:
         samples = drawn(node.config)
         every = sum(self._draw(kind.task, kind.steps) * count for kind, count in samples.items()) / self.shared(work)
-        looked = work.rows_in * (self.found.get("score", 0.0) + MOVED) / self.shared(work)
-        return self.loaded("vae", "clip", "codec") + every + 2 * self.loaded("clip") + looked
+        seen = work.rows_in * (self.found.get("look", MOVED) + MOVED)
+        looked = (seen + work.rows_in * self.found.get("score", 0.0)) / self.shared(work)
+        return self.loaded("vae", "clip", "codec") + every + self.loaded("clip") + looked + self.loaded("clip") + seen
 
     def _export(self, node: Node, work: Work) -> float:
         return self.loaded("vae", "clip", "codec") + work.stored / 2e8

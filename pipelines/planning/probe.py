@@ -236,10 +236,16 @@ class Probe:
 
         def draw(task: str, steps: int) -> Callable[[], object]:
             given = {"prompts": prompts} if task == "t2i" else {"images": shown}
-            return lambda: model.generate(
-                task, count=1, seeds=range(count), steps=steps, guidance=config.guidance, sampler=config.sampler,
-                beams=config.beams, batch=count, mark=False, **given,
-            )  # fmt: skip
+
+            def work() -> None:
+                made = model.generate(
+                    task, count=1, seeds=range(count), steps=steps, guidance=config.guidance, sampler=config.sampler,
+                    beams=config.beams, batch=count, mark=False, **given,
+                )  # fmt: skip
+                for image in [each.image for each in made if each.image is not None]:
+                    image.save(io.BytesIO(), "PNG")
+
+            return work
 
         torch.set_num_threads(1)
         for task in ("t2i", "i2t"):

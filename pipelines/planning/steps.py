@@ -15,7 +15,7 @@ from training.history import Row
 from training.job import TrainJob, Written
 
 # Steps that do not count, and seconds of those that do.
-WARM, SECONDS = 3, 2.5
+WARM, SECONDS = 3, 2.0
 # Rows of latents to train on.
 ROWS = 2 * GROUP
 
