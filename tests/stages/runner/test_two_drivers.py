@@ -13,8 +13,8 @@ from infra.dataset import find, verify
 from infra.store import Store
 from stages.runner.contract import scratch_output
 from stages.runner.garbage import LOST, collect, find_garbage
-from stages.runner.pool import PoolWorker
 from stages.runner.run import make_job, run_stage
+from stages.runner.worker import PoolWorker
 from tests.stages.toy import Square, Squares, planned
 
 UNITS = 12
