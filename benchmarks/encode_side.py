@@ -42,7 +42,9 @@ class Clock:
     def __init__(self) -> None:
         self.found: dict[str, Any] = {}
 
-    def run_pool(self, job: Any, phase: Any, pending: Iterable[Any], units: int, done: Callable[..., None]) -> None:
+    def run_pool(
+        self, job: Any, phase: Any, pending: Iterable[Any], units: int, done: Callable[..., None], executor: Any = None
+    ) -> None:
         from stages.runner.contract import scratch_output
 
         worker, pending = phase.worker(job), list(pending)

@@ -43,6 +43,8 @@ All runs of a size together; a head is lost and one run refused in each. Process
 
 {_sizes(rows)}
 
+{_further(of_workers(rows, figures["workers"]))}
+
 What happened at the largest size:
 
 {_happened(happened)}
@@ -68,6 +70,19 @@ def _sizes(rows: Rows) -> str:
         cells = (f"{row['shards']:,}", f"{row['workers']:,}", f"{row['driver_us']:.0f} us", f"{row['peak_mib']:,} MiB")
         lines.append(f"| {' | '.join(cells)} | {row['hours']:.1f} h | {row['lost_rows']} |")
     return "\n".join(lines)
+
+
+def _further(rows: Rows) -> str:
+    """What each shard more takes, from size to size."""
+    pairs = list(zip(rows, rows[1:], strict=False))
+    costs = [
+        f"{(more['driver_us'] * more['shards'] - less['driver_us'] * less['shards']) / (more['shards'] - less['shards']):.0f} us"
+        f" from {less['shards']:,} to {more['shards']:,}"
+        for less, more in pairs
+    ]
+    return f"""Each size waits for hours for the shard that hangs when all others are done, and looks at its nodes every few
+seconds, which weighs the more the fewer shards there are. Without that, a further shard costs
+{" and ".join(costs)}."""
 
 
 def _happened(happened: Mapping[str, int]) -> str:

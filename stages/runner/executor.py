@@ -47,7 +47,7 @@ class Answer:
 
 
 class Executor(Protocol):
-    """Holds the workers of one phase, each of which is a `stages.runner.worker.PoolWorker`."""
+    """Holds the workers of one phase, each of which is a `stages.runner.worker.PoolWorker`; what stands for one is its own."""
 
     def now(self) -> float:
         """Seconds on a clock that never goes back."""
@@ -57,15 +57,15 @@ class Executor(Protocol):
         """The cluster as it is now."""
         ...
 
-    def hire(self, resources: Resources) -> Hashable:
+    def hire(self, resources: Resources) -> Any:
         """Ask for a worker; its calls are answered once it has a place."""
         ...
 
-    def call(self, worker: Hashable, method: str, *arguments: Any) -> Hashable:
+    def call(self, worker: Any, method: str, *arguments: Any) -> Hashable:
         """Call a method of a worker, which may have as many calls at once as its phase allows."""
         ...
 
-    def end(self, worker: Hashable) -> None:
+    def end(self, worker: Any) -> None:
         """End a worker at once, whatever it is at."""
         ...
 

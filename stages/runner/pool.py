@@ -52,8 +52,8 @@ def run_pool(
             or, when all others are done, some failed `ATTEMPTS` times.
         Bug: one of them in a way that no stage foresees.
     """
-    where: Executor = executor or Actors(job, phase)
-    Pool(job, phase, Attempts(pending, units, lambda: where.cluster().nodes), done, where).run()
+    on = executor or Actors(job, phase)
+    Pool(job, phase, Attempts(pending, units, lambda: on.cluster().nodes), done, on).run()
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class Member:
     `blamed` is the unit that its death then counts for.
     """
 
-    worker: Hashable
+    worker: Any
     node: str = ""
     hands: list[Hand] = field(default_factory=list)
     given: int = 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
@@ -104,8 +104,7 @@ class PaperCluster:
         self._place()
         return actor
 
-    def call(self, worker: Hashable, method: str, *arguments: Any) -> Call:
-        assert isinstance(worker, Actor)
+    def call(self, worker: Actor, method: str, *arguments: Any) -> Call:
         call = Call(worker, method, arguments, self.time)
         if self.time < worker.silent:
             self.after(KNOWN, lambda: self._tell(call, error=worker.error()))
@@ -114,8 +113,7 @@ class PaperCluster:
             self._begin(worker)
         return call
 
-    def end(self, worker: Hashable) -> None:
-        assert isinstance(worker, Actor)
+    def end(self, worker: Actor) -> None:
         worker.gone = self.time
         del self.actors[worker]
         self.pending.pop(worker, None)
