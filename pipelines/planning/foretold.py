@@ -14,6 +14,8 @@ from stages.runner.recipe import Node
 
 # Seconds a row: of select; of reading a picture out of a shard and writing what was made of it; of a download beside the picture.
 SELECTED, MOVED, FETCHED = 6e-6, 5e-4, 2e-3
+# The stages whose workers have a GPU each where there are GPUs.
+NETWORKS = ("filter", "encode", "evaluate")
 # Of what a machine's matrix products reach, what a large network does; nothing of it was measured here.
 REACHED = 0.5
 # Processes that begin one after the other until a group of workers trains: its coordinator, its queue, the group.
@@ -33,7 +35,7 @@ def foretold(asked: Asked, machine: Machine) -> dict[str, float]:
 class _Foretelling:
     def __init__(self, asked: Asked, machine: Machine) -> None:
         self.asked, self.found = asked, machine.found
-        self.workers = machine.gpus or machine.cores
+        self.cores, self.workers = machine.cores, machine.gpus or machine.cores
         self.start = self.found["start"] + self.found["ray"]
         self.trained = {training.node: training for training in asked.trainings}
 
@@ -47,8 +49,9 @@ class _Foretelling:
         return self.found["start"] + self.found["torch"] + sum(self.found.get(f"load_{name}", 0.0) for name in what)
 
     def shared(self, work: Work) -> float:
-        """How many workers are at the units of a node."""
-        return max(1.0, min(self.workers, work.wide))
+        """How many workers are at the units of a node: one a GPU where it has networks, else one a core."""
+        have = self.workers if work.stage in NETWORKS else self.cores
+        return max(1.0, min(have, work.wide))
 
     def computed(self, flop: float, workers: float) -> float:
         """Seconds of a network that was not measured."""

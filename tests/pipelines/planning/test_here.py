@@ -69,6 +69,11 @@ def test_more_rows_and_slower_pieces_take_longer(demo: Asked, machine: Machine) 
     assert told["train-512"] - told["train-256"] > 600 * 0.2 - 300 * 0.1
 
 
+def test_a_gpu_has_a_worker_and_downloads_have_the_cores(demo: Asked, machine: Machine) -> None:
+    told, one = foretold(demo, machine), foretold(demo, replace(machine, gpus=1))
+    assert one["little-download"] == told["little-download"] and one["little-encode"] > told["little-encode"]
+
+
 def test_what_was_not_measured_is_told_by_its_arithmetic(tmp_path: Path, machine: Machine) -> None:
     paper = asked_of(load_recipe("configs/paper-v0.yaml"), Store(str(tmp_path / "none")))
     alone = replace(machine, found={name: machine.found[name] for name in ("start", "ray", "torch", "flops", "store")})
