@@ -97,6 +97,8 @@ class DownloadConfig(ImageConfig):
     @classmethod
     def _is_a_proxy(cls, value: str) -> str:
         Proxies(value)
+        if "@" in value:
+            raise ValueError("a password in a recipe is shown with it; set http_proxy where the workers run, and leave this out")
         return value
 
 

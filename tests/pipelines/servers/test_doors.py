@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import psutil
+import pytest
 
-from infra.processes import family, recorded
+from infra.processes import ServerError, family, recorded
+from infra.ray_jobs import RayJobs
 from tests.infra.listening import beyond_loopback
 from tests.pipelines.conftest import PLANTED, Kept, ask
 
@@ -36,3 +39,14 @@ def test_secrets_of_the_environment_stand_in_nothing_that_is_written(kept: Kept)
     assert PLANTED not in "".join(kept.command.lines)
     for kind in ("flow_runs", "task_runs", "logs", "artifacts", "deployments"):
         assert PLANTED not in str(ask(kept.store, "POST", f"{kind}/filter", {}))
+
+
+def test_rays_own_answers_are_understood(kept: Kept) -> None:
+    ray = recorded("ray", kept.store / ".state")
+    assert ray is not None
+    RayJobs(ray.address, ray.token).check()
+    cpus, gpus = RayJobs(ray.address, ray.token).processors()
+    assert cpus == os.cpu_count() and gpus >= 0
+    for token, said in ((None, "asks for a token, and there is none here"), ("another", "refuses the token")):
+        with pytest.raises(ServerError, match=f"{said}; set RAY_AUTH_TOKEN to the cluster's"):
+            RayJobs(ray.address, token).check()
