@@ -67,7 +67,7 @@ def start_ray_here(**settings: Any) -> None:
     """
     import ray
     from ray._private import ray_constants
-    from ray._raylet import Config
+    from ray._raylet import Config  # type: ignore[attr-defined]
 
     if ray.is_initialized():
         return
