@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 from pydantic import BaseModel
@@ -82,7 +83,7 @@ def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], cho
     }
     late: dict[str, Problem] = {}
     if work and (address := configured_ray()) is not None:
-        checks["ray"] = lambda: _ray(address)
+        checks["ray"] = partial(_ray, address)
         late["ray"] = ServerError(
             f"no Ray Jobs API answers at {address} in {SECONDS:.0f} s; start the cluster, or unset RAY_ADDRESS"
         )
