@@ -131,7 +131,8 @@ findings:
 # The other trackers hold back packages of ours: who wants one installs it beside them.
 lock: | $(UV)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-		--extra dev --extra lora --extra semantic --extra site --extra tensorboard pyproject.toml --output-file requirements.lock
+		--extra aws --extra dev --extra docker --extra kubernetes --extra lora --extra semantic --extra site \
+		--extra tensorboard pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv runs

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +18,8 @@ from prefect.client.schemas.objects import ConcurrencyLimitStrategy, Concurrency
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound
 
+import infra
+from infra.loopback import is_loopback
 from infra.prefect_server import HEARTBEAT_SECONDS
 from infra.queries import with_query
 from infra.ray_jobs import OPEN
@@ -32,6 +35,7 @@ from pipelines.servers.schedules import prefect_schedules, renewed
 from stages.runner.deployment import Pool
 from stages.runner.recipe import Recipe, RecipeError
 
+POOLS = Path(infra.__file__).parent / "work_pools"
 # Flow and name of the function that is the flow, as an import path: the package is installed wherever a worker runs.
 ENTRYPOINTS = {"recipe": "pipelines.flows.flow.recipe_run", "node": "pipelines.flows.flow.node_run"}
 
@@ -191,8 +195,7 @@ def ensure_pool(client: SyncPrefectClient, pool: Pool) -> None:
         kind, template = found.type, found.base_job_template
     except ObjectNotFound:
         found = None
-        kinds = {kind: facts for package in client.read_worker_metadata().values() for kind, facts in package.items()}
-        kind, template = pool.type, pool_template(pool.type, kinds[pool.type]["default_base_job_configuration"])
+        kind, template = pool.type, pool_template(client, pool.type)
     if kind != pool.type:
         raise RecipeError(f"deploy.pool.type: {pool.type}, but the work pool {pool.name} is of type {kind}; name another pool")
     known = template.get("variables", {}).get("properties", {})
@@ -203,23 +206,16 @@ def ensure_pool(client: SyncPrefectClient, pool: Pool) -> None:
         client.create_work_pool(WorkPoolCreate(name=pool.name, type=pool.type, base_job_template=template))
 
 
-def pool_template(kind: str, default: dict[str, Any]) -> dict[str, Any]:
-    """Prefect's own template of jobs on such a pool, with what a container needs to reach the data and a cluster that asks for a
-    token: volumes, which Prefect's template for Kubernetes lacks, and RAY_AUTH_TOKEN as the worker's environment has it.
+def pool_template(client: SyncPrefectClient, kind: str) -> dict[str, Any]:
+    """The template of jobs on such a pool: of infra/work_pools for containers, which reach the data and a cluster that asks for a
+    token, else Prefect's own.
 
-    Prefect's server keeps the name of the token and no token: the worker fills it in when it starts a run.
+    Prefect's server keeps the name of the token and no token: the worker, or Kubernetes, fills it in when a run starts.
     """
-    template = deepcopy(default)
-    variables = template["variables"]["properties"]
-    if kind != "process":
-        variables["env"]["default"] = {"RAY_AUTH_TOKEN": "{{ $RAY_AUTH_TOKEN }}"}
-    if kind == "kubernetes":
-        pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
-        pod["volumes"], pod["containers"][0]["volumeMounts"] = "{{ volumes }}", "{{ volume_mounts }}"
-        for name in ("volumes", "volume_mounts"):
-            words = "As in the manifest of a pod."
-            variables[name] = {"title": name, "description": words, "type": "array", "items": {"type": "object"}}
-    return template
+    if (file := POOLS / f"{kind}.json").exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    kinds = {kind: facts for package in client.read_worker_metadata().values() for kind, facts in package.items()}
+    return kinds[kind]["default_base_job_configuration"]
 
 
 def _check_store(pool: Pool, store: Store) -> None:
@@ -295,7 +291,8 @@ def _job_variables(pool: Pool) -> dict[str, Any]:
             "env": {**environment, **pool.variables.get("env", {})},
         }
     for name in ("RAY_ADDRESS", OPEN, "UNIDIFFUSER_STATE"):
-        if value := os.environ.get(name):
+        # What is forwarded to this machine is somewhere else for a pod.
+        if (value := os.environ.get(name)) and not (pool.type == "kubernetes" and is_loopback(value)):
             environment[name] = value
     return {**pool.variables, "env": {**environment, **pool.variables.get("env", {})}}
 

@@ -9,22 +9,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
+from uuid import uuid4
 from zoneinfo import ZoneInfo
 
 import jsonschema
+import kubernetes_validate
 import prefect.server.api.collections
 import pytest
 import yaml
+from kubernetes_validate import validate
 from prefect import Flow
 from prefect._vendor.croniter import croniter
 from prefect.cli.deploy._models import PrefectYamlModel
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import temporary_settings
 from prefect.utilities.importtools import import_object
-from prefect.utilities.templating import apply_values
 from prefect.workers.base import BaseJobConfiguration
+from prefect_docker.worker import DockerWorker, DockerWorkerJobConfiguration
+from prefect_kubernetes.worker import KubernetesWorker, KubernetesWorkerJobConfiguration
 
 from infra.store import Store
 from pipelines.servers import deployments
@@ -88,22 +93,61 @@ def test_a_pool_takes_the_job_variables_and_hands_on_the_workers_token_without_s
     template, variables = server.pools[pool.name].base_job_template, _job_variables(pool)
     jsonschema.validate(variables, {**template["variables"], "additionalProperties": False})
     assert "s3cret" not in json.dumps([template, variables])
-    # As a worker reads them; there is neither a block nor a variable of Prefect's to ask its server for.
-    making = BaseJobConfiguration.from_template_and_values(template, variables, client=AsyncMock())
-    job = asyncio.run(making)
+    job = started(pool, template, variables)
     assert job.env["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] == "30"
     if pool.type == "process":
         assert job.command is not None and job.command.endswith(" -m prefect.engine")
         assert "RAY_AUTH_TOKEN" not in job.env, "the flow's process has the worker's environment"
     else:
-        assert (job.env["RAY_AUTH_TOKEN"], job.env["RAY_ADDRESS"]) == ("s3cret", "http://head:8265")
+        assert job.env["RAY_ADDRESS"] == "http://head:8265"
         assert job.env.get("A") == pool.variables.get("env", {}).get("A")
-    if pool.type == "kubernetes":
-        manifest = apply_values(template["job_configuration"], variables)["job_manifest"]
-        pod = manifest["spec"]["template"]["spec"]
-        assert pod["volumes"] == pool.variables["volumes"]
-        assert pod["containers"][0]["volumeMounts"] == pool.variables["volume_mounts"]
-        assert pod["containers"][0]["image"] == "unidiffuser" and manifest["metadata"]["namespace"] == "training"
+    if pool.type == "docker":
+        assert job.image == "unidiffuser"
+        assert job.env["RAY_AUTH_TOKEN"] == "s3cret"
+        assert job.container_create_kwargs == {"cap_drop": ["ALL"], "security_opt": ["no-new-privileges"]}
+
+
+def started(pool: Pool, template: dict[str, Any], variables: dict[str, Any]) -> Any:
+    """The job that a worker of the pool makes of a run; it has nothing to ask Prefect's server for."""
+    kinds: dict[str, type[BaseJobConfiguration]] = {
+        "process": BaseJobConfiguration, "docker": DockerWorkerJobConfiguration, "kubernetes": KubernetesWorkerJobConfiguration
+    }  # fmt: skip
+    return asyncio.run(kinds[pool.type].from_template_and_values(template, variables, client=AsyncMock()))
+
+
+def test_a_run_on_kubernetes_is_a_job_that_kubernetes_takes_and_its_tokens_are_kubernetes_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Forwarded to the machine that deploys, which is another place for a pod.
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    pool = POOLS[2]
+    template = json.loads((deployments.POOLS / "kubernetes.json").read_text())
+    job = started(pool, template, _job_variables(pool))
+    job.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="a run"))
+    pod = job.job_manifest["spec"]["template"]["spec"]
+    # Prefect insists on these two of a job in the pod, where Kubernetes has no such fields.
+    assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
+    validate(job.job_manifest, kubernetes_validate.latest_version(), strict=True)
+    assert pod["volumes"] == pool.variables["volumes"]
+    (container,) = pod["containers"]
+    assert container["volumeMounts"] == pool.variables["volume_mounts"]
+    assert container["image"] == "unidiffuser" and job.job_manifest["metadata"]["namespace"] == "training"
+    told = {entry["name"]: entry for entry in container["env"]}
+    assert told["RAY_ADDRESS"]["value"] == "http://ray-head-svc:8265"
+    assert told["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "ray-token" and "value" not in told["RAY_AUTH_TOKEN"]
+    assert pod["securityContext"]["runAsNonRoot"] and pod["automountServiceAccountToken"] is False
+    assert job.job_manifest["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"] == "unidiffuser-run"
+
+
+@pytest.mark.parametrize("worker", [KubernetesWorker, DockerWorker])
+def test_a_template_has_all_that_prefects_own_has_but_the_privileges(worker: Any) -> None:
+    own, ours = worker.get_default_base_job_template(), json.loads((deployments.POOLS / f"{worker.type}.json").read_text())
+    for part in (own["job_configuration"], own["variables"]["properties"]):
+        part.pop("privileged", None)
+    assert set(own["job_configuration"]) == set(ours["job_configuration"])
+    assert set(own["variables"]["properties"]) <= set(ours["variables"]["properties"])
+    for name in set(ours["variables"]["properties"]) - {"env"}:
+        assert f'"{{{{ {name} }}}}"' in json.dumps(ours["job_configuration"]), f"{name} goes nowhere"
 
 
 def test_a_real_server_takes_the_pools_and_deployments_on_them(kept: Kept) -> None:
