@@ -90,6 +90,12 @@ class Ray:
     def status(self, job: str) -> str:
         return self.jobs[job]
 
+    def lost(self, job: str) -> bool:
+        return job not in self.jobs
+
+    def ready(self) -> bool:
+        return True
+
     def submit(self, job: str, command: str, environment: Any, metadata: dict[str, str]) -> None:
         self.jobs[job], self.metadata[job] = "RUNNING", metadata
 
