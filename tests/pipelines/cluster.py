@@ -94,6 +94,11 @@ class Play:
             print(f"run {self.count} failed: {self.last_line()}", flush=True)
         raise SystemExit(f"error: {tries} commands have failed; see {self.folder}/logs")
 
+    def went_on(self) -> list[str]:
+        """What the runs have said of work that was lost and done again."""
+        lines = [line for file in sorted(self.folder.glob("logs/run-*.log")) for line in file.read_text().split("\n")]
+        return [line for line in lines if "going on from the newest checkpoint" in line or "has lost the job" in line]
+
     def last_line(self) -> str:
         lines = (self.folder / "logs" / f"run-{self.count}.log").read_text().split("\n")
         return next((line for line in lines if "error" in line or "failed" in line), lines[-1])[:300]
@@ -111,7 +116,7 @@ def on_the_cluster(play: Play, folder: Path, until: str, calm: bool) -> dict[str
         tries, seconds = timed(lambda: play.to_its_end(store.root, until, cluster.environment, 3))
         losses.over.set()
         left = left_behind(cluster, store)
-    return {"commands": tries, "seconds": seconds, "losses": losses.rows, "left": left}
+    return {"commands": tries, "seconds": seconds, "losses": losses.rows, "said": play.went_on(), "left": left}
 
 
 def trained(store: Store) -> dict[str, Any]:

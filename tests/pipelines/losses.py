@@ -17,6 +17,8 @@ from infra.store import Store, StoreError
 from tests.pipelines.standing import Standing
 from tests.stages.machines import Machine
 
+# What Ray and torch keep there for the next job.
+CACHES = {"ray", "home", "torchinductor_root"}
 # Stages whose files are the same wherever they are made.
 EQUAL = ("select", "download", "filter", "text-codec", "encode")
 
@@ -107,7 +109,7 @@ def left_behind(cluster: Standing, store: Store) -> dict[str, Any]:
     return {
         "jobs_at_work": len(cluster.ray.running()),
         "machines_with_workers": [node.address for node in cluster.nodes if node.works()],
-        "files_in_tmp": {machine.address: found for machine in machines if (found := sorted(_tmp(machine) - {"ray"}))},
+        "files_in_tmp": {machine.address: found for machine in machines if (found := sorted(_tmp(machine) - CACHES))},
         "leases": sum(1 for _ in store.walk(".state/leases")),
     }
 

@@ -122,7 +122,7 @@ class Standing:
 
     def _own(self) -> dict[str, str]:
         # The store's keys are the machine's own, as a cloud's identity is.
-        return {"HOME": "/tmp", "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], **KEYS}
+        return {"HOME": "/tmp/home", "AWS_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"], **KEYS}
 
     def _begun(self, name: str, command: list[str], environment: dict[str, str]) -> None:
         with self.log(name).open("w") as said:
