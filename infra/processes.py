@@ -31,6 +31,10 @@ class ServerError(Exception):
     """A server that cannot be started or reached; one line that names it and the fix."""
 
 
+class NoAnswer(ServerError):
+    """A server cannot be reached, or answers 5xx: it may in a moment."""
+
+
 class Server(BaseModel):
     """A running server; `<state>/NAME.json` holds one of these.
 

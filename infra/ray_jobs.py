@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from infra.loopback import open_url, warn_of_clear_text
-from infra.processes import ServerError
+from infra.processes import NoAnswer, ServerError
 from infra.ray_log import FollowedLog
 
 TERMINAL = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+# How Ray calls it when what watched over a job is gone.
+LOST = frozenset({"JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_START_FAILURE", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE"})
 # How long a question is asked again while a busy head, or a proxy before it, gives no answer, and how often, in seconds.
 PATIENCE = 60.0
 PAUSE = 1.0
@@ -32,10 +34,6 @@ FIRST_TIMEOUT = 8.0
 LOOK_TIMEOUT = 2.0
 # Set by whoever lets jobs go to a cluster that takes them from everybody who reaches it.
 OPEN = "UNIDIFFUSER_OPEN_RAY"
-
-
-class NoAnswer(ServerError):
-    """Ray cannot be reached, or answers 5xx: it may in a moment."""
 
 
 class Refused(ServerError):
@@ -180,7 +178,22 @@ class RayJobs:
         return str(self._ask("GET", f"/api/jobs/{job}")["status"])
 
     def ended(self, job: str) -> bool:
-        return self.status(job) in TERMINAL
+        """Whether a job has ended, or will never begin."""
+        found = self._ask("GET", f"/api/jobs/{job}")
+        return found["status"] in TERMINAL or self._never_begins(found)
+
+    def lost(self, job: str) -> bool:
+        """Whether Ray has lost a job, and did not see it end: its head was, and another is in that one's place."""
+        jobs = {each["submission_id"]: each for each in self._ask("GET", "/api/jobs/") if each.get("submission_id")}
+        return job not in jobs or jobs[job].get("error_type") in LOST or self._never_begins(jobs[job])
+
+    def _never_begins(self, job: dict[str, Any]) -> bool:
+        """Whether a job was to begin on a head that is no more, which Ray itself says a quarter of an hour later."""
+        if job["status"] != "PENDING":
+            return False
+        nodes = [node["raylet"] for node in self._ask("GET", "/nodes?view=summary")["data"]["summary"] if node.get("raylet")]
+        heads = [node for node in nodes if node.get("isHeadNode") and node.get("state") == "ALIVE"]
+        return any(int(head["startTimeMs"]) > job["start_time"] for head in heads)
 
     def explanation(self, job: str) -> str:
         """What Ray itself has to say about how a job ended."""
@@ -229,10 +242,11 @@ class RayJobs:
         """The job's log line by line from its start, each line once, until the job has ended.
 
         Yields None at least every `tick` seconds while nothing is said, so that the caller can look around, and a ServerError
-        when the log cannot be read: once, until it goes on again. Meanwhile the status is all that is followed.
+        when the log cannot be read: once, until it goes on again. Meanwhile the status is all that is followed. Where that has no
+        answer either, this is said, and another head waited for.
 
         Raises:
-            ServerError: the job's status has no answer either.
+            ServerError: none comes, or it knows of no such job.
         """
         return FollowedLog(self, job, tick).follow()
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING
 
-from infra.processes import ServerError
+from infra.processes import NoAnswer, ServerError
 
 if TYPE_CHECKING:
     from infra.ray_jobs import RayJobs
@@ -29,6 +29,8 @@ LOG_BYTES_PER_SECOND = 500_000
 LONGEST_PAUSE = 60.0
 # How long a connection is silent before the job's status is looked at: where a machine was lost, none says that the job ended.
 SILENCE = 60.0
+# How long a head that does not answer is waited for: another may come in its place, on a machine that is still to start.
+AWAY = 600.0
 # Networks forget a silent connection after some minutes; the kernel's probes, one a minute, keep it known. Ray answers no pings
 # of WebSockets. The number is what macOS has for the same option.
 KEEP_ALIVE = (
@@ -60,7 +62,7 @@ class FollowedLog:
             before = self.heard
             if connection < CONNECTIONS:
                 yield from self._tail()
-            if self.jobs.ended(self.job):
+            if (yield from self._ended()):
                 break
             if self.heard == before:
                 yield from self._missing(patient=False)
@@ -71,7 +73,7 @@ class FollowedLog:
         if self.rest:
             yield self.rest
 
-    def _tail(self) -> Iterator[str | None]:
+    def _tail(self) -> Iterator[str | ServerError | None]:
         """What one connection says, until it ends: when the job does, and sometimes long before, with the same farewell."""
         from websockets.exceptions import WebSocketException
         from websockets.sync.client import connect
@@ -100,7 +102,8 @@ class FollowedLog:
                         if time.monotonic() - last > SILENCE:
                             if ended:
                                 return
-                            ended, last = self.jobs.ended(self.job), time.monotonic()
+                            ended = yield from self._ended()
+                            last = time.monotonic()
                         continue
                     new = chunk[max(0, self.heard - position) :]
                     position, last = position + len(chunk), time.monotonic()
@@ -132,10 +135,10 @@ class FollowedLog:
             return self.jobs.log_size(self.job) != self.size
         return True
 
-    def _wait(self, pause: float) -> Generator[None, None, bool]:
+    def _wait(self, pause: float) -> Generator[ServerError | None, None, bool]:
         """Wait until the log has grown, looking every `pause` seconds; whether the job has ended first."""
         look = time.monotonic() + pause
-        while not self.jobs.ended(self.job):
+        while not (yield from self._ended()):
             if time.monotonic() >= look:
                 if self._grown():
                     return False
@@ -143,3 +146,15 @@ class FollowedLog:
             yield None
             time.sleep(self.tick)
         return True
+
+    def _ended(self) -> Generator[ServerError | None, None, bool]:
+        """Whether the job has ended, which is asked for as long as a head may come that knows it."""
+        until, told = time.monotonic() + AWAY, False
+        while True:
+            try:
+                return self.jobs.ended(self.job)
+            except NoAnswer as error:
+                if time.monotonic() > until:
+                    raise
+                yield None if told else ServerError(f"{error}; waiting for another head")
+                told = True

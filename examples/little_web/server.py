@@ -1,4 +1,4 @@
-"""Serves a little web on loopback, and misbehaves as the first directory of a path says.
+"""Serves a little web, on loopback unless it is told otherwise, and misbehaves as the first directory of a path says.
 
 pictures/, small/, copy/  a picture                     page/       HTML under the name of a picture
 moved/                    a redirect to the picture     dead/       404
@@ -75,15 +75,15 @@ class LittleWeb:
         address: "127.0.0.1:PORT".
     """
 
-    def __init__(self, folder: str | Path, port: int = 0) -> None:
-        """Bind the port (0 takes a free one). Raises FileNotFoundError for a folder that `build` did not make."""
+    def __init__(self, folder: str | Path, port: int = 0, host: str = "127.0.0.1") -> None:
+        """Bind the port (0 takes a free one) of `host`. Raises FileNotFoundError for a folder that `build` did not make."""
         pages = Path(folder) / "pages"
         if not pages.is_dir():
             raise FileNotFoundError(f"{folder}: no pages/ in it; make one with `python -m examples.little_web {folder}`")
         handler = type("PagesHandler", (Handler,), {"pages": pages})
-        self._server = Server(("127.0.0.1", port), handler)
+        self._server = Server((host, port), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, name="little-web", daemon=True)
-        self.address = f"127.0.0.1:{self._server.server_address[1]}"
+        self.address = f"{host}:{self._server.server_address[1]}"
 
     def __enter__(self) -> LittleWeb:
         self._thread.start()

@@ -17,9 +17,10 @@ from typing import Any
 from infra.code import code_digest, is_sent, package
 from infra.commit import VARIABLE as COMMIT
 from infra.commit import git_commit
-from infra.processes import ServerError
+from infra.processes import NoAnswer, ServerError
 from infra.queries import QUERIES
 from infra.ray_jobs import TERMINAL, RayJobs
+from infra.ray_log import AWAY
 from pipelines.flows import job_logs
 from pipelines.flows.job_logs import PROGRESS, plain
 from pipelines.flows.run import Run, pinned, snapshot
@@ -33,6 +34,8 @@ Report = Callable[[dict[str, Any]], None]
 _LEVEL = re.compile(
     r"^(?:\([^)]*pid=[^)]*\)\s*)?(?:\d{4}-\d\d-\d\d [\d:,.]+\s+)?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b:?\s*(.*)$", re.S
 )
+# How often a node gets another job in the place of one that the cluster has lost.
+LOSSES = 2
 # How long a stopped job may take to write its checkpoint before the run no longer waits for it.
 STOP_SECONDS = 45.0
 # What a job's metadata on Ray says: the flow run that has submitted it.
@@ -71,21 +74,53 @@ def make_as_job(run: Run, planned: Planned, say: Say, report: Report, attached: 
     start = time.perf_counter()
     try:
         ray = run.servers.ray()
-        job = run.job_ids[planned.name] = submit_or_attach(ray, run, planned, say, attached)
+        losses = 0
+        while True:
+            job = run.job_ids[planned.name] = submit_or_attach(ray, run, planned, say, attached)
+            why = _why_not_made(ray, run, job, say, report, last=losses == LOSSES)
+            if why is None:
+                return time.perf_counter() - start
+            losses += 1
+            say(logging.WARNING, f"{why}; another goes on from what is done")
+            _wait_for_head(ray, run)
+    except ServerError as error:
+        raise NodeFailed(str(error)) from error
+
+
+def _why_not_made(ray: RayJobs, run: Run, job: str, say: Say, report: Report, last: bool) -> str | None:
+    """Follow a job to its end. None when it has done its work, and why it has not when Ray has lost it, unless it is the `last`.
+
+    Raises:
+        NodeFailed: it failed.
+        NodeStopped: the run was stopped, and so is the job.
+    """
+    try:
         try:
             last_error, last_line = _follow(ray, job, run.stopping, say, report)
             if run.stopping.is_set():
                 stop_job(ray, job)
-                raise NodeStopped(planned.name)
+                raise NodeStopped(job)
         finally:
             # A log that cannot be kept fails no node.
             with suppress(ServerError, OSError):
                 job_logs.keep(ray, run.store, run.recipe.name, job)
-        if ray.status(job) != "SUCCEEDED":
-            raise NodeFailed(last_error or _explain(ray, job, last_line))
-        return time.perf_counter() - start
+        if ray.status(job) == "SUCCEEDED":
+            return None
+    except NoAnswer:
+        raise
     except ServerError as error:
-        raise NodeFailed(str(error)) from error
+        if last or not ray.lost(job):
+            raise
+        return f"the cluster has lost the job {job} ({error})"
+    if last_error or last or not ray.lost(job):
+        raise NodeFailed(last_error or _explain(ray, job, last_line))
+    return f"the cluster has lost the job {job} ({ray.explanation(job)})"
+
+
+def _wait_for_head(ray: RayJobs, run: Run) -> None:
+    until = time.monotonic() + AWAY
+    while not ray.ready() and time.monotonic() < until and not run.stopping.wait(1.0):
+        pass
 
 
 @contextmanager
@@ -114,7 +149,7 @@ def submit_or_attach(ray: RayJobs, run: Run, planned: Planned, say: Say, attache
     prefix = f"{planned.name}-{planned.fingerprint}-"
     attempts = {int(job.removeprefix(prefix)): status for job, status in ray.statuses().items() if job.startswith(prefix)}
     last = max(attempts, default=0)
-    if last and attempts[last] not in TERMINAL:
+    if last and attempts[last] not in TERMINAL and not ray.lost(f"{prefix}{last}"):
         return _attach(f"{prefix}{last}", say, attached)
     job = f"{prefix}{last + 1}"
     # A cluster has a Python of its own, this machine's Ray takes the one that runs here.

@@ -1,18 +1,21 @@
-"""img2dataset's downloader, imported without torch."""
+"""img2dataset's downloader, imported without torch and wandb."""
 
 from __future__ import annotations
 
 import os
 import sys
+from types import ModuleType
 
 # img2dataset imports albumentations, which asks its server for a newer version, and takes torch (0.5 GB, 2 s of a core) where it
-# finds it, for conversions that are never made.
+# finds it, for conversions that are never made. And it imports wandb, which it is not asked to use: that makes folders in /tmp,
+# which stay when a worker is killed, as all are in the end.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-_torch = sys.modules.get("torch")
-sys.modules["torch"] = None  # type: ignore[assignment]
+_hidden = {"torch": None, "wandb": ModuleType("wandb")}
+_before = {name: sys.modules[name] for name in _hidden if name in sys.modules}
+sys.modules |= _hidden  # type: ignore[arg-type]
 try:
     from img2dataset.downloader import Downloader as Downloader
 finally:
-    del sys.modules["torch"]
-    if _torch is not None:
-        sys.modules["torch"] = _torch
+    for name in _hidden:
+        del sys.modules[name]
+    sys.modules |= _before

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -27,7 +28,8 @@ class Dashboard:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.log, self.status = "", "RUNNING"
+        self.log, self.status, self.error = "", "RUNNING", ""
+        self.heads = [(500, "ALIVE")]
         self.breaks = 0  # how many of the next connections are cut after a moment
         self.closes_at = 10**9  # the character after which a connection ends in good order
         self.broken: set[str] = set()  # what is answered with 500: status, logs, tail
@@ -39,6 +41,8 @@ class Dashboard:
         app.add_routes(
             [
                 web.get("/api/jobs/one", self.tell_status),
+                web.get("/api/jobs/", self.tell_jobs),
+                web.get("/nodes", self.tell_nodes),
                 web.get("/api/jobs/one/logs", self.tell_all),
                 web.get("/api/jobs/one/logs/tail", self.tail),
             ]
@@ -50,7 +54,18 @@ class Dashboard:
 
     async def tell_status(self, request: web.Request) -> web.Response:
         async with self.pool:
-            return web.json_response({"status": self.status}, status=500 if "status" in self.broken else 200)
+            return web.json_response(self.job(), status=500 if "status" in self.broken else 200)
+
+    def job(self) -> dict[str, Any]:
+        return {"submission_id": "one", "status": self.status, "error_type": self.error, "start_time": 1_000}
+
+    async def tell_jobs(self, request: web.Request) -> web.Response:
+        return web.json_response([self.job()])
+
+    async def tell_nodes(self, request: web.Request) -> web.Response:
+        heads = [{"isHeadNode": True, "startTimeMs": str(since), "state": state} for since, state in self.heads]
+        worker = {"isHeadNode": False, "startTimeMs": "9000", "state": "ALIVE"}
+        return web.json_response({"data": {"summary": [{"raylet": node} for node in [*heads, worker]]}})
 
     async def tell_all(self, request: web.Request) -> web.Response:
         if "logs" in self.broken:
@@ -191,8 +206,42 @@ def test_a_log_that_cannot_be_read_is_a_warning_while_the_status_answers(
     assert "\n".join(listener.lines) == LOG[:1000]
 
 
+def test_a_head_that_does_not_answer_is_waited_for_as_another_may_come(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_jobs, "PATIENCE", 0.0)
+    monkeypatch.setattr(ray_jobs, "PAUSE", 0.0)
+    dashboard.log, dashboard.broken = LOG, {"status", "logs", "tail"}
+    listener = Listener(dashboard)
+    listener.until(seconds=0.5)
+    assert len(listener.errors) == 1 and listener.errors[0].endswith("; waiting for another head")
+    dashboard.broken, dashboard.status = set(), "SUCCEEDED"
+    listener.until()
+    assert "\n".join(listener.lines) == LOG and len(listener.errors) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "heads", "lost"),
+    [
+        ("PENDING", "", [(500, "ALIVE")], False),
+        ("PENDING", "", [(500, "DEAD"), (2_000, "ALIVE")], True),
+        ("RUNNING", "", [(500, "DEAD"), (2_000, "ALIVE")], False),
+        ("FAILED", "JOB_SUPERVISOR_ACTOR_DIED", [(500, "ALIVE")], True),
+        ("FAILED", "JOB_ENTRYPOINT_COMMAND_ERROR", [(500, "ALIVE")], False),
+    ],
+)
+def test_a_job_is_lost_with_the_head_that_watched_over_it_or_was_to_begin_it(
+    dashboard: Dashboard, status: str, error: str, heads: list[tuple[int, str]], lost: bool
+) -> None:
+    dashboard.status, dashboard.error, dashboard.heads = status, error, heads
+    jobs = RayJobs(dashboard.address)
+    assert (jobs.lost("one"), jobs.lost("another")) == (lost, True)
+    assert jobs.ended("one") == (status == "FAILED" or lost)
+
+
 def test_only_a_status_without_an_answer_ends_the_following(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_jobs, "PATIENCE", 0.05)
+    monkeypatch.setattr(ray_log, "AWAY", 0.0)
     dashboard.log, dashboard.broken = LOG, {"status", "logs", "tail"}
     with pytest.raises(ServerError, match="GET /api/jobs/one: "):
         Listener(dashboard).until()

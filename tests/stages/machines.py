@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -20,17 +20,22 @@ import psutil
 from ray.cluster_utils import Cluster
 
 ALONE = "unshare --net --pid --fork --kill-child --mount-proc"
+# The code, which every machine sees and none can write to, as an image would hold it.
+ROOT = Path(__file__).parent.parent.parent
 BRIDGE, NETWORK = "machines", "10.77.0"
 HEAD = f"{NETWORK}.1"
 ENTER = ("setpriv", "--pdeathsig", "KILL", "unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 # The wire comes from outside, a moment later.
 START = """
-mount -t tmpfs tmpfs /tmp && ip link set lo up || exit 1
+mount -t tmpfs tmpfs /tmp && mount --bind {root} {root} && mount -o remount,bind,ro {root} && ip link set lo up || exit 1
 until ip link set {wire} up 2>/dev/null; do sleep 0.1; done
 ip address add {address}/24 dev {wire} || exit 1
-until {python} -c '{light}' start --address={cluster} --node-ip-address={address} --num-cpus=1 \
-    --object-store-memory=100000000 --include-log-monitor=False --block; do sleep 1; done
+until {ray}; do sleep 1; done
 """
+JOIN = (
+    "{python} -c '{light}' start --address={cluster} --node-ip-address={address} --num-cpus=1 "
+    "--object-store-memory=100000000 --include-log-monitor=False --block"
+)
 # Ray waits fifteen seconds for its agent to begin, which imports a lot, unless there is nothing to import it for.
 LIGHT = "ray._private.utils.get_dashboard_dependency_error"
 STARTS = f"import ray.scripts.scripts as starts, ray._private.utils; {LIGHT} = lambda: 1; starts.main()"
@@ -63,15 +68,34 @@ def alive() -> set[str]:
 
 
 class Machine:
-    """A node of one CPU, which is there when it is made; Ray knows it some seconds later."""
+    """A node, which is there when it is made; Ray knows it some seconds later.
+
+    Args:
+        cluster: the address of the head.
+        ray: what it runs, by default a node of one CPU that joins the cluster; with `{address}`, its own, and so on.
+        address: its own; by default one that none had before.
+        environment: variables of its own.
+        log: where what it says goes.
+    """
 
     numbers = count(2)
 
-    def __init__(self, cluster: str) -> None:
+    def __init__(
+        self,
+        cluster: str,
+        ray: str = JOIN,
+        address: str | None = None,
+        environment: Mapping[str, str] | None = None,
+        log: Path = Path(os.devnull),
+    ) -> None:
         number = next(self.numbers)
-        self.address, self.outer, wire = f"{NETWORK}.{number}", f"outer{number}", f"wire{number}"
-        script = START.format(wire=wire, address=self.address, cluster=cluster, python=sys.executable, light=STARTS)
-        self.process = subprocess.Popen([*ENTER, "sh", "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.address, self.outer, wire = address or f"{NETWORK}.{number}", f"outer{number}", f"wire{number}"
+        ray = ray.format(address=self.address, cluster=cluster, python=sys.executable, light=STARTS)
+        script = START.format(root=ROOT, wire=wire, address=self.address, ray=ray)
+        with log.open("a") as said:
+            self.process = subprocess.Popen(
+                [*ENTER, "sh", "-c", script], stdout=said, stderr=said, env={**os.environ, **(environment or {})}
+            )
         wait_until(lambda: namespace(self.process.pid) != namespace("self"), "no network namespace")
         ip("link", "add", self.outer, "type", "veth", "peer", "name", wire, "netns", str(self.process.pid))
         ip("link", "set", self.outer, "master", BRIDGE, "up")
@@ -89,9 +113,7 @@ class Machine:
         for process in self.processes():
             with suppress(psutil.Error):
                 words = " ".join(process.cmdline())
-                if words.startswith("ray::") and not words.startswith(
-                    ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
-                ):
+                if words.startswith("ray::") and not words.startswith(AT_REST):
                     return True
         return False
 

@@ -85,9 +85,13 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cpus: list[int], ends: list[Any]) -> None:
         self.cpus, self.ends, self.workers = cpus, ends, []
-        monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": self.cpus.pop(0) if len(self.cpus) > 1 else self.cpus[0]})
+        monkeypatch.setattr("training.launch.total", lambda kind, machines: self.next() if kind == "CPU" else 0.0)
+        monkeypatch.setattr("training.launch.may_come", lambda kind, machines: 0.0)
         monkeypatch.setattr("ray.nodes", lambda: [])
         monkeypatch.setattr("training.launch.Attempt", self.attempt)
+
+    def next(self) -> float:
+        return self.cpus.pop(0) if len(self.cpus) > 1 else self.cpus[0]
 
     def attempt(self, job: Any, workers: int, gpus: bool) -> Any:
         self.workers.append(workers)
@@ -113,7 +117,7 @@ def job(**changes: Any) -> Any:
 
 def test_a_group_goes_on_with_the_greatest_number_that_fits_and_shares_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     ends = [(5, Lost("a", frozenset())), (9, True), (12, False)]
-    cluster = Cluster(monkeypatch, [9, 9, 7, 3], ends)
+    cluster = Cluster(monkeypatch, [9, 7, 3], ends)
     outcome = train(job(workers={"min": 1, "max": 8}))
     assert (cluster.workers, outcome) == ([8, 4, 2], Outcome(12, False))
 
@@ -138,7 +142,7 @@ def test_a_failure_of_its_own_is_not_tried_again(monkeypatch: pytest.MonkeyPatch
 
 def test_a_stop_is_kept_to_while_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     stop = threading.Event()
-    cluster = Cluster(monkeypatch, [2, 2, 0], [(3, Lost("gone"))])
+    cluster = Cluster(monkeypatch, [2, 0], [(3, Lost("gone"))])
     monkeypatch.setattr(threading.Event, "wait", lambda event, timeout: event.set() or True)
     assert train(job(workers=2), stop=stop) == Outcome(3, True)
     assert cluster.workers == [2]

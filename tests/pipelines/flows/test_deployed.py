@@ -91,6 +91,12 @@ class Ray:
     def status(self, job: str) -> str:
         return self.jobs[job]
 
+    def lost(self, job: str) -> bool:
+        return job not in self.jobs
+
+    def ready(self) -> bool:
+        return True
+
     def submit(self, job: str, command: str, environment: Any, metadata: dict[str, str], folder: str | None = None) -> None:
         self.submitted.append((command, environment, folder))
         self.jobs[job], self.metadata[job] = "RUNNING", metadata

@@ -112,6 +112,41 @@ def test_a_cluster_is_told_which_code_it_is_to_have_and_gets_it_where_that_is_as
     assert sent == ["code.zip"], "a Ray of this machine has its code"
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["a head that remembers it", "a head that knows of no job"])
+@pytest.mark.parametrize(("losses", "jobs_had"), [(1, 2), (2, 3), (3, None)])
+def test_a_node_goes_on_by_another_job_when_the_cluster_has_lost_the_one_it_had(
+    recipe: Recipe, store: Store, known: bool, losses: int, jobs_had: int | None
+) -> None:
+    class Losing(Ray):
+        followed = 0
+
+        def follow(self, job: str) -> Iterator[str]:
+            self.followed += 1
+            if self.followed > losses:
+                yield from super().follow(job)
+            elif known:
+                self.jobs[job] = "FAILED"
+            else:
+                del self.jobs[job]
+                raise ServerError(f"Job {job} does not exist")
+
+        def lost(self, job: str) -> bool:
+            return self.jobs.get(job) != "SUCCEEDED"
+
+        def explanation(self, job: str) -> str:
+            return "its supervisor died"
+
+    ray = Losing()
+    run, said = a_run(recipe, store, ray), list[str]()
+    if jobs_had is None:
+        with pytest.raises(NodeFailed, match="its supervisor died" if known else "does not exist"):
+            make(run, said, [])
+    else:
+        make(run, said, [])
+        assert ray.followed == jobs_had
+    assert sum(line.startswith("the cluster has lost the job ") for line in said) == min(losses, 2)
+
+
 def test_a_line_of_progress_that_was_cut_is_passed_over(recipe: Recipe, store: Store) -> None:
     said: list[str] = []
     told: list[dict[str, Any]] = []

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +215,10 @@ def test_bytes_that_are_not_those_that_the_metadata_lists(store, web, listed, ma
         assert rows["gif"]["status"] == "hash_mismatch"
     else:
         assert dataset.manifest.stats.rows_out == 5 and came == set(rows)
+
+
+def test_a_worker_that_is_killed_leaves_no_folder_for_files_of_a_time(tmp_path: Path) -> None:
+    # SIGKILL is how Ray ends a pool's workers.
+    work = "import os, signal; import stages.download.downloader; os.kill(os.getpid(), signal.SIGKILL)"
+    ended = subprocess.run([sys.executable, "-c", work], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    assert ended.returncode == -signal.SIGKILL and list(tmp_path.iterdir()) == []

@@ -40,6 +40,7 @@ def test_a_worker_sweeps_what_dead_ones_left_and_nothing_that_is_held_or_new_or_
     dead, new = aged(left_by_a_death(temporary)), left_by_a_death(temporary)
     foreign = temporary / "unidiffuser-train-1"
     foreign.mkdir()
+    Path(store.root).mkdir(exist_ok=True)
     with scratch_folder() as folder:
         (folder / "file").write_text("at work")
         aged(folder), aged(foreign)
