@@ -54,7 +54,7 @@ class World:
 
     def end(self, run: str, attempt: int = 1) -> str:
         """The state in which an attempt at a run ends."""
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             states = self.api("GET", f"flow_run_states/?flow_run_id={run}")
             names = [state["name"] for state in sorted(states, key=lambda state: state["timestamp"])]
