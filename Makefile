@@ -67,8 +67,7 @@ chaos: setup
 		$(PY) -m tests.stages.chaos $$(mktemp -d) --rounds 3 --json docs/results/chaos-nodes.json
 
 # The demo's recipe, smaller, on a Ray cluster of a head and three nodes, which loses two of these and the head, against the same on
-# this machine alone: a quarter of an hour on 2 quiet cores. It makes networks, and Redis keeps what the head knows, so it wants
-# root, Linux and Debian's redis-server.
+# this machine alone. It makes networks, and Redis keeps what the head knows, so it wants root, Linux and Debian's redis-server.
 cluster-test: setup
 	unshare --net --pid --fork --kill-child --mount-proc \
 		$(PY) -m tests.pipelines.cluster $$(mktemp -d) --json docs/results/cluster.json

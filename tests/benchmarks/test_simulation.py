@@ -7,8 +7,6 @@ import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from benchmarks.bookkeeping import SHARD_ROWS
 from benchmarks.simulated import FATES, Faults, World, number_of
 from benchmarks.simulation import lost_rows, play
@@ -64,7 +62,6 @@ def test_the_same_seed_is_the_same_run(tmp_path):
     assert [(each.ended, each.simulated_s, each.happened) for each in told][1:] == [("head lost", 2000.0, told[0].happened)]
 
 
-@pytest.mark.skipif(not RESULT.is_file(), reason="there is no result yet")
 def test_the_page_shows_what_was_simulated():
     found = json.loads(RESULT.read_text())
     figures = found["figures"]
