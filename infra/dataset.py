@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, field_serializer
 
 from infra.entries import fingerprint_of, stages_in
+from infra.room import check_room
 from infra.sources import StoredSources, written
 from infra.store import NotThere, Store, StoreError, sha256_of, stays_below
 
@@ -173,9 +174,12 @@ def fetch_files(store: Store, files: Sequence[FileEntry], folder: Path, fix: str
         fix: what a person is to do about a damaged file.
 
     Raises:
+        NoRoom: this machine's disk is too small for them.
         StoreError: a file is missing, or not the one that its record tells of; or a name leads out of the folder.
     """
     _check_names(store, files, fix)
+    if not store.local:
+        check_room(folder, sum(entry.bytes for entry in files), store.url(files[0].path) if files else store.root)
     for entry in files:
         target = folder / entry.name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from infra.contents import remote_digests
 from infra.digests import local_digests
 from infra.listing import Files, Listing, OutsideError, readable
 from infra.queries import file_name, place, without_query
+from infra.room import check_room
 from infra.sources import Sources
 from infra.store import Store, stays_below
 
@@ -76,14 +77,20 @@ def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Pat
         files: address -> digest, as `resolve` gave them for files at or below `root`; local ones are linked, not copied.
 
     Raises:
+        NoRoom: this machine's disk is too small for them.
         OutsideError: a file is gone, or has other content than it had, or its name leads out of the folder.
     """
     if resolve(list(files), store) != dict(files):
         raise OutsideError(root, "has changed since the run was planned; run again")
     fs, top = place(root)
     top, target = top.rstrip("/"), folder / file_name(root.rstrip("/"))
-    for address in files:
-        _, path = place(address)
+    paths = {address: place(address)[1] for address in files}
+    if not isinstance(fs, LocalFileSystem):
+        with readable(root):
+            # Some web servers do not say how large a file is.
+            sizes = [fs.size(path) or 0 for path in paths.values()]
+        check_room(folder, sum(sizes), root)
+    for address, path in paths.items():
         if path != top and not stays_below(path[len(top) + 1 :]):
             raise OutsideError(root, f"lists {path!r}, which leads out of its folder; take it from a place that you trust")
         copy = target / path[len(top) + 1 :] if path != top else target

@@ -6,6 +6,7 @@ import logging
 import os
 import urllib.request
 from collections.abc import Mapping
+from functools import cache
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,8 +31,9 @@ def is_loopback(url: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")
 
 
+@cache
 def warn_of_clear_text(url: str, what: str) -> None:
-    """Say that a secret goes over a network as everybody there can read it."""
+    """Say, once in a process, that a secret goes over a network as everybody there can read it."""
     if url.lower().startswith("http://") and not is_loopback(url):
         log.warning("%s travels in clear to %s: name it with https://, or let nobody else into its network", what, url)
 

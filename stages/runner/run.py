@@ -24,6 +24,7 @@ from typing import Any
 
 from infra.commit import git_commit
 from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
+from infra.room import DISK_RESERVE
 from infra.sources import Sources
 from infra.store import Store
 from stages.runner.chain import Chain, Gang
@@ -46,8 +47,6 @@ from stages.runner.skipping import REASON, skipped_rows, without_skipped
 
 log = logging.getLogger("stages")
 
-# Never fill a disk to the brim: other programs and the stage's own scratch files need room too.
-DISK_RESERVE = 512 * 2**20
 # Seconds between two lines of progress.
 SAY_EVERY = 0.5
 # New objects, and collections of the generation before, after which Python looks for cycles again.

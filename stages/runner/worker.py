@@ -52,13 +52,12 @@ class PoolWorker:
         sweep()
         try:
             check_seen(self.job.store)
-        except StoreError as error:
-            raise StageError(f"{self.job.node}: {error}") from error
-        try:
             with memory_said("its models", self.job, self.phase):
                 self.worker = self.phase.worker(self.job)
         except StageError:
             raise
+        except StoreError as error:
+            raise StageError(f"{self.job.node}: {error}") from error
         except Exception as error:
             raise Bug(f"{self.job.node}: {in_words(error)}") from error
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from infra.dataset import VERIFY, FileEntry, Stats, datasets_of, fetch_files
-from infra.queries import opened
+from infra.queries import opened, place
+from infra.room import NoRoom, check_room
 from infra.store import Store, StoreError, Writing, sha256_of
 from stages.runner.chain import Chain
 from stages.runner.contract import UnitRecord, write_record
@@ -163,6 +164,8 @@ class Newest:
                 continue
             try:
                 folder = fetch_files(self.chain.job.store, record.files, Path(self.folder), "it cannot be gone on from")
+            except NoRoom:
+                raise
             except StoreError as found:
                 shutil.rmtree(self.folder)
                 damaged.append(step)
@@ -196,6 +199,8 @@ class Outside:
 
     def __call__(self) -> str:
         folder = Path(self.folder)
+        sizes = [fs.size(path) or 0 for fs, path in map(place, self.files)]
+        check_room(folder, sum(sizes), next(iter(self.files)).rsplit("/", 1)[0])
         folder.mkdir(parents=True)
         for address, digest in self.files.items():
             target = folder / address.rsplit("/", 1)[-1]

@@ -1,6 +1,7 @@
 """Datasets: the manifest is the commit, and `verify` finds what no longer matches it."""
 
 import hashlib
+import shutil
 import threading
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from infra.dataset import (
     pointed,
     verify,
 )
+from infra.room import DISK_RESERVE, NoRoom
 from infra.store import Store, StoreError
 
 
@@ -167,3 +169,21 @@ def test_a_damaged_list_of_files_is_named(tmp_path, monkeypatch):
     path.write_bytes(data)
     with pytest.raises(StoreError, match=f"^{path}: damaged .*; delete {path.parent} and run again$"):
         find(store, "select", "f" * 24)
+
+
+@pytest.mark.parametrize(("spare", "fits"), [(0, True), (-1, False)])
+def test_what_does_not_fit_the_machines_disk_is_not_fetched(tmp_path, monkeypatch, spare, fits):
+    store = Store(f"memory://{tmp_path.name}")
+    dataset = commit(store, manifest(store))
+    usage = shutil.disk_usage(tmp_path)
+    free = sum(entry.bytes for entry in dataset.files) + DISK_RESERVE + spare
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=free))
+    if fits:
+        assert len(list(dataset.fetch(tmp_path / "here").iterdir())) == 3
+        return
+    line = (
+        f"^{dataset.url(dataset.files[0])}: 0.0 GiB are to be fetched to {tmp_path} of the machine .*, which has 0.5 GiB free; "
+    )
+    with pytest.raises(NoRoom, match=f"{line}free some there, or point TMPDIR elsewhere$"):
+        dataset.fetch(tmp_path / "here")
+    assert not (tmp_path / "here").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import threading
 import zipfile
@@ -18,6 +19,7 @@ import pytest
 from infra.contents import remote_digests
 from infra.external import fetch_outside, resolve
 from infra.listing import OutsideError
+from infra.room import DISK_RESERVE, NoRoom
 from infra.store import Store
 
 ONE, TWO = b"one.example\n", b"two.example\n"
@@ -233,3 +235,15 @@ def test_a_name_from_outside_that_leads_out_of_its_folder_is_refused(tmp_path: P
     with pytest.raises(OutsideError, match="lists 'top/../../../x', which leads out of its folder; take it from a place that"):
         fetch_outside(resolve([address], store), f"zip://top::{tmp_path}/weights.zip", store, tmp_path / "a" / "b" / "c" / "here")
     assert not (tmp_path / "a").exists() and not (tmp_path / "x").exists()
+
+
+def test_weights_that_do_not_fit_the_machines_disk_are_not_fetched(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
+    root = f"memory://{tmp_path.name}/weights"
+    fsspec.filesystem("memory").pipe_file(f"{root}/model.bin", b"numbers")
+    planned = resolve([f"{root}/*"], store)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=DISK_RESERVE + 6))
+    with pytest.raises(NoRoom, match=f"^{root}: 0.0 GiB are to be fetched to {tmp_path} of the machine "):
+        fetch_outside(planned, root, store, tmp_path / "one")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=DISK_RESERVE + 7))
+    assert (fetch_outside(planned, root, store, tmp_path / "two") / "model.bin").read_bytes() == b"numbers"

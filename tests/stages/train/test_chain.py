@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from infra.dataset import verify
+from infra.room import NoRoom
 from infra.store import Store, StoreError
 from stages.runner.contract import Job, StageError
 from stages.runner.run import phase_states
@@ -106,6 +107,21 @@ def test_where_no_checkpoint_is_whole_none_is_set_aside(training: Trainings) -> 
     with pytest.raises(StoreError, match=line):
         training(steps=12)
     assert list(training.chain(steps=12).done()) == [5]
+
+
+def test_a_checkpoint_for_which_a_machine_has_no_room_is_not_set_aside(
+    training: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = Trainings(tmp_path / "away", f"memory://{tmp_path.name}")
+    monkeypatch.setattr("training.launch.train", away.train)
+    away(steps=5)
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as small:
+        small.setattr("infra.room.shutil.disk_usage", lambda _: usage._replace(free=2**29))
+        with pytest.raises(NoRoom, match="are to be fetched to .* of the machine "):
+            away(steps=7)
+    away(steps=7)
+    assert away.began == [0, 5]
 
 
 def test_a_training_on_an_object_store_is_the_same_and_leaves_one_attempt(
