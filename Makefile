@@ -5,8 +5,11 @@ PY := $(VENV)/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
+# What the tests use.
+EXTRAS := aws,dev,docker,kubernetes,lora,semantic,site,tensorboard
+COMMA := ,
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-trainer loss-curve chaos cluster-test mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings audit lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-oldest test-trainer loss-curve chaos cluster-test mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings audit lock clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +52,14 @@ test-killed: setup
 # Deployments whose processes are killed, which is mostly waiting; a forced run; benchmarks at tiny sizes.
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+# The same tests with the oldest versions that pyproject.toml admits, in an environment of their own; `make test` has the newest.
+OLDEST := .venv-oldest
+test-oldest: python | $(UV)
+	$(UV) venv --quiet --clear --python $(PYTHON) $(OLDEST)
+	$(UV) pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[$(EXTRAS)]'
+	touch $(OLDEST)/.ready
+	$(MAKE) --no-print-directory VENV=$(OLDEST) test-runs test-parts test-killed
 
 # Every change of a training from which it must go on without losing a step; workers and nodes that are lost; both optimizers on every
 # ZeRO stage, with one and two workers, against plain torch: some minutes.
@@ -142,8 +153,7 @@ audit: setup | $(UV)
 # The other trackers hold back packages of ours: who wants one installs it beside them.
 lock: | $(UV)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url \
-		--extra aws --extra dev --extra docker --extra kubernetes --extra lora --extra semantic --extra site \
-		--extra tensorboard pyproject.toml --output-file requirements.lock
+		$(patsubst %,--extra %,$(subst $(COMMA), ,$(EXTRAS))) pyproject.toml --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv runs

@@ -167,10 +167,14 @@ def open_page_of(page: Any, download: Dataset) -> Any:
     """From the page of a run to the newest page of the download that it made or reused."""
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_role("link", name=re.compile(f"download {download.manifest.fingerprint}")).first.click()
-    page.wait_for_url(re.compile("/artifacts/key/pictures-little-download"))
+    page.wait_for_url(re.compile("/artifacts/(key|artifact)/"))
     main = page.locator("main")
-    main.locator("a[href*='/artifacts/artifact/']").first.click()
-    main.get_by_text(f"download/{download.manifest.fingerprint}").first.wait_for()
+    name, version = main.get_by_text(f"download/{download.manifest.fingerprint}"), main.locator("a[href*='/artifacts/artifact/']")
+    name.or_(version).first.wait_for()
+    # Prefect 3.8 leads to the history of the node, 3.9 to the version itself.
+    if not name.count():
+        version.first.click()
+    name.first.wait_for()
     return main
 
 
