@@ -93,7 +93,7 @@ def test_the_plan_of_this_machine_is_shown(demo: Asked, machine: Machine) -> Non
 
 def test_processes_measure_the_trainers_own_steps(tmp_path: Path) -> None:
     """In processes of their own, as a plan does it: a world without pictures, and a training of a few thousand numbers."""
-    recipe = load_recipe("configs/shapes.yaml", [*TINY, "evaluate=null"])
+    recipe = load_recipe("configs/shapes.yaml", [*TINY, "evaluate=null", "train.shapes.compile=false"])
     measured = calibrated(asked_of(recipe, Store(str(tmp_path / "none"))))
     assert 0 < measured.found["step train-shapes"] < measured.found["begin train-shapes"]
     assert not list(tmp_path.iterdir())
