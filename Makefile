@@ -109,7 +109,8 @@ base: setup
 text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
-# One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour on 2 cores, resumable.
+# One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour to an hour on 2 cores, and half
+# of that to measure it; resumable.
 shapes: setup
 	$(VENV)/bin/unidiffuser run configs/shapes.yaml
 	$(PY) -m examples.shapes
