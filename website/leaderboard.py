@@ -92,6 +92,9 @@ def enter(folder: Path) -> list[dict[str, Any]]:
         if not file.is_file():
             continue
         entry = _entry(clock, file)
+        # A result that does not tell its commit gets another when its file is committed again.
+        if any(all(old[name] == entry[name] for name in entry.keys() - {"date", "commit"}) for old in entries):
+            continue
         entries = [old for old in entries if any(old[name] != entry[name] for name in SAME)] + [entry]
     entries.sort(key=lambda entry: ([clock.name for clock in CLOCKS].index(entry["clock"]), entry["date"], entry["commit"]))
     path.write_text(json.dumps({"entries": entries}, indent=1) + "\n", encoding="utf-8")

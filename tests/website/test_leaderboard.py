@@ -51,6 +51,8 @@ def test_an_entry_tells_when_where_and_how_and_stays_when_another_comes(tmp_path
     assert [each["value"] for each in enter(tmp_path)] == [120]
     measured(tmp_path, 150, "b" * 40)
     assert [each["value"] for each in enter(tmp_path)] == [120, 150]
+    measured(tmp_path, 150, "c" * 40)  # the same result, whose file was committed again
+    assert [(each["value"], each["commit"]) for each in enter(tmp_path)] == [(120, "a" * 12), (150, "b" * 12)]
     text = page(enter(tmp_path))
     assert text.index("**150**") < text.index("**120**") and "No entry yet." in text
 
