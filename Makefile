@@ -110,7 +110,7 @@ text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
 # One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour to an hour on 2 cores, and half
-# of that to measure it; resumable.
+# to two thirds of that to measure it; resumable.
 shapes: setup
 	$(VENV)/bin/unidiffuser run configs/shapes.yaml
 	$(PY) -m examples.shapes
@@ -157,4 +157,4 @@ lock: | $(UV)
 		$(patsubst %,--extra %,$(subst $(COMMA), ,$(EXTRAS))) pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) .uv runs
+	rm -rf $(VENV) $(OLDEST) .uv runs

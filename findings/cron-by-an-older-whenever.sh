@@ -2,9 +2,9 @@
 # prefect 3.9.1 with whenever 0.10.5, which its requirements admit (>=0.10.5,<0.12), under Python 3.11 or 3.12
 # Behaviour: the server finds no date of any cron schedule. Its own clock gives times in pendulum's zones there, which this
 #   whenever does not take (0.11.0 does): asking a schedule for its dates raises. Interval and recurrence rules have theirs.
-# Why it matters: an upgrade of Prefect alone keeps the whenever that is installed or locked. A nightly deployment is then
-#   registered and shown as active, and never runs.
-# Seen: whenever 0.10.5: cron: ValueError, "tzinfo must be of type ZoneInfo (exactly), got Timezone('UTC')"; interval: 3 dates;
+# Why it matters: an upgrade of Prefect alone keeps the whenever that is installed or locked. The scheduler asks for these
+#   same dates, so a nightly deployment has no run to come.
+# Seen: whenever 0.10.5: cron: ValueError, "tzinfo must be of type ZoneInfo (exactly), got Timezone('Europe/Berlin')"; interval: 3 dates;
 #   rrule: 3 dates. whenever 0.11.0: 3 dates each.
 set -euo pipefail
 folder=$(mktemp -d)
