@@ -28,6 +28,8 @@ _SIGNED = re.compile(
 # What a query leaves behind in a name: addresses that differ in nothing else are other files.
 MARK = re.compile(r"#q-[0-9a-f]{8}$")
 _turn = threading.Lock()
+# By its name: who reads no weights need not import it.
+fsspec.register_implementation("embedded", "unidiffuser.shipped.ShippedFiles")
 
 
 def known() -> dict[str, str]:

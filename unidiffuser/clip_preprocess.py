@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from unidiffuser.imports import import_open_clip
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,6 +44,7 @@ class Preprocess:
         Raises:
             WeightsError: a setting has a value that open_clip does not know.
         """
+        import_open_clip()
         from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
         from unidiffuser.tensors import WeightsError

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unidiffuser.clip_preprocess import Preprocess
+from unidiffuser.imports import import_open_clip
 from unidiffuser.references import local_folder, public_name
 from unidiffuser.tensors import WeightsError, read_settings
 
@@ -69,6 +70,7 @@ def published(ref: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
     Raises:
         OSError, ValueError: see ``clip_settings``.
     """
+    import_open_clip()
     import open_clip
 
     name, _, weights = public_name(ref)[0].partition("/")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unidiffuser.clip_preprocess import INTERPOLATIONS
 from unidiffuser.encoders import ClipEncoder
+from unidiffuser.imports import import_open_clip
 from unidiffuser.tensors import WeightsError, load_checked
 
 _LAYER = {
@@ -54,6 +55,7 @@ def clip_tokenizer(context_length: int = 77) -> Any:
     Token ids equal open_clip's, but that open_clip repairs a text beforehand (ftfy: curly quotes become straight ones, ligatures
     letters; HTML entities), and that Python knows a Greek final sigma when it makes letters small.
     """
+    import_open_clip()
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPTokenizer
 
@@ -288,6 +290,7 @@ def _activation(config: Any, source: str) -> dict[str, Any]:
 def _write(
     folder: Path, settings: Mapping[str, Any], preprocess: Mapping[str, Any], tower: str, state: Mapping[str, Tensor], source: str
 ) -> None:
+    import_open_clip()
     from open_clip.model import CustomTextCLIP
 
     model = CustomTextCLIP(**settings)

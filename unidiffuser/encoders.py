@@ -20,6 +20,7 @@ from torch import Tensor
 from unidiffuser.clip_preprocess import Preprocess
 from unidiffuser.clip_settings import clip_settings, published
 from unidiffuser.images import to_pil
+from unidiffuser.imports import import_open_clip
 from unidiffuser.references import local_folder, public_name
 from unidiffuser.tensors import NotFinite, WeightsError, load_checked, pretrained, reading
 
@@ -142,6 +143,7 @@ def _refuse_shifted(config: Any, ref: str) -> None:
 
 def _model_of_folder(folder: Path) -> Any:
     """The open_clip model of a folder, whose tensors are compared: open_clip stretches positions that do not fit."""
+    import_open_clip()
     from open_clip import create_model, factory
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
@@ -202,6 +204,7 @@ class ClipEncoder:
             FileNotFoundError: a folder without the model. ValueError: a public name without weights. OSError: an unknown
             one, or it cannot be fetched. WeightsError: tensors do not fit, or a setting of the model is not supported.
         """
+        import_open_clip()
         import open_clip
         from open_clip.pretrained import download_pretrained_from_hf
 

@@ -17,6 +17,7 @@ from unidiffuser.clip_towers import clip_tokenizer, image_processor, image_tower
 from unidiffuser.convert import to_diffusers
 from unidiffuser.encoders import ClipEncoder
 from unidiffuser.generation import UniDiffuser
+from unidiffuser.imports import import_open_clip
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.solver import SAMPLERS
 from unidiffuser.tensors import WeightsError, load_checked
@@ -74,6 +75,7 @@ def forget_paths(folder: Path) -> None:
 
 
 def _tokenizer(clip: ClipEncoder) -> Any:
+    import_open_clip()
     from open_clip.tokenizer import SimpleTokenizer
 
     if type(clip.tokenizer) is SimpleTokenizer:

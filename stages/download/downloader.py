@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from types import ModuleType
+
+from unidiffuser.imports import hidden
 
 # img2dataset imports albumentations, which asks its server for a newer version, and takes torch (0.5 GB, 2 s of a core) where it
 # finds it, for conversions that are never made. And it imports wandb, which it is not asked to use: that makes folders in /tmp,
 # which stay when a worker is killed, as all are in the end.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-_hidden = {"torch": None, "wandb": ModuleType("wandb")}
-_before = {name: sys.modules[name] for name in _hidden if name in sys.modules}
-sys.modules |= _hidden  # type: ignore[arg-type]
-try:
+with hidden({"torch": None, "wandb": ModuleType("wandb")}):
     from img2dataset.downloader import Downloader as Downloader
-finally:
-    for name in _hidden:
-        del sys.modules[name]
-    sys.modules |= _before

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from infra.dataset import Dataset
+from infra.scratch import scratch_folder
 from stages.drawing.lineage import provenance
 from stages.runner.contract import Job
-from stages.runner.scratch import scratch_folder
 from unidiffuser.references import weights_digest
 
 

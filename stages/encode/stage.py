@@ -25,10 +25,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from infra.scratch import scratch_folder
 from stages.encode.square import Squared, Squaring
 from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Resources, Stage, Unit, UnitRecord, operational
 from stages.runner.recipe import encoder
-from stages.runner.scratch import scratch_folder
 from stages.runner.skipping import skipped_shards
 from stages.shards.box import boxed
 from stages.shards.captions import caption_of, column_of_caption, names_of

@@ -15,11 +15,11 @@ from pydantic import Field
 
 from infra.dataset import FileEntry
 from infra.external import fetch_outside
+from infra.scratch import scratch_folder
 from stages.encode.pinned import check_codec, codec_files, load_codec
 from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Stage, StageError, Unit, UnitRecord, single_trainer
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
-from stages.runner.scratch import scratch_folder
 from stages.shards.tables import read_table
 from unidiffuser.references import weights_digest
 
@@ -39,7 +39,7 @@ class TextCodecConfig(NodeConfig):
     weights: str | None = external_file(
         None,
         "a codec to take as it is instead of training one: caption_decoder.pth, or a folder with that, of diffusers' UniDiffuser "
-        "or of an export; a path or URL",
+        "or of an export; a path or URL, or embedded://base, which is shipped with this package",
     )
     latent_width: int = Field(64, ge=1, description="numbers a text token has in the U-ViT; the paper's is 64")
     max_captions: int = Field(2_000_000, ge=1, description="captions to train on at most, the first of the selection")

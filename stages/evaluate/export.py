@@ -10,10 +10,10 @@ from typing import Literal
 from pydantic import Field
 
 from infra.dataset import fetch_files
+from infra.scratch import scratch_folder
 from stages.drawing.assembly import assemble, encoder_digests
 from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Stage, Unit, UnitRecord
 from stages.runner.recipe import encoder
-from stages.runner.scratch import scratch_folder
 
 
 class ExportConfig(NodeConfig):

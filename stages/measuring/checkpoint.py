@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from infra.external import fetch_outside
+from infra.scratch import scratch_folder
 from stages.drawing.assembly import assemble
 from stages.runner.contract import Job, StageError, digest_of
-from stages.runner.scratch import scratch_folder
 
 OUTSIDE = "checkpoint"
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from infra.dataset import fetch_files
 from infra.external import fetch_outside
+from infra.scratch import scratch_folder
 from stages.catalog import MADE_STAGES
 from stages.measuring.checkpoint import OUTSIDE, model_folder
 from stages.measuring.damage import damaged
@@ -19,7 +20,6 @@ from stages.measuring.rows import HELD_OUT, Rows
 from stages.measuring.samples import Samples
 from stages.measuring.worlds import WorldPrompts
 from stages.runner.contract import Job, StageError
-from stages.runner.scratch import scratch_folder
 
 # What the picture codec is called in the dataset of its world.
 CODEC = "codec.safetensors"

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from infra.dataset import Dataset, FileEntry, InputRef, Stats
 from infra.queries import said
+from infra.scratch import scratch_folder
 from infra.store import Store, StoreError
 from stages.runner.packs import FEW, RECORD_FILE, Packs
-from stages.runner.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from stages.runner.chain import Gang

@@ -11,10 +11,10 @@ from socket import gethostname
 from typing import Any
 
 from infra.code import other_code
+from infra.scratch import sweep
 from infra.store import StoreError
 from infra.store_access import check_seen
 from stages.runner.contract import Bug, Job, Phase, StageError, Unit, UnitRecord, Worker, in_words, scratch_output
-from stages.runner.scratch import sweep
 from unidiffuser.memory import out_of_memory
 
 log = logging.getLogger("stages")

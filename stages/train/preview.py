@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import Field
 
 from infra.dataset import FileEntry, fetch_files, find
+from infra.scratch import scratch_folder
 from stages.drawing.assembly import put_together
 from stages.drawing.pictures import sample_sheet
 from stages.runner.chain import Chain
 from stages.runner.contract import Job, StageConfig, UnitRecord
 from stages.runner.run import emit_progress
-from stages.runner.scratch import scratch_folder
 from stages.shards.tables import open_table
 from stages.train.beside import Beside
 

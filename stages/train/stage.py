@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,7 @@ from uuid import uuid4
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from infra.dataset import InputRef, by_prefix
+from infra.scratch import scratch_folder
 from infra.store import NotThere, Store, StoreError
 from stages.runner.chain import Chain, Gang
 from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, UnitRecord, operational
@@ -68,7 +68,7 @@ class TrainStageConfig(TrainConfig):
     weights: str | None = external_file(
         None,
         "weights to start from instead of a training: uvit_v0.pth or uvit_v1.pth, a folder of diffusers' UniDiffuser, an export, "
-        "a native folder or a lone file of tensors; a path or URL",
+        "a native folder or a lone file of tensors; a path or URL, or embedded://base, which is shipped with this package",
     )
     vae: str = encoder("embedded", "AutoencoderKL of the latents, for the preview; none of the three decides the result")
     clip: str = encoder("embedded", "open_clip model of the image embeddings, likewise")
@@ -202,7 +202,7 @@ def train_chain(chain: Chain) -> None:
         if row["kind"] == "validation":
             log.info("%s: step %d validation loss %.4f", job.node, row["step"], row["loss"])
 
-    with tempfile.TemporaryDirectory(prefix="unidiffuser-train-") as folder:
+    with scratch_folder() as folder:
         starts = itertools.count()
 
         def plan() -> TrainJob:

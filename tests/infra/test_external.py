@@ -21,6 +21,7 @@ from infra.external import fetch_outside, resolve
 from infra.listing import OutsideError
 from infra.room import DISK_RESERVE, NoRoom
 from infra.store import Store
+from unidiffuser.references import EMBEDDED
 
 ONE, TWO = b"one.example\n", b"two.example\n"
 
@@ -247,3 +248,14 @@ def test_weights_that_do_not_fit_the_machines_disk_are_not_fetched(tmp_path: Pat
         fetch_outside(planned, root, store, tmp_path / "one")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=DISK_RESERVE + 7))
     assert (fetch_outside(planned, root, store, tmp_path / "two") / "model.bin").read_bytes() == b"numbers"
+
+
+def test_what_is_shipped_with_the_package_has_one_name_wherever_that_lies(tmp_path: Path, store: Store):
+    """A path would be another on each machine, and the times of two installations differ."""
+    names = [f"embedded://base/uvit/{name}" for name in ("config.json", "model.safetensors")]
+    expected = {name: hashlib.sha256((EMBEDDED / name.removeprefix("embedded://")).read_bytes()).hexdigest() for name in names}
+    assert dict(resolve(names, store)) == expected
+    assert "mtime" not in fsspec.url_to_fs(names[0])[0].info("base/uvit/config.json")
+    fetched = fetch_outside(expected, "embedded://base", store, tmp_path / "elsewhere")
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (fetched / "uvit").iterdir()}
+    assert found == {name.rpartition("/")[2]: digest for name, digest in expected.items()}

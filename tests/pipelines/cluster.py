@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from examples.little_web.build import build
 from examples.little_web.server import LittleWeb
 from infra.store import Store
 from pipelines.commands.demo import HOST, RECIPE
-from tests.pipelines.losses import Losses, compared, files_of, left_behind, timed
+from tests.pipelines.losses import Losses, compared, files_of, in_tmp, left_behind, timed
 from tests.pipelines.standing import NODES, OUTSIDE, standing
 from tests.stages.machines import ALONE, network
 
@@ -132,6 +133,13 @@ def trained(store: Store) -> dict[str, Any]:
     return told
 
 
+def at_work() -> list[str]:
+    """The processes that are there beside this one and what it is held by; the dead, whom nobody has asked for, are not."""
+    own = {os.getpid(), os.getppid(), resource_tracker._resource_tracker._pid}  # type: ignore[attr-defined]
+    processes = [each for each in psutil.process_iter() if each.pid not in own and each.status() != psutil.STATUS_ZOMBIE]
+    return [" ".join(each.cmdline())[:100] for each in processes]
+
+
 def holds(result: dict[str, Any], losses: int) -> bool:
     """Whether all is as it must be."""
     left = result["cluster"]["left"]
@@ -162,7 +170,7 @@ def main() -> None:
     with ExitStack() as stack:
         stack.enter_context(network())
         own_tmp(folder)
-        there = set(os.listdir("/tmp"))
+        there = {*in_tmp(Path("/tmp"))}
         stack.enter_context(counted_s3(OUTSIDE))
         web = stack.enter_context(LittleWeb(prepared(folder), host=OUTSIDE))
         play = Play(folder, web.address)
@@ -173,9 +181,8 @@ def main() -> None:
         calm, ours = Store(str(folder / "single")), Store("s3://data/runs")
         result["nodes"] = compared(ours, calm)
         result["trainings"] = {"cluster": trained(ours), "one_machine": trained(calm)}
-    result["left_in_tmp"] = sorted(set(os.listdir("/tmp")) - there)
-    own = {os.getpid(), os.getppid()}
-    result["processes_left"] = [process.name() for process in psutil.process_iter() if process.pid not in own]
+    result["left_in_tmp"] = sorted({*in_tmp(Path("/tmp"))} - there)
+    result["processes_left"] = at_work()
     print(json.dumps(result, indent=1), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -17,8 +18,8 @@ from infra.store import Store, StoreError
 from tests.pipelines.standing import Standing
 from tests.stages.machines import Machine
 
-# What Ray and torch keep there for the next job.
-CACHES = {"ray", "home", "torchinductor_root"}
+# What Ray and torch keep there for the next job, and Python for a process that lives.
+CACHES = re.compile(r"ray|home|torchinductor_.*|pymp-.*")
 # Stages whose files are the same wherever they are made.
 EQUAL = ("select", "download", "filter", "text-codec", "encode")
 
@@ -33,7 +34,11 @@ class Losses:
     over: threading.Event = field(default_factory=threading.Event)
 
     def watch(self) -> None:
-        """To be called in a thread of its own."""
+        """To be called in a daemon thread, which does not end: the kernel kills the machines that a thread has begun with it."""
+        self._take_away()
+        threading.Event().wait()
+
+    def _take_away(self) -> None:
         for stage, lose in (("encode", self._a_node), ("encode", self._head), ("train", self._a_node)):
             # Which of two nodes comes first is Prefect's choice.
             seen = {row["in"] for row in self.rows}
@@ -109,15 +114,19 @@ def left_behind(cluster: Standing, store: Store) -> dict[str, Any]:
     return {
         "jobs_at_work": len(cluster.ray.running()),
         "machines_with_workers": [node.address for node in cluster.nodes if node.works()],
-        "files_in_tmp": {machine.address: found for machine in machines if (found := sorted(_tmp(machine) - CACHES))},
+        "files_in_tmp": {machine.address: found for machine in machines if (found := in_tmp(_tmp(machine)))},
         "leases": sum(1 for _ in store.walk(".state/leases")),
     }
 
 
-def _tmp(machine: Machine) -> set[str]:
-    """What lies in a machine's own folder for files of a time."""
-    inside = machine.processes()[-1].pid
-    return set(os.listdir(Path(f"/proc/{inside}/root/tmp")))
+def _tmp(machine: Machine) -> Path:
+    """A machine's own folder for files of a time."""
+    return Path(f"/proc/{machine.processes()[-1].pid}/root/tmp")
+
+
+def in_tmp(folder: Path) -> list[str]:
+    """What lies there and should not any more."""
+    return sorted(name for name in os.listdir(folder) if not CACHES.fullmatch(name))
 
 
 def timed(work: Callable[[], int]) -> tuple[int, float]:

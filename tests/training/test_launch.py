@@ -13,12 +13,15 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import RayTaskError
+from ray.train import ControllerError
 
 from infra.code import code_digest
 from infra.store import StoreError
 from tests.infra.listening import beyond_loopback, family
 from tests.training.synthetic import KeepIn, config, losses, write_shards
-from training.gang.attempt import _work, failure_of
+from training.gang import group
+from training.gang.attempt import Lost, _work, failure_of
 from training.history import Row
 from training.job import TrainingBug, TrainingError, TrainJob
 from training.launch import train
@@ -93,6 +96,27 @@ def test_a_bug_is_a_line_that_is_caused_by_the_workers_traceback() -> None:
     failed.worker_failures = {0: told}  # type: ignore[attr-defined]
     error = failure_of(failed.worker_failures)
     assert (type(error), str(error), error.__cause__) == (TrainingBug, "KeyError: 'step'", told)
+
+
+def test_workers_that_cannot_meet_are_a_loss_told_in_a_line() -> None:
+    met_nobody = Lost("rank 1 on 10.0.0.2 could not meet the others, of which rank 0 is on 10.0.0.1: refused")
+    failure = ControllerError(RayTaskError("execute", "a traceback of many lines", met_nobody))
+    error = failure_of({0: failure})
+    assert type(error) is Lost and str(error) == str(met_nobody) and error.__cause__ is failure
+
+
+def test_a_group_meets_where_ray_knows_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo would ask what the machine's name stands for, which on Debian is 127.0.1.1."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    cards = {"lo": "127.0.0.1", "eth0": "10.0.0.7", "ib0": "fd00::7"}
+    monkeypatch.setattr(group, "net_if_addrs", lambda: {name: [SimpleNamespace(address=a)] for name, a in cards.items()})
+    assert group.interfaces("10.0.0.7") == {"GLOO_SOCKET_IFNAME": "eth0"}
+    assert group.interfaces("fd00::7") == {"GLOO_SOCKET_IFNAME": "ib0"}
+    assert group.interfaces("192.0.2.1") == {}  # an address that is not on a card, as behind a NAT
+    # Listeners of a Ray on loopback are there too, whatever has been set.
+    assert group.interfaces("127.0.0.2") == {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    assert group.interfaces("10.0.0.7") == {}
 
 
 def test_the_reason_of_a_failure_and_a_cluster_that_is_too_small(ray_cluster: None, tmp_path: Path) -> None:

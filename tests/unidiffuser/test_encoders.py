@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -180,3 +181,12 @@ def test_the_embedded_weights_stay_small() -> None:
     sizes = {path.relative_to(EMBEDDED): path.stat().st_size for path in EMBEDDED.rglob("*") if path.is_file()}
     base = sum(size for path, size in sizes.items() if path.parts[0] == "base")
     assert base <= 8e6 and sum(sizes.values()) - base <= 16e6
+
+
+def test_whoever_loads_a_clip_leaves_nothing_of_other_libraries_and_may_still_import_them(tmp_path: Path):
+    code = (
+        "import os, sys, unidiffuser.encoders as e; e.ClipEncoder.load()\n"
+        "if 'wandb' in sys.modules or os.listdir(os.environ['TMPDIR']): sys.exit(1)\n"
+        "import wandb; sys.exit(not hasattr(wandb, 'init'))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False).returncode == 0

@@ -10,14 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 
 from infra.code import code_digest, other_code
 from infra.ray_nodes import marked
+from infra.scratch import held, sweep
 from training.board import Heard, Reporter, new_board
 from training.gang.ranks import end, last_words, on_machines, stacks
 from training.gang.signs import Sign
@@ -49,7 +51,7 @@ class Lost(TrainingError):
         return Lost, (self.words, self.nodes)
 
 
-def _is_echo(error: Exception) -> bool:
+def is_echo(error: Exception) -> bool:
     """Whether an error says no more than that others do not answer."""
     import torch.distributed as dist
 
@@ -71,13 +73,15 @@ def _work(config: dict[str, Any]) -> Outcome:
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // get_context().get_local_world_size()))
     reporter = Reporter(config["board"], get_context().get_world_rank())
+    sweep()
     try:
-        return run(config["job"], device, reporter.stop_requested, reporter.add)
+        with held(Path(config["job"].work_folder)):
+            return run(config["job"], device, reporter.stop_requested, reporter.add)
     except Exception as error:
         if (which := out_of_memory(error)) is not None:
             at_once = config["job"].config.worker_micro_batch
             raise TrainingError(f"{which} is not enough; lower micro_batch (now {at_once}) or the model") from error
-        if not _is_echo(error):
+        if not is_echo(error):
             raise
         time.sleep(ECHO_SECONDS)
         words = " ".join(str(error).split())
@@ -237,7 +241,10 @@ def _environment(gpus: bool, compile: bool) -> dict[str, str]:
 
 
 def _cause(failure: BaseException) -> BaseException:
-    """What a worker raised, or what came in place of its answer."""
+    """What a worker raised, or what came in place of its answer; also where it is Ray Train's controller that tells of it."""
+    failure = getattr(failure, "controller_failure", failure)
+    if isinstance(failure, RayTaskError):
+        return failure.cause
     return getattr(failure, "_base_exc", getattr(failure, "health_check_failure", failure))
 
 

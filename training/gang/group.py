@@ -1,6 +1,7 @@
 """The process group of a training's workers, as Ray Train makes it: their signs begin before it, and nobody waits for its end.
 
-On a Ray that is on loopback alone, so are its listeners; torch's own would be on every interface.
+The workers meet at the addresses that Ray knows them by. gloo would take what the machine's name stands for, which many systems
+say is 127.0.1.1. On a Ray that is on loopback alone, so are the group's listeners; torch's own would be on every interface.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
+from psutil import net_if_addrs
 from ray.train.torch import TorchConfig
 
 from training.gang.signs import begin
@@ -57,16 +59,37 @@ def _open() -> tuple[str, int]:
 
 
 def _join(rank: int, backend: str, place: tuple[str, int], workers: int, timeout: int) -> None:
-    """Meet the other workers and make the group."""
+    """Meet the other workers and make the group.
+
+    Raises:
+        Lost: they could not be met, as when one has died on its way.
+    """
+    import ray
     from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch_process_group
 
+    from training.gang.attempt import Lost, is_echo
+
     host, port = place
-    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    if ip_address(host).is_loopback:
-        own = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
-        os.environ.update(GLOO_SOCKET_IFNAME=own, NCCL_SOCKET_IFNAME=own)
+    own = ray.util.get_node_ip_address()
+    os.environ.update({"MASTER_ADDR": host, "MASTER_PORT": str(port), **interfaces(own)})
     _set_torch_distributed_env_vars()
-    _setup_torch_process_group(backend, rank, workers, "env://", timeout)
+    try:
+        _setup_torch_process_group(backend, rank, workers, "env://", timeout)
+    except RuntimeError as error:
+        if not is_echo(error):
+            raise
+        words = " ".join(str(error).split())
+        raise Lost(f"rank {rank} on {own} could not meet the others, of which rank 0 is on {host}: {words}") from error
+
+
+def interfaces(own: str) -> dict[str, str]:
+    """Variables by which gloo, and on loopback NCCL, use the interface of a machine's own address; what a user has set stays."""
+    found = next((name for name, all_ in net_if_addrs().items() if any(own == each.address for each in all_)), None)
+    if ip_address(own).is_loopback:
+        # Any of 127.0.0.0/8 is answered there, and one alone is listed.
+        found = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+        return {"GLOO_SOCKET_IFNAME": found, "NCCL_SOCKET_IFNAME": found}
+    return {} if found is None or "GLOO_SOCKET_IFNAME" in os.environ else {"GLOO_SOCKET_IFNAME": found}
 
 
 @dataclass

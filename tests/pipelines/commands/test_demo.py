@@ -9,6 +9,6 @@ from stages.runner.recipe import load_recipe
 def test_a_demo_from_scratch_takes_nothing_of_the_base() -> None:
     based, scratch = (load_recipe(RECIPE, changes).nodes for changes in ((), FROM_SCRATCH))
     fields = [("text-codec", "weights"), ("train-256", "weights"), ("evaluate", "before")]
-    assert all(getattr(based[node].config, field).endswith("/unidiffuser/embedded/base") for node, field in fields)
+    assert all(getattr(based[node].config, field) == "embedded://base" for node, field in fields)
     assert all(getattr(scratch[node].config, field) is None for node, field in fields)
     assert scratch["train-256"].config.steps > based["train-256"].config.steps

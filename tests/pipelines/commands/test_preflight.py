@@ -18,6 +18,8 @@ from infra.places import elsewhere
 from infra.ray_jobs import RayJobs
 from infra.store import Store
 from pipelines.commands import preflight
+from pipelines.commands.demo import RECIPE
+from pipelines.commands.unseen import local_files
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
 from tests.pipelines.commands.test_plain import run_main
@@ -280,6 +282,11 @@ def test_files_here_of_a_run_elsewhere_are_refused_with_the_field_unless_every_m
     ]  # fmt: skip
     monkeypatch.setenv("UNIDIFFUSER_SHARED", f"/elsewhere:{tmp_path}")
     assert say(*arguments) == (0, [])
+
+
+def test_the_demo_names_no_file_here_but_its_web() -> None:
+    named = [field for node in load_recipe(RECIPE).nodes.values() for field, _ in local_files(node.config, node.place)]
+    assert {*named} <= {"subsets.little.select.metadata", "evaluate.prompts"}
 
 
 def test_a_forwarded_port_and_the_head_of_a_cluster_are_no_reason_to_take_files_here_for_everyones(

@@ -34,6 +34,30 @@ def scratch_folder() -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep the scratch folder that a path lies in, on a machine that has not made it, and remove it with the last process there.
+
+    Args:
+        path: in a scratch folder of that name on another machine or on this one; another path is left alone.
+    """
+    folder = next((each for each in (path, *path.parents) if each.name.startswith(PREFIX)), None)
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+        # Whoever has made it has a lock that no other can share.
+        with suppress(OSError):
+            _remove_unheld(folder)
+
+
 def sweep() -> None:
     """Remove the scratch folders of dead processes on this machine, as far as they are this user's."""
     for folder in Path(gettempdir()).glob(f"{PREFIX}*"):
