@@ -59,9 +59,9 @@ def command(store: str, web: str, *more: str) -> list[str]:
     return [f"{Path(sys.executable).parent}/unidiffuser", "run", str(RECIPE), "--store", store, *wanted, *more]
 
 
-def prepared(folder: Path) -> Path:
+def prepared(folder: Path, links: int = LINKS) -> Path:
     """A little web, of which metadata and prompts are in the bucket."""
-    web = build(folder / "web", rows=LINKS, seed=0)
+    web = build(folder / "web", rows=links, seed=0)
     outside = Store("s3://data/web")
     for file in (*web.glob("metadata/*"), web / "held_out.parquet"):
         outside.write(str(file.relative_to(web)), file.read_bytes())
