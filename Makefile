@@ -55,11 +55,12 @@ test-slow: setup
 
 # The same tests with the oldest versions that pyproject.toml admits, in an environment of their own; `make test` has the newest.
 OLDEST := .venv-oldest
+test-oldest: export OMP_NUM_THREADS := 1
 test-oldest: python | $(UV)
 	$(UV) venv --quiet --clear --python $(PYTHON) $(OLDEST)
 	$(UV) pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[$(EXTRAS)]'
 	touch $(OLDEST)/.ready
-	$(MAKE) --no-print-directory VENV=$(OLDEST) test-runs test-parts test-killed
+	$(MAKE) --no-print-directory --jobs 3 --keep-going VENV=$(OLDEST) test-runs test-parts test-killed
 
 # Every change of a training from which it must go on without losing a step; workers and nodes that are lost; both optimizers on every
 # ZeRO stage, with one and two workers, against plain torch: some minutes.
