@@ -41,10 +41,10 @@ test: setup
 
 test-runs: setup
 	$(PY) -m pytest tests/pipelines $(addprefix --ignore=,$(KILLED) $(DEPLOYED))
+	$(PY) -m pytest $(DEPLOYED)
 
 test-parts: setup
 	$(PY) -m pytest --ignore tests/pipelines
-	$(PY) -m pytest $(DEPLOYED)
 
 test-killed: setup
 	$(PY) -m pytest $(KILLED)
