@@ -9,7 +9,7 @@ export NO_ALBUMENTATIONS_UPDATE := 1
 EXTRAS := aws,dev,docker,kubernetes,lora,semantic,site,tensorboard
 COMMA := ,
 
-.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-oldest test-trainer loss-curve chaos cluster-test mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings audit lock clean
+.PHONY: setup python demo test test-runs test-parts test-killed test-slow test-oldest test-trainer loss-curve chaos cluster-test speedup mutants lint encoders base text-decoder shapes shapes-changes samplers sweeps site site-test leaderboard findings audit lock clean
 
 setup: $(VENV)/.ready
 
