@@ -84,7 +84,7 @@ cluster-test: setup
 	unshare --net --pid --fork --kill-child --mount-proc \
 		$(PY) -m tests.pipelines.cluster $$(mktemp -d) --json docs/results/cluster.json
 
-# What one, two and three nodes give to download, filter and encode: a quarter of an hour; root, Debian's redis-server and iproute2.
+# What one, two and three nodes give to download, filter and encode: eight minutes; root, Debian's redis-server and iproute2.
 speedup: setup
 	unshare --net --pid --fork --kill-child --mount-proc \
 		$(PY) -m tests.pipelines.speedup $$(mktemp -d) --json docs/results/speedup.json

@@ -34,7 +34,7 @@ STAGES = {"download": "little-download", "filter": "little-filter", "encode": "l
 
 
 def on_nodes(play: Play, folder: Path, count: int) -> dict[str, Any]:
-    """Seconds of each stage on so many nodes, from its first unit to its last, and the digests of all its files."""
+    """Seconds of each stage on so many nodes, from the start of its job to its commit, and the digests of all its files."""
     store = Store(f"s3://data/runs-{count}")
     with standing(folder) as cluster:
         cluster.lead()
