@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import typer
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.frame import Result, choose_device, interleaved, machine, peak_in_child, progress, timed
 from benchmarks.matmuls import Product, recorded, replay
@@ -30,6 +30,13 @@ from unidiffuser.modalities import Modality, all_parts, paper_modalities
 from unidiffuser.objective import JointObjective
 from unidiffuser.schedule import NoiseSchedule
 from unidiffuser.uvit import UViT
+
+aten = torch.ops.aten
+# A CPU's attention, which torch's counter has left out before 2.15.
+CPU_ATTENTION = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+}
 
 
 class Step:
@@ -68,7 +75,7 @@ class Step:
         Raises:
             RuntimeError: they are not what ``torch.utils.flop_counter`` counts.
         """
-        with recorded() as recorder, FlopCounterMode(display=False) as counter:
+        with recorded() as recorder, FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             self.loss(self.model).backward()
         self.model.zero_grad(set_to_none=True)
         if sum(product.flop for product in recorder.found) != counter.get_total_flops():
