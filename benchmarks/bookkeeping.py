@@ -4,7 +4,8 @@ The peer is a plain loop that reads the same unit records, parses them, and writ
 bookkeeping that keeps a record a unit has to do at least.
 
 Beside it: what each worker holds of a job whose input has a file a shard; the plan of a folder of pairs that have not changed;
-and what a plan asks of an S3 server, in this process, when all units are done.
+and what a plan asks of an S3 server, in this process, when all units are done. With `--before REV` that commit's own benchmark
+measures the same first.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from unittest.mock import patch
 
 import typer
 
+from benchmarks.before import commit_of, worktree
 from benchmarks.watch import Watch
 from infra.dataset import Dataset, FileEntry, InputRef, Manifest, Stats, commit, find
 from infra.store import Store
@@ -195,6 +197,7 @@ def main(
     s3_units: Annotated[int, typer.Option(help="Units of the plan against an S3 server.")] = 23_000,
     folder: Annotated[Path | None, typer.Option(help="Where the store is made; a temporary folder by default.")] = None,
     side: Annotated[str, typer.Option(hidden=True)] = "",
+    before: Annotated[str, typer.Option(help="Measure this commit too, by its own benchmark.", metavar="REV")] = "",
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
 ) -> None:
     """Measure plan, resume and commit with empty units, and plans of unchanged files."""
@@ -209,9 +212,10 @@ def main(
     from benchmarks.frame import Result, machine
 
     words = machine(torch.device("cpu"))
+    earlier = _earlier(before, shards) if before else {}
     seconds: dict[str, float] = {}
     memory: dict[str, int] = {}
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with tempfile.TemporaryDirectory(dir=folder and folder.resolve()) as place:
         root = f"{place}/store"
         store = Store(root)
         make_input(store, shards)
@@ -231,8 +235,21 @@ def main(
     figures |= {**held, "folder_new_s": round(new["folder_plan"], 1), "folder_plan_s": round(unchanged["folder_plan"], 1)}
     figures |= {"folder_plan_mib": memory["folder"], "pairs": pairs, "s3_units": s3_units}
     figures |= {f"s3_{name}": value for name, value in asked.items()}
+    figures |= {f"before_{name}": value for name, value in earlier.items()}
     ratio = round(seconds["plain"] / seconds["resume_and_commit"], 3)
-    Result("bookkeeping", ratio, "plain_loop", figures, words, {"seconds": seconds, "peak_mib": memory}).finish(file)
+    commits = {"commit": commit_of()} | ({"before": commit_of(before)} if before else {})
+    Result("bookkeeping", ratio, "plain_loop", figures, words, {**commits, "seconds": seconds, "peak_mib": memory}).finish(file)
+
+
+def _earlier(revision: str, shards: int) -> dict[str, Any]:
+    """The figures of another commit's benchmark, of as many shards."""
+    with tempfile.TemporaryDirectory() as folder, worktree(revision) as root:
+        result = Path(folder, "before.json")
+        command = [sys.executable, "-m", "benchmarks.bookkeeping", "--shards", str(shards), "--json", str(result)]
+        Watch(lambda process: "all").run(command, root)
+        figures: dict[str, Any] = json.loads(result.read_text())["figures"]
+    print(f"{revision}: {figures}", file=sys.stderr, flush=True)
+    return figures
 
 
 def _measured(side: str, root: str, *options: str) -> tuple[dict[str, float], int]:

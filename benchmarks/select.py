@@ -1,7 +1,8 @@
 """The select stage against DuckDB: the same conditions and de-duplication over the same synthetic LAION files.
 
 Each side runs in a process of its own, watched from outside. Ray is started before the clock; starting its workers and what else
-does not depend on the rows is measured by the same stage on a file of a thousand rows, and told apart.
+does not depend on the rows is measured by the same stage on a file of a thousand rows, and told apart. With `--before REV` the
+stage of that commit takes its turns too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ import psutil
 import pyarrow.parquet as pq
 import typer
 
+from benchmarks.before import ROOT, commit_of, worktree
 from benchmarks.laion_rows import FILE_ROWS, metadata_file, write_metadata
 from benchmarks.watch import Watch
 
@@ -93,13 +96,15 @@ def group(process: psutil.Process) -> str:
     return "stage" if "PoolWorker" in name else "ray"
 
 
-def measure(side: str, files: list[Path], folder: Path) -> dict[str, Any]:
-    """One run of a side in a new process."""
+def measure(side: str, root: Path, files: list[Path], folder: Path) -> dict[str, Any]:
+    """One run of a side in a new process, with the code of `root`."""
     import duckdb as checker
 
+    called = "duckdb" if side == "duckdb" else "ours"
     with tempfile.TemporaryDirectory(dir=folder) as out:
         watch = Watch(group)
-        printed = watch.run([sys.executable, "-m", "benchmarks.select", "--side", side, "--out", out, *map(str, files)])
+        command = [sys.executable, "-m", "benchmarks.select", "--side", called, "--out", out, *map(str, files)]
+        printed = watch.run(command, root)
         found = json.loads(printed.strip().splitlines()[-1])
         totals = checker.connect().execute(TOTALS.format(files=found["files"])).fetchall()[0]
     rows, seconds = len(files) * FILE_ROWS, found["seconds"]
@@ -122,6 +127,7 @@ def main(
     ),
     side: Annotated[str, typer.Option(hidden=True)] = "",
     out: Annotated[str, typer.Option(hidden=True)] = "",
+    before: Annotated[str, typer.Option(help="Measure the stage of this commit too.", metavar="REV")] = "",
     file: Annotated[Path | None, typer.Option("--json", help="Write the result here.", metavar="FILE")] = None,
 ) -> None:
     """Compare the select stage with DuckDB."""
@@ -135,22 +141,24 @@ def main(
 
     words = machine(torch.device("cpu"))
     sizes = [int(size) for size in millions.split(",")]
-    paths = write_metadata(folder, max(sizes))
+    paths = [path.resolve() for path in write_metadata(folder, max(sizes))]
     table: list[dict[str, Any]] = []
-    for size in sizes:
-        runs = []
-        for number in range(rounds):
-            order = list(SIDES) if number % 2 == 0 else list(reversed(SIDES))
-            runs += [measure(name, paths[:size], folder) for name in order]
-        if len({tuple(run.pop("totals")) for run in runs}) != 1:
-            raise SystemExit(f"{size} million rows: the sides disagree: {[(run['side'], run['rows_out']) for run in runs]}")
-        table += runs
+    with ExitStack() as stack:
+        roots = dict.fromkeys(SIDES, ROOT) | ({"before": stack.enter_context(worktree(before))} if before else {})
+        for size in sizes:
+            runs = []
+            for number in range(rounds):
+                order = list(roots) if number % 2 == 0 else list(reversed(roots))
+                runs += [measure(name, roots[name], paths[:size], folder.resolve()) for name in order]
+            if len({tuple(run.pop("totals")) for run in runs}) != 1:
+                raise SystemExit(f"{size} million rows: the sides disagree: {[(run['side'], run['rows_out']) for run in runs]}")
+            table += runs
     best = {
         name: max(
             (run for run in table if run["side"] == name and run["rows"] == sizes[-1] * FILE_ROWS),
             key=lambda run: run["rows_per_s"],
         )
-        for name in SIDES
+        for name in roots
     }
     figures = {
         "rows_per_s": best["ours"]["rows_per_s"],
@@ -160,8 +168,12 @@ def main(
         "peer_memory_mib": best["duckdb"]["peak_mib"]["stage"],
         "start_up_s": round(best["ours"]["seconds"]["start_up"], 1),
     }
+    if before:
+        figures["before_rows_per_s"] = best["before"]["rows_per_s"]
+        figures["over_before"] = round(best["ours"]["rows_per_s"] / best["before"]["rows_per_s"], 3)
     ratio = round(best["ours"]["rows_per_s"] / best["duckdb"]["rows_per_s"], 3)
-    Result("select", ratio, "duckdb", figures, words, {"conditions": CONDITIONS, "runs": table}).finish(file)
+    commits = {"commit": commit_of()} | ({"before": commit_of(before)} if before else {})
+    Result("select", ratio, "duckdb", figures, words, {**commits, "conditions": CONDITIONS, "runs": table}).finish(file)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
+
+from benchmarks.before import ROOT
 
 EVERY = 0.25
 
@@ -27,13 +31,16 @@ class Watch:
     peak: dict[str, float] = field(default_factory=dict)
     cpu: dict[str, float] = field(default_factory=dict)
 
-    def run(self, command: list[str]) -> str:
-        """What the command prints.
+    def run(self, command: list[str], root: Path = ROOT) -> str:
+        """What the command prints, which runs with the code of `root`: so do its processes, and Ray's workers.
 
         Raises:
             RuntimeError: it failed; the message is its last words.
         """
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root, env=environment
+        )
         ended = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(psutil.Process(process.pid), ended))
         watcher.start()
