@@ -8,6 +8,7 @@ import json
 from bisect import bisect_left
 from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -114,20 +115,23 @@ class StoredSources(Mapping[str, str]):
 
 def once(parts: list[pa.Table], column: str) -> pa.Table:
     """The rows of all parts, sorted by a column, one of each value. The parts are let go of as soon as they can be."""
-    table = pa.concat_tables(parts).combine_chunks()
+    table = pa.concat_tables(parts)
     parts.clear()
-    if not _rising(table[column]):
-        table = table.take(pc.sort_indices(table[column]))
-        values = table[column].combine_chunks()
-        again = pc.equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
-        table = table.filter(pa.array(np.concatenate([[True], ~again]))) if again.any() else table
-    return table
+    if _rising(table[column]):
+        return table
+    table = table.combine_chunks()
+    table = table.take(pc.sort_indices(table[column]))
+    values = table[column].combine_chunks()
+    again = pc.equal(values[1:], values[:-1]).to_numpy(zero_copy_only=False)
+    return table.filter(pa.array(np.concatenate([[True], ~again]))) if again.any() else table
 
 
 def _rising(values: pa.ChunkedArray) -> bool:
-    """Whether each value of a single chunk is greater than the one before it."""
-    whole = values.combine_chunks()
-    return bool(pc.all(pc.greater(whole[1:], whole[:-1]), min_count=0).as_py())
+    """Whether each value is greater than the one before it; a chunk at a time, since one of all would be a copy of them."""
+    chunks = [chunk for chunk in values.chunks if len(chunk)]
+    return all(pc.all(pc.greater(chunk[1:], chunk[:-1]), min_count=0).as_py() for chunk in chunks) and all(
+        before[-1].as_py() < after[0].as_py() for before, after in pairwise(chunks)
+    )
 
 
 def as_table(sources: Mapping[str, str]) -> pa.Table:
