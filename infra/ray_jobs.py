@@ -10,6 +10,7 @@ import platform
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -32,6 +33,8 @@ TIMEOUT = 60.0
 SHORT_TIMEOUT = 10.0
 FIRST_TIMEOUT = 8.0
 LOOK_TIMEOUT = 2.0
+# As many nodes as Ray lists at most; it tells of a hundred otherwise.
+MOST_NODES = 10_000
 # Set by whoever lets jobs go to a cluster that takes them from everybody who reaches it.
 OPEN = "UNIDIFFUSER_OPEN_RAY"
 
@@ -132,15 +135,27 @@ class RayJobs:
         works = any(node["raylet"].get("resourcesTotal", {"CPU": 1}).get("CPU") for node in alive)
         return works and all(node.get("hostname") in hosts for node in alive)
 
+    def resources(self) -> dict[str, float]:
+        """What all machines that are there now have in all, by the names that they were started with.
+
+        Raises:
+            ServerError: Ray does not answer.
+        """
+        # In what /nodes answers, a resource such as gpu_machine is called gpuMachine.
+        listed = self._call("GET", f"/api/v0/nodes?limit={MOST_NODES}", timeout=FIRST_TIMEOUT)["data"]["result"]["result"]
+        found: Counter[str] = Counter()
+        for node in listed:
+            found.update(node["resources_total"] if node["state"] == "ALIVE" else {})
+        return dict(found)
+
     def processors(self) -> tuple[int, int]:
         """CPUs and GPUs of all machines that are there now.
 
         Raises:
             ServerError: Ray does not answer.
         """
-        totals = [node["raylet"].get("resourcesTotal", {}) for node in self._alive(FIRST_TIMEOUT)]
-        cpus, gpus = (int(sum(total.get(kind, 0) for total in totals)) for kind in ("CPU", "GPU"))
-        return cpus, gpus
+        have = self.resources()
+        return int(have.get("CPU", 0)), int(have.get("GPU", 0))
 
     def _alive(self, timeout: float) -> list[dict[str, Any]]:
         nodes = self._call("GET", "/nodes?view=summary", timeout=timeout)["data"]["summary"]

@@ -1,16 +1,13 @@
-"""The machines of a Ray cluster of one kind: those that are there, and those that its autoscaler may bring.
-
-A kind is a custom resource that the machines of it are started with, such as ``ray start --resources='{"gpu-machine": 1}'``.
-Ray tells nobody what its autoscaler may bring, so the head says it, by a resource such as ``brings/gpu-machine/GPU`` of 88.
-"""
+"""The machines of a Ray cluster of one kind: those that are there, and those that its autoscaler may bring."""
 
 from __future__ import annotations
 
 import ray
 
+from infra.machine_kinds import BRINGS, why_none
+
 # What a worker takes of the resource that marks its machines: so little that it bounds nothing.
 SHARE = 0.001
-BRINGS = "brings/"
 
 
 def marked(kind: str | None) -> dict[str, float]:
@@ -44,16 +41,6 @@ def may_come(resource: str, kind: str | None = None) -> float:
     return found
 
 
-def kinds() -> set[str]:
-    """The kinds of machines that there are, or may be."""
-    names = ray.cluster_resources()
-    custom = {name for name in names if name not in ("CPU", "GPU", "memory", "object_store_memory") and ":" not in name}
-    return {name.removeprefix(BRINGS).split("/")[0] for name in custom}
-
-
 def missing(kind: str | None) -> str | None:
-    """Why nothing would ever run on machines of a kind, with the fix; None where there are some, or some may come."""
-    if kind is None or kind in kinds():
-        return None
-    known = f", or name one of {', '.join(sorted(kinds()))}" if kinds() else ""
-    return f"no machine of the Ray cluster has the resource {kind}; start one with --resources='{{\"{kind}\": 1}}'{known}"
+    """See `infra.machine_kinds.why_none`."""
+    return why_none(kind, ray.cluster_resources())

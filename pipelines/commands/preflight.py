@@ -12,6 +12,7 @@ from typing import cast
 
 from pydantic import BaseModel
 
+from infra.machine_kinds import why_none
 from infra.machine_memory import gpu_bytes, machine_bytes
 from infra.places import FIX, elsewhere, is_everywhere
 from infra.processes import ServerError
@@ -87,6 +88,8 @@ def check_plan(recipe: Recipe, store: Store, planned: Mapping[str, Planned], cho
         late["ray"] = ServerError(
             f"no Ray Jobs API answers at {address} in {SECONDS:.0f} s; start the cluster, or unset RAY_ADDRESS"
         )
+    if kinds := {name: kind for name, node in nodes.items() if (kind := getattr(node.config, "machines", None)) is not None}:
+        checks["machines"] = lambda: _kinds(kinds)
     if trained := {name: node for name, node in nodes.items() if isinstance(node.config, TrainConfig)}:
         checks["memory"] = lambda: _memory(recipe, trained)
         checks["workers"] = lambda: _room(trained)
@@ -265,6 +268,22 @@ def _room(nodes: Mapping[str, Node]) -> Iterator[Problem]:
                 if address
                 else StageError(told.format(where="this machine"))
             )
+
+
+def _kinds(nodes: Mapping[str, str]) -> Iterator[Problem]:
+    """Whether there are machines of the kinds that nodes name, or may be: a node's turn may come in hours."""
+    if (address := configured_ray()) is None:
+        for name, kind in nodes.items():
+            yield StageError(f"{name}: machines: this machine is no {kind}; leave it out, or name the cluster by RAY_ADDRESS")
+        return
+    try:
+        have = RayJobs(address, user_token()).resources()
+    except ServerError:
+        # Whether the cluster answers at all is asked elsewhere.
+        return
+    for name, kind in nodes.items():
+        if (why := why_none(kind, have)) is not None:
+            yield StageError(f"{name}: machines: {why}")
 
 
 def _tokens(recipe: Recipe, node: Node) -> int:

@@ -14,7 +14,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from infra.ray_nodes import kinds, may_come, missing, total
+from infra.machine_kinds import kinds_of
+from infra.ray_nodes import may_come, missing, total
 from infra.store import Store
 from stages.runner.run import run_stage
 from tests.stages.toy import Squares, planned
@@ -70,7 +71,7 @@ def main(folder: Path) -> None:
     ray.init("auto", log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": os.getcwd()}})
     told: dict[str, Any] = {
         "there": total("CPU"), "may_come": [may_come("CPU", kind) for kind in (*KINDS, None)],
-        "kinds": sorted(kinds() & set(KINDS)), "missing": missing("tpu-machine"),
+        "kinds": sorted(kinds_of(ray.cluster_resources()) & set(KINDS)), "missing": missing("tpu-machine"),
     }  # fmt: skip
     run_stage(planned(Squares, machines="cpu-machine"), Store(str(folder / "store")), Squares)
     told["for_the_stage"] = [total("CPU", kind) > 0 for kind in KINDS]

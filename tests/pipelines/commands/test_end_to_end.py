@@ -39,6 +39,8 @@ from stages.train.stage import Train
 from tests.pipelines.conftest import CHROMIUM, ask, picture, sign_in, start, survivors
 from tests.stages import killed
 
+# The whole recipe counts for the first test, and three jobs at a time on a machine that others use take their time.
+pytestmark = pytest.mark.timeout(1800)
 NODES = [
     "little-select", "little-download", "little-filter", "text-codec", "little-encode", "large-filter", "large-encode",
     "train-256", "train-512", "evaluate", "export",

@@ -265,6 +265,27 @@ def test_more_workers_than_there_are_processors_are_said_before_anything_starts(
     assert say(*arguments) == (0, [line])
 
 
+def test_machines_of_a_kind_that_nobody_has_are_said_before_anything_starts(
+    tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("run", write_recipe(tmp_path), "--dry-run", "--only", "good-select", "--store", "memory://kinds/runs")
+    arguments += ("--set", "machines={select: cpu-machine}")
+    line = "error: good-select: machines: this machine is no cpu-machine; leave it out, or name the cluster by RAY_ADDRESS"
+    assert say(*arguments) == (1, [line])
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setenv("UNIDIFFUSER_SHARED", str(tmp_path))
+    monkeypatch.setattr(RayJobs, "check", lambda _: None)
+    nodes: list[dict[str, Any]] = [
+        {"state": "ALIVE", "resources_total": {"CPU": 4.0, "memory": 9e9, "node:10.0.0.1": 1.0, "big-machine": 1.0}},
+        {"state": "DEAD", "resources_total": {"CPU": 4.0, "cpu-machine": 1.0}},
+    ]
+    monkeypatch.setattr(RayJobs, "_call", lambda *_, **__: {"data": {"result": {"result": nodes}}})
+    why = "no machine of the Ray cluster has the resource cpu-machine; start one with --resources='{\"cpu-machine\": 1}'"
+    assert say(*arguments) == (1, [f"error: good-select: machines: {why}, or name one of big-machine"])
+    nodes[0]["resources_total"]["brings/cpu-machine/CPU"] = 8.0
+    assert say(*arguments) == (0, [])
+
+
 def test_files_here_of_a_run_elsewhere_are_refused_with_the_field_unless_every_machine_has_them(
     tmp_path: Path, say, monkeypatch: pytest.MonkeyPatch
 ) -> None:

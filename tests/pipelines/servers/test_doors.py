@@ -47,6 +47,8 @@ def test_rays_own_answers_are_understood(kept: Kept) -> None:
     RayJobs(ray.address, ray.token).check()
     cpus, gpus = RayJobs(ray.address, ray.token).processors()
     assert cpus == os.cpu_count() and gpus >= 0
+    # As Ray spells them in recipes; other answers of it say objectStoreMemory.
+    assert RayJobs(ray.address, ray.token).resources()["object_store_memory"] > 0
     for token, said in ((None, "asks for a token, and there is none here"), ("another", "refuses the token")):
         with pytest.raises(ServerError, match=f"{said}; set RAY_AUTH_TOKEN to the cluster's"):
             RayJobs(ray.address, token).check()
