@@ -29,13 +29,14 @@ _ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 _TAKEN_UP = ("Running", "AwaitingConcurrencySlot", "Scheduled", "AwaitingRetry", RETRYING, "Cancelling")
 _ANY_RUN = {"prefect.resource.id": "prefect.flow-run.*"}
 
-# A process that is killed together with its worker says nothing. Three heartbeats that do not come are no busy machine any more.
+# A process that is killed together with its worker says nothing, nor that it lives where it had only just begun. Three heartbeats
+# that do not come are no busy machine any more.
 DEAD_RUNS = AutomationCore(
     name="unidiffuser: mark runs whose process died",
     description="A run of ours that no longer says that it is alive, and has not ended either, is Crashed.",
     trigger=EventTrigger(
         posture=Posture.Proactive,
-        after={_HEARTBEAT},
+        after={"prefect.flow-run.Running", _HEARTBEAT},
         expect={_HEARTBEAT, *(f"prefect.flow-run.{end}" for end in _ENDS)},
         match=_ANY_RUN,
         match_related={"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)},

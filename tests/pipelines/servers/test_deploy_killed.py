@@ -106,3 +106,11 @@ def test_a_killed_command_does_not_stay_running_on_a_server_that_is_not_its_own(
     finally:
         for process in survivors(store):
             process.kill()
+
+
+def test_a_run_that_was_killed_before_its_first_heartbeat_does_not_stay_running(machine: Machine) -> None:  # noqa: F811
+    machine.deploy(TINY)
+    flow = machine.api("POST", "flows/", {"name": "recipe"})["id"]
+    run = machine.api("POST", "flow_runs/", {"flow_id": flow})["id"]
+    machine.api("POST", f"flow_runs/{run}/set_state", {"state": {"type": "RUNNING", "name": "Running"}})
+    assert machine.end(run) == ("CRASHED", "its process died: no heartbeat came any more")
