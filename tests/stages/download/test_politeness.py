@@ -108,7 +108,7 @@ def test_the_next_shard_leaves_a_silent_host_alone_and_asks_it_again_after_a_min
 def test_rows_of_a_dead_host_cost_a_few_timeouts_and_not_one_each(store, web, select, make, in_process):
     dead = [f"http://dead.example/{number}" for number in range(60)]
     names = [f"http://{HOST}/good-{number}" for number in range(20)]
-    settings = {"timeout": 0.5, "retries": 0, "host_connections": 4, "host_failures": 4}
+    settings = {"timeout": 2.0, "retries": 0, "host_connections": 4, "host_failures": 4}
     Handler.silent.add("dead.example")
     try:
         dataset = make(Download, store, {"rows": select(store, dead + names)}, hosts={HOST: web, "dead.example": web}, **settings)
