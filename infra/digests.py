@@ -88,11 +88,14 @@ class Memory:
             if known[unknown].any():
                 self._keep(names, stamps, digests, known)
         del stamps, pattern
+        # Sorted first and then shared: two copies of them beside the addresses would be the most that a plan holds.
+        digests = digests[order]
         root, nothing = (pa.scalar(text, pa.large_string()) for text in (self.root, ""))
         tables = []
-        for rows in np.array_split(order, len(order) // SOME + 1):
-            addresses = pc.binary_join_element_wise(root, names.take(pa.array(rows)), nothing)
-            tables.append(pa.table({"address": addresses, "digest": _column(digests[rows])}))
+        for start in range(0, max(len(order), 1), SOME):
+            part = slice(start, start + SOME)
+            addresses = pc.binary_join_element_wise(root, names.take(pa.array(order[part])), nothing)
+            tables.append(pa.table({"address": addresses, "digest": _column(digests[part])}))
         return pa.concat_tables(tables)
 
     def _recall(self, names: pa.Array, stamps: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import secrets
 import shutil
@@ -14,6 +15,8 @@ from typing import Any
 from infra.processes import Server, ServerError, free_ports, recorded, spawn, stop, wait_until_ready
 from infra.queries import without_user
 from infra.ray_jobs import RayJobs
+
+log = logging.getLogger("infra")
 
 # Room for what passes between workers; datasets go through the store, so this stays small.
 OBJECT_STORE_BYTES = 512 * 2**20
@@ -38,13 +41,23 @@ def start_ray(state: Path, cpus: int | None = None) -> Server:
     """The embedded Ray: the one that survived an earlier command if it answers, else a new one on free ports, ready for jobs.
 
     Raises:
-        ServerError: it does not come up; the message holds the last line of its log.
+        ServerError: it does not come up, nor does it a second time; the message holds the last line of its log.
     """
     found = recorded("ray", state)
     if found is not None:
         if RayJobs(found.address, found.token).ready():
             return found
         stop(found, state)
+    try:
+        return _start(state, cpus)
+    except ServerError as error:
+        # A busy machine takes more than the half minute that Ray allows itself, or another program takes a port just then.
+        log.warning("%s; it is started once more", error)
+        return _start(state, cpus)
+
+
+def _start(state: Path, cpus: int | None) -> Server:
+    """A new Ray on free ports. Raises ServerError: it does not come up."""
     token = secrets.token_hex(16)
     port, head, agent = free_ports(*[NODE_ADDRESS] * 3)
     folder = _folder()

@@ -15,9 +15,10 @@ Where subsets have weights, `epoch_data.SUBSET` is the epoch of each, and `epoch
 A row of kind "train" has also `lr`, `grad_norm`, and what is measured, on rank 0: `samples_per_s`, `tokens_per_s`, `mfu` (see
 `training.speed`), `memory` in GiB, the `core_seconds` of processor time, and the `seconds` of the interval, of which `data_wait`
 are spent waiting for the loader. Validations and what checkpoints hold up are not in these; `checkpoint_wait` is the latter,
-since the row before. What is not measured is the same for an interrupted and an uninterrupted run. Where there was damage, such
-rows count the steps `skipped`, the `rollbacks` and the `damaged_groups` of rows so far, and rows of kind "damage" say in `said`
-what was done.
+since the row before. What is not measured is the same for an interrupted and an uninterrupted run.
+
+Where there was damage, rows count the steps `skipped` and the `rollbacks` so far, those of kind "train" also the
+`damaged_groups` of rows, and rows of kind "damage" say in `said` what was done.
 """
 
 from __future__ import annotations

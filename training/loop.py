@@ -322,7 +322,7 @@ class _Run:
             values = self._mean_losses(self.held_out)
             with self.masters.computing_with(self.ema.vectors):
                 values |= {f"ema_{name}": value for name, value in self._mean_losses(self.held_out).items()}
-        on_row(self.meter.validation(self.step, values))
+        on_row(self.meter.validation(self.step, values | self.damage.told()))
 
     @torch.no_grad()
     def _mean_losses(self, batches: list[Batch]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from infra.store import Store, StoreError
 
@@ -45,14 +45,28 @@ class Place:
         return path
 
 
+class Reached(NamedTuple):
+    """Where in a run a row stands: a rollback takes steps once more, whose rows are later than those before."""
+
+    rollbacks: int
+    step: int
+
+
+NOTHING = Reached(0, -1)
+
+
 class Tracker(Protocol):
     """A run of one tracker; made anew for the same place, it goes on with the same run."""
 
     def __init__(self, place: Place) -> None: ...
 
-    def reached(self, kind: str) -> int:
-        """The step of the last row of a kind that it holds; -1 for none."""
+    def reached(self, kind: str) -> Reached:
+        """The last row of a kind that it holds; `NOTHING` for none."""
         ...
+
+    def give_up(self, step: int) -> None:
+        """The run went back: rows from this step on that it holds are of steps that are taken once more. It forgets them if it
+        can; else it holds both, with other `rollbacks`."""
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """Take a row of a kind that is later than all before; it stays when this process dies."""
@@ -73,22 +87,29 @@ class TensorBoard:
         self.held = self._held()
         self.writer = SummaryWriter(self.folder)
 
-    def _held(self) -> dict[str, int]:
+    def _held(self) -> dict[str, Reached]:
         from tensorboard.backend.event_processing.directory_watcher import DirectoryDeletedError
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        # Of each tag, the newest event is all that is asked for.
-        events = EventAccumulator(self.folder, size_guidance={"scalars": 1})
+        # Of each tag, the newest event is all that is asked for, whatever was given up before it.
+        events = EventAccumulator(self.folder, size_guidance={"scalars": 1}, purge_orphaned_data=False)
         try:
             events.Reload()
         except DirectoryDeletedError:
             return {}
-        return {
-            tag.removesuffix("/loss"): events.Scalars(tag)[-1].step for tag in events.Tags()["scalars"] if tag.endswith("/loss")
-        }
+        newest = {tag: events.Scalars(tag)[-1] for tag in events.Tags()["scalars"]}
+        kinds = [tag.removesuffix("/loss") for tag in newest if tag.endswith("/loss")]
+        backs = {kind: newest.get(f"{kind}/rollbacks") for kind in kinds}
+        return {kind: Reached(int(back.value) if back else 0, newest[f"{kind}/loss"].step) for kind, back in backs.items()}
 
-    def reached(self, kind: str) -> int:
-        return self.held.get(kind, -1)
+    def reached(self, kind: str) -> Reached:
+        return self.held.get(kind, NOTHING)
+
+    def give_up(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer.close()
+        self.writer = SummaryWriter(self.folder, purge_step=step)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         for name, value in named(kind, values).items():
@@ -116,8 +137,12 @@ class MLflow:
         else:
             self.run = self.client.create_run(number, run_name=place.name, tags={tag: place.name}).info.run_id
 
-    def reached(self, kind: str) -> int:
-        return max((metric.step for metric in self.client.get_metric_history(self.run, f"{kind}/loss")), default=-1)
+    def reached(self, kind: str) -> Reached:
+        backs = (metric.value for metric in self.client.get_metric_history(self.run, f"{kind}/rollbacks"))
+        rows = [(metric.timestamp, metric.step) for metric in self.client.get_metric_history(self.run, f"{kind}/loss")]
+        return Reached(int(max(backs, default=0)), max(rows)[1]) if rows else NOTHING
+
+    def give_up(self, step: int) -> None: ...
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -134,14 +159,16 @@ class Noted:
 
     def __init__(self, place: Place, name: Name) -> None:
         self.store, self.path = place.store, f"{place.folder}/{name}-{place.name}.json"
-        self.steps: dict[str, int] = self.store.read_json(self.path) if self.store.exists(self.path) else {}
+        self.rows: dict[str, list[int]] = self.store.read_json(self.path) if self.store.exists(self.path) else {}
 
-    def reached(self, kind: str) -> int:
-        return self.steps.get(kind, -1)
+    def reached(self, kind: str) -> Reached:
+        return Reached(*self.rows.get(kind, NOTHING))
 
-    def note(self, kind: str, step: int) -> None:
-        self.steps[kind] = step
-        self.store.write_json(self.path, self.steps)
+    def give_up(self, step: int) -> None: ...
+
+    def note(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self.rows[kind] = [int(values.get("rollbacks", 0)), step]
+        self.store.write_json(self.path, self.rows)
 
 
 class Wandb(Noted):
@@ -161,7 +188,7 @@ class Wandb(Noted):
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"step": step, **named(kind, values)})
-        self.note(kind, step)
+        self.note(kind, step, values)
 
     def close(self) -> None:
         self.run.finish()
@@ -182,7 +209,7 @@ class Trackio(Noted):
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         self.run.log(named(kind, values), step=step)
-        self.note(kind, step)
+        self.note(kind, step, values)
 
     def close(self) -> None:
         self.run.finish()

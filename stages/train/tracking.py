@@ -2,7 +2,8 @@
 
 The history of the checkpoint that workers go on from tells what a tracker may have missed, as workers that are killed have rows
 that nobody has heard of, and each tracker says how far it is. A tracker that fails is left alone with a warning, and gets what it
-missed when the run goes on.
+missed when the run goes on. A run that goes back to an earlier checkpoint takes steps again, on other samples: their rows are
+written as well, and trackers that can forget do so with those before.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from contextlib import suppress
 from infra.store import StoreError
 from stages.runner.chain import Chain
 from stages.runner.contract import result_fields
-from stages.train.trackers import TRACKERS, Name, Place, Tracker
+from stages.train.trackers import TRACKERS, Name, Place, Reached, Tracker
 from training.begin import counts_on
 from training.history import Row
 
 log = logging.getLogger("stages")
 
 FOLDER = ".state/tracking"
-# What of a row is no figure.
+# What of a row is no figure, and the kinds of rows with figures.
 PLACE = ("kind", "step")
+KINDS = ("train", "validation")
 
 
 class Tracking:
@@ -35,7 +37,9 @@ class Tracking:
     def __init__(self, chain: Chain) -> None:
         self.chain, job = chain, chain.job
         self.node, self.trackers = job.node, dict[Name, Tracker]()
-        self.reached: dict[tuple[Name, str], int] = {}
+        self.reached: dict[tuple[Name, str], Reached] = {}
+        # By tracker, the rollbacks that it knows of.
+        self.backs: dict[Name, int] = {}
         place = Place(job.store, FOLDER, job.recipe or job.stage, job.node, chain.key, result_fields(job.config))
         for name in job.config.track:
             try:
@@ -54,13 +58,18 @@ class Tracking:
         if "said" in row:
             return
         values = {name: float(value) for name, value in row.items() if name not in PLACE}
+        place = Reached(int(row.get("rollbacks", 0)), step)
         for name, tracker in list(self.trackers.items()):
             try:
-                if (name, kind) not in self.reached:
-                    self.reached[name, kind] = tracker.reached(kind)
-                if step > self.reached[name, kind]:
+                if name not in self.backs:
+                    self.reached |= {(name, each): tracker.reached(each) for each in KINDS}
+                    self.backs[name] = max(self.reached[name, each].rollbacks for each in KINDS)
+                if place > self.reached[name, kind]:
+                    if place.rollbacks > self.backs[name]:
+                        tracker.give_up(step)
+                        self.backs[name] = place.rollbacks
                     tracker.write(kind, step, values)
-                    self.reached[name, kind] = step
+                    self.reached[name, kind] = place
             # A service that does not answer must not stop a training.
             except Exception as error:
                 self._failed(name, error)

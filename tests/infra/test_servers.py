@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +23,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
-from infra import prefect_server, ray_jobs
+from infra import prefect_server, ray_cluster, ray_jobs
 from infra.loopback import warn_of_clear_text
 from infra.prefect_server import answers, check_api
 from infra.processes import (
@@ -100,6 +101,30 @@ def test_a_server_that_ends_while_starting_says_its_last_line_and_leaves_no_reco
         wait_until_ready(server, lambda: False, tmp_path, 20)
     assert recorded("broken", tmp_path) is None and not folder.exists()
     assert log_of("broken", tmp_path).read_text().strip() == "no room left"
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_ends_while_starting_is_started_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int
+) -> None:
+    commands = ["raise SystemExit('timed out')"] * failures + ["import time; time.sleep(600)"]
+    started: list[str] = []
+
+    def command(*_: Any) -> list[str]:
+        started.append(commands[len(started)])
+        return [sys.executable, "-c", started[-1]]
+
+    monkeypatch.setattr(ray_cluster, "_command", command)
+    monkeypatch.setattr(ray_jobs.RayJobs, "ready", lambda self: started[-1] == commands[-1])
+    if failures == 2:
+        with pytest.raises(ServerError, match="the embedded ray server ended while starting: timed out"):
+            ray_cluster.start_ray(tmp_path)
+        assert len(started) == 2 and recorded("ray", tmp_path) is None
+        return
+    server = ray_cluster.start_ray(tmp_path)
+    assert server.alive() and recorded("ray", tmp_path) == server
+    assert "the embedded ray server ended while starting: timed out" in caplog.text and "once more" in caplog.text
+    stop(server, tmp_path)
 
 
 def test_the_record_is_for_its_owner_only(tmp_path: Path) -> None:

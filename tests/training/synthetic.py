@@ -59,6 +59,18 @@ def _binary(values: np.ndarray) -> pa.Array:
     return pa.array([row.tobytes() for row in values], pa.binary(values[0].nbytes))
 
 
+def poison(shards: tuple[str, ...], key: str) -> None:
+    """Make the image embedding of a row infinite, as a bad encoder would."""
+    path = shards[int(key[:4])]
+    table = pq.read_table(path)
+    cells = table["clip"].to_pylist()
+    row = table["key"].to_pylist().index(key)
+    cells[row] = np.full(len(cells[row]) // 2, np.inf, np.float16).tobytes()
+    column = table.schema.get_field_index("clip")
+    table = table.set_column(column, table.schema.field(column), pa.array(cells, table.schema.field(column).type))
+    pq.write_table(table, path, row_group_size=8, compression="none", use_dictionary=False, write_page_checksum=True)
+
+
 def config(**changes: Any) -> TrainConfig:
     """A run of 6 steps of 8 samples of a model of a few thousand parameters."""
     fields: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.stages.train.published import published
-from tests.training.synthetic import KeepIn, config, history, losses, write_shards
+from tests.training.plain import loss_of
+from tests.training.synthetic import KeepIn, config, history, losses, poison, write_shards
+from training.checkpoint import read_state
 from training.job import TrainingError, TrainJob
 from training.loader import Loader
 from training.loop import run
@@ -86,6 +89,39 @@ def test_its_first_loss_is_that_of_the_weights_and_it_goes_on_bit_identically(
         assert (tmp_path / "6" / name).read_bytes() == (adapted / "6" / name).read_bytes(), name
     moments = load_file(adapted / "6" / "exp_avg.safetensors")
     assert all("lora_" in name for name in moments) and len(moments) == 2 * 7
+
+
+def test_a_rollback_takes_the_adapters_back_and_goes_on_past_the_places(alone: None, base: str, tmp_path: Path) -> None:
+    """As plain torch trains them on all batches but the bad one."""
+    shards = write_shards(tmp_path / "shards")
+    fields: dict[str, Any] = {
+        "lora": LORA, "damage": {"steps_in_a_row": 0}, "checkpoint_every": 2, "schedule": {"warmup_steps": 0}, "steps": 7
+    }  # fmt: skip
+    loader = Loader(config(**fields), shards)
+    poison(shards, loader.keys(4)[3])
+
+    def trained(steps: int, name: str) -> Path:
+        on = TrainJob(
+            config(**fields | {"steps": steps}), shards, str(tmp_path / "work"), KeepIn(str(tmp_path / name)), weights=base
+        )
+        run(on, CPU)
+        return tmp_path / name / str(steps)
+
+    model = PeftModel.from_pretrained(load_native(base), str(trained(0, "start")), is_trainable=True)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=5e-3, betas=(0.9, 0.9), weight_decay=0.03)
+    for batch in (0, 1, 2, 3, 5, 6, 7):
+        optimizer.zero_grad()
+        loss_of(model, loader.batch(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(adapters, 0.5)
+        optimizer.step()
+    found = trained(7, "back")
+    assert read_state(found).damage.rollbacks == 1
+    saved = load_file(found / "adapter_model.safetensors")
+    expected = {name.replace(".default.", "."): weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert saved.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name], weight.detach(), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])

@@ -6,15 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.stages.committed import damage_moments
 from tests.training.plain import loss_of, start
-from tests.training.synthetic import KeepIn, config, history, write_shards
+from tests.training.synthetic import KeepIn, config, history, poison, write_shards
 from training.checkpoint import read_state
 from training.config import TrainConfig
 from training.damage import USUAL, Damage, DamageConfig
@@ -33,18 +30,6 @@ BAD = 4
 
 def settings(**changes: Any) -> TrainConfig:
     return config(**{"checkpoint_every": 2, "schedule": {"warmup_steps": 0}, "steps": 7, **changes})
-
-
-def poison(shards: tuple[str, ...], key: str) -> None:
-    """Make the image embedding of a row infinite, as a bad encoder would."""
-    path = shards[int(key[:4])]
-    table = pq.read_table(path)
-    cells = table["clip"].to_pylist()
-    row = table["key"].to_pylist().index(key)
-    cells[row] = np.full(len(cells[row]) // 2, np.inf, np.float16).tobytes()
-    column = table.schema.get_field_index("clip")
-    table = table.set_column(column, table.schema.field(column), pa.array(cells, table.schema.field(column).type))
-    pq.write_table(table, path, row_group_size=8, compression="none", use_dictionary=False, write_page_checksum=True)
 
 
 @pytest.fixture(scope="module")

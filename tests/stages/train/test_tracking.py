@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,17 @@ from stages.runner.contract import StageError
 from stages.train import stage as train_stage
 from stages.train.stage import Train, TrainStageConfig
 from tests.stages.train.trainings import Trainings
+from training.damage import Damage
 from training.job import TrainJob
 from training.loop import run
 
 Points = dict[str, list[tuple[int, float]]]
 
 
-def of_tensorboard(folder: Path, name: str) -> Points:
+def of_tensorboard(folder: Path, name: str, purge: bool = False) -> Points:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "tensorboard" / name), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events = EventAccumulator(str(folder / "tensorboard" / name), size_guidance={"scalars": 0}, purge_orphaned_data=purge)
     events.Reload()
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
@@ -90,17 +93,22 @@ READERS: dict[str, Callable[[Path, str], Points]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "tracker", ["tensorboard", *(pytest.param(name, marks=pytest.mark.trainer) for name in ("mlflow", "trackio", "wandb"))]
+@pytest.fixture(
+    params=["tensorboard", *(pytest.param(name, marks=pytest.mark.trainer) for name in ("mlflow", "trackio", "wandb"))]
 )
-def test_a_tracker_holds_every_row_once_after_a_run_that_broke_and_went_on(
-    training: Trainings, tracker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    pytest.importorskip(tracker)
+def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if find_spec(request.param) is None:
+        pytest.skip(f"{request.param} is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    settings: dict[str, Any] = {
-        "steps": 12, "log_every": 2, "validation": {"fraction": 0.2, "every": 4, "samples": 4}, "track": [tracker]
-    }  # fmt: skip
+    # It reads where it keeps its runs when it is imported.
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    for module in [module for module in sys.modules if module.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, module)
+    return str(request.param)
+
+
+def broken_and_gone_on(training: Trainings, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Dataset:
+    """A training whose driver breaks at the row of step 10, and that then goes on from the checkpoint of step 5."""
     told = train_stage.emit_progress
 
     def broken(node: str, kind: str, step: int, *more: Any) -> None:
@@ -112,8 +120,17 @@ def test_a_tracker_holds_every_row_once_after_a_run_that_broke_and_went_on(
         first.setattr(train_stage, "emit_progress", broken)
         with pytest.raises(StageError, match="broken"):
             training(**settings)
+    return training(**settings)
+
+
+def test_a_tracker_holds_every_row_once_after_a_run_that_broke_and_went_on(
+    training: Trainings, tracker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "steps": 12, "log_every": 2, "validation": {"fraction": 0.2, "every": 4, "samples": 4}, "track": [tracker]
+    }  # fmt: skip
     # Steps 6 and 8 were told already, and come again from the checkpoint of step 5.
-    dataset = training(**settings)
+    dataset = broken_and_gone_on(training, monkeypatch, **settings)
     rows = history(dataset)
     folder, chain = tmp_path / "store" / ".state" / "tracking", training.chain(**settings)
     found = READERS[tracker](folder, f"train-256-{chain.key[:8]}")
@@ -124,6 +141,34 @@ def test_a_tracker_holds_every_row_once_after_a_run_that_broke_and_went_on(
             points = [(step, pytest.approx(row[figure], rel=1e-6)) for step, row in expected if figure in row]
             assert found[f"{kind}/{figure}"] == points
     assert len(found["train/samples_per_s"]) == len(found["train/memory"]) == 6
+
+
+def test_rows_of_steps_that_are_taken_again_after_a_rollback_follow_those_that_were_given_up(
+    training: Trainings, tracker: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The ninth step is refused, so that the sixth is taken once more, on other samples; both before and after the run breaks."""
+    monkeypatch.setattr(Damage, "refuses", lambda self, norm, config: self.steps == 8 and not self.skipped)
+    settings: dict[str, Any] = {
+        "steps": 12, "log_every": 2, "validation": {"fraction": 0.2, "every": 4, "samples": 4}, "track": [tracker],
+        "damage": {"steps_in_a_row": 0},
+    }  # fmt: skip
+    dataset = broken_and_gone_on(training, monkeypatch, **settings)
+    kept = {kind: [row for row in history(dataset) if row["kind"] == kind] for kind in ("train", "validation", "damage")}
+    assert ["went back from step 9 to the checkpoint of step 5" in row["said"] for row in kept["damage"]] == [True]
+    folder, name = tmp_path / "store" / ".state" / "tracking", f"train-256-{training.chain(**settings).key[:8]}"
+    found = READERS[tracker](folder, name)
+    for kind, given_up, rollbacks in (("train", [6, 8], [0, 0, 1, 1, 1, 1]), ("validation", [8], [0, 0, 1, 1])):
+        losses = [(row["step"], row["loss"]) for row in kept[kind]]
+        assert [row.get("rollbacks", 0) for row in kept[kind]] == rollbacks
+        told = found[f"{kind}/loss"]
+        assert sorted(step for step, _ in told) == sorted([step for step, _ in losses] + given_up)
+        # The newest of a step counts, as it does for who draws them.
+        assert dict(told) == {step: pytest.approx(loss, rel=1e-6) for step, loss in losses}
+        assert found[f"{kind}/rollbacks"] == [(step, 1.0) for step, _ in losses if step > 5]
+    if tracker == "tensorboard":
+        drawn = of_tensorboard(folder, name, purge=True)
+        for kind in ("train", "validation"):
+            assert [step for step, _ in drawn[f"{kind}/loss"]] == [row["step"] for row in kept[kind]]
 
 
 def points(training: Trainings, folder: Path, **settings: Any) -> list[int]:
