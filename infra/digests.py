@@ -26,7 +26,7 @@ from infra.hashed import Answer, hashed, hashed_apart
 from infra.listing import Files, readable
 from infra.sources import SHA256, Sources, once
 from infra.store import Store, StoreError
-from infra.tree import SOME, STAMP
+from infra.tree import SOME, STAMP, release
 
 log = logging.getLogger("infra")
 
@@ -51,7 +51,9 @@ def local_digests(found: dict[str, Files], folder: Path) -> Mapping[str, str]:
     for root in list(dict.fromkeys(each.root for each in found.values())):
         here = {pattern: found.pop(pattern).table for pattern in list(found) if found[pattern].root == root}
         tables.append(Memory(root, folder).digests(here))
-    return Sources(once(tables, "address")) if tables else {}
+    known = Sources(once(tables, "address")) if tables else {}
+    release()
+    return known
 
 
 class Memory:
@@ -71,10 +73,15 @@ class Memory:
         found.clear()
         files = pa.concat_tables(parts)
         parts.clear()
-        # Columns are not brought into the order of the names, which would be copies of them.
-        names, stamps = files["name"].combine_chunks(), np.stack([files[part].to_numpy() for part in STAMP])
-        pattern = files["pattern"].to_numpy()
+        # Columns are not brought into the order of the names, which would be copies of them; each is let go when it is copied.
+        pattern, stamps = files["pattern"].to_numpy(), np.empty((len(STAMP), files.num_rows), np.int64)
+        for number, part in enumerate(STAMP):
+            stamps[number] = files[part]
+        column = files["name"]
         del files
+        names = column.combine_chunks()
+        del column
+        release()
         order = pc.array_sort_indices(names).to_numpy()
         digests, known = self._recall(names, stamps, order)
         unknown = order[~known[order]]

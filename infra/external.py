@@ -17,6 +17,7 @@ from infra.queries import file_name, place, without_query
 from infra.room import check_room
 from infra.sources import Sources
 from infra.store import Store, stays_below
+from infra.tree import release
 
 
 def state_folder(store: Store) -> Path:
@@ -44,6 +45,16 @@ def resolve(patterns: list[str], store: Store) -> Mapping[str, str]:
         FileNotFoundError: a pattern matches nothing; the message names it.
         OutsideError: a pattern is a folder, or cannot be looked at, or a file of it cannot be read.
     """
+    here, remote = _listed(patterns, store)
+    release()
+    return Sources.of(local_digests(here, _state(store) / "digests"), remote)
+
+
+def _listed(patterns: list[str], store: Store) -> tuple[dict[str, Files], dict[str, str]]:
+    """The local files of each pattern that means such, and the address and digest of all others.
+
+    What it has seen is as large as what was found, and gone when it returns.
+    """
     remote: dict[str, str] = {}
     here: dict[str, Files] = {}
     listing = Listing()
@@ -55,9 +66,7 @@ def resolve(patterns: list[str], store: Store) -> Mapping[str, str]:
         with readable(pattern):
             remote |= remote_digests(files.fs, {_address(files.fs, path, pattern): path for path in files.paths()}, store)
     listing.say_left_out()
-    # What it has seen is as large as what was found.
-    del listing
-    return Sources.of(local_digests(here, _state(store) / "digests"), remote)
+    return here, remote
 
 
 def member(address: str) -> str:

@@ -90,6 +90,11 @@ def batch(rows: Sequence[Sequence[Any]]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, TREE, strict=True)], schema=TREE)
 
 
+def release() -> None:
+    """Give back what was let go: Arrow keeps it for itself for a while, and with millions of files that is a good part of it all."""
+    pa.default_memory_pool().release_unused()
+
+
 def utf8(name: str) -> bool:
     try:
         name.encode()

@@ -187,7 +187,10 @@ def failed(page: Any, world: World) -> str:
         change(page, "128", "200")
 
     run = start_by_form(page, world, fill)
+    # It fails after minutes. The graph of a run at work moves, which half a core draws, and another page does not.
+    page.goto(f"{world.address}/v2/deployments")
     assert world.end(run) == "Failed"
+    page.goto(f"{world.address}/v2/runs/flow-run/{run}")
     page.get_by_text("Failed", exact=True).first.wait_for()
     return run
 
