@@ -91,7 +91,7 @@ def batch(rows: Sequence[Sequence[Any]]) -> pa.RecordBatch:
 
 
 def release() -> None:
-    """Give back what was let go: Arrow keeps it for itself for a while, and with millions of files that is a good part of it all."""
+    """Give back what was let go: Arrow keeps it for a while, and with millions of files that is a good part of all memory."""
     pa.default_memory_pool().release_unused()
 
 
