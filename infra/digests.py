@@ -100,9 +100,9 @@ class Memory:
         root, nothing = (pa.scalar(text, pa.large_string()) for text in (self.root, ""))
         tables = []
         for start in range(0, max(len(order), 1), SOME):
-            part = slice(start, start + SOME)
-            addresses = pc.binary_join_element_wise(root, names.take(pa.array(order[part])), nothing)
-            tables.append(pa.table({"address": addresses, "digest": _column(digests[part])}))
+            piece = slice(start, start + SOME)
+            addresses = pc.binary_join_element_wise(root, names.take(pa.array(order[piece])), nothing)
+            tables.append(pa.table({"address": addresses, "digest": _column(digests[piece])}))
         return pa.concat_tables(tables)
 
     def _recall(self, names: pa.Array, stamps: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
