@@ -29,8 +29,10 @@ $(VENV)/.ready: requirements.lock pyproject.toml | python $(UV)
 demo: setup
 	$(VENV)/bin/unidiffuser demo
 
-# Tests of runs that have servers of their own: those that are driven by a browser or killed, and a deployment's.
+# Tests of runs that have servers of their own: those that are driven by a browser or killed, and a deployment's. Those of plans are
+# done beside the former, so that the three jobs take about as long.
 KILLED := tests/pipelines/test_chaos.py tests/pipelines/pages/test_browser.py
+PLANNED := tests/pipelines/planning
 DEPLOYED := tests/pipelines/servers/test_deploy.py
 
 # Three at a time: runs of whole recipes wait for their servers most of the time. One thread each: where several processes have more
@@ -40,14 +42,14 @@ test: setup
 	$(MAKE) --no-print-directory --jobs 3 lint test-runs test-parts test-killed
 
 test-runs: setup
-	$(PY) -m pytest tests/pipelines $(addprefix --ignore=,$(KILLED) $(DEPLOYED))
+	$(PY) -m pytest tests/pipelines $(addprefix --ignore=,$(KILLED) $(PLANNED) $(DEPLOYED))
 	$(PY) -m pytest $(DEPLOYED)
 
 test-parts: setup
 	$(PY) -m pytest --ignore tests/pipelines
 
 test-killed: setup
-	$(PY) -m pytest $(KILLED)
+	$(PY) -m pytest $(KILLED) $(PLANNED)
 
 # Deployments whose processes are killed, which is mostly waiting; a forced run; benchmarks at tiny sizes.
 test-slow: setup
