@@ -2,11 +2,12 @@
 
 First a healthy web: images per second of CPU time and peak memory, of one worker each. Then a web in which a tenth of the hosts
 take connections and never answer: images per second on the clock. The sides take turns. Start-up counts for both, except that of
-Ray's own servers, whose work counts but not their memory; img2dataset is spared torch, which it imports where it finds one.
+Ray's own servers, whose work counts but not their memory; img2dataset is spared torch, which it imports where it finds one. With
+`--before REV` the stage of that commit takes its turns on the healthy web.
 
-Then the stage alone, and with `--before REV` that of another commit beside it: what a picture that EXIF turns costs over a plain
-one, and how busy a worker stays when each row has a host of its own and 3% of these hang: its images per second on the clock over
-those of a web in which none does. A host that hangs holds its row for two timeouts and a pause.
+Then the stages without the peer: what a picture that EXIF turns costs over a plain one, and how busy a worker stays when each row
+has a host of its own and 3% of these hang: its images per second on the clock over those of a web in which none does. A host that
+hangs holds its row for two timeouts and a pause.
 """
 
 from __future__ import annotations
@@ -216,9 +217,9 @@ class Watch:
         self.memory = max(self.memory, memory)
 
 
-def compare(rows: int, hanging: bool, rounds: int) -> dict[str, list[Spent]]:
-    """Both sides `rounds` times, every other round in reverse order."""
-    found: dict[str, list[Spent]] = {"ours": [], "img2dataset": []}
+def compare(rows: int, hanging: bool, rounds: int, roots: dict[str, Path]) -> dict[str, list[Spent]]:
+    """Each commit's stage and the peer `rounds` times, every other round in reverse order."""
+    found: dict[str, list[Spent]] = {name: [] for name in (*roots, "img2dataset")}
     expected = rows - (rows // 10 if hanging else 0)
     with web() as port, tempfile.TemporaryDirectory() as scratch:
         metadata = Path(scratch, "metadata.parquet")
@@ -226,7 +227,7 @@ def compare(rows: int, hanging: bool, rounds: int) -> dict[str, list[Spent]]:
         for number in range(rounds):
             for name in list(found) if number % 2 == 0 else list(reversed(found)):
                 with tempfile.TemporaryDirectory() as folder:
-                    spent = (ours if name == "ours" else peer)(metadata, Path(folder))
+                    spent = ours(metadata, Path(folder), root=roots[name]) if name in roots else peer(metadata, Path(folder))
                 if spent.images != expected:
                     raise SystemExit(f"{name} brought {spent.images} of {expected} images; is the machine too busy?")
                 found[name].append(spent)
@@ -275,14 +276,14 @@ def main(
 ) -> None:
     """Images per CPU-second and memory on a healthy web, images per second where a tenth of the hosts hang."""
     words = machine(torch.device("cpu"))
-    healthy, hanging = compare(rows, False, rounds), compare(hanging_rows, True, rounds)
+    with ExitStack() as stack:
+        roots = {"ours": ROOT} | ({"before": stack.enter_context(worktree(before))} if before else {})
+        healthy, hanging = compare(rows, False, rounds, roots), compare(hanging_rows, True, rounds, {"ours": ROOT})
+        scattered = busy(scattered_rows, max(1, rounds // 2), roots)
+        turns = {name: turned(root) for name, root in roots.items()}
     rates = {name: median(spent.images / spent.cpu for spent in runs) for name, runs in healthy.items()}
     clock = {name: median(spent.images / spent.wall for spent in runs) for name, runs in hanging.items()}
     memory = {name: max(spent.memory for spent in runs) for name, runs in healthy.items()}
-    with ExitStack() as stack:
-        roots = {"ours": ROOT} | ({"before": stack.enter_context(worktree(before))} if before else {})
-        scattered = busy(scattered_rows, max(1, rounds // 2), roots)
-        turns = {name: turned(root) for name, root in roots.items()}
     if len({found["sha256"] for found in turns.values()}) != 1:
         raise SystemExit("the commits store other bytes of a turned picture")
     figures: dict[str, float | int | str] = {
@@ -292,6 +293,8 @@ def main(
         "peer_memory_mib": memory["img2dataset"],
         "hanging_ratio": clock["ours"] / clock["img2dataset"],
     }
+    if before:
+        figures["before_images_per_cpu_second"] = rates["before"]
     for name in roots:
         prefix = "" if name == "ours" else "before_"
         figures[f"{prefix}turned_over_plain"] = turns[name]["ratio"]

@@ -41,9 +41,10 @@ def main(rounds: int) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in pictures}
     for _ in range(rounds):
         for name, data in pictures.items():
-            start = time.process_time()
+            # On the clock: the work is done in another process.
+            start = time.perf_counter()
             stored = resizer(io.BytesIO(data))
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(time.perf_counter() - start)
             assert stored[5] is None
     typical = {name: median(found) for name, found in seconds.items()}
     ratio, digest = typical["turned"] / typical["plain"], hashlib.sha256(stored[0]).hexdigest()

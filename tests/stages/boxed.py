@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,13 @@ def does(data: bytes) -> bytes:
 def waits(data: bytes) -> int:
     time.sleep(float(data))
     return os.getpid()
+
+
+def takes_memory(data: bytes) -> int:
+    """Fills eight arrays of a megabyte, as a picture's may be; the pages that the process has asked the kernel for so far."""
+    arrays = [np.ones(1_000_000, np.uint8) for _ in range(8)]
+    del arrays
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 class Fragile(Storing):

@@ -16,7 +16,7 @@ import pytest
 
 from stages.shards import box
 from stages.shards.box import boxed
-from tests.stages.boxed import FATAL, SLOW, does, own_children, waits
+from tests.stages.boxed import FATAL, SLOW, does, own_children, takes_memory, waits
 from unidiffuser.images import PictureError, open_picture
 
 
@@ -26,6 +26,14 @@ def test_a_child_serves_picture_after_picture_and_threads_have_one_each():
     assert first != os.getpid() and boxed(waits, b"0") == first
     with ThreadPoolExecutor(3) as pool:
         assert len(set(pool.map(partial(boxed, waits), [b"0.3"] * 3))) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels count their pages otherwise")
+def test_a_child_keeps_the_memory_of_a_picture_for_the_next(monkeypatch):
+    with own_children(monkeypatch, seconds=60):
+        pages = [boxed(takes_memory, b"") for _ in range(12)]
+    # Each took 8 MB, which is 1,954 pages of 4 kB.
+    assert pages[-1] - pages[1] < 1_954
 
 
 def test_what_the_work_raises_is_raised_here():
