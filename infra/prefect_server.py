@@ -159,8 +159,10 @@ def start_prefect(state: Path, wanted: int | None = None) -> Server:
         "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
         # Whichever of its names the browser knows the server by, the UI asks that one.
         "PREFECT_SERVER_UI_API_URL": "/api",
-        # Blocks are a feature that nothing here uses; registering them costs a second of every start.
+        # Nothing here needs the types of all blocks that there are; to register them costs a second of every start, and to look
+        # whether they have been, two more: every integration that is installed is imported for it.
         "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+        "PREFECT_MEMOIZE_BLOCK_AUTO_REGISTRATION": "false",
     }
     # -P: a folder `infra` where the command was given is not ours.
     command = [sys.executable, "-P", "-m", "infra.prefect_app", "127.0.0.1", str(port)]
