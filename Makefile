@@ -5,6 +5,8 @@ PY := $(VENV)/bin/python
 UV := $(shell command -v uv || echo .uv/bin/uv)
 PYTHON := $(shell for python in python3.12 python3.11; do $$python -c '' 2>/dev/null && echo $$python && break; done)
 export NO_ALBUMENTATIONS_UPDATE := 1
+# Every module that runs is compiled once and kept, also where the environment forbids that: here some hundred processes import them.
+export PYTHONDONTWRITEBYTECODE :=
 # What the tests use.
 EXTRAS := aws,dev,docker,kubernetes,lora,semantic,site,tensorboard
 COMMA := ,
@@ -22,7 +24,7 @@ python:
 
 $(VENV)/.ready: requirements.lock pyproject.toml | python $(UV)
 	$(UV) venv --quiet --clear --python $(PYTHON) $(VENV)
-	$(UV) pip install --quiet --python $(PY) --compile-bytecode --require-hashes --no-deps -r requirements.lock
+	$(UV) pip install --quiet --python $(PY) --require-hashes --no-deps -r requirements.lock
 	$(UV) pip install --quiet --python $(PY) --no-deps --editable .
 	touch $@
 

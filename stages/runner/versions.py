@@ -14,6 +14,7 @@ import ast
 import hashlib
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 from stages.catalog import STAGES, stage_class
@@ -50,19 +51,26 @@ def sources(stage: str) -> list[Path]:
 
 def _imports(path: Path) -> list[Path]:
     """Project files that a file imports, at its top or inside a function."""
-    modules: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    modules = _modules(path.read_text(encoding="utf-8"))
     files = [ROOT / f"{module.replace('.', '/')}.py" for module in modules if module.split(".")[0] in ROOMS]
     return [file for file in files if file.is_file()]
 
 
+# Stages share most of their sources.
+@cache
+def _modules(text: str) -> list[str]:
+    modules: list[str] = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return modules
+
+
 def code_digest(stage: str) -> str:
     """sha256 over what a stage's sources compute, in an order that no path decides, as 24 hex digits."""
-    files = sorted(hashlib.sha256(_computes(path).encode()).digest() for path in sources(stage))
+    files = sorted(hashlib.sha256(_computes(path.read_text(encoding="utf-8")).encode()).digest() for path in sources(stage))
     return hashlib.sha256(b"".join(files)).hexdigest()[:24]
 
 
@@ -86,8 +94,9 @@ def _own(module: str) -> bool:
     return module.split(".")[0] in (*ROOMS, "infra")
 
 
-def _computes(path: Path) -> str:
-    return ast.unparse(_Bare().visit(ast.parse(path.read_text(encoding="utf-8"))))
+@cache
+def _computes(text: str) -> str:
+    return ast.unparse(_Bare().visit(ast.parse(text)))
 
 
 def problems() -> list[str]:
@@ -126,9 +135,10 @@ def main() -> int:
     parser.add_argument("--waive", nargs=2, metavar=("STAGE", "REASON"), help="the code changed, the result did not")
     options = parser.parse_args()
     record(*(options.waive or ()))
-    for line in problems():
+    found = problems()
+    for line in found:
         print(line)
-    return 1 if problems() else 0
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
