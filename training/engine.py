@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.arithmetic import has_bf16
 from training.config import TrainConfig
 from unidiffuser.compiling import find_compiler
 
@@ -20,7 +21,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """`"auto"` becomes bf16 where the GPU computes in it, and fp32 elsewhere (CPUs emulate bf16, tens of times slower)."""
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
 
 
 def deepspeed_config(config: TrainConfig, world: int, precision: str, pin: bool) -> dict[str, Any]:

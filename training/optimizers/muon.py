@@ -31,7 +31,9 @@ class Muon(Section):
     lr: float = Field(2e-4, gt=0, le=1, description="Learning rate of the matrices after the warm-up, on the scale of AdamW's.")
     weight_decay: float = Field(0.03, ge=0, le=1, description="Decoupled weight decay of the matrices.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Decay of the momentum, which is Nesterov's.")
-    iteration: Literal["bf16", "fp32"] = Field("bf16", description="Arithmetic of the orthogonalisation; torch's is bf16.")
+    iteration: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Arithmetic of the orthogonalisation; auto: bf16, as torch's, where all devices have it, else fp32."
+    )
     rest: AdamWFields = Field(default_factory=AdamWFields, description="AdamW for the rest.")
 
     @property

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training.arithmetic import all_have_bf16
+
 # Quintic Newton-Schulz iteration, with the coefficients and the number of steps of torch.optim.Muon.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -73,10 +75,14 @@ class MuonWithAdamW(torch.optim.AdamW):
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         super().__init__(groups, fused=True)
         self.pieces: dict[str, Piece] = {}
+        self.types = TYPES
 
     def lay_out(self, pieces: dict[str, Piece]) -> None:
-        """Tell where the matrices lie, by name; the same names in the same order on all workers."""
+        """Tell where the matrices lie, by name; the same names in the same order on all workers, which must all call it."""
         self.pieces = pieces
+        # Workers send each other what they have orthogonalised, so all compute in the same.
+        bf16 = all_have_bf16(self.param_groups[0]["params"][0].device)
+        self.types = TYPES | {"auto": TYPES["bf16" if bf16 else "fp32"]}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -99,7 +105,7 @@ class MuonWithAdamW(torch.optim.AdamW):
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = dict(zip(owners, torch._foreach_lerp(grads, momenta, group["momentum"]), strict=True))
         here = [self.pieces[name] for name in group["names"] if self.pieces[name].vector in updates]
-        dtype = TYPES[group["iteration"]]
+        dtype = self.types[group["iteration"]]
         for alike in _alike(piece for piece in here if piece.length and not piece.shared):
             matrices = [piece.of(updates).view(piece.shape) for piece in alike]
             torch._foreach_copy_(matrices, orthogonalised(torch.stack(matrices), dtype).unbind())
