@@ -80,9 +80,9 @@ class MuonWithAdamW(torch.optim.AdamW):
     def lay_out(self, pieces: dict[str, Piece]) -> None:
         """Tell where the matrices lie, by name; the same names in the same order on all workers, which must all call it."""
         self.pieces = pieces
-        # Workers send each other what they have orthogonalised, so all compute in the same.
-        bf16 = all_have_bf16(self.param_groups[0]["params"][0].device)
-        self.types = TYPES | {"auto": TYPES["bf16" if bf16 else "fp32"]}
+        # Workers send each other what they have orthogonalised, so all compute in the same. (ZeRO 3 has emptied the groups.)
+        device = next(iter(pieces.values())).vector.device
+        self.types = TYPES | {"auto": TYPES["bf16" if all_have_bf16(device) else "fp32"]}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
