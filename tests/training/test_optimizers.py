@@ -95,13 +95,16 @@ def test_resumed_equals_uninterrupted_and_other_zero_stages_go_on(
         whole = tmp_path / "whole"
         run(job(whole, shards, config(checkpoint_every=3)), CPU)
     run(job(tmp_path / "again", shards, config(**chosen), resume=str(whole / "3")), CPU)
-    # To the last bit but one: without AVX-512 that of a bias's gradient depends on what the process did before.
-    assert train_losses(tmp_path / "again/6") == pytest.approx(train_losses(whole / "6"), abs=1e-6)
+    found, wanted = (history(place / "6") for place in (tmp_path / "again", whole))
+    assert [(row["kind"], row["step"]) for row in found] == [(row["kind"], row["step"]) for row in wanted]
+    # Without AVX-512 the last bit of a bias's gradient was seen to depend on what the process did before.
+    exact = bool(torch.cpu.get_capabilities().get("avx512_f"))
+    assert found == wanted if exact else train_losses(tmp_path / "again/6") == pytest.approx(train_losses(whole / "6"), abs=1e-6)
     for tensors in ("model", "ema", *STATES[kind]):
-        found, wanted = (load_file(place / f"6/{tensors}.safetensors") for place in (tmp_path / "again", whole))
-        assert found.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+        ours, theirs = (load_file(place / f"6/{tensors}.safetensors") for place in (tmp_path / "again", whole))
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            torch.testing.assert_close(ours[name], tensor, rtol=0 if exact else 1e-4, atol=0 if exact else 1e-6)
     run(job(tmp_path / "zero0", shards, config(**chosen, zero_stage=0), resume=str(whole / "3")), CPU)
     run(job(tmp_path / "zero3", shards, config(**chosen, zero_stage=3), resume=str(whole / "3")), CPU)
     for stage in ("zero0", "zero3"):
