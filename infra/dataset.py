@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation, field_serializer
 
+from infra.cycles import seldom_collected
 from infra.entries import fingerprint_of, stages_in
 from infra.room import check_room
 from infra.sources import StoredSources, written
@@ -268,7 +269,8 @@ def find(store: Store, stage: str, fingerprint: str) -> Dataset | None:
     if document is None:
         return None
     if document["files"] is None:
-        document["files"] = list(iter(StoredFiles(store, folder)))
+        with seldom_collected():
+            document["files"] = list(iter(StoredFiles(store, folder)))
     if document["sources"] is None:
         document["sources"] = StoredSources(store, f"{folder}/{SOURCES_FILE}")
     return Dataset(store, Manifest.model_validate(document))

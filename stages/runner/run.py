@@ -9,13 +9,12 @@ A kill at any moment leaves units that are done (their record is written last) a
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as package_version
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.commit import git_commit
+from infra.cycles import seldom_collected
 from infra.dataset import Dataset, InputRef, Manifest, Stats, all_datasets, commit, find
 from infra.room import DISK_RESERVE
 from infra.sources import Sources
@@ -49,20 +49,6 @@ log = logging.getLogger("stages")
 
 # Seconds between two lines of progress.
 SAY_EVERY = 0.5
-# New objects, and collections of the generation before, after which Python looks for cycles again.
-SELDOM = (50_000, 20, 100)
-
-
-@contextmanager
-def seldom_collected() -> Iterator[None]:
-    """Python looks for cycles seldom: units and records live to the end, and to go through all of them again and again takes a
-    third of the driver's time."""
-    usual = gc.get_threshold()
-    gc.set_threshold(*SELDOM)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*usual)
 
 
 @seldom_collected()

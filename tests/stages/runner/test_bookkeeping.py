@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from infra.cycles import SELDOM
 from infra.dataset import Stats, find
 from infra.room import DISK_RESERVE
 from infra.store import Store, StoreError
@@ -19,7 +20,7 @@ from stages.folder.stage import Folder
 from stages.runner import packs
 from stages.runner.contract import Job, StageError, UnitRecord, canonical, digest_of
 from stages.runner.keys import unit_keys
-from stages.runner.run import SELDOM, add_up, check_disk, describe_drops, make_job, run_stage
+from stages.runner.run import add_up, check_disk, describe_drops, make_job, run_stage
 from stages.select.stage import Select
 from tests.stages.committed import dataset_of
 from tests.stages.killed import in_process
