@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from infra.cycles import SELDOM, seldom_collected
-from infra.dataset import Dataset, FileEntry, Manifest, Stats, StoredFiles, commit, find
+from infra.dataset import FILES_INLINE, FileEntry, Manifest, Stats, StoredFiles, commit, find
 from infra.store import Store
 
 USUAL = (701, 11, 12)
@@ -49,14 +49,15 @@ def test_a_long_list_of_files_is_read_so(tmp_path, monkeypatch):
             yield entry
 
     monkeypatch.setattr(StoredFiles, "__iter__", seen)
-    store, count = Store(str(tmp_path)), 2001
+    store, count = Store(str(tmp_path)), FILES_INLINE + 1
     files = [FileEntry(f"toy/units/{n}/{n}.tar", 1, 1, f"{n:064}", str(n)) for n in range(count)]
-    made = commit(
+    commit(
         store,
         Manifest(
             stage="toy", node="toy", fingerprint="f", generation=0, inputs={}, config={}, sources={}, code={}, columns={},
             stats=Stats(rows_in=count, rows_out=count), summary={}, seconds=0.0, created="", files=files,
         ),
     )  # fmt: skip
-    assert isinstance(made, Dataset) and find(store, "toy", "f").files == files
+    found = find(store, "toy", "f")
+    assert found is not None and found.manifest.files == files
     assert during == {SELDOM} and gc.get_threshold() == USUAL
