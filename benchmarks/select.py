@@ -13,6 +13,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import psutil
@@ -170,7 +171,12 @@ def main(
     }
     if before:
         figures["before_rows_per_s"] = best["before"]["rows_per_s"]
-        figures["over_before"] = round(best["ours"]["rows_per_s"] / best["before"]["rows_per_s"], 3)
+        # Of the whole stage, which is what a person waits for: the commits divide it otherwise into start and work.
+        whole = {
+            name: median(run["seconds"]["stage"] for run in table if run["side"] == name and run["rows"] == sizes[-1] * FILE_ROWS)
+            for name in ("ours", "before")
+        }
+        figures["over_before"] = round(whole["before"] / whole["ours"], 3)
     ratio = round(best["ours"]["rows_per_s"] / best["duckdb"]["rows_per_s"], 3)
     commits = {"commit": commit_of()} | ({"before": commit_of(before)} if before else {})
     Result("select", ratio, "duckdb", figures, words, {**commits, "conditions": CONDITIONS, "runs": table}).finish(file)
