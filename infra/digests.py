@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from infra.hashed import Answer, hashed, hashed_apart
 from infra.listing import Files, readable
-from infra.sources import SHA256, Sources, once
+from infra.sources import SHA256, Sources, bytes_of, once
 from infra.store import Store, StoreError
 from infra.tree import SOME, STAMP, release
 
@@ -116,7 +116,7 @@ class Memory:
             at = pc.index_in(names.take(pa.array(rows)), value_set=batch["name"]).fill_null(-1).to_numpy()
             rows, at = rows[at >= 0], at[at >= 0]
             same = (np.stack([batch[part].to_numpy()[at] for part in STAMP]) == stamps[:, rows]).all(axis=0)
-            digests[rows[same]], known[rows[same]] = _bytes_of(batch["sha256"])[at[same]], True
+            digests[rows[same]], known[rows[same]] = bytes_of(batch["sha256"])[at[same]], True
         return digests, known
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
@@ -175,9 +175,3 @@ def _pieces(rows: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
 
 def _column(digests: np.ndarray) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(SHA256, len(digests), [None, pa.py_buffer(digests)])
-
-
-def _bytes_of(column: pa.FixedSizeBinaryArray) -> np.ndarray:
-    """(rows, 32) bytes."""
-    whole = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, SHA256.byte_width)
-    return whole[column.offset : column.offset + len(column)]

@@ -169,7 +169,7 @@ class Odd:
     def parted(self, part: pa.RecordBatch, wanted: re.Pattern[str]) -> tuple[pa.RecordBatch, pa.Array]:
         """The files of data among those that match, and the names of other files that are not hidden; what is odd is put down."""
         names, kinds = part["name"].to_pylist(), part["kind"].to_numpy()
-        fits = np.fromiter((wanted.match(name) is not None for name in names), bool, len(names))
+        fits = np.fromiter(map(bool, map(wanted.match, names)), bool, len(names))
         plain = kinds == FILE
         if self.any_ending:
             plain &= part["size"].to_numpy() != 0

@@ -179,9 +179,10 @@ def content_of(sources: Mapping[str, str]) -> str:
     table, start = as_table(sources), 0
     # Filled and sorted in its place: at millions of files each copy of it is tens of megabytes.
     rows = np.empty(table.num_rows, "S32")
+    line_end = pa.scalar("\n", pa.large_string())
     for batch in table.to_batches(SOME):
-        pairs = zip(_names(batch["address"]).to_pylist(), map(_text, batch["digest"].to_pylist()), strict=True)
-        rows[start : start + len(batch)] = [hashlib.sha256(f"{name}\n{digest}".encode()).digest() for name, digest in pairs]
+        pairs = pc.binary_join_element_wise(_names(batch["address"]), _hex(batch["digest"]), line_end).cast(pa.large_binary())
+        rows[start : start + len(batch)] = [hashlib.sha256(pair).digest() for pair in pairs.to_pylist()]
         start += len(batch)
     # In which folders they lie decides the order of addresses.
     rows.sort()
@@ -209,10 +210,23 @@ def _in_hex(table: pa.Table) -> pa.Table:
     place = table.schema.get_field_index("digest")
     if table.schema.field(place).type != SHA256:
         return table
-    parts = [
-        pa.array([value.hex() for value in batch["digest"].to_pylist()], pa.large_string()) for batch in table.to_batches(SOME)
-    ]
+    parts = [_hex(batch["digest"]) for batch in table.to_batches(SOME)]
     return table.set_column(place, "digest", pa.chunked_array(parts, pa.large_string()))
+
+
+def _hex(digests: pa.Array) -> pa.Array:
+    """Digests as text, all at once; text as it is."""
+    if digests.type != SHA256:
+        return digests
+    width = 2 * SHA256.byte_width
+    text, ends = bytes_of(digests).tobytes().hex().encode(), np.arange(0, width * len(digests) + 1, width)
+    return pa.LargeStringArray.from_buffers(len(digests), pa.py_buffer(ends), pa.py_buffer(text))
+
+
+def bytes_of(digests: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """Digests of type `SHA256` as (rows, 32) bytes."""
+    whole = np.frombuffer(digests.buffers()[1], np.uint8).reshape(-1, SHA256.byte_width)
+    return whole[digests.offset : digests.offset + len(digests)]
 
 
 def _text(digest: Any) -> str:

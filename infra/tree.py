@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 FILE, FOLDER, LINK, BROKEN, SPECIAL = range(5)
@@ -16,7 +18,7 @@ TREE = pa.schema([("name", pa.large_string()), ("kind", pa.int8()), *((part, pa.
 # Rows that are Python objects at a time.
 SOME = 16384
 
-Row = tuple[str, int, int, int, int]
+Stamp = tuple[int, int, int]
 
 
 class Tree:
@@ -32,19 +34,7 @@ class Tree:
     def __init__(self, root: str, depth: int | None):
         self.strange: list[tuple[str, int, int]] = []
         self.unreadable: list[str] = []
-        self.parts: list[pa.RecordBatch] = []
-        rows: list[Row] = []
-        for row in self._walk(root, depth):
-            if not row[0].isascii() and not utf8(row[0]):
-                self.strange.append(row[:3])
-                continue
-            rows.append(row)
-            if len(rows) == SOME:
-                self.parts.append(batch(rows))
-                rows = []
-        self.parts.append(batch(rows))
-
-    def _walk(self, root: str, depth: int | None) -> Iterator[Row]:
+        rows = Rows()
         waiting = [("", depth)]
         while waiting:
             below, left = waiting.pop()
@@ -52,17 +42,51 @@ class Tree:
                 with os.scandir(root + below) as scan:
                     for entry in scan:
                         name = below + entry.name
-                        kind, status = look(entry)
-                        yield (name, kind, *status)
+                        kind, stamp = look(entry)
                         if kind == FOLDER and left != 1:
                             waiting.append((f"{name}/", left and left - 1))
+                        if name.isascii() or utf8(name):
+                            rows.add(name, kind, stamp)
+                        else:
+                            self.strange.append((name, kind, stamp[0]))
             except PermissionError:
                 self.unreadable.append(below)
             except (FileNotFoundError, NotADirectoryError):
                 continue
+        self.parts = rows.parts()
 
 
-def look(entry: os.DirEntry[str]) -> tuple[int, tuple[int, int, int]]:
+class Rows:
+    """Rows of `TREE`, added one by one to columns: as tuples, which become columns later, they take half as long again."""
+
+    def __init__(self) -> None:
+        self._full: list[pa.RecordBatch] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        self._names: list[str] = []
+        self._kinds, self._stamps = bytearray(), array("q")
+
+    def add(self, name: str, kind: int, stamp: Stamp) -> None:
+        self._names.append(name)
+        self._kinds.append(kind)
+        self._stamps.extend(stamp)
+        if len(self._names) == SOME:
+            self._end()
+
+    def _end(self) -> None:
+        stamps = np.frombuffer(self._stamps, np.int64).reshape(-1, len(STAMP))
+        columns = (self._names, np.frombuffer(self._kinds, np.int8), *stamps.T.copy())
+        self._full.append(_batch(columns))
+        self._begin()
+
+    def parts(self) -> list[pa.RecordBatch]:
+        """All of them; at least one batch."""
+        self._end()
+        return self._full
+
+
+def look(entry: os.DirEntry[str]) -> tuple[int, Stamp]:
     """Kind and stamp of what a folder holds; only a file has the latter."""
     try:
         status = entry.stat()
@@ -86,7 +110,10 @@ def stamped(root: str, name: str) -> pa.RecordBatch:
 
 
 def batch(rows: Sequence[Sequence[Any]]) -> pa.RecordBatch:
-    columns = zip(*rows, strict=True) if rows else ([] for _ in TREE)
+    return _batch(zip(*rows, strict=True) if rows else ([] for _ in TREE))
+
+
+def _batch(columns: Iterable[Any]) -> pa.RecordBatch:
     return pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, TREE, strict=True)], schema=TREE)
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from infra.dataset import Manifest, Stats, commit, find
@@ -16,6 +17,7 @@ from infra.hashed import hashed_apart
 from infra.queries import file_name
 from infra.sources import Sources, StoredSources, as_table, content_of, other
 from infra.store import Store, StoreError
+from infra.tree import BROKEN, FILE, FOLDER, SOME, Tree
 from stages.runner.graph import outside_of, plan, read_outside
 from stages.runner.recipe import parse_recipe
 
@@ -135,6 +137,34 @@ def test_what_counts_is_names_and_contents_and_not_where_they_lie() -> None:
     known = {(file_name(name), digest) for name, digest in plain.items()}
     named = ((file_name(name), digest) for name, digest in changed.items())
     assert other(changed, plain) == dict(pair for pair in named if pair not in known) != {}
+
+
+def test_the_digest_of_sources_is_that_of_their_sorted_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.sources.SOME", 7)
+    plain = {**some(30), "/1/ö 漢.jpg": "f" * 64}
+    hashes = sorted(hashlib.sha256(f"{file_name(name)}\n{digest}".encode()).digest() for name, digest in plain.items())
+    wanted = hashlib.sha256(b"".join(hashes)).hexdigest()[:24]
+    in_text = as_table(plain).set_column(1, "digest", pa.array([plain[name] for name in sorted(plain)], pa.large_string()))
+    for table in (as_table(plain), in_text, pa.concat_tables([as_table(plain)[:11], as_table(plain)[11:]])):
+        assert content_of(Sources(table)) == wanted
+
+
+def test_a_folder_is_looked_at_in_pieces(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "empty").mkdir()
+    (folder / "none").symlink_to(folder / "missing")
+    expected = {"none": (BROKEN, 0, 0, 0)}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        stamp = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) if path.is_file() else (0, 0, 0)
+        if not path.is_symlink():
+            expected[str(path.relative_to(folder))] = (FOLDER if path.is_dir() else FILE, *stamp)
+    # In the last case they fill all pieces and leave nothing over.
+    for some, pieces in ((SOME, 1), (7, len(expected) // 7 + 1), (len(expected), 2)):
+        monkeypatch.setattr("infra.tree.SOME", some)
+        tree = Tree(f"{folder}/", None)
+        rows = (row for part in tree.parts for row in zip(*part.to_pydict().values(), strict=True))
+        assert {name: tuple(found) for name, *found in rows} == expected
+        assert len(tree.parts) == pieces and max(map(len, tree.parts)) <= some
 
 
 def test_many_sources_lie_beside_the_manifest(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
