@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 from pathlib import Path
 
 from infra.store import Store, StoreError
+
+log = logging.getLogger("infra")
 
 # Whose errors come from the network and from keys, and not from a fault of ours.
 CLIENTS = ("botocore", "aiobotocore", "s3fs", "google", "gcsfs", "adlfs", "azure", "aiohttp")
@@ -17,8 +20,9 @@ KEYS = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and its key",
 }
 KINDS = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
-# How long a machine that works waits for the store's first answer.
-SECONDS = 8.0
+# Seconds after which a machine that is to work says that the store has not answered yet, and for which it waits after that: the
+# command has reached the store already, so it may be busy.
+SECONDS, PATIENCE = 8.0, 60.0
 REGION = ("AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException", "301")
 
 
@@ -42,8 +46,8 @@ def check_access(store: Store, write: bool) -> None:
         raise store_error(store.root, error) from error
 
 
-def check_in_time(store: Store, write: bool, seconds: float) -> None:
-    """The same, without waiting longer for an answer.
+def check_in_time(store: Store, write: bool, seconds: float, late: float = 0.0) -> None:
+    """The same, without waiting longer for an answer than `seconds`, and than `late` after saying so.
 
     Raises:
         StoreError: as `check_access`, or there was none.
@@ -62,8 +66,14 @@ def check_in_time(store: Store, write: bool, seconds: float) -> None:
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(seconds)
+    if thread.is_alive() and late:
+        log.warning(
+            "%s: no answer in %.0f s on the machine %s; waits up to %.0f s more, as it may be busy",
+            store.root, seconds, socket.gethostname(), late,
+        )  # fmt: skip
+        thread.join(late)
     if thread.is_alive():
-        raise StoreError(f"{store.root}: no answer in {seconds:.0f} s; check the address and the network")
+        raise StoreError(f"{store.root}: no answer in {seconds + late:.0f} s; check the address and the network")
     for error in found:
         raise error
 
@@ -76,7 +86,7 @@ def check_seen(store: Store) -> None:
     """
     machine = socket.gethostname()
     try:
-        check_in_time(store, False, SECONDS)
+        check_in_time(store, False, SECONDS, PATIENCE)
     except StoreError as error:
         raise StoreError(f"the machine {machine} does not reach the store: {error}") from error
     if store.local and not store.is_there():

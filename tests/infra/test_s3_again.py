@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
+import time
 
 import pytest
 from botocore.exceptions import ClientError
 
 from infra import lease
-from infra.store import Store
+from infra.store import Store, StoreError
+from infra.store_access import check_seen
 
 SECONDS = 16.0
 
@@ -59,6 +62,27 @@ def test_reads_writes_and_listings_outlast_a_server_that_is_out_of_order(bucket,
     for name, ask in asked.items():
         out_of_order()
         assert ask(), name
+
+
+def test_a_machine_waits_for_a_store_that_is_busy_and_says_so(s3, bucket, monkeypatch, caplog):
+    """It is asked at the beginning of every phase, by each worker, when the command has long written there."""
+    monkeypatch.setattr("infra.store_access.SECONDS", 0.3)
+    monkeypatch.setattr("infra.store_access.PATIENCE", 30.0)
+    until = time.monotonic() + 2.0
+    monkeypatch.setattr(s3, "busy", lambda: time.monotonic() < until)
+    check_seen(Store(bucket))
+    assert time.monotonic() > until
+    said = f"{bucket}: no answer in 0 s on the machine {socket.gethostname()}; waits up to 30 s more, as it may be busy"
+    assert caplog.messages == [said]
+
+
+def test_a_machine_does_not_wait_for_ever(s3, bucket, monkeypatch):
+    monkeypatch.setattr("infra.store_access.SECONDS", 0.2)
+    monkeypatch.setattr("infra.store_access.PATIENCE", 0.8)
+    monkeypatch.setattr(s3, "busy", lambda: True)
+    told = f"^the machine {socket.gethostname()} does not reach the store: {bucket}: no answer in 1 s; check the address"
+    with pytest.raises(StoreError, match=told):
+        check_seen(Store(bucket))
 
 
 def test_one_that_stays_out_of_order_is_told(bucket, out_of_order):
