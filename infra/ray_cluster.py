@@ -23,6 +23,10 @@ OBJECT_STORE_BYTES = 512 * 2**20
 START_SECONDS = 300.0
 # Where all its parts listen: to any other address of loopback Ray says the same, and listens on every interface.
 NODE_ADDRESS = "127.0.0.1"
+# For a job's environment. A worker closes a connection on which nothing is answered, by default after 20 s. Where the network is
+# cut for so long, whoever waits for the worker is not told: Ray looks after the connection from that end every five minutes. A
+# node that is away for longer than this counts as dead, which is told at once.
+PATIENT = {"RAY_grpc_keepalive_timeout_ms": "120000"}
 
 
 def configured_ray() -> str | None:

@@ -16,7 +16,7 @@ from infra.commit import git_commit
 from infra.dataset import Dataset, find, point
 from infra.nearest import nearest
 from infra.queries import QUERIES, said
-from infra.ray_cluster import start_ray_here
+from infra.ray_cluster import PATIENT, start_ray_here
 from infra.store import Store, StoreError
 from infra.store_access import check_seen
 from stages.catalog import stage_class
@@ -74,8 +74,8 @@ def connect_ray() -> None:
     # Ray's workers are nice to other programs by default, and starve beside them on a small machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # A job's workers have the job's environment; those of a driver that joins by hand would lack what opens signed addresses.
-    signed = {QUERIES: os.environ[QUERIES]} if QUERIES in os.environ and JOB not in os.environ else {}
-    ray.init(address=address, log_to_driver=True, runtime_env={"env_vars": signed} if signed else None)
+    own = PATIENT | {name: value for name, value in os.environ.items() if name == QUERIES}
+    ray.init(address=address, log_to_driver=True, runtime_env=None if JOB in os.environ else {"env_vars": own})
 
 
 def report(planned: Planned, dataset: Dataset) -> None:

@@ -19,6 +19,7 @@ from infra.commit import VARIABLE as COMMIT
 from infra.commit import git_commit
 from infra.processes import NoAnswer, ServerError
 from infra.queries import QUERIES
+from infra.ray_cluster import PATIENT
 from infra.ray_jobs import TERMINAL, RayJobs
 from infra.ray_log import AWAY
 from pipelines.flows import job_logs
@@ -54,7 +55,7 @@ class NodeStopped(Exception):
 
 def job_environment() -> dict[str, str]:
     """What a job needs besides the cluster's own environment."""
-    fixed = {"PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
+    fixed = {"PYTHONUNBUFFERED": "1", "NO_ALBUMENTATIONS_UPDATE": "1", **PATIENT}
     # Code that is sent has no history.
     if is_sent() and (commit := git_commit()):
         fixed[COMMIT] = commit

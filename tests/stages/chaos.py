@@ -38,6 +38,7 @@ import torch
 from benchmarks.counted import KEYS, Counted, counted_s3
 from benchmarks.frame import machine
 from infra.dataset import Dataset
+from infra.ray_cluster import PATIENT
 from infra.store import Store
 from stages.runner.run import run_stage
 from tests.stages import killed
@@ -50,7 +51,7 @@ FAULTS = ("killed", "added", "busy", "cut")
 MACHINES = 2
 BUSY, CUT = 10.0, 30.0
 # Seconds after which a run that is not over is taken to hang.
-HANGS = 600.0
+HANGS = 240.0
 # The part of an undisturbed run in which the fault comes.
 WITHIN = 0.8
 
@@ -93,7 +94,7 @@ class Stand:
 def driver(cluster: str, stage: str) -> Iterator[None]:
     import ray
 
-    variables = {name: os.environ[name] for name in (*KEYS, "AWS_ENDPOINT_URL")} | {"PYTHONPATH": str(ROOT)}
+    variables = {name: os.environ[name] for name in (*KEYS, "AWS_ENDPOINT_URL")} | {"PYTHONPATH": str(ROOT)} | PATIENT
     hook = f"tests.stages.paced.{'steps' if stage == 'train' else 'units'}"
     ray.init(
         address=cluster, _node_ip_address=HEAD, log_to_driver=False,
