@@ -218,6 +218,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     os.environ["RAY_worker_niceness"] = "0"
+    # As a worker of one CPU has it: some processors round otherwise where there are more.
+    torch.set_num_threads(1)
     command = f"{ALONE} python -m tests.stages.chaos FOLDER --rounds {arguments.rounds} --seed {arguments.seed}"
     facts = {"command": command, "machine": machine(torch.device("cpu")), "isolation": "network, process and mount namespaces"}
     rows: list[dict[str, Any]] = []
