@@ -295,6 +295,7 @@ def main(
     }
     if before:
         figures["before_images_per_cpu_second"] = rates["before"]
+        figures["before_memory_mib"] = memory["before"]
     for name in roots:
         prefix = "" if name == "ours" else "before_"
         figures[f"{prefix}turned_over_plain"] = turns[name]["ratio"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import urllib.request
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +31,7 @@ class ShardSink:
         self.file: BinaryIO = open(spool, "w+b")  # noqa: SIM115
         self.resizer = resizer
         self.outcomes: dict[int, Outcome] = {}
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self.awaited, self.threads, self.all_begun = 0, 0, lambda: None
 
     def await_rows(self, rows: int, threads: int, all_begun: Callable[[], None]) -> None:
@@ -38,6 +39,15 @@ class ShardSink:
         self.awaited, self.threads, self.all_begun = rows, threads, all_begun
         if rows <= threads:
             all_begun()
+
+    def resized(self, stream: BytesIO, *boxes: Any) -> tuple[Any, ...]:
+        """img2dataset's resizer interface."""
+        try:
+            return self.resizer(stream, *boxes)
+        except Exception as error:
+            # The engine would count the row as lost: what befalls this machine, and no picture, must not look like a broken one.
+            self.failure = self.failure or error
+            raise
 
     def write(self, image: bytes | None, key: str, caption: str | None, meta: dict[str, Any]) -> None:
         """img2dataset's writer interface."""
@@ -95,7 +105,7 @@ def download_rows(rows: pa.Table, config: Any, scratch: Path, sink: ShardSink, e
         all_begun: called, perhaps often, when no row is left that has not begun.
 
     Raises:
-        OSError: an image could not be put down.
+        Exception: an image could not be put down, or no process be had that decodes it.
     """
     from stages.download.downloader import Downloader
 
@@ -105,7 +115,7 @@ def download_rows(rows: pa.Table, config: Any, scratch: Path, sink: ShardSink, e
     sink.await_rows(rows.num_rows, config.threads, all_begun)
     engine = Downloader(
         sample_writer_class=lambda *_: sink,
-        resizer=sink.resizer,
+        resizer=sink.resized,
         thread_count=config.threads,
         save_caption=False,
         extract_exif=False,

@@ -1,7 +1,8 @@
 """Whether what a shard lost is the web's doing, as ever, or that of something between the web and this machine.
 
 A network, a resolver or a proxy that fails loses pictures of nearly all hosts at once, where the web loses those of some, and
-about as many in each shard. So hosts are counted and not rows: one large host that is down is no outage.
+about as many in each shard. So hosts are counted and not rows: one large host that is down is no outage. Rows count where hosts
+that give pictures fall silent within a shard, as when few hosts have all of it; of one host no more than of a tenth of the shard.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ REMEMBERED = 20
 SUDDEN, SPREADS = 0.25, 4.0
 # What is wrong with an address itself says nothing of the web.
 ADDRESS = frozenset({"bad_url", "forbidden_address"})
+# Why no answer came, not even one that refuses.
+SILENCE = frozenset({"timeout", "host_down", "connection", "dns", "proxy"})
+# The part of a shard's rows that one host counts for at most, and rows that chance alone does not silence.
+ONE_HOST, CHANCE_ROWS = 0.1, 20
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,16 @@ class Tally:
         hosts: how many there are.
         lost: those of which no picture came.
         silent: those of which no answer came that counts: only failures that can heal.
-        reasons: why rows of the silent were lost.
+        broken: rows that got no answer, of hosts that gave pictures.
+        broken_part: of the shard, as these count: none for more than `ONE_HOST` of it.
+        reasons: why rows of the silent were lost, and the broken ones.
     """
 
     hosts: int
     lost: int
     silent: int
+    broken: int
+    broken_part: float
     reasons: Counter[str]
 
     @classmethod
@@ -52,27 +61,42 @@ class Tally:
                 by_host.setdefault(host_of(url), Counter())[reason] += 1
         lost = [reasons for reasons in by_host.values() if "" not in reasons]
         silent = [reasons for reasons in lost if all(map(can_heal, reasons))]
-        return cls(len(by_host), len(lost), len(silent), sum(silent, Counter()))
+        counted = ONE_HOST * sum(reasons.total() for reasons in by_host.values())
+        weights = broken_weights = 0.0
+        broken: Counter[str] = Counter()
+        for reasons in by_host.values():
+            weights += min(reasons.total(), counted)
+            if "" in reasons and (unheard := Counter({why: reasons[why] for why in SILENCE if reasons[why]})):
+                broken += unheard
+                broken_weights += min(reasons.total(), counted) * unheard.total() / reasons.total()
+        part = broken_weights / weights if weights else 0.0
+        return cls(len(by_host), len(lost), len(silent), broken.total(), part, sum(silent, broken))
 
     @property
-    def answered(self) -> bool:
-        """Whether it was the servers themselves that refused, most of them."""
-        return self.silent * 2 <= self.lost
+    def breaks(self) -> bool:
+        """Whether hosts fell silent that gave pictures before."""
+        return self.broken >= CHANCE_ROWS and self.broken_part >= SUDDEN
 
     def in_words(self) -> str:
         told = ", ".join(f"{reason} {rows:,}" for reason, rows in self.reasons.most_common(3))
-        return f"{self.silent:,} of {self.hosts:,} hosts gave no answer ({told})" if told else "all hosts answered"
+        also = f", nor did {self.broken:,} rows of others" if self.broken else ""
+        return f"{self.silent:,} of {self.hosts:,} hosts gave no answer{also} ({told})" if told else "all hosts answered"
 
 
 class Usual:
-    """What a worker's shards lose, of late."""
+    """What a worker's shards lose, of late: the parts of their hosts that are lost, and that are silent."""
 
     def __init__(self) -> None:
-        self._shares: deque[float] = deque(maxlen=REMEMBERED)
+        self._shares: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
 
     def add(self, tally: Tally) -> None:
         if tally.hosts:
-            self._shares.append(tally.lost / tally.hosts)
+            self._shares.append((tally.lost / tally.hosts, tally.silent / tally.hosts))
+
+    def _parts(self) -> tuple[float, float]:
+        """Those that are usual."""
+        lost, silent = zip(*(self._shares or [(USUAL, USUAL)]), strict=True)
+        return fmean(lost), fmean(silent)
 
     def alarm(self, tally: Tally) -> str | None:
         """What is unusual about a shard, in words; None if nothing is."""
@@ -80,11 +104,28 @@ class Usual:
             return None
         if tally.lost == tally.hosts:
             return f"not one picture came; {tally.in_words()}"
-        usual = fmean(list(self._shares) or [USUAL])
-        beyond = tally.lost - usual * tally.hosts
-        # The shares of shards differ by more than chance makes those of samples differ; hence the 1, and `SUDDEN`.
-        chance = math.sqrt(tally.hosts * usual * (1 - usual) + 1)
-        if beyond < max(SUDDEN * tally.hosts, SPREADS * chance):
-            return None
-        share = tally.lost / tally.hosts
-        return f"no picture came of {share:.0%} of the hosts, where {usual:.0%} is usual; {tally.in_words()}"
+        lost, silent = self._parts()
+        if is_sudden(tally.lost, tally.hosts, lost):
+            return (
+                f"no picture came of {tally.lost / tally.hosts:.0%} of the hosts, where {lost:.0%} is usual; {tally.in_words()}"
+            )
+        if is_sudden(tally.silent, tally.hosts, silent):
+            share = tally.silent / tally.hosts
+            return f"no answer came of {share:.0%} of the hosts, where {silent:.0%} is usual; {tally.in_words()}"
+        return f"hosts that gave pictures fell silent; {tally.in_words()}" if tally.breaks else None
+
+    def is_refusal(self, tally: Tally) -> bool:
+        """Whether it is the servers themselves that refuse: of what is lost beyond the usual, most is not silent."""
+        if tally.lost == tally.hosts:
+            return tally.silent * 2 <= tally.lost
+        lost, silent = self._parts()
+        if tally.breaks or is_sudden(tally.silent, tally.hosts, silent):
+            return False
+        return (tally.silent - silent * tally.hosts) * 2 <= tally.lost - lost * tally.hosts
+
+
+def is_sudden(found: int, hosts: int, usual: float) -> bool:
+    """Whether so many of the hosts are far more than the usual part of them."""
+    # The shares of shards differ by more than chance makes those of samples differ; hence the 1, and `SUDDEN`.
+    chance = math.sqrt(hosts * usual * (1 - usual) + 1)
+    return found - usual * hosts >= max(SUDDEN * hosts, SPREADS * chance)

@@ -175,7 +175,7 @@ class Fetcher:
             time.sleep(pause)
             self.guard.names.forget()
             self.hosts.forgive()
-        if alarm and not tally.answered:
+        if alarm and not self.usual.is_refusal(tally):
             raise SetAside(
                 f"{alarm}, in {len(outage.PAUSES) + 1} tries; is it this machine's network, resolver or proxy that fails?"
             )
@@ -287,12 +287,19 @@ def _resources(config: DownloadConfig) -> Resources:
     return Resources(config.cpus, 0, config.workers)
 
 
+def _longest(config: DownloadConfig) -> float:
+    """Seconds that a shard may take: all tries of one of which slow hosts have much, which only its own deadline ends."""
+    return (len(outage.PAUSES) + 1) * config.shard_deadline + sum(outage.PAUSES)
+
+
 class Download(Stage):
     name = "download"
     version = 5
     can_heal = True
     Config = DownloadConfig
-    phases = (Phase("download", _units, Fetcher, resources=_resources, at_once=SHARDS_AT_ONCE),)
+    phases = (
+        Phase("download", _units, Fetcher, resources=_resources, at_once=SHARDS_AT_ONCE, least_limit=_longest),
+    )  # fmt: skip
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

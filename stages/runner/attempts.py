@@ -61,10 +61,13 @@ class Attempts:
         pending: units and their keys, in the order of the plan; taken one by one.
         units: how many these are.
         alive: the ids of the nodes that are alive, asked when it matters.
+        least_limit: seconds that a try may take in any case.
     """
 
-    def __init__(self, pending: Iterable[tuple[Unit, str]], units: int, alive: Callable[[], Collection[str]]):
-        self._pending, self._alive = iter(pending), alive
+    def __init__(
+        self, pending: Iterable[tuple[Unit, str]], units: int, alive: Callable[[], Collection[str]], least_limit: float = 0.0
+    ):
+        self._pending, self._alive, self._least_limit = iter(pending), alive, max(LEAST_LIMIT, least_limit)
         self._fresh, self.units = units, units
         # Those that are to be tried again, the one that is due next first; the numbers tell apart what is due at once.
         self._again: list[tuple[float, int, Attempt]] = []
@@ -189,7 +192,7 @@ class Attempts:
     def limit(self, unit: Unit) -> float | None:
         """Seconds that a try may take, None while nothing is known."""
         expected = self._expected(unit)
-        return None if expected is None else max(LEAST_LIMIT, OVERTIME * expected)
+        return None if expected is None else max(self._least_limit, OVERTIME * expected)
 
     def _expected(self, unit: Unit) -> float | None:
         """The median of those that are done; more for a unit of more rows than theirs."""

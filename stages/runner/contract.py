@@ -308,6 +308,7 @@ class Phase:
         resources: config -> what a worker takes.
         memory: the config fields of which lower values take less memory.
         at_once: units that one worker may have at once, in threads; it says by `Output.give_room` when the next can begin.
+        least_limit: config -> seconds that a unit may take in any case, however fast the others are.
         takes_sources: whether its workers read `Job.sources`; else these stay behind, for units name what they read.
     """
 
@@ -320,6 +321,7 @@ class Phase:
     resources: Callable[[Any], Resources] = lambda config: Resources()
     memory: tuple[str, ...] = ()
     at_once: int = 1
+    least_limit: Callable[[Any], float] = lambda config: 0.0
     takes_sources: bool = True
 
 

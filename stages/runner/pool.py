@@ -53,7 +53,8 @@ def run_pool(
         Bug: one of them in a way that no stage foresees.
     """
     on = executor or Actors(job, phase)
-    Pool(job, phase, Attempts(pending, units, lambda: on.cluster().nodes), done, on).run()
+    attempts = Attempts(pending, units, lambda: on.cluster().nodes, phase.least_limit(job.config))
+    Pool(job, phase, attempts, done, on).run()
 
 
 @dataclass(eq=False)
@@ -367,7 +368,11 @@ class Pool:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         memory = self.memory() if first.deaths else ""
         names = that_can_be_skipped(self.job, (attempt.unit for attempt in self.attempts.aside))
-        fix = f"; mend it, or count its rows as dropped with {SKIP}: [{', '.join(names)}]" if names else "; what is done is kept"
+        fix = (
+            f"; mend it, or count its rows as dropped with {SKIP}: [{', '.join(names)}]"
+            if names
+            else "; what is done is kept: mend it and run again"
+        )
         raised = isinstance(first.cause, Raised)
         foreseen = isinstance(first.cause, Raised) and isinstance(first.cause.error, SetAside)
         failed = "" if foreseen else f" failed {ATTEMPTS} times and"

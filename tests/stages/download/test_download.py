@@ -190,6 +190,18 @@ def test_full_disk_is_an_error_and_not_a_dead_link(store, web, select, make, in_
         make(Download, store, {"rows": rows}, hosts={HOST: web})
 
 
+def test_a_machine_that_cannot_start_a_decoder_is_an_error_and_no_broken_picture(
+    store, web, select, make, in_process, monkeypatch
+):
+    def cannot(*_):
+        raise OSError(24, "Too many open files")
+
+    rows = select(store, ["jpeg", "png"])
+    monkeypatch.setattr("stages.shards.picture.boxed", cannot)
+    with pytest.raises(OSError, match="Too many open files"):
+        make(Download, store, {"rows": rows}, hosts={HOST: web})
+
+
 @pytest.fixture
 def listed(store, select, in_process):
     """Rows whose metadata lists digests: right by either, wrong by either, none."""

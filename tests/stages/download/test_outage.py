@@ -33,18 +33,24 @@ def select(tmp_path, make):
 
 @pytest.fixture
 def resolver(place, monkeypatch, in_process):
-    """Every name leads to the hostile web: after as many failures as `away` says, that of slow.example when `slow` is set."""
+    """Every name leads to the hostile web: after as many failures as `away` says, that of slow.example when `slow` is set.
+
+    Of all questions those whose numbers are in `fails` have no answer.
+    """
 
     class Resolver:
         asked: Counter[str] = Counter()
         away: dict[str, int] = {}
         slow = threading.Event()
+        fails = range(0)
 
         def __call__(self, host, port, wait):
             self.asked[host] += 1
             if host == "slow.example":
                 self.slow.wait(30)
-            if self.asked[host] <= self.away.get(host.split(".")[0].rstrip("0123456789"), 0):
+            if self.asked[host] <= self.away.get(host.split(".")[0].rstrip("0123456789"), 0) or (
+                self.asked.total() in self.fails
+            ):
                 raise socket.gaierror(socket.EAI_AGAIN, "no answer")
             return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", int(place.split(":")[1])))]
 
@@ -84,6 +90,13 @@ def test_two_thirds_lost_are_an_outage_though_it_is_the_first_shard(store, selec
         make(Download, store, {"rows": select(store, pages("a", 200) + pages("b", 100))}, **SETTINGS)
 
 
+def test_a_resolver_that_fails_within_a_shard_of_one_host_loses_none_of_its_rows(store, select, make, resolver, caplog):
+    resolver.fails = range(21, 37)
+    dataset = make(Download, store, {"rows": select(store, [f"http://a1.example/good-{n}" for n in range(100)])}, **SETTINGS)
+    assert dataset.manifest.stats.rows_out == 100 and not dataset.manifest.stats.dropped
+    assert "hosts that gave pictures fell silent; 0 of 1 hosts gave no answer, nor did" in caplog.text
+
+
 def test_a_shard_that_servers_refuse_is_tried_again_and_kept(store, select, make, resolver, caplog):
     Handler.asked.clear()
     rows = select(store, pages("a", 20, "status-404") + pages("b", 20), shard_rows=20)
@@ -112,9 +125,44 @@ def test_what_is_unusual_is_told_from_the_shards_before():
 def test_hosts_count_and_not_their_rows_and_addresses_that_are_none_do_not():
     rows = [("http://big.example/", "timeout")] * 500 + [("http://[", "bad_url"), ("http://10.0.0.1/", "forbidden_address")]
     found = Tally.of([*rows, ("http://a.example/", ""), ("http://a.example/", "dns"), ("http://b.example/", "http_404")])
-    assert (found.hosts, found.lost, found.silent, found.answered) == (3, 2, 1, True)
+    assert (found.hosts, found.lost, found.silent, found.broken, Usual().is_refusal(found)) == (3, 2, 1, 1, True)
     assert Usual().alarm(found) is None
-    assert not tally(10, 10, "http_503").answered and tally(10, 10, "http_403").answered
+    assert not Usual().is_refusal(tally(10, 10, "http_503")) and Usual().is_refusal(tally(10, 10, "http_403"))
+
+
+def test_a_resolver_that_fails_for_some_is_no_refusal_though_as_many_links_are_dead_as_ever():
+    dead = ["http_404"] * 990 + ["dns"] * 30 + [""] * 1980
+    usual = Usual()
+    for _ in range(3):
+        usual.add(Tally.of((f"http://h{n}.example/", reason) for n, reason in enumerate(dead)))
+    # Nine hundred hosts without an answer, of which some had refused before.
+    failing = ["dns" if n % 10 < 3 else reason for n, reason in enumerate(dead)]
+    found = Tally.of((f"http://h{n}.example/", reason) for n, reason in enumerate(failing))
+    assert found.silent > 900 > 2 * (found.lost - 1020) // 2 and not usual.is_refusal(found)
+    assert "of 31% of the hosts, where 1% is usual" in (usual.alarm(found) or "")
+    gone = ["http_404" if n % 10 < 6 else reason for n, reason in enumerate(dead)]
+    refused = Tally.of((f"http://h{n}.example/", reason) for n, reason in enumerate(gone))
+    assert usual.alarm(refused) and usual.is_refusal(refused)
+
+
+@pytest.mark.parametrize(
+    "rows, reason, is_one", [(80, "dns", True), (80, "http_404", False), (80, "http_503", False), (10, "dns", False)]
+)
+def test_a_host_that_has_all_of_a_shard_and_falls_silent_is_an_outage(rows, reason, is_one):
+    found = Tally.of(("http://one.example/", reason if n < rows else "") for n in range(100))
+    assert bool(Usual().alarm(found)) == is_one
+
+
+def test_a_large_host_among_many_that_falls_silent_is_none():
+    rows = [("http://big.example/", "timeout" if n else "") for n in range(400)]
+    found = Tally.of([*rows, *((f"http://h{n}.example/", "") for n in range(600))])
+    assert found.broken == 399 and Usual().alarm(found) is None
+    assert Usual().alarm(Tally.of(rows)), "but not where it has all"
+
+
+def test_a_shard_may_take_as_long_as_its_deadline_allows_in_all_its_tries():
+    config = Download.Config(shard_deadline=1000.0)
+    assert Download.phases[0].least_limit(config) == 4 * 1000.0 + sum(PAUSES)
 
 
 def test_the_next_shard_begins_while_the_last_waits_for_slow_hosts(store, select, resolver):

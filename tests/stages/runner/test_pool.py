@@ -56,9 +56,10 @@ class World(PaperCluster):
 
 @pytest.fixture
 def run(store: Store) -> Callable[..., list[str]]:
-    def run(world: World, units: int, at_once: int = 1, **resources: float) -> list[str]:
+    def run(world: World, units: int, at_once: int = 1, least_limit: float = 0.0, **resources: float) -> list[str]:
         world.at_once = at_once
-        phase = Phase("score", resources=lambda _: Resources(**resources), at_once=at_once)  # type: ignore[arg-type]
+        asked = Resources(**resources)  # type: ignore[arg-type]
+        phase = Phase("score", resources=lambda _: asked, at_once=at_once, least_limit=lambda _: least_limit)
         pending = [(Unit(f"n{number}", (), rows=7), f"key-{number}") for number in range(units)]
         done: list[str] = []
         job = Job(store, "toy", "toy", NodeConfig(), {}, {}, {})
@@ -118,9 +119,14 @@ def test_a_unit_that_hangs_is_ended_tried_again_and_set_aside_and_the_error_name
         run(world, KNOWN_FROM + 4)
     assert str(raised.value) == (
         "toy: score n3 (7 rows) failed 3 times and is set aside: it took longer than 600 s, far more than the others; "
-        "what is done is kept"
+        "what is done is kept: mend it and run again"
     )
     assert ATTEMPTS * LEAST_LIMIT < world.time < ATTEMPTS * LEAST_LIMIT + 200
+
+
+def test_a_unit_may_take_as_long_as_its_phase_says_however_fast_the_others_are(run, caplog):
+    world = World({"a": 2.0}, lambda name: 5000.0 if name == "n3" else 10.0)
+    assert run(world, KNOWN_FROM + 4, least_limit=6000.0) == names(KNOWN_FROM + 4) and not caplog.messages
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
@@ -156,7 +162,8 @@ def test_a_unit_that_kills_its_worker_is_found_out_though_contact_is_lost_before
     with pytest.raises(StageError) as raised:
         run(world, 12, at_once)
     assert str(raised.value) == (
-        "toy: score n4 (7 rows) failed 3 times and is set aside: its worker died: Worker exits by signal 9.; what is done is kept"
+        "toy: score n4 (7 rows) failed 3 times and is set aside: its worker died: Worker exits by signal 9.; "
+        "what is done is kept: mend it and run again"
     )
     tries = [name for tried in world.tries.values() for name in tried]
     assert set(tries) == set(names(12)) and tries.count("n4") == ATTEMPTS + (at_once > 1)
