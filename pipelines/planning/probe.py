@@ -122,7 +122,7 @@ class Probe:
             self._time("store", lambda: [resizer(io.BytesIO(picture)) for picture in self.pictures], PICTURES)
 
     def _filter(self, node: Node) -> None:
-        from stages.filter.look import Looking
+        from stages.filter.look import Look, Looking
         from stages.shards.box import boxed
 
         config: Any = node.config
@@ -136,7 +136,7 @@ class Probe:
         looking = Looking(scorer.preprocesses if scorer else ())
         self._time("look", lambda: [boxed(looking, picture) for picture in self.pictures], PICTURES)
         if scorer is not None:
-            views = [look.seen for picture in self.pictures if (look := boxed(looking, picture)) is not None]
+            views = [look.seen for picture in self.pictures if isinstance(look := boxed(looking, picture), Look)]
             self._time("score", lambda: scorer(views, self.captions)["clip"].cpu(), PICTURES)
 
     def _encode(self, node: Node) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages.filter.histogram import count
 from stages.filter.likeness import COLOUR_BYTES, HASH_BYTES
@@ -41,6 +42,8 @@ TOGETHER = 8
 # Bytes of a worker that holds two blocks.
 MEMORY = 2_000_000_000
 ROW_GROUP = 65_536
+# The column of the scores that says why a picture cannot be decoded.
+FAULT = "fault"
 NONE = digest_of([])
 
 LOOKS = pa.schema(
@@ -60,13 +63,14 @@ PLACES = pa.schema([("shard", pa.int32()), ("row", pa.int32())])
 def judge(scores: pa.Table, config: Any) -> Verdict:
     """Which rows of a table of scores can be decoded and meet the conditions."""
     verdict = Verdict(np.ones(scores.num_rows, dtype=bool))
-    verdict.drop("undecodable", scores["phash"].is_null())
+    for reason in scores[FAULT].unique().drop_null().to_pylist():
+        verdict.drop(reason, pc.equal(scores[FAULT], reason))
     verdict.judge(scores, conditions(config), config.keep_null)
     return verdict
 
 
 def columns_judged(config: Any) -> set[str]:
-    return {"width", "height", "caption", "phash", "colours"} | columns_of(conditions(config))
+    return {FAULT, "width", "height", "caption", "phash", "colours"} | columns_of(conditions(config))
 
 
 def blocks(records: list[UnitRecord]) -> list[list[UnitRecord]]:
@@ -102,7 +106,13 @@ def survey_units(job: Job, earlier: Records) -> Iterable[Unit]:
     for shards in blocks(earlier["score"]):
         files = [record.files[0] for record in shards]
         payload = {"scores": [file.path for file in files]}
-        yield Unit(shards[0].name, tuple(file.sha256 for file in files), payload, sum(file.rows for file in files))
+        yield Unit(name_of(shards), tuple(file.sha256 for file in files), payload, sum(file.rows for file in files))
+
+
+def name_of(shards: list[UnitRecord]) -> str:
+    """FIRST-LAST, as of its shards, or that of the only one."""
+    first, last = shards[0].name, shards[-1].name
+    return first if first == last else f"{first}-{last}"
 
 
 class Survey:

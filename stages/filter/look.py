@@ -28,11 +28,11 @@ class Looking:
 
     clips: tuple[Preprocess, ...]
 
-    def __call__(self, data: bytes) -> Look | None:
-        """None when the bytes are no picture, or end early."""
+    def __call__(self, data: bytes) -> Look | str:
+        """What is measured, or why the row is dropped: the bytes are no picture, or end early."""
         try:
             image = open_picture(data)
         except PictureError:
-            return None
+            return "undecodable"
         seen = tuple(np.asarray(clip.seen(image)) for clip in self.clips)
         return Look(image.width, image.height, perceptual_hash(image), colours(image), seen)

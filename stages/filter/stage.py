@@ -144,31 +144,33 @@ class Score:
 
     def run(self, unit: Unit, out: Output) -> None:
         """A GPU is not waited for from batch to batch: its scores are fetched when all pictures have been handed to it."""
-        samples, looks = list[Sample](), list[Look | None]()
+        samples, looks = list[Sample](), list[Look | str]()
         scores: list[dict[str, Any]] = []
         stored = read_shard(self.job.store, unit.payload["path"], unit.rows, unit.digests[0])
         pictures = ahead(stored, self.look, feeders(), 2 * self.config.batch)
         for batch in in_batches(pictures, self.config.batch):
-            seen = [(sample.caption, look.seen) for sample, look in batch if look is not None]
+            seen = [(sample.caption, look.seen) for sample, look in batch if isinstance(look, Look)]
             if self.scorer is not None and seen:
                 scores.append(self.scorer([views for _, views in seen], [caption for caption, _ in seen]))
             samples += [replace(sample, image=b"") for sample, _ in batch]
-            looks += [look and replace(look, seen=()) for _, look in batch]
+            looks += [replace(look, seen=()) if isinstance(look, Look) else look for _, look in batch]
         computed = {name: np.concatenate([made[name].cpu().numpy() for made in scores]) for name in (scores[0] if scores else ())}
         table = self.table(samples, looks, computed)
         write_table(table, out.path("scores.parquet", table.num_rows))
         out.stats.rows_in = table.num_rows
 
-    def look(self, sample: Sample) -> Look | None:
-        """None for an image that cannot be decoded."""
+    def look(self, sample: Sample) -> Look | str:
+        """What is measured of a sample's picture, or why the row is dropped."""
         try:
             return boxed(self.looking, sample.image)
-        except PictureError:
-            return None
+        except PictureError as reason:
+            return str(reason)
 
-    def table(self, samples: list[Sample], looks: list[Look | None], computed: dict[str, np.ndarray]) -> pa.Table:
-        """A row per sample; what was measured is null where the image cannot be decoded."""
+    def table(self, samples: list[Sample], found: list[Look | str], computed: dict[str, np.ndarray]) -> pa.Table:
+        """A row per sample; what was measured is null where the image cannot be decoded, and `fault` says why it cannot."""
+        looks = [look if isinstance(look, Look) else None for look in found]
         columns: dict[str, Any] = {
+            duplicates.FAULT: pa.array([look if isinstance(look, str) else None for look in found], pa.string()),
             "key": pa.array([sample.key for sample in samples], pa.string()),
             "caption": pa.array([sample.caption for sample in samples], pa.string()),
             "width": pa.array([look and look.width for look in looks], pa.int32()),
@@ -211,7 +213,7 @@ class Write:
         verdict = duplicates.judge(scores, self.config)
         for reason, place in unit.payload["places"].items():
             verdict.drop(reason, duplicates.dropped_rows(self.job, place, scores.num_rows))
-        kept = scores.filter(pa.array(verdict.passing))
+        kept = scores.filter(pa.array(verdict.passing)).drop_columns([duplicates.FAULT])
         write_table(kept, out.path(f"{unit.name}.parquet", kept.num_rows))
         out.path(f"{unit.name}.tar", kept.num_rows)
         self.copy(unit, out, {row["key"]: row for row in kept.drop_columns(["phash", "colours", "clip", "caption"]).to_pylist()})
@@ -288,7 +290,7 @@ CONDITIONS = frozenset(FilterConfig.model_fields) - {"duplicate_tolerance", "sem
 
 class Filter(Stage):
     name = "filter"
-    version = 5
+    version = 6
     Config = FilterConfig
     phases = (
         Phase(

@@ -140,6 +140,11 @@ def test_a_block_holds_so_many_rows_at_most(monkeypatch):
     assert found == [[10, 10, 10], [1, 29], [30], [31], [3]]
 
 
+def test_a_block_of_several_shards_has_the_name_of_none():
+    records = [SimpleNamespace(name=f"rows-{number:05d}") for number in range(8)]
+    assert duplicates.name_of(records) == "rows-00000-rows-00007" and duplicates.name_of(records[3:4]) == "rows-00003"
+
+
 def test_every_bit_belongs_to_one_band():
     nothing = np.zeros((1, HASH_BYTES), np.uint8)
     for bit in range(HASH_BYTES * 8):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import random
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +19,7 @@ from stages.runner.contract import StageError
 from stages.runner.graph import Planned
 from stages.runner.run import phase_states
 from tests.stages.packed import ColourClip, blots, download, encoded, kept_of, sample
+from unidiffuser.images import PictureError
 
 
 class DarkClip(ColourClip):
@@ -124,6 +127,24 @@ def test_where_nothing_can_be_decoded_that_is_what_is_said(tmp_path, store, make
     rows = download(store, [[sample(n, b"broken") for n in range(3)]])
     with pytest.raises(StageError, match="no row is left of 3: 3 undecodable"):
         make(Filter, store, {"rows": rows}, heads={"aesthetic": head(tmp_path, 0)}, min_aesthetic=5)
+
+
+def test_a_picture_that_ends_its_decoder_is_counted_by_how_it_did(store, make, in_process, monkeypatch):
+    """As encode and download count it."""
+    ends = {b"a": "crashed", b"b": "too_slow"}
+
+    def ended(work, data):
+        if data in ends:
+            raise PictureError(ends[data])
+        return work(data)
+
+    monkeypatch.setattr("stages.filter.stage.boxed", ended)
+    rows = download(store, [[*pictures(3), *(sample(number, data) for number, data in enumerate([b"a", b"b", b"b", b"c"], 3))]])
+    dataset = make(Filter, store, {"rows": rows}, clip_scores=False, preset="none")
+    assert dataset.manifest.stats.dropped == {"crashed": 1, "too_slow": 2, "undecodable": 1}
+    assert dataset.manifest.stats.rows_out == 3
+    (table,) = (entry for entry in dataset.files if entry.name.endswith(".parquet"))
+    assert "fault" not in pq.read_schema(Path(dataset.store.root, table.path)).names
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -10,7 +10,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from infra.store import Store
-from stages.filter.meaning import AT_ONCE, apart, check_semantic
+from stages.filter.meaning import AT_ONCE, HELD_ROWS, PHASES, apart, check_semantic, pieces
 from stages.filter.stage import Filter, FilterConfig
 from stages.runner.contract import StageError
 from tests.stages.filter.test_filter import colour_clip  # noqa: F401
@@ -40,12 +40,13 @@ def expected(shown: list[Image.Image], least: float) -> list[int]:
 
 
 @pytest.mark.parametrize("clusters", [1, 3])
-def test_of_pictures_that_mean_the_same_the_largest_stays(tmp_path, make, in_process, digests, clusters):
-    """With a cluster a colour too: what is alike in it lies in one."""
+def test_of_pictures_that_mean_the_same_the_largest_stays(tmp_path, make, in_process, digests, monkeypatch, clusters):
+    """With a cluster a colour too: what is alike in it lies in one. How many rows a worker holds does not show."""
     shown = pictures(24)
     samples = [sample(number, encoded(picture)) for number, picture in enumerate(shown)]
     found = []
-    for name in ("one", "two"):
+    for name, held in (("one", 1000), ("two", 10)):
+        monkeypatch.setattr("stages.filter.meaning.HELD_ROWS", held)
         store = Store(str(tmp_path / name))
         rows = download(store, [samples[:10], samples[10:]])
         dataset = make(Filter, store, {"rows": rows}, semantic={"clusters": clusters, "min_cosine": 0.9985})
@@ -53,6 +54,17 @@ def test_of_pictures_that_mean_the_same_the_largest_stays(tmp_path, make, in_pro
     stays = expected(shown, 0.9985)
     assert [int(one.key) for one in kept_of(dataset)] == stays and 5 < len(stays) < 20
     assert dataset.manifest.stats.dropped == {"semantic_duplicate": 24 - len(stays)} and found[0] == found[1]
+
+
+def test_a_worker_holds_the_embeddings_of_so_many_rows_and_of_no_shard_twice(monkeypatch):
+    monkeypatch.setattr("stages.filter.meaning.HELD_ROWS", 10)
+    assert [list(piece) for piece in pieces([4, 6, 1, 30, 0, 2, 8])] == [[0, 1], [2], [3], [4, 5, 6]]
+
+
+def test_what_its_workers_hold_is_told_to_ray():
+    config = FilterConfig(semantic={"clusters": 10_000})
+    centres, members, meaning = (phase.resources(config).memory for phase in PHASES)
+    assert centres >= 2 * 10_000 * 256 * 768 * 4 and members == meaning >= 3 * HELD_ROWS * 768 * 2
 
 
 def test_rows_are_held_against_those_that_stay_across_pieces():
