@@ -109,9 +109,11 @@ class Memory:
     def __init__(self, store: Store, addresses: Iterable[str]):
         self.store = store
         places = sorted({_place(address) for address in addresses})
-        self.known: dict[str, dict[str, Any]] = {
-            place: json.loads(data or b"{}") for place, data in zip(places, store.read_many(places), strict=True)
-        }
+        self.known: dict[str, dict[str, Any]] = {place: {} for place in places}
+        for place, data in zip(places, store.read_many(places), strict=True):
+            # What is damaged is read again.
+            with suppress(ValueError):
+                self.known[place] = json.loads(data or b"{}")
         self.fresh: set[str] = set()
 
     def find(self, address: str, stamp: str | None) -> str | None:

@@ -15,8 +15,8 @@ from infra.digests import local_digests
 from infra.listing import Files, Listing, OutsideError, readable
 from infra.queries import file_name, place, without_query
 from infra.room import check_room
-from infra.sources import Sources
-from infra.store import Store, stays_below
+from infra.sources import SHA256, Sources
+from infra.store import Store, sha256_of, stays_below
 from infra.tree import release
 
 
@@ -87,7 +87,7 @@ def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Pat
 
     Raises:
         NoRoom: this machine's disk is too small for them.
-        OutsideError: a file is gone, or has other content than it had, or its name leads out of the folder.
+        OutsideError: a file is gone, or has or brings other content than it had, or its name leads out of the folder.
     """
     if resolve(list(files), store) != dict(files):
         raise OutsideError(root, "has changed since the run was planned; run again")
@@ -109,6 +109,9 @@ def fetch_outside(files: Mapping[str, str], root: str, store: Store, folder: Pat
         else:
             with readable(address):
                 fs.get_file(path, str(copy))
+            # A member of a ZIP has another digest, and its checksum is compared as it is read.
+            if len(files[address]) == 2 * SHA256.byte_width and sha256_of(copy) != files[address]:
+                raise OutsideError(address, "came with other bytes than it has; run again")
     return target
 
 

@@ -7,6 +7,7 @@ it when the job has ended, and both go when they were read.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shlex
 import sys
@@ -19,9 +20,13 @@ from infra.queries import QUERIES, opened
 from infra.ray_jobs import RayJobs, user_token
 from infra.store import Store
 
+log = logging.getLogger("infra")
+
 FOLDER = ".state/contents"
 ANSWER = ".digests"
 LOOK_SECONDS = 1.0
+# Seconds until a line says that a job is not done, and between two such lines.
+QUIET, QUIET_AGAIN = 60.0, 600.0
 # A file a task, until there are so many.
 TASKS = 1000
 
@@ -47,7 +52,14 @@ def digests_by(address: str, names: Sequence[str], store: Store) -> list[str]:
         entrypoint = shlex.join(["python", "-m", "infra.hashing", store.root, question])
         ray.submit(job, entrypoint, {name: value for name, value in os.environ.items() if name == QUERIES})
         try:
+            next_line = time.monotonic() + QUIET
             while not ray.ended(job):
+                if time.monotonic() >= next_line:
+                    log.warning(
+                        "%s: job %s on %s is not done reading %d files, or waits for a CPU there; `ray job logs %s` says more",
+                        names[0], job, address, len(names), job,
+                    )  # fmt: skip
+                    next_line += QUIET_AGAIN
                 time.sleep(LOOK_SECONDS)
         except BaseException:
             ray.stop(job)

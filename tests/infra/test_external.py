@@ -141,6 +141,17 @@ def test_a_file_is_read_once_for_all_that_a_file_system_tells_of_its_content_or_
         assert digest_there(after, store) == hashlib.sha256(TWO).hexdigest() and after.read == 1
 
 
+def test_what_is_remembered_and_damaged_is_read_again(store: Store):
+    Path(store.root).mkdir()
+    told = TELLS["s3"]
+    digest_there(Told(told), store)
+    (memory,) = Path(store.root, ".state/contents").iterdir()
+    memory.write_bytes(memory.read_bytes()[:-9])
+    after, again = Told(told), Told(told)
+    assert digest_there(after, store) == digest_there(again, store) == hashlib.sha256(ONE).hexdigest()
+    assert (after.read, again.read) == (1, 0)
+
+
 @pytest.mark.parametrize(
     "told", [{}, {"created": 1}, {"mtime": None, "ETag": None}, {"modify": "Jan 01 10:00"}, {"ETag": 'W/"a"'}]
 )
@@ -226,6 +237,16 @@ def test_what_is_fetched_is_what_was_planned_with(tmp_path: Path, store: Store, 
     write(f"{root}/below/model.bin", b"other numbers")
     with pytest.raises(OutsideError, match=f"^{root}: has changed since the run was planned; run again$"):
         fetch_outside(planned, root, store, tmp_path / "three")
+
+
+def test_weights_that_come_cut_off_are_refused(tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch):
+    root = f"memory://{tmp_path.name}/weights"
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file(f"{root}/model.bin", b"numbers")
+    planned = resolve([f"{root}/*"], store)
+    monkeypatch.setattr(type(memory), "get_file", lambda self, path, copy: Path(copy).write_bytes(b"numb"))
+    with pytest.raises(OutsideError, match=r"/model\.bin: came with other bytes than it has; run again$"):
+        fetch_outside(planned, root, store, tmp_path / "one")
 
 
 def test_a_name_from_outside_that_leads_out_of_its_folder_is_refused(tmp_path: Path, store: Store):

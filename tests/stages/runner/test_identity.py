@@ -97,9 +97,12 @@ def test_a_file_is_read_once_for_all_plans_and_signatures(
     assert plan(recipe_of(tmp_path, copies["put"]), Store(str(root)))[NODE].fingerprint not in first
 
 
-def test_a_cluster_reads_what_is_large(s3: Counted, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In tasks. A worker of this Ray does not know the S3 server, but opens its web addresses."""
+def test_a_cluster_reads_what_is_large(
+    s3: Counted, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In tasks; it is said when that takes long. A worker of this Ray knows no S3 server, but opens its web addresses."""
     asked: list[str] = []
+    ends = iter([False, False, *[True] * 9])
 
     class Jobs:
         def __init__(self, address: str, token: str | None) -> None:
@@ -112,9 +115,11 @@ def test_a_cluster_reads_what_is_large(s3: Counted, ray_cluster: None, tmp_path:
         def check(self) -> None: ...
 
         def ended(self, job: str) -> bool:
-            return True
+            return next(ends)
 
     monkeypatch.setattr(hashing, "RayJobs", Jobs)
+    monkeypatch.setattr(hashing, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(hashing, "QUIET", 0.0)
     monkeypatch.setattr("infra.contents.MANY", 3)
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265/")
     boto3.client("s3").put_object(Bucket=BUCKET, Key="list.txt", Body=b"large", ACL="public-read")
@@ -124,6 +129,8 @@ def test_a_cluster_reads_what_is_large(s3: Counted, ray_cluster: None, tmp_path:
     for _ in range(2):
         assert resolve([address], store) == {address: hashlib.sha256(b"large").hexdigest()}
     assert asked == ["http://head:8265"], "once"
+    (line,) = [line for line in caplog.messages if "is not done reading 1 files" in line]
+    assert line.startswith(f"{address}: job contents-") and "on http://head:8265" in line
     assert len(store.list(hashing.FOLDER)) == 1, "what was asked and answered is gone"
     resolve([address], Store(str(tmp_path / "store")))
     assert len(asked) == 1, "a cluster cannot write where this machine's store is"
