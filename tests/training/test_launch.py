@@ -15,13 +15,15 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from infra.code import code_digest
 from infra.store import StoreError
 from tests.infra.listening import beyond_loopback, family
 from tests.training.synthetic import KeepIn, config, losses, write_shards
 from training.gang import group
-from training.gang.attempt import Lost, _work, failure_of
+from training.gang.attempt import Attempt, Lost, _work, failure_of
 from training.history import Row
 from training.job import TrainingBug, TrainingError, TrainJob
 from training.launch import train
@@ -96,6 +98,17 @@ def test_a_bug_is_a_line_that_is_caused_by_the_workers_traceback() -> None:
     failed.worker_failures = {0: told}  # type: ignore[attr-defined]
     error = failure_of(failed.worker_failures)
     assert (type(error), str(error), error.__cause__) == (TrainingBug, "KeyError: 'step'", told)
+
+
+@pytest.mark.parametrize("raised", [ValueError("patches of 2\n  do not divide 1x1"), OSError(5, "Input/output error")])
+def test_what_a_worker_raises_is_a_bug_and_no_worker_that_was_killed(raised: Exception) -> None:
+    """As Ray Train hands it on, beside one that another's end took along."""
+    told = UserExceptionWithTraceback(raised, "a traceback of many lines")
+    statuses = {0: WorkerStatus(running=False, error=told), 1: WorkerStatus(running=True)}
+    attempt = Attempt.__new__(Attempt)
+    attempt.verdict, attempt.heard = None, {}
+    error = attempt._failure(WorkerGroupPollStatus(statuses).get_worker_group_error())
+    assert (type(error), str(error)) == (TrainingBug, " ".join(str(raised).split()))
 
 
 def test_workers_that_cannot_meet_are_a_loss_told_in_a_line() -> None:

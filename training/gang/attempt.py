@@ -207,7 +207,7 @@ class Attempt:
         failures = dict(sorted(getattr(error, "worker_failures", {}).items()))
         found = failure_of(failures or {0: error})
         # Of those Ray Train tells that they do not answer, of others what they raised.
-        dead = {rank for rank, failure in failures.items() if not hasattr(failure, "_base_exc")}
+        dead = {rank for rank, failure in failures.items() if isinstance(_cause(failure), RayError)}
         if not isinstance(found, Lost) and not (dead and isinstance(found, TrainingBug)):
             return found
         signs = self._signs()
@@ -255,7 +255,7 @@ def failure_of(failures: dict[int, BaseException]) -> TrainingError:
         if type(cause).__module__.startswith(("training.", "infra.")) and not isinstance(cause, Lost):
             return _caused(TrainingError(str(cause)), failures[rank])
         if isinstance(cause, (OSError, ValueError)) and not isinstance(cause, RayError):
-            return _caused(TrainingBug(str(cause)), failures[rank])
+            return _caused(TrainingBug(" ".join(str(cause).split())), failures[rank])
     rank, cause = next(iter(causes.items()))
     if isinstance(cause, Lost):
         return _caused(Lost(cause.words), failures[rank])
