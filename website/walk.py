@@ -28,6 +28,8 @@ LIMIT = 45 * 60
 STAGES = ("export", "download", "filter", "encode", "train", "evaluate")
 SHOWN = 4000
 NOTEBOOK = "docs/notebook.ipynb"
+# A picture that the reader has.
+PICTURE = "photo.jpg"
 # None when it ended well, else what it said.
 Step = Callable[[], str | None]
 
@@ -82,11 +84,11 @@ def _timed(place: str, what: str, run: Step) -> dict[str, Any]:
 
 
 def prepare(folder: Path, fresh: bool) -> None:
-    """A clone of this repository's HEAD, with what a reader has: a picture named photo.jpg, and an environment if not `fresh`."""
+    """A clone of this repository's HEAD, with what a reader has: the picture `PICTURE`, and an environment if not `fresh`."""
     from PIL import Image
 
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
-    Image.open(ROOT / "docs" / "images" / "demo.png").convert("RGB").resize((320, 320)).save(folder / "photo.jpg")
+    Image.open(ROOT / "docs" / "images" / "demo.png").convert("RGB").resize((320, 320)).save(folder / PICTURE)
     if fresh:
         return
     ready = (ROOT / ".venv" / ".ready").stat().st_mtime

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from examples.little_web.folder import write_folder
-from website.blocks import Block
-from website.pages import SiteError
-from website.walk import filled_in, run_block
+from website.blocks import Block, to_run
+from website.pages import ROOT, SiteError, in_order, written
+from website.walk import PICTURE, STAGES, filled_in, run_block
+
+FILE = re.compile(r"[\w./-]+\.(?:jpg|png|parquet|yaml|html|pth|txt|csv)\b")
+# Commands whose first argument is a checkpoint.
+OF_CHECKPOINTS = ("sample", "evaluate", "convert")
 
 
 def block(code: str, language: str = "bash") -> Block:
@@ -46,3 +54,50 @@ def test_a_folder_of_pictures_is_one_as_people_keep_theirs(tmp_path: Path) -> No
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
     with pytest.raises(ValueError, match="count must be in 1"):
         write_folder(tmp_path / "none", 0)
+
+
+def lacking(codes: Sequence[str]) -> Iterator[str]:
+    """Words of commands, run one after another in a walk's clone, that name what is not there by then."""
+    there = {PICTURE, *subprocess.check_output(["git", "-C", str(ROOT), "ls-files"], text=True).split("\n")}
+    for line in (line for code in codes for line in code.partition("<<")[0].split("\n")):
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] != "make" and not words[0].startswith(".venv/bin/"):
+            yield words[0]
+        made = [after for word, after in zip(words, words[1:], strict=False) if word in ("--out", "examples.little_web.folder")]
+        if "demo" in words:
+            made.append("runs/little-web")
+        if "convert" in words:
+            made.append(words[words.index("convert") + 2])
+            if made[-1] in there:
+                yield made[-1]  # which it does not write over
+        known = there | set(made)
+        for name in FILE.findall(line.partition(" #")[0]):
+            if known.isdisjoint([name, *map(str, Path(name).parents)]):
+                yield name
+        if len(words) > 2 and words[1] in OF_CHECKPOINTS and words[2] not in known.union(map(str.upper, STAGES)):
+            yield words[2]
+        there = known
+
+
+def test_every_file_and_checkpoint_that_a_page_names_is_there_when_its_command_runs() -> None:
+    blocks = [each for pages in in_order(written()).values() for page in pages for each in to_run(page)]
+    assert list(lacking([each.code for each in blocks if each.language == "bash"])) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("unidiffuser list", ["unidiffuser"]),
+        (".venv/bin/unidiffuser evaluate 3f9a2c", ["3f9a2c"]),
+        (".venv/bin/unidiffuser evaluate EXPORT --prompts held_out.parquet  # a.png", ["held_out.parquet"]),
+        (".venv/bin/unidiffuser detect out/0.png photo.jpg\nmake demo", ["out/0.png"]),
+        (".venv/bin/unidiffuser sample EXPORT --out out\n.venv/bin/unidiffuser detect out/0.png photo.jpg", []),
+        ("make demo\n.venv/bin/unidiffuser evaluate EXPORT --prompts runs/little-web/held_out.parquet", []),
+        (".venv/bin/unidiffuser convert EXPORT a --to native\n.venv/bin/unidiffuser convert a b --to official", []),
+        (".venv/bin/unidiffuser convert EXPORT a --to native\n.venv/bin/unidiffuser convert EXPORT a --to official", ["a"]),
+    ],
+)
+def test_what_a_command_lacks_is_found(code: str, found: list[str]) -> None:
+    assert list(lacking([code])) == found
