@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,28 @@ def test_an_entry_tells_when_where_and_how_and_stays_when_another_comes(tmp_path
     assert [(each["value"], each["commit"]) for each in enter(tmp_path)] == [(120, "a" * 12), (150, "b" * 12)]
     text = page(enter(tmp_path))
     assert text.index("**150**") < text.index("**120**") and "No entry yet." in text
+
+
+def test_a_result_that_does_not_tell_its_commit_is_of_its_own_or_of_head_while_it_is_changed(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = [part for name in ("name", "email") for part in ("-c", f"user.{name}=x")]
+        around = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        return subprocess.check_output(["git", "-C", str(tmp_path), *who, *arguments], text=True, env=around).strip()[:12]
+
+    def written(minutes: float) -> str:
+        (tmp_path / "demo.json").write_text(json.dumps({"minutes": minutes, "machine": MACHINE, "date": "2026-11-29"}))
+        return next(entry["commit"] for entry in enter(tmp_path) if entry["value"] == minutes)
+
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "the code")
+    assert written(10.9) == git("rev-parse", "HEAD")  # in no commit yet
+    git("add", "demo.json")
+    git("commit", "--quiet", "--message", "the result")
+    own = git("rev-parse", "HEAD")
+    git("commit", "--quiet", "--allow-empty", "--message", "other code")
+    (tmp_path / ENTRIES).unlink()
+    assert written(10.9) == own
+    assert written(7.8) == git("rev-parse", "HEAD") != own
 
 
 def test_less_is_first_where_less_is_better_and_machines_are_apart(tmp_path: Path) -> None:
