@@ -68,6 +68,7 @@ def _guided(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 def curves(file: Path, record: Mapping[str, Any]) -> None:
     """Error against steps, of the samplers as they are taken, a panel a schedule."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     gaussian = record["details"]["gaussian"]
     figure = Figure(figsize=(9, 3.8), dpi=110, facecolor="white")
@@ -82,6 +83,9 @@ def curves(file: Path, record: Mapping[str, Any]) -> None:
         axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="distance from the truth", title=f"{name} noise schedule")
         axes.set_xticks(steps, [str(n) for n in steps])
         axes.minorticks_off()
+        # Decades alone would be one tick where all figures are within one.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(color=INK, alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

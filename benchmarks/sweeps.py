@@ -25,10 +25,22 @@ from benchmarks.frame import machine, progress
 from benchmarks.samplers_page import gaussian_section
 from infra.dataset import pointed
 from infra.store import Store
+from stages.measuring.damage import BLUR, COVERED, DROPPED, JPEG_QUALITY
 from stages.measuring.sweep_pages import TITLES, guidance_curves, robustness_curves, sampler_curves, table
 
 CURVES = {"guidance": guidance_curves, "samplers": sampler_curves, "robustness": robustness_curves}
 RESULTS = Path("docs/results")
+# What `stages.measuring.damage` does, for readers of the page.
+DAMAGE = {
+    "words-dropped": f"each word of the caption is left out with a chance of {DROPPED:.0%}",
+    "words-swapped": "two words of the caption have changed places",
+    "masked": f"a grey square, {COVERED:.0%} as wide as the picture, somewhere on it",
+    "jpeg-10": f"a JPEG of quality {JPEG_QUALITY}",
+    "blurred": f"Gaussian blur, with a radius of {BLUR:.0%} of the picture's side",
+    "grey": "without colours",
+    "outlines": "a drawing of its outlines, on white",
+    "negative": "every colour is its opposite",
+}
 
 
 def newest(checkpoint: str, store: str) -> str:
@@ -68,6 +80,8 @@ def keep(file: Path, trained: Mapping[str, Any]) -> None:
 def page(kind: str, record: Mapping[str, Any]) -> str:
     """A section for each network; and of samplers, before them, one for the world in which the network is exact."""
     sections = [gaussian_section(record)] if "details" in record else []
+    if kind == "robustness":
+        sections.append(given())
     for name, found in record["trained"].items():
         sections.append(
             f"## {name}\n\n{found['about']}\n\n{table(found['points'], found['figures'])}\n\n"
@@ -75,6 +89,15 @@ def page(kind: str, record: Mapping[str, Any]) -> str:
             f"Checkpoint {found['checkpoint'][:12]} of {found['node']}. Measured {found['date']} by `{found['command']}`.\n"
         )
     return "\n".join([f"# {TITLES[kind]}\n", *sections])
+
+
+def given() -> str:
+    """What happens to the captions and pictures that are given, as Markdown."""
+    return (
+        "The caption or the picture that is given is noised or damaged. What comes is compared with what was given before that.\n"
+        "`noise` is a timestep: at 0 there is none, and at 1000 nothing is left of what was given. `damage` is one of these:\n\n"
+        + "".join(f"- `{name}`: {words}\n" for name, words in DAMAGE.items())
+    )
 
 
 def main(

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from benchmarks import efficiency, samplers, shapes, sweeps, training
+from benchmarks import efficiency, samplers, samplers_page, shapes, sweeps, training
 from benchmarks.frame import interleaved
 from benchmarks.matmuls import Product, replay
+from stages.measuring.damage import CAPTIONS, PICTURES
 from stages.runner.recipe import load_recipe
 from training.config import ModelConfig, TrainConfig
 from unidiffuser.modalities import paper_modalities
@@ -107,6 +109,22 @@ def test_the_pages_of_sweeps_show_what_was_found(tmp_path):
         kept = sweeps.RESULTS / f"{kind}.json"
         if kept.is_file():
             assert kept.with_suffix(".md").read_text() == sweeps.page(kind, json.loads(kept.read_text()))
+
+
+def test_the_page_of_robustness_tells_every_kind_of_damage():
+    text = sweeps.page("robustness", {"trained": {}})
+    for name in (*CAPTIONS, *PICTURES):
+        assert f"\n- `{name}`: " in text
+
+
+def test_curves_of_samplers_have_a_scale_where_all_figures_are_within_a_decade(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    row = {"sampler": "ddim", "last step": "first order", "error": {"5": 0.43, "50": 0.023}}
+    samplers_page.curves(tmp_path / "samplers.png", {"details": {"gaussian": {"one": [row], "two": [row]}}})
+    for axes in drawn[0].axes:
+        low, high = axes.get_ylim()
+        assert sum(low <= tick <= high for tick in axes.get_yticks()) >= 3
 
 
 @pytest.mark.slow
