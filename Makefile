@@ -119,8 +119,8 @@ base: setup
 text-decoder: setup
 	$(PY) -m benchmarks.text_decoder --json docs/results/text-decoder.json
 
-# One small network, five distributions, against a known truth (docs/results/shapes.md): half an hour to an hour on 2 cores, and half
-# to two thirds of that to measure it; resumable.
+# One small network, five distributions, against a known truth (docs/results/shapes.md): 90 minutes on two slow cores that other
+# work kept busy too, and half to two thirds of that to measure it; resumable.
 shapes: setup
 	$(VENV)/bin/unidiffuser run configs/shapes.yaml
 	$(PY) -m examples.shapes
@@ -143,7 +143,7 @@ site: setup
 	$(PY) -m website build
 
 # Every command on the pages that needs no cluster and no server, in their order, in a clone and a store of their own, and the
-# notebook: half an hour, of which the demo is a third.
+# notebook: the better part of an hour.
 site-test: setup
 	$(PY) -m website walk
 
