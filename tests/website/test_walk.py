@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from typer.main import get_command
 
 from examples.little_web.folder import write_folder
-from website.blocks import Block, to_run
+from pipelines.command import app
+from website.blocks import Block, blocks, to_run
 from website.pages import ROOT, SiteError, in_order, written
 from website.walk import PICTURE, STAGES, filled_in, run_block
 
@@ -81,9 +83,22 @@ def lacking(codes: Sequence[str]) -> Iterator[str]:
         there = known
 
 
+def test_every_command_of_a_page_has_the_arguments_that_it_is_given() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    for page in written():
+        for block in blocks(page):
+            lines = block.code.replace("\\\n", " ").split("\n") if block.language == "bash" else []
+            for words in (shlex.split(line, comments=True) for line in lines if ".venv/bin/unidiffuser" in line):
+                name, *given = words[words.index(".venv/bin/unidiffuser") + 1 :]
+                try:
+                    commands[name].make_context(name, given)
+                except Exception as error:
+                    raise AssertionError(f"{block.page}:{block.line}: {shlex.join(words)}: {error!r}") from error
+
+
 def test_every_file_and_checkpoint_that_a_page_names_is_there_when_its_command_runs() -> None:
-    blocks = [each for pages in in_order(written()).values() for page in pages for each in to_run(page)]
-    assert list(lacking([each.code for each in blocks if each.language == "bash"])) == []
+    run = [each for pages in in_order(written()).values() for page in pages for each in to_run(page)]
+    assert list(lacking([each.code for each in run if each.language == "bash"])) == []
 
 
 @pytest.mark.parametrize(
