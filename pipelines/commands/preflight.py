@@ -183,7 +183,7 @@ def _chains(store: Store, planned: Mapping[str, Planned], work: Sequence[str]) -
             except KeyError as missing:
                 yield f"{name}: where it begins is known once its input {missing.args[0]} is made"
             else:
-                yield f"{name}: {where_it_begins(chain)}"
+                yield f"{name}: {where_it_begins(chain, node)}"
 
 
 def _encoders(recipe: Recipe, nodes: Iterable[Node]) -> dict[tuple[str, Kind], list[str]]:

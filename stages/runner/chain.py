@@ -85,9 +85,11 @@ class Gang:
         end: (config, the step that the chain begins from) -> the step that is asked for.
         begins: (stage, job, plan, the node's ledger) -> where a chain begins that is not in the ledger.
         keeps: (config, steps) -> those of these steps whose units stay when there are later ones.
+        root: plan -> what its chain is begun from outside of the node, as of the ledger's entries.
     """
 
     run: Callable[[Chain], None]
     end: Callable[[Any, Parent | None], int]
     begins: Callable[[type[Stage], Job, Planned, Ledger], Start]
     keeps: Callable[[Any, Collection[int]], Collection[int]] = lambda config, steps: steps
+    root: Callable[[Planned], str] = lambda planned: ""

@@ -7,11 +7,14 @@ out of sight. The ledger keeps it in sight. A node of a recipe is a line of chai
     chains/STAGE/RECIPE/NODE/last.json    the chain that was grown last
 
 Which steps a chain has is no part of it: they are what lies in the store. A chain that begins from a step of another has a key
-that names that step, so two recipes that give a chain the same configuration and another start never meet in one.
+that names that step, so two recipes that give a chain the same configuration and another start never meet in one. A node that has
+reached no step yet takes over the chain of any other node that was grown with just the same: it may be that one, renamed.
 """
 
 from __future__ import annotations
 
+import posixpath
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -59,7 +62,7 @@ class Parent(BaseModel):
 
 
 class Entry(BaseModel):
-    """One chain of a line; `root` tells lines apart that were begun from different things outside it."""
+    """One chain of a line; `root` tells lines apart that were begun from different things outside, and is empty where unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,6 +74,11 @@ class Entry(BaseModel):
     inputs: dict[str, InputRef]
     created: str
     parent: Parent | None
+
+
+def _reached(job: Job, entry: Entry) -> int:
+    """The newest step of a chain, 0 for none."""
+    return max(Chain(job, entry.key, 0).done(), default=0)
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,8 @@ class Ledger:
         Raises:
             StoreError: its record is damaged.
         """
-        (found,) = self._read([f"{base}.json"]) or (None,)
-        return found
+        path = f"{self.folder}/{base}.json"
+        return self._read([path]).get(path)
 
     def entries(self) -> list[Entry]:
         """All chains, in the order in which they began.
@@ -119,16 +127,43 @@ class Ledger:
             StoreError: a record is damaged.
         """
         names = [name for name in self.store.list(self.folder) if name.endswith(".json") and name != LAST]
-        return sorted(self._read(names), key=lambda entry: (entry.created, entry.base))
+        found = self._read([f"{self.folder}/{name}" for name in names]).values()
+        return sorted(found, key=lambda entry: (entry.created, entry.base))
 
-    def _read(self, names: list[str]) -> list[Entry]:
+    def elsewhere(self, job: Job, base: str) -> Entry | None:
+        """The chain that another node, of any recipe, has grown with just this; of several the one that has come furthest.
+
+        Raises:
+            StoreError: a record is damaged.
+        """
+        found = self._read([path for path in self._others() if posixpath.basename(path) == f"{base}.json"]).values()
+        return max(found, key=lambda entry: (_reached(job, entry), entry.created), default=None)
+
+    def alike(self, job: Job, entry: Entry) -> tuple[str, int, Entry] | None:
+        """Where a node of this name has come furthest with the same data or the same fields: the recipe, the step, the chain.
+
+        Raises:
+            StoreError: a record is damaged.
+        """
         found = []
-        for name, data in zip(names, self.store.read_many([f"{self.folder}/{name}" for name in names]), strict=True):
+        for path, other in self._read([path for path in self._others() if path.split("/")[3] == self.node]).items():
+            if other.inputs == entry.inputs or other.config == entry.config:
+                found.append((path.split("/")[2], _reached(job, other), other))
+        furthest = max(found, key=lambda each: each[1], default=None)
+        return furthest if furthest is not None and furthest[1] > 0 else None
+
+    def _others(self) -> list[str]:
+        """Where the chains of all other nodes are written down."""
+        every = [path for path, _, _ in self.store.walk(f"{FOLDER}/{self.stage}") if path.endswith(".json")]
+        return [path for path in every if posixpath.dirname(path) != self.folder and posixpath.basename(path) != LAST]
+
+    def _read(self, paths: list[str]) -> dict[str, Entry]:
+        found: dict[str, Entry] = {}
+        for path, data in zip(paths, self.store.read_many(paths), strict=True):
             try:
-                found += [Entry.model_validate_json(data)] if data is not None else []
+                found |= {path: Entry.model_validate_json(data)} if data is not None else {}
             except ValidationError:
-                path = self.store.url(f"{self.folder}/{name}")
-                raise StoreError(f"{path}: no record of a chain; delete the file and run again") from None
+                raise StoreError(f"{self.store.url(path)}: no record of a chain; delete the file and run again") from None
         return found
 
     def enter(self, entry: Entry) -> Entry:
@@ -152,11 +187,11 @@ class Ledger:
 
         Args:
             job: of the stage.
-            root: only of chains with this root.
+            root: only of chains with this root, or of which none is known.
         """
         heads = {}
         for entry in self.entries():
-            done = Chain(job, entry.key, 0).done() if root in (None, entry.root) else {}
+            done = Chain(job, entry.key, 0).done() if root is None or entry.root in (root, "") else {}
             if max(done, default=0) > 0:
                 heads[entry.base] = Head(entry, max(done), done[max(done)])
         last = self.store.read_json(f"{self.folder}/{LAST}") or {"base": ""}
@@ -177,7 +212,7 @@ class Ledger:
         return None
 
 
-def where_it_begins(chain: Chain) -> str:
+def where_it_begins(chain: Chain, planned: Planned) -> str:
     """For people: the step at which a run of the chain begins, and from what."""
     there = chain.done()
     start = chain.start(there)
@@ -186,10 +221,30 @@ def where_it_begins(chain: Chain) -> str:
         return f"{step} is there already" if start == chain.end else f"goes on at {step}"
     if there:
         return f"begins at step {start}: no step up to {chain.end} is left of a run that reached {max(there)}"
+    passed_by = _passed_by(chain, planned)
     if (parent := chain.parent) is None:
-        return "begins at step 0"
+        return f"begins at step 0{passed_by}"
     changed = f" ({'; '.join(parent.changed)})" if parent.changed else ""
-    return f"begins at step {parent.begins} from step {parent.step} of {parent.node} with its {', '.join(parent.keep)}{changed}"
+    kept = ", ".join(parent.keep)
+    return f"begins at step {parent.begins} from step {parent.step} of {parent.node} with its {kept}{changed}{passed_by}"
+
+
+def _passed_by(chain: Chain, planned: Planned) -> str:
+    """Whose steps a person may have thought of who has renamed or copied a recipe, and changed it too."""
+    ledger, entry = ledger_of(chain.job.store, planned), chain.entry
+    if entry is None or planned.generation or ledger.head(chain.job) is not None:
+        return ""
+    other = None
+    # Another's ledger that is damaged keeps nobody from beginning.
+    with suppress(StoreError):
+        other = ledger.alike(chain.job, entry)
+    if other is None:
+        return ""
+    recipe, step, before = other
+    names = sorted({*before.config, *entry.config})
+    fields = ", ".join(name for name in names if before.config.get(name) != entry.config.get(name))
+    told = fields or ("data" if before.inputs != entry.inputs else "code")
+    return f"; recipe {recipe} has {step} steps of it with other {told}: give this one its name to go on from them"
 
 
 def ledger_of(store: Store, planned: Planned) -> Ledger:
@@ -205,9 +260,11 @@ def chain_of(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Pl
     """
     base, ledger = chain_key(stage, phase, planned), ledger_of(job.store, planned)
     entry = ledger.entry(base)
+    if entry is None and ledger.head(job) is None:
+        entry = ledger.elsewhere(job, base)
     if entry is None:
         begun = bool(Chain(job, base, 0).done())
-        start = Start() if begun else gang.begins(stage, job, planned, ledger)
+        start = Start(root=gang.root(planned)) if begun else gang.begins(stage, job, planned, ledger)
         entry = Entry(
             base=base,
             key=base if start.parent is None else digest_of([base, start.parent.chain, start.parent.step]),

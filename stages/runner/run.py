@@ -198,7 +198,7 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
     """Do what is not done of one phase; returns the records in the order of the plan."""
     if phase.gang is not None:
         chain = chain_of(stage, phase, phase.gang, job, planned)
-        return [_run_chain(phase, phase.gang, entered(chain, phase.gang, planned))]
+        return [_run_chain(phase, phase.gang, entered(chain, phase.gang, planned), planned)]
     units, keys = keyed_units(stage, phase, job, planned, earlier)
     if not units:
         return []
@@ -217,10 +217,10 @@ def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earl
     return [found[key] for key in keys]
 
 
-def _run_chain(phase: Phase, gang: Gang, chain: Chain) -> UnitRecord:
+def _run_chain(phase: Phase, gang: Gang, chain: Chain, planned: Planned) -> UnitRecord:
     """The chain's unit at its end, which stands for all before it: they may have given way to it."""
     node, there = chain.job.node, chain.done()
-    log.info("%s: %s", node, where_it_begins(chain))
+    log.info("%s: %s", node, where_it_begins(chain, planned))
     emit_progress(node, phase.name, chain.start(there), chain.end, "steps")
     if chain.end not in there:
         gang.run(chain)

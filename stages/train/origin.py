@@ -89,7 +89,7 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
     """
     origin: Origin | None = job.config.origin
     itself = origin is not None and "init" not in planned.inputs and not planned.sources
-    root = None if itself else _root(planned)
+    root = None if itself else root_of(planned)
     head = ledger.head(job, root)
     if head is not None and not planned.generation and (parent := _grown(stage, job, planned, head)) is not None:
         return Start(parent, head.entry.root)
@@ -105,7 +105,7 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
     return Start(_elsewhere(job, planned) if origin is not None else None, root or "")
 
 
-def _root(planned: Planned) -> str:
+def root_of(planned: Planned) -> str:
     """What a line of chains was begun from, other than from itself."""
     told = result_fields(planned.config)["from"]
     return digest_of([told, _references(planned.inputs, data=False), outside_digests(planned)])

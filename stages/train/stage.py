@@ -32,7 +32,7 @@ from stages.shards.scores import SCORES
 from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
 from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
-from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, shards
+from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, root_of, shards
 from stages.train.preview import PreviewConfig, Previews
 from stages.train.trackers import Name, not_installed
 from stages.train.tracking import Tracking
@@ -237,7 +237,7 @@ class Train(Stage):
     phases = (
         Phase(
             "train",
-            gang=Gang(train_chain, end, begins, lambda config, steps: config.keep.of(steps)),
+            gang=Gang(train_chain, end, begins, lambda config, steps: config.keep.of(steps), root_of),
             fields=frozenset(info.alias or name for name, info in TrainStageConfig.model_fields.items()) - LENGTH,
         ),
     )
