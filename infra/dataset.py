@@ -349,20 +349,29 @@ def verify(dataset: Dataset) -> list[str]:
     Returns:
         A line for each file that is damaged or missing, in the order of the manifest.
     """
+    return damaged_files(dataset.store, dataset.files, "the manifest says")
+
+
+def damaged_files(store: Store, files: Sequence[FileEntry], says: str = "its record says") -> list[str]:
+    """Likewise for some files of a store.
+
+    Args:
+        says: who tells the sha256 that a file should have.
+    """
     with ThreadPoolExecutor(VERIFIED_AT_ONCE) as threads:
-        return [problem for problem in threads.map(partial(_problem, dataset), dataset.files) if problem]
+        return [problem for problem in threads.map(partial(_problem, store, says), files) if problem]
 
 
-def _problem(dataset: Dataset, entry: FileEntry) -> str:
+def _problem(store: Store, says: str, entry: FileEntry) -> str:
     """What is wrong with a file; empty for nothing."""
-    where = dataset.url(entry)
+    where = store.url(entry.path)
     try:
-        with dataset.open(entry) as file:
+        with store.open(entry.path) as file:
             found = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
     except StoreError:
         return f"{where}: missing"
     if found != entry.sha256:
-        return f"{where}: damaged (sha256 {found[:12]}, the manifest says {entry.sha256[:12]})"
+        return f"{where}: damaged (sha256 {found[:12]}, {says} {entry.sha256[:12]})"
     return ""
 
 

@@ -177,7 +177,7 @@ class _Run:
         self.said: list[Row] = []
         if back is not None:
             self.said.append(self.meter.damage(self.step, back.said))
-        elif newest is not None and state is not None and state.step < newest:
+        elif newest is not None and state is not None and self.begin.step < newest:
             said = f"the checkpoint of step {newest} is damaged: goes on from that of step {state.step}"
             self.said.append(self.meter.damage(self.step, said))
 

@@ -13,6 +13,7 @@ reached no step yet takes over the chain of any other node that was grown with j
 
 from __future__ import annotations
 
+import logging
 import posixpath
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,15 +22,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from infra.dataset import InputRef
+from infra.dataset import InputRef, damaged_files
 from infra.store import Store, StoreError
 from stages.runner.chain import Chain, Gang, unit_key
 from stages.runner.contract import Job, Phase, Stage, StageError, UnitRecord, digest_of, result_fields
 from stages.runner.graph import Planned
 from stages.runner.keys import chain_key
 
+log = logging.getLogger("stages")
+
 FOLDER = "chains"
 LAST = "last.json"
+
+
+class DamagedStep(StoreError):
+    """A step from which a chain would begin has a file that is damaged or gone; `unit` is its key."""
+
+    def __init__(self, said: str, unit: str) -> None:
+        super().__init__(said)
+        self.unit = unit
 
 
 class Parent(BaseModel):
@@ -100,12 +111,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Ledger:
-    """The chains of one node of one recipe, in one store."""
+    """The chains of one node of one recipe, in one store; `damaged` are the keys of steps that nothing can begin from."""
 
     store: Store
     stage: str
     recipe: str
     node: str
+    damaged: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> str:
@@ -137,7 +149,8 @@ class Ledger:
             StoreError: a record is damaged.
         """
         found = self._read([path for path in self._others() if posixpath.basename(path) == f"{base}.json"]).values()
-        return max(found, key=lambda entry: (_reached(job, entry), entry.created), default=None)
+        whole = [entry for entry in found if entry.parent is None or entry.parent.unit not in self.damaged]
+        return max(whole, key=lambda entry: (_reached(job, entry), entry.created), default=None)
 
     def alike(self, job: Job, entry: Entry) -> tuple[str, int, Entry] | None:
         """Where a node of this name has come furthest with the same data or the same fields: the recipe, the step, the chain.
@@ -177,6 +190,10 @@ class Ledger:
                 return entry
         return self.entry(entry.base) or entry
 
+    def leave(self, base: str) -> None:
+        """Forget a chain that has no step and can begin from none."""
+        self.store.remove(f"{self.folder}/{base}.json")
+
     def grows(self, base: str) -> None:
         """Remember which chain is grown last."""
         self.store.write_json(f"{self.folder}/{LAST}", {"base": base})
@@ -191,12 +208,16 @@ class Ledger:
         """
         heads = {}
         for entry in self.entries():
-            done = Chain(job, entry.key, 0).done() if root is None or entry.root in (root, "") else {}
+            done = self.whole(job, entry.key) if root is None or entry.root in (root, "") else {}
             if max(done, default=0) > 0:
                 heads[entry.base] = Head(entry, max(done), done[max(done)])
         last = self.store.read_json(f"{self.folder}/{LAST}") or {"base": ""}
         furthest = max(heads.values(), key=lambda head: (head.step, head.entry.created), default=None)
         return heads.get(last["base"], furthest)
+
+    def whole(self, job: Job, chain: str) -> dict[int, UnitRecord]:
+        """The steps of a chain, without those that are damaged, ascending."""
+        return {step: record for step, record in Chain(job, chain, 0).done().items() if record.key not in self.damaged}
 
     def at(self, job: Job, step: int, head: Head) -> Head | None:
         """A certain step of the line: that of the head's chain, of those before it, or of any other; None when there is none."""
@@ -207,7 +228,7 @@ class Ledger:
             ahead[before.key] = before
             before = entries.get(before.parent.chain) if before.parent else None
         for key, entry in (ahead | dict(reversed(entries.items()))).items():
-            if (record := job.unit_done(unit_key(key, step))) is not None:
+            if unit_key(key, step) not in self.damaged and (record := job.unit_done(unit_key(key, step))) is not None:
                 return Head(entry, step, record)
         return None
 
@@ -247,24 +268,33 @@ def _passed_by(chain: Chain, planned: Planned) -> str:
     return f"; recipe {recipe} has {step} steps of it with other {told}: give this one its name to go on from them"
 
 
-def ledger_of(store: Store, planned: Planned) -> Ledger:
-    return Ledger(store, planned.stage, planned.recipe, planned.name)
+def ledger_of(store: Store, planned: Planned, damaged: frozenset[str] = frozenset()) -> Ledger:
+    return Ledger(store, planned.stage, planned.recipe, planned.name, damaged)
 
 
-def chain_of(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned) -> Chain:
+def chain_of(
+    stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned, damaged: frozenset[str] = frozenset()
+) -> Chain:
     """The chain that a phase grows, as the ledger has it, or as it would be entered there; nothing is written.
+
+    Args:
+        damaged: keys of steps that it is not to begin from.
 
     Raises:
         StageError: it would begin anew although its line has steps, what it is to begin from is not there, or it would end there.
         KeyError: the job lacks an input without which that cannot be told.
     """
-    base, ledger = chain_key(stage, phase, planned), ledger_of(job.store, planned)
+    base, ledger = chain_key(stage, phase, planned), ledger_of(job.store, planned, damaged)
     entry = ledger.entry(base)
     if entry is None and ledger.head(job) is None:
         entry = ledger.elsewhere(job, base)
     if entry is None:
         begun = bool(Chain(job, base, 0).done())
-        start = Start(root=gang.root(planned)) if begun else gang.begins(stage, job, planned, ledger)
+        try:
+            start = Start(root=gang.root(planned)) if begun else gang.begins(stage, job, planned, ledger)
+        except DamagedStep as error:
+            log.warning("%s: it does not begin from a step that is damaged: %s", job.node, error)
+            return chain_of(stage, phase, gang, job, planned, damaged | {error.unit})
         entry = Entry(
             base=base,
             key=base if start.parent is None else digest_of([base, start.parent.chain, start.parent.step]),
@@ -293,10 +323,29 @@ def grown_with(phase: Phase, config: Any) -> dict[str, Any]:
     return {name: value for name, value in result_fields(config).items() if phase.fields is None or name in phase.fields}
 
 
-def entered(chain: Chain, gang: Gang, planned: Planned) -> Chain:
-    """The chain as the ledger has it from now on, and as the one that is grown last."""
-    assert chain.entry is not None
-    ledger = ledger_of(chain.job.store, planned)
+def entered(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned: Planned) -> Chain:
+    """The chain of `chain_of`, as the ledger has it from now on, and as the one that is grown last.
+
+    What it begins from is read before: where that is damaged, it begins from an older step.
+    """
+    ledger, damaged = ledger_of(job.store, planned), frozenset[str]()
+    while True:
+        chain = chain_of(stage, phase, gang, job, planned, damaged)
+        assert chain.entry is not None
+        parent = chain.parent
+        if parent is None or not parent.chain or chain.done() or not (wrong := _wrong(job, parent)):
+            break
+        log.warning("%s: it does not begin from step %d of %s, which is damaged: %s", job.node, parent.step, parent.node, wrong)
+        ledger.leave(chain.entry.base)
+        damaged |= {parent.unit}
     entry = ledger.enter(chain.entry)
     ledger.grows(entry.base)
-    return chain if entry == chain.entry else _chain(gang, chain.job, entry)
+    return chain if entry == chain.entry else _chain(gang, job, entry)
+
+
+def _wrong(job: Job, parent: Parent) -> str:
+    """What keeps a step from being begun from; empty for nothing."""
+    record = job.unit_done(parent.unit)
+    if record is None:
+        return f"{job.store.url(job.unit_folder(parent.unit))}: removed"
+    return "; ".join(damaged_files(job.store, record.files))

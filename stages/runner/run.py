@@ -197,8 +197,7 @@ def _chain_state(stage: type[Stage], phase: Phase, gang: Gang, job: Job, planned
 def run_phase(stage: type[Stage], phase: Phase, job: Job, planned: Planned, earlier: Records) -> list[UnitRecord]:
     """Do what is not done of one phase; returns the records in the order of the plan."""
     if phase.gang is not None:
-        chain = chain_of(stage, phase, phase.gang, job, planned)
-        return [_run_chain(phase, phase.gang, entered(chain, phase.gang, planned), planned)]
+        return [_run_chain(phase, phase.gang, entered(stage, phase, phase.gang, job, planned), planned)]
     units, keys = keyed_units(stage, phase, job, planned, earlier)
     if not units:
         return []

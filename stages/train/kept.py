@@ -150,14 +150,16 @@ class Newest:
     Attributes:
         steps: those to choose from, ascending.
         folder: a local folder to fetch it to.
+        begun_from: whether there is a step of another chain to begin from again.
     """
 
     chain: Chain
     steps: tuple[int, ...]
     folder: str
+    begun_from: bool
 
-    def __call__(self) -> str:
-        """Raises StoreError when none is whole."""
+    def __call__(self) -> str | None:
+        """None when none is whole, and the chain can begin again where it began. Raises StoreError when it cannot."""
         node, damaged, error = self.chain.job.node, [], StoreError(f"{self.chain.job.node}: its checkpoints have gone")
         for step in reversed(self.steps):
             if (record := self.chain.record(step)) is None:
@@ -171,11 +173,17 @@ class Newest:
                 damaged.append(step)
                 error = found
                 continue
-            for earlier in damaged:
-                log.warning("%s: step %d is damaged, and set aside: %s", node, earlier, error)
-                set_aside(self.chain, earlier)
+            self._set_aside(damaged, error)
             return str(folder)
+        if self.begun_from:
+            self._set_aside(damaged, error)
+            return None
         raise StoreError(f"{error}, and no older checkpoint is whole: begin anew with --force {node}")
+
+    def _set_aside(self, damaged: list[int], error: StoreError) -> None:
+        for step in damaged:
+            log.warning("%s: step %d is damaged, and set aside: %s", self.chain.job.node, step, error)
+            set_aside(self.chain, step)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256
 from typing import Any, Literal, NamedTuple, cast
 
 from pydantic import ConfigDict, Field, field_validator
@@ -22,11 +24,11 @@ from pydantic import ConfigDict, Field, field_validator
 from infra.dataset import Dataset
 from infra.queries import opened
 from infra.store import StoreError
-from stages.runner.chain import Chain, unit_key
+from stages.runner.chain import unit_key
 from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
 from stages.runner.graph import Planned, changed_fields
 from stages.runner.keys import outside_digests
-from stages.runner.ledger import Head, Ledger, Parent, Start
+from stages.runner.ledger import DamagedStep, Head, Ledger, Parent, Start
 from stages.runner.recipe import DATASET
 from training.begin import ALL, Kept, counts_on
 from training.config import Section
@@ -91,18 +93,23 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
     itself = origin is not None and "init" not in planned.inputs and not planned.sources
     root = None if itself else root_of(planned)
     head = ledger.head(job, root)
+    if head is None and ledger.damaged and not planned.generation:
+        # A step of another training may be damaged too, in which case an older one of that is taken.
+        if origin is None or replace(ledger, damaged=frozenset()).head(job, root) is not None:
+            damaged = f"no step to go on from is whole ({', '.join(sorted(ledger.damaged))})"
+            raise StageError(f"{job.node}: {damaged}: begin anew with --force {job.node}")
     if head is not None and not planned.generation and (parent := _grown(stage, job, planned, head)) is not None:
         return Start(parent, head.entry.root)
     if itself and origin is not None:
         found = head if head is None or origin.step == "newest" else ledger.at(job, origin.step, head)
         if head is None or found is None:
             step = "step" if origin.step == "newest" else f"step {origin.step}"
-            raise StageError(f"{job.node}: from: no {step} of it is there; {_those(head)}")
+            raise StageError(f"{job.node}: from: no {'whole ' if ledger.damaged else ''}{step} of it is there; {_those(head)}")
         order, changed = order_of(job.store, found.record), _changes(stage, job, planned, found)
         return Start(_parent(job, planned, found.entry.key, found.step, planned.name, order, changed), found.entry.root)
     if head is not None and not planned.generation:
         raise StageError(_refusal(stage, job, planned, head))
-    return Start(_elsewhere(job, planned) if origin is not None else None, root or "")
+    return Start(_elsewhere(job, planned, ledger) if origin is not None else None, root or "")
 
 
 def root_of(planned: Planned) -> str:
@@ -145,8 +152,8 @@ def end(config: Any, parent: Parent | None) -> int:
     return int(config.steps)
 
 
-def _elsewhere(job: Job, planned: Planned) -> Parent:
-    """The step of another run that is named."""
+def _elsewhere(job: Job, planned: Planned, ledger: Ledger) -> Parent:
+    """The step of another run that is named; in place of its last, if that is damaged, the newest one before it that is whole."""
     origin: Origin = job.config.origin
     if origin.folder is not None:
         state = outside(planned.sources, "trainer.json")
@@ -155,11 +162,15 @@ def _elsewhere(job: Job, planned: Planned) -> Parent:
         return _parent(job, planned, "", state["step"], origin.folder, outside(planned.sources, ORDER_FILE))
     dataset: Dataset = job.inputs["init"]
     chain, _, last = dataset.files[0].unit.rpartition("-")
+    there = ledger.whole(job, chain)
     step = int(last) if origin.step == "newest" else origin.step
-    record = job.unit_done(unit_key(chain, step))
-    if record is None:
-        there = ", ".join(map(str, Chain(job, chain, 0).done()))
-        raise StageError(f"{job.node}: from: step {step} of {origin.run} is not there; those that are: {there or 'none'}")
+    damaged = unit_key(chain, step) in ledger.damaged
+    if damaged and origin.step == "newest":
+        step = max((before for before in there if before < step), default=step)
+    if (record := there.get(step)) is None:
+        why = "damaged; name another with `step`" if damaged else "not there"
+        told = ", ".join(map(str, there)) or "none"
+        raise StageError(f"{job.node}: from: step {step} of {origin.run} is {why}; those that are: {told}")
     changed = changed_fields(dataset.manifest.config, job.config, LENGTH)
     return _parent(job, planned, chain, step, dataset.manifest.node, order_of(job.store, record), changed)
 
@@ -235,12 +246,16 @@ def order_of(store: Any, record: UnitRecord) -> dict[str, Any]:
     """What a checkpoint says of its order.
 
     Raises:
-        StoreError: its file is damaged or gone.
+        DamagedStep: its file is damaged or gone.
     """
-    path = record.file(ORDER_FILE).path
-    if (told := store.read_json(path)) is None:
-        raise StoreError(f"{store.url(path)}: no such file; delete the folder of this step to go on from the one before")
-    return cast(dict[str, Any], told)
+    entry = record.file(ORDER_FILE)
+    try:
+        data = store.read(entry.path)
+    except StoreError as error:
+        raise DamagedStep(str(error), record.key) from None
+    if sha256(data).hexdigest() != entry.sha256:
+        raise DamagedStep(f"{store.url(entry.path)}: damaged (its record tells another sha256)", record.key)
+    return cast(dict[str, Any], json.loads(data))
 
 
 def outside(sources: Iterable[str], name: str) -> dict[str, Any]:

@@ -108,11 +108,8 @@ class Traces:
 
 
 def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[str]]:
-    """What fetches the checkpoint that a chain without steps begins from, and the shards whose order goes on, by digest.
-
-    Raises:
-        StageError: it is no longer there.
-    """
+    """What fetches the checkpoint that a chain began from, and the shards whose order goes on, by digest; None where there is
+    none (any more)."""
     job, parent = chain.job, chain.parent
     if parent is None:
         return None, []
@@ -121,12 +118,8 @@ def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[st
         return Outside(dict(job.sources), f"{folder}/init"), before
     record = job.unit_done(parent.unit)
     if record is None:
-        raise StageError(
-            f"{job.node}: step {parent.step} of {parent.node}, from which it begins, was removed ({parent.unit}); name another "
-            f"with `from`, or begin anew with --force {job.node}"
-        )
-    before = order_of(job.store, record)["shards"] if "order" in parent.keep else []
-    return Fetched(job.store, record.files, f"{folder}/init"), before
+        return None, []
+    return Fetched(job.store, record.files, f"{folder}/init"), _shards(job, [record]) if "order" in parent.keep else []
 
 
 def _shards(job: Job, records: Sequence[UnitRecord]) -> list[str]:
@@ -156,9 +149,13 @@ def _plan(chain: Chain, folder: str) -> TrainJob:
     job, done = chain.job, chain.done()
     start = chain.start(done)
     there = tuple(step for step in done if step <= start)
-    resume = Newest(chain, there, f"{folder}/resume") if there else None
-    init, before = _begin(chain, folder) if resume is None else (None, _shards(job, [done[step] for step in there]))
-    data = arrived(shards(job, job.inputs), before)
+    init, before = _begin(chain, folder)
+    resume = Newest(chain, there, f"{folder}/resume", init is not None) if there else None
+    if resume is None and init is None and (parent := chain.parent) is not None:
+        raise StageError(
+            f"{job.node}: step {parent.step} of {parent.node}, from which it begins, was removed ({parent.unit}); run again"
+        )
+    data = arrived(shards(job, job.inputs), _shards(job, [done[step] for step in there]) or before)
     return TrainJob(
         config=job.config.model_copy(update={"steps": chain.end}),
         shards=tuple(shard.address for shard in data),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from infra.store import StoreError
 from pipelines.commands.preflight import chain_lines, chain_problems
 from stages.runner.contract import StageError
-from tests.stages.train.trainings import Trainings
+from stages.runner.ledger import ledger_of
+from tests.stages.committed import flip
+from tests.stages.train.trainings import SHARE, Trainings
 
 SLOWER: dict[str, Any] = {"optimizer": {"lr": 1e-4}}
 ALL = ["weights", "optimizer", "ema", "schedule", "order"]
@@ -86,3 +89,74 @@ def test_a_recipe_that_is_renamed_and_changed_is_another_and_says_what_it_leaves
     training.grow(tmp_path / "more", 4)
     assert said(training, steps=8) == [line.format("data")]
     assert said(training, steps=8, **SLOWER) == ["train-256: begins at step 0"], "nothing but the name is the same"
+
+
+def damage(training: Trainings, step: int, name: str = SHARE, **changes: Any) -> None:
+    chain = training.chain(steps=step, **changes)
+    (path,) = Path(training.store.url(chain.job.unit_folder(chain.key_of(step)))).glob(f"@*/{name}")
+    flip(path, path.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("name", [SHARE, "order.json"])
+def test_data_that_has_grown_goes_on_from_an_older_step_where_the_newest_is_damaged(
+    training: Trainings, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    training(steps=10)
+    damage(training, 10, name)
+    training.grow(tmp_path / "more", 4)
+    grown = training(steps=12)
+    assert training.began == [0, 5] and grown.manifest.summary["began"]["step"] == 5
+    assert any("does not begin from" in line and f"{name}: damaged" in line for line in caplog.messages)
+    training(steps=13)
+    assert training.began[-1] == 12
+
+
+def test_a_chain_whose_beginning_is_damaged_before_its_first_step_begins_from_an_older_one(training: Trainings) -> None:
+    fork = {"from": {"run": "train-256", "keep": ALL}}
+    training(steps=10)
+    chain = training.chain(steps=15, **SLOWER, **fork)
+    assert chain.entry is not None and chain.entry.parent is not None and chain.entry.parent.step == 10
+    ledger_of(training.store, training.planned(steps=15, **SLOWER, **fork)).enter(chain.entry)
+    damage(training, 10)
+    forked = training(steps=15, **SLOWER, **fork)
+    assert training.began == [0, 5] and forked.manifest.summary["began"]["step"] == 5
+
+
+def test_a_certain_step_that_is_damaged_is_refused_with_what_to_write(training: Trainings) -> None:
+    training(steps=10)
+    fingerprint = training.planned(steps=10).fingerprint
+    damage(training, 10)
+    with pytest.raises(StageError, match="train-256: from: no whole step 10 of it is there; the newest is 5"):
+        training(steps=15, **SLOWER, **{"from": {"run": "train-256", "step": 10, "keep": ALL}})
+    training.recipe = "next"
+    with pytest.raises(StageError, match="from: step 10 of .* is damaged; name another with `step`; those that are: 5"):
+        training(steps=15, **SLOWER, **{"from": {"run": fingerprint, "step": 10}})
+    training(steps=15, **SLOWER, **{"from": {"run": fingerprint, "step": "newest", "keep": ALL}})
+    assert training.began == [0, 5]
+
+
+def test_where_no_step_is_whole_nothing_begins_anew_unawares(training: Trainings, tmp_path: Path) -> None:
+    training(steps=5)
+    damage(training, 5)
+    training.grow(tmp_path / "more", 4)
+    with pytest.raises(StageError, match="no step to go on from is whole .*: begin anew with --force train-256"):
+        training(steps=9)
+    training.generation = 1
+    training(steps=9)
+    assert training.began == [0, 0]
+
+
+def test_where_all_steps_of_a_grown_chain_are_damaged_it_begins_where_it_began(training: Trainings, tmp_path: Path) -> None:
+    training(steps=5)
+    training.grow(tmp_path / "more", 4)
+    whole = training(steps=9, checkpoint_every=100)
+    damage(training, 9)
+    again = training(steps=12, checkpoint_every=100)
+    assert training.began == [0, 5, 5]
+    rows = [json.loads(line) for line in again.open(again.file("history.jsonl")).read().splitlines()]
+    assert [row["said"] for row in rows if row["kind"] == "damage"] == [
+        "the checkpoint of step 9 is damaged: goes on from that of step 5"
+    ]
+    losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
+    before = [json.loads(line) for line in whole.open(whole.file("history.jsonl")).read().splitlines()]
+    assert all(losses[row["step"]] == row["loss"] for row in before if row["kind"] == "train")
