@@ -198,17 +198,12 @@ class Ledger:
         """Remember which chain is grown last."""
         self.store.write_json(f"{self.folder}/{LAST}", {"base": base})
 
-    def head(self, job: Job, root: str | None = None) -> Head | None:
+    def head(self, job: Job) -> Head | None:
         """The newest step of the line: of the chain that was grown last, or, while that has none, of the one that has come
-        furthest. None when no step of any is there; step 0 is none, for nothing was done to reach it.
-
-        Args:
-            job: of the stage.
-            root: only of chains with this root, or of which none is known.
-        """
+        furthest. None when no step of any is there; step 0 is none, for nothing was done to reach it."""
         heads = {}
         for entry in self.entries():
-            done = self.whole(job, entry.key) if root is None or entry.root in (root, "") else {}
+            done = self.whole(job, entry.key)
             if max(done, default=0) > 0:
                 heads[entry.base] = Head(entry, max(done), done[max(done)])
         last = self.store.read_json(f"{self.folder}/{LAST}") or {"base": ""}

@@ -6,8 +6,10 @@ because a field, an input or the code is another, this decides:
 - Only the data is another, and every shard of before is in it: it goes on from the newest step with all that it had. The epoch
   that is under way ends first, so every old row is read in it; all after it are of all rows, old and new (`training.order`). New
   shards come behind the old ones. With `growth_steps` it goes so many steps further than it was, if `steps` are done.
-- `from` is written: it begins from that.
-- Else, where the node has steps with the same start, it is refused: nobody throws them away unawares.
+- The training that it began from has gone on: it goes on likewise from its own newest step, and takes nothing of those steps.
+- `from` names itself: it begins from that.
+- Else, where the node has steps, it is refused: nobody throws them away unawares.
+- `from` names another: it begins from that.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from typing import Any, Literal, NamedTuple, cast
 
 from pydantic import ConfigDict, Field, field_validator
 
-from infra.dataset import Dataset
+from infra.dataset import Dataset, find
 from infra.queries import opened
 from infra.store import StoreError
 from stages.runner.chain import unit_key
 from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
 from stages.runner.graph import Planned, changed_fields
 from stages.runner.keys import outside_digests
-from stages.runner.ledger import DamagedStep, Head, Ledger, Parent, Start
+from stages.runner.ledger import DamagedStep, Entry, Head, Ledger, Parent, Start
 from stages.runner.recipe import DATASET
 from training.begin import ALL, Kept, counts_on
 from training.config import Section
@@ -92,14 +94,14 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
     origin: Origin | None = job.config.origin
     itself = origin is not None and "init" not in planned.inputs and not planned.sources
     root = None if itself else root_of(planned)
-    head = ledger.head(job, root)
+    head = ledger.head(job)
     if head is None and ledger.damaged and not planned.generation:
         # A step of another training may be damaged too, in which case an older one of that is taken.
-        if origin is None or replace(ledger, damaged=frozenset()).head(job, root) is not None:
+        if origin is None or replace(ledger, damaged=frozenset()).head(job) is not None:
             damaged = f"no step to go on from is whole ({', '.join(sorted(ledger.damaged))})"
             raise StageError(f"{job.node}: {damaged}: begin anew with --force {job.node}")
     if head is not None and not planned.generation and (parent := _grown(stage, job, planned, head)) is not None:
-        return Start(parent, head.entry.root)
+        return Start(parent, head.entry.root if root is None else root)
     if itself and origin is not None:
         found = head if head is None or origin.step == "newest" else ledger.at(job, origin.step, head)
         if head is None or found is None:
@@ -114,8 +116,12 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
 
 def root_of(planned: Planned) -> str:
     """What a line of chains was begun from, other than from itself."""
+    return _root(planned, planned.inputs)
+
+
+def _root(planned: Planned, inputs: Mapping[str, Any]) -> str:
     told = result_fields(planned.config)["from"]
-    return digest_of([told, _references(planned.inputs, data=False), outside_digests(planned)])
+    return digest_of([told, _references(inputs, data=False), outside_digests(planned)])
 
 
 def _references(inputs: Mapping[str, Any], data: bool) -> dict[str, str]:
@@ -123,26 +129,54 @@ def _references(inputs: Mapping[str, Any], data: bool) -> dict[str, str]:
 
 
 def _grown(stage: type[Stage], job: Job, planned: Planned, head: Head) -> Parent | None:
-    """The newest step, if its training is this one with less data, or just this one, begun by force with another length."""
+    """The newest step, if its training is this one with less data, or begun from the same training before it went further, or
+    just this one, begun by force with another length."""
     before = head.entry
-    same = before.version == stage.version and not changed_fields(before.config, job.config, LENGTH)
-    if not same or _references(before.inputs, data=False) != _references(planned.inputs, data=False):
+    if before.version != stage.version or changed_fields(before.config, job.config, LENGTH):
         return None
-    changed: tuple[str, ...] = ()
-    if grown := before.inputs != planned.inputs:
+    # A fork of itself has the root of what it has forked.
+    if job.config.origin is None or "init" in planned.inputs or planned.sources:
+        if before.root not in ("", _root(planned, before.inputs)):
+            return None
+    changed, why, anew = list[str](), list[str](), ""
+    if _references(before.inputs, data=False) != _references(planned.inputs, data=False):
+        if (further := _further(job, planned, before)) is None:
+            return None
+        changed.append(further)
+        why.append(f"what it began from has another step ({further})")
+        anew = f", or begin anew from there with --force {job.node}"
+    if _references(before.inputs, data=True) != _references(planned.inputs, data=True):
         old, new = order_of(job.store, head.record)["shards"], [shard.digest for shard in shards(job, planned.inputs)]
         if Counter(old) - Counter(new):
             return None
-        changed = (f"data: {len(old)} -> {len(new)} shards",)
-        if head.step >= job.config.steps and not job.config.growth_steps:
-            what = "has grown" if len(new) > len(old) else "was made again, with the same shards"
-            raise StageError(
-                f"{job.node}: its data {what}, and step {head.step} of {job.config.steps} is done; raise steps to go on, or "
-                "set growth_steps to go so many further each time"
-            )
+        changed.append(f"data: {len(old)} -> {len(new)} shards")
+        why.append("its data has grown" if len(new) > len(old) else "its data was made again, with the same shards")
+    if changed and head.step >= job.config.steps and not job.config.growth_steps:
+        raise StageError(
+            f"{job.node}: {' and '.join(why)}, and step {head.step} of {job.config.steps} is done; raise steps to go on, or "
+            f"set growth_steps to go so many further each time{anew}"
+        )
     return Parent(
-        node=job.node, chain=before.key, step=head.step, begins=head.step, keep=ALL, changed=changed, grown=grown
+        node=job.node, chain=before.key, step=head.step, begins=head.step, keep=ALL, changed=tuple(changed), grown=bool(changed)
     )  # fmt: skip
+
+
+def _further(job: Job, planned: Planned, before: Entry) -> str | None:
+    """In words, that what a chain was begun from is the same training at another step; None when it is another.
+
+    Raises:
+        KeyError: it is not made yet.
+    """
+    then = before.inputs.get("init")
+    if then is None or "init" not in planned.inputs or (was := find(job.store, then.stage, then.fingerprint)) is None:
+        return None
+    now: Dataset = job.inputs["init"]
+    (old, _, first), (chain, _, last) = (dataset.files[0].unit.rpartition("-") for dataset in (was, now))
+    began = now.manifest.summary.get("began")
+    while chain != old and began is not None and began["keep"] == list(ALL) and (began["grown"] or not began["changed"]):
+        chain, record = began["chain"], job.unit_done(unit_key(began["chain"], began["step"]))
+        began = record.notes.get("began") if record is not None else None
+    return f"from: step {int(first)} -> {int(last)} of {now.manifest.node}" if chain == old else None
 
 
 def end(config: Any, parent: Parent | None) -> int:
@@ -190,7 +224,7 @@ def _parent(
 
 
 def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
-    changed = _changes(stage, job, planned, head)
+    changed = _changes(stage, job, planned, head) or ["files from outside are others"]
     line = f"{job.node}: would begin at step 0; {head.step} steps are there ({'; '.join(changed)})"
     if other := _other_shape(head.entry.config, result_fields(job.config)):
         return f"{line}; a model of another {other} cannot go on from them: begin anew with --force {job.node}"

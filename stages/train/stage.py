@@ -63,7 +63,8 @@ class TrainStageConfig(TrainConfig):
     growth_steps: int | None = Field(
         None,
         ge=1,
-        description="Steps to go further each time that the data has grown when `steps` are done, as with new data every week.",
+        description="Steps to go further each time that the data, or the training that it began from, has grown when "
+        "`steps` are done, as with new data every week.",
     )
     weights: str | None = external_file(
         None,

@@ -11,6 +11,7 @@ import pytest
 from infra.store import StoreError
 from pipelines.commands.preflight import chain_lines, chain_problems
 from stages.runner.contract import StageError
+from stages.runner.document import parse
 from stages.runner.ledger import ledger_of
 from tests.stages.committed import flip
 from tests.stages.train.trainings import SHARE, Trainings
@@ -160,3 +161,83 @@ def test_where_all_steps_of_a_grown_chain_are_damaged_it_begins_where_it_began(t
     losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
     before = [json.loads(line) for line in whole.open(whole.file("history.jsonl")).read().splitlines()]
     assert all(losses[row["step"]] == row["loss"] for row in before if row["kind"] == "train")
+
+
+class Weekly:
+    """A training and one that begins from it, in two recipes of a store whose data grows."""
+
+    def __init__(self, training: Trainings, **origin: Any) -> None:
+        self.training, self.origin, self.first = training, origin, ""
+
+    def parent(self, **changes: Any) -> None:
+        self.training.recipe = "r"
+        self.training(**changes)
+        self.first = self.training.planned(**changes).fingerprint
+
+    def child(self, **changes: Any) -> dict[str, Any]:
+        self.training.recipe = "next"
+        return {"from": {"run": self.first, **self.origin}, **changes}
+
+
+def test_a_training_goes_on_from_its_own_steps_when_the_one_it_began_from_went_on(training: Trainings, tmp_path: Path) -> None:
+    weekly = Weekly(training)
+    weekly.parent(steps=5)
+    training(**weekly.child(steps=7))
+    weekly.parent(steps=6)
+    assert said(training, **weekly.child(steps=9)) == [
+        "train-256: begins at step 7 from step 7 of train-256 with its weights, optimizer, ema, schedule, order "
+        "(from: step 5 -> 6 of train-256)"
+    ]
+    training(**weekly.child(steps=9))
+    assert training.began == [0, 0, 5, 7]
+    # The next week the data of both has grown, and the first has gone on with it; a week later again.
+    for week in (1, 2):
+        training.grow(tmp_path / f"more{week}", 2 + week, str(week) * 24)
+        weekly.parent(steps=6, growth_steps=2)
+        grown = training(**weekly.child(steps=9, growth_steps=2))
+        assert grown.manifest.summary["step"] == 9 + 2 * week
+    assert training.began[4:] == [6, 9, 8, 11]
+    assert grown.manifest.summary["began"]["changed"] == ["from: step 8 -> 10 of train-256", "data: 3 -> 4 shards"]
+
+
+def test_where_all_steps_are_done_and_the_one_it_began_from_went_on_both_ways_are_named(training: Trainings) -> None:
+    weekly = Weekly(training)
+    weekly.parent(steps=5)
+    training(**weekly.child(steps=7))
+    weekly.parent(steps=6)
+    assert said(training, **weekly.child(steps=7)) == [
+        "train-256: what it began from has another step (from: step 5 -> 6 of train-256), and step 7 of 7 is done; raise steps "
+        "to go on, or set growth_steps to go so many further each time, or begin anew from there with --force train-256"
+    ]
+    training.generation = 1
+    training(**weekly.child(steps=7))
+    assert training.began == [0, 0, 5, 0]
+
+
+@pytest.mark.parametrize("origin", [{"keep": ["weights"]}, {"step": 4}])
+def test_another_step_or_keep_of_from_is_refused_as_any_field(training: Trainings, origin: dict[str, Any]) -> None:
+    weekly = Weekly(training)
+    weekly.parent(steps=5, checkpoint_every=4)
+    training(**weekly.child(steps=7))
+    weekly.origin = origin
+    (name,) = origin
+    (line,) = said(training, **weekly.child(steps=9))
+    assert line.startswith(f"train-256: would begin at step 0; 7 steps are there (from.{name}: ")
+    assert line.endswith(
+        "): fork with `from: {run: train-256, step: newest, keep: [weights, optimizer, ema, schedule, order]}`, "
+        "or begin anew with --force train-256"
+    )
+    fork = parse(line.split("`")[1])
+    training(**weekly.child(steps=9) | fork)
+    assert training.began == [0, 0, 7]
+
+
+def test_another_training_to_begin_from_is_refused(training: Trainings) -> None:
+    weekly = Weekly(training)
+    weekly.parent(steps=5)
+    training(**weekly.child(steps=7))
+    training.recipe = "slower"
+    training(steps=5, **SLOWER)
+    weekly.first = training.planned(steps=5, **SLOWER).fingerprint
+    (line,) = said(training, **weekly.child(steps=9))
+    assert "would begin at step 0; 7 steps are there (input init is another dataset): fork with" in line

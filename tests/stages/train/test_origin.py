@@ -157,6 +157,7 @@ def test_what_is_forked_unchanged_from_a_dataset_or_its_folder_is_the_same_to_th
     for name in ("trainer.json", "order.json", "config.json"):
         assert whole.file(name).sha256 == again.file(name).sha256
     assert again.manifest.inputs["init"].fingerprint == fingerprint
+    training.recipe = "no-such-step"
     with pytest.raises(StageError, match="from: step 7 of .* is not there; those that are: 5, 10, 11"):
         training(steps=12, **fork(fingerprint, 7))
     with pytest.raises(NotThere, match="no dataset in .* has this fingerprint"):
@@ -166,6 +167,7 @@ def test_what_is_forked_unchanged_from_a_dataset_or_its_folder_is_the_same_to_th
     folder = training.store.url(record.file("trainer.json").path).removesuffix("/trainer.json")
     training.recipe = "outside"
     assert same_tensors(whole, training(steps=11, **fork(folder))) and training.began == [0, 5, 10]
+    training.recipe = "other-step"
     with pytest.raises(StageError, match=f"from: {folder} is a checkpoint of step 10, not 3"):
         training(steps=12, **fork(folder, 3))
     training.recipe = "other-order"
