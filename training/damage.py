@@ -2,7 +2,8 @@
 
 A step whose loss or gradient is not finite is skipped before the optimizer, on all workers alike: nothing but its place in the
 order is used up. More of them in a row than are allowed roll back to the last good checkpoint, from which the training goes on
-past those places. More rollbacks than are allowed stop it.
+past those places; before its first one that is the checkpoint, or the weights, that it began from. More rollbacks than are
+allowed stop it.
 """
 
 from __future__ import annotations

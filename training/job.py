@@ -83,7 +83,7 @@ class TrainJob:
             it is read.
         newest: the step of the newest checkpoint of this run, whole or not.
         init_from: checkpoint of another run to begin from, in the same forms; the position table is interpolated when the grid
-            has another size. Not read when resuming.
+            has another size. Read when resuming only to go back to it.
         keep: what to take of `init_from`, see `training.begin`.
         fork: what a person writes into the recipe to go on from the newest checkpoint with another value.
         subsets: name of the one that each shard is of, or none where they are all of one; `config.data.weights` needs them.

@@ -91,7 +91,10 @@ class _Run:
     def __init__(self, job: TrainJob, device: torch.device, fetching: Fetching, back: Back | None) -> None:
         self.job, self.config, self.device, self.fetching = job, job.config, device, fetching
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        resume = partial(job.publish.fetch, back.step, f"{job.work_folder}/back-{back.step}") if back is not None else job.resume
+        resume = job.resume
+        if back is not None:
+            at = f"{job.work_folder}/back-{back.step}"
+            resume = None if back.step is None else partial(job.publish.fetch, back.step, at)
         folder = fetching(resume)
         self.keep = job.keep if folder is None else ALL
         folder = folder if folder is not None else fetching(job.init_from)
@@ -307,8 +310,7 @@ class _Run:
             self.saver.finish()
         except NotFinite as error:
             why = f"{why}, and {error}"
-        allowed = self.config.damage.rollbacks
-        return go_back(self.job.publish, self.step, self.begin, self.damage, allowed, self.tries, why, self.job.fork)
+        return go_back(self.job, self.step, self.begin, self.damage, self.tries, why)
 
     def _validate(self, on_row: Callable[[Row], None]) -> None:
         """Loss on the held-out samples with the weights as trained and with their average, the same samples, timesteps and noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tests.stages.committed import damage_moments
 from tests.training.plain import loss_of, start
 from tests.training.synthetic import KeepIn, config, history, poison, write_shards
+from training.begin import ALL
 from training.checkpoint import read_state
 from training.config import TrainConfig
 from training.damage import USUAL, Damage, DamageConfig
@@ -21,7 +23,7 @@ from training.job import TrainingError, TrainJob
 from training.latents import ShardError
 from training.loader import Loader
 from training.loop import run
-from unidiffuser.weights import load_native
+from unidiffuser.weights import load_native, save_native
 
 CPU = torch.device("cpu")
 # Steps count from 0 in the loader, so this is the fifth.
@@ -131,6 +133,60 @@ def test_a_checkpoint_from_which_no_step_can_be_taken_is_no_good_one(alone: None
     with pytest.raises(TrainingError, match="damage.rollbacks allows 2"):
         run(on, CPU)
     assert KeepIn(str(tmp_path)).steps() == [2]
+
+
+def begun(folder: Path, shards: tuple[str, ...], **more: Any) -> TrainJob:
+    """With no checkpoint of its own before its end."""
+    on = settings(damage={"steps_in_a_row": 0}, checkpoint_every=100)
+    return TrainJob(on, shards, str(folder / "work"), KeepIn(str(folder / "own")), fork="`from: x`", **more)
+
+
+def test_before_its_first_checkpoint_a_run_goes_back_to_the_one_that_it_began_from(
+    shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    run(job(tmp_path, shards, {}, steps=4), CPU)
+    rows: list[Any] = []
+    run(begun(tmp_path, shards, init_from=str(tmp_path / "4"), keep=ALL), CPU, on_row=rows.append)
+    assert_near(tmp_path / "own/7", trained(shards, [0, 1, 2, 3, 5, 6, 7]))
+    assert [row["said"] for row in rows if row["kind"] == "damage"] == [
+        "a step was skipped: went back from step 5 to what it began from, and on past the places between"
+    ]
+    state = read_state(tmp_path / "own/7")
+    assert (state.order_from, state.optimizer_steps, state.damage.rollbacks, state.damage.skipped) == (-1, 7, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["init_from", "weights"])
+def test_what_counts_anew_begins_anew_on_past_the_places_too(shards: tuple[str, ...], tmp_path: Path, kind: str) -> None:
+    run(job(tmp_path, shards, {}, steps=4), CPU)
+    if kind == "weights":
+        save_native(tmp_path / "4", load_native(tmp_path / "4"))
+    run(begun(tmp_path, shards, **{kind: str(tmp_path / "4")}), CPU)
+    state = read_state(tmp_path / "own/7")
+    # Its places 0 to 4, and 5 to 8 in vain: the ninth is of the next epoch, in which the row comes again.
+    assert (state.order_from, state.optimizer_steps, state.damage.rollbacks, state.damage.skipped) == (-9, 7, 2, 2)
+    assert [row["step"] for row in history(tmp_path / "own/7") if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_where_no_step_can_be_taken_from_its_first_checkpoint_it_goes_back_to_what_it_began_from(
+    shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    """That of step 4 is its own, that of step 2 another's."""
+    run(job(tmp_path, shards, {}, steps=4), CPU)
+    shutil.copytree(tmp_path / "4", tmp_path / "own/4")
+    bad = write_shards(tmp_path / "bad")
+    for number in range(80):
+        poison(bad, f"{number // 40:04d}{number % 40:04d}")
+    rows: list[Any] = []
+    on = replace(begun(tmp_path, bad, init_from=str(tmp_path / "2"), keep=ALL), resume=str(tmp_path / "own/4"))
+    with pytest.raises(TrainingError, match="damage.rollbacks allows 3"):
+        run(on, CPU, on_row=rows.append)
+    said = [row["said"].split(": ")[1].split(",")[0] for row in rows if row["kind"] == "damage"]
+    assert said == [
+        "went back from step 5 to the checkpoint of step 4",
+        "went back from step 5 to what it began from",
+        "went back from step 3 to what it began from",
+    ]
+    assert KeepIn(str(tmp_path / "own")).steps() == []
 
 
 def test_a_loss_that_is_not_finite_has_no_finite_gradient_and_any_other_keeps_its_own() -> None:
