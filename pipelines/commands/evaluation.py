@@ -99,7 +99,7 @@ def _planned(request: Request, store: Store, named: Named) -> tuple[Planned, Sto
     references = {name: dataset.manifest.reference() for name, dataset in inputs.items()}
     # What the checks ask for: whether the captions are a codec's, or a world's own.
     own = "codec" in inputs and inputs["codec"].manifest.stage in MADE_STAGES
-    return plan_node(NODE, node, references, store, {} if own else {"text-codec": ()}), store
+    return plan_node(NODE, node, references, store, {} if own else {"text-codec": ()}, {}), store
 
 
 def _inputs(checkpoint: Dataset, named: Named) -> tuple[dict[str, Dataset], dict[str, Any]]:

@@ -39,10 +39,12 @@ from stages.shards.tables import open_table, read_table, with_dictionary
 from stages.shards.tar import Sample, in_batches, read_shard
 from training.told import ShardNotes, columns_of
 from unidiffuser.images import PictureError
-from unidiffuser.references import weights_digest
+from unidiffuser.references import Encoders, local_folder, public_name, weights_digest
 
 # Small groups: the training loader shuffles whole groups, and 256 rows read in milliseconds.
 ROW_GROUP = 256
+# Pixels of a side that are one number of the published model's latents.
+PUBLISHED_REDUCTION = 8
 
 
 class EncodeConfig(NodeConfig):
@@ -57,6 +59,19 @@ class EncodeConfig(NodeConfig):
     )
     workers: int | None = operational(None, "encoder processes at most; as many as the cluster holds when not given", ge=1)
     skip: tuple[str, ...] = skipped_shards()
+
+    @property
+    def latent_side(self) -> int | None:
+        """Side of the latents; None where the autoencoder is a public name other than the published model's.
+
+        Raises:
+            FileNotFoundError: there is no autoencoder. ValueError: its config.json is damaged.
+        """
+        if (folder := local_folder(self.vae, "vae")) is None:
+            return self.size // PUBLISHED_REDUCTION if public_name(self.vae)[0] == Encoders.vae else None
+        # Every level but the last halves the side.
+        levels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("block_out_channels")
+        return None if levels is None else self.size // 2 ** (len(levels) - 1)
 
 
 class Encoder:

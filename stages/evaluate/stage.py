@@ -82,7 +82,11 @@ class Evaluate(Stage):
 
     @classmethod
     def check_before(
-        cls, config: EvaluateConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
+        cls,
+        config: EvaluateConfig,
+        lists: Mapping[str, Mapping[str, str]],
+        before: Mapping[str, Sequence[Any]],
+        inputs: Mapping[str, Any],
     ) -> None:
         # A folder from outside is a whole model, with a text codec.
         check_world(config, config.data, before if config.checkpoint is None else {"text-codec": ()})

@@ -383,12 +383,19 @@ class Stage:
         """
 
     @classmethod
-    def check_before(cls, config: Any, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]) -> None:
-        """Hold what lies outside against what the nodes before this one will make; called after `check`.
+    def check_before(
+        cls,
+        config: Any,
+        lists: Mapping[str, Mapping[str, str]],
+        before: Mapping[str, Sequence[Any]],
+        inputs: Mapping[str, Any],
+    ) -> None:
+        """Hold a configuration, and what lies outside, against what the nodes before this one will make; called after `check`.
 
         Args:
             lists: as of `Job`.
             before: stage -> the configurations of the nodes of the recipe that lead to this one, near or far.
+            inputs: input name -> the configuration of the node that it is.
 
         Raises:
             StageError: the two do not go together.

@@ -76,9 +76,10 @@ def plan(
     planned: dict[str, Planned] = {}
     for node in recipe.nodes.values():
         inputs = {name: InputRef(stage=planned[n].stage, fingerprint=planned[n].fingerprint) for name, n in node.inputs.items()}
+        near = {name: recipe.nodes[n].config for name, n in node.inputs.items()}
         known = outside[node.name] if outside is not None else None
         planned[node.name] = plan_node(
-            recipe.name, node, inputs, store, _before(recipe, node), node.name in force, node.name in retry, known
+            recipe.name, node, inputs, store, _before(recipe, node), near, node.name in force, node.name in retry, known
         )
     return planned
 
@@ -89,6 +90,7 @@ def plan_node(
     inputs: Mapping[str, InputRef],
     store: Store,
     before: Mapping[str, Sequence[Any]],
+    near: Mapping[str, Any],
     force: bool = False,
     retry: bool = False,
     outside: Found | None = None,
@@ -97,6 +99,7 @@ def plan_node(
 
     Args:
         before: stage -> configurations of the nodes that lead to it.
+        near: input name -> configuration of the node that it is.
 
     Raises:
         RecipeError: as `plan`.
@@ -136,7 +139,7 @@ def plan_node(
     if outside is None and stage.check_refuses and planned.state != "hit":
         try:
             stage.check(node.config, sources, lists)
-            stage.check_before(node.config, lists, before)
+            stage.check_before(node.config, lists, before, near)
         except StageError as error:
             raise RecipeError(f"{node.name}: {error}") from None
     return planned

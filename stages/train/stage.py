@@ -29,6 +29,7 @@ from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, 
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
+from stages.train.before import by_subset, check_sizes
 from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
 from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
@@ -278,8 +279,13 @@ class Train(Stage):
 
     @classmethod
     def check_before(
-        cls, config: TrainStageConfig, lists: Mapping[str, Mapping[str, str]], before: Mapping[str, Sequence[Any]]
+        cls,
+        config: TrainStageConfig,
+        lists: Mapping[str, Mapping[str, str]],
+        before: Mapping[str, Sequence[Any]],
+        inputs: Mapping[str, Any],
     ) -> None:
+        check_sizes(config, by_subset(inputs))
         if config.evaluate.every:
             check_beside_before(config.evaluate, before)
         named = {name for stage in ("select", "folder") for source in before.get(stage, ()) for name in source.captions}

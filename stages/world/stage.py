@@ -44,6 +44,11 @@ class WorldConfig(NodeConfig):
     codec_steps: int = Field(1500, ge=1, description="training steps of the picture codec")
     seed: int = Field(0, ge=0, lt=2**31, description="decides the pairs")
 
+    @property
+    def latent_side(self) -> int:
+        """Side of the latents."""
+        return LATENT_SIDE
+
 
 class CodecTrainer:
     """Trains the picture codec; the worker of the single unit."""

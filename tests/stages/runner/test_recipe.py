@@ -24,7 +24,7 @@ GOOD = """
 name: good
 subsets:
   a: {select: {metadata: [m/*.parquet]}, download: {}, filter: {}, encode: {size: 256}}
-  b: {from: a-download, filter: {min_side: 512}, encode: {size: 512}}
+  b: {from: a-download, filter: {min_side: 512}, encode: {}}
 text-codec: {captions: a}
 train:
   small: {data: [a], steps: 10, global_batch: 4}

@@ -1,0 +1,50 @@
+"""What is known of a training from the nodes before it, while nothing is made yet: what could not be trained is refused then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stages.runner.contract import StageError
+from training.config import TrainConfig
+
+
+def by_subset(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Subset -> the configuration of the node whose latents a training reads."""
+    return {name.removeprefix("data."): node for name, node in inputs.items() if name.startswith("data.")}
+
+
+def check_sizes(config: TrainConfig, data: Mapping[str, Any]) -> None:
+    """Whether all latents will have one size, which the patch divides.
+
+    Args:
+        data: as `by_subset` gives it.
+
+    Raises:
+        StageError: they will not; or what tells their size cannot be read.
+    """
+    sizes = {subset: node.size for subset, node in data.items() if hasattr(node, "size")}
+    if other := [subset for subset in sizes if sizes[subset] != next(iter(sizes.values()))]:
+        first = next(iter(sizes))
+        raise StageError(
+            f"data: {first} is encoded at {sizes[first]} px (subsets.{first}.encode.size) and {other[0]} at {sizes[other[0]]} px "
+            f"(subsets.{other[0]}.encode.size), and a training reads one size: encode both at one, or train one after the other, "
+            "the second with `from`"
+        )
+    for subset, node in data.items():
+        try:
+            side = node.latent_side
+        except (OSError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise StageError(
+                f"subsets.{subset}.encode.vae: {node.vae}/config.json cannot be read: {told}; fetch it again"
+            ) from error
+        told = f" (subsets.{subset}.encode.size {node.size}, vae {node.vae})" if subset in sizes else ""
+        if side == 0:
+            raise StageError(f"data: {subset} would have latents without a number{told}; raise the size")
+        if side is not None and side % config.model.patch:
+            fits = ", ".join(str(patch) for patch in range(1, side + 1) if side % patch == 0)
+            raise StageError(
+                f"model.patch {config.model.patch} does not divide the {side} x {side} latents of {subset}{told}; set it to one "
+                f"of {fits}"
+            )

@@ -1,0 +1,86 @@
+"""What could not be trained is refused while nothing is made yet, with the numbers and the fields."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.store import Store
+from stages.runner.graph import plan
+from stages.runner.recipe import RecipeError, parse_recipe
+
+
+class Planning:
+    """Plans a recipe of trainings on two subsets of the same pictures, of which nothing is made; (train, **encodes)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, Store(str(folder / "store"))
+        (folder / "a.png").write_bytes(b"")
+        (folder / "a.txt").write_text("a picture")
+
+    def __call__(self, train: dict[str, Any], **encodes: dict[str, Any]) -> Any:
+        first, *others = {"mine": {"size": 256}, **encodes}.items()
+        images = {"images": [str(self.folder / "*.png")]}
+        subsets = {first[0]: {"folder": images, "filter": {"clip_scores": False}, "encode": first[1]}}
+        subsets |= {name: {"from": f"{first[0]}-filter", "encode": encode} for name, encode in others}
+        document = {"name": "r", "subsets": subsets, "text-codec": {"captions": "mine"}, "train": train}
+        return plan(parse_recipe(document, self.folder), self.store)
+
+    def refused(self, train: dict[str, Any], **encodes: dict[str, Any]) -> str:
+        """The line that it is refused with."""
+        with pytest.raises(RecipeError) as error:
+            self(train, **encodes)
+        return str(error.value)
+
+
+@pytest.fixture
+def planning(tmp_path: Path) -> Planning:
+    return Planning(tmp_path)
+
+
+def stage(data: list[str] | None = None, model: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    sizes = {"width": 16, "depth": 2, "heads": 2, **(model or {})}
+    return {"data": data or ["mine"], "steps": 4, "global_batch": 8, "model": sizes, **fields}
+
+
+def test_latents_of_two_sizes_are_refused_in_one_training_and_not_in_two(planning: Planning) -> None:
+    large = {"large": {"size": 512}}
+    assert planning.refused({"all": stage(["mine", "large"])}, **large) == (
+        "train-all: data: mine is encoded at 256 px (subsets.mine.encode.size) and large at 512 px (subsets.large.encode.size), "
+        "and a training reads one size: encode both at one, or train one after the other, the second with `from`"
+    )
+    planned = planning({"small": stage(), "large": stage(["large"], **{"from": "small"})}, **large)
+    assert planned["train-large"].state == "miss"
+    planning({"all": stage(["mine", "again"])}, again={"size": 256, "precision": "fp32"})
+
+
+def test_a_patch_that_does_not_divide_the_latents_is_refused(planning: Planning, tmp_path: Path) -> None:
+    assert planning.refused({"a": stage(model={"patch": 3})}) == (
+        "train-a: model.patch 3 does not divide the 4 x 4 latents of mine (subsets.mine.encode.size 256, vae embedded); set it "
+        "to one of 1, 2, 4"
+    )
+    assert planning.refused({"a": stage()}, mine={"size": 32}) == (
+        "train-a: data: mine would have latents without a number (subsets.mine.encode.size 32, vae embedded); raise the size"
+    )
+    own = tmp_path / "vae"
+    own.mkdir()
+    (own / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
+    planning({"a": stage(model={"patch": 3})}, mine={"size": 36, "vae": str(own)})
+    assert "divide the 66 x 66 latents" in planning.refused({"a": stage(model={"patch": 4})}, mine={"size": 264, "vae": str(own)})
+    # What the published model's name means is known, and what another means is not before its files are there.
+    public = {"size": 264, "vae": "stabilityai/sd-vae-ft-mse"}
+    assert "divide the 33 x 33 latents of mine" in planning.refused({"a": stage()}, mine=public)
+    planning({"a": stage()}, mine={"size": 264, "vae": f"some/other@{'0' * 40}"})
+    (own / "config.json").write_text("{")
+    damaged = planning.refused({"a": stage()}, mine={"vae": str(own)})
+    assert damaged.startswith(f"train-a: subsets.mine.encode.vae: {own}/config.json cannot be read: Expecting property name")
+
+
+def test_the_latents_of_a_world_have_a_size_too(tmp_path: Path) -> None:
+    train = stage(["shapes"], {"patch": 3})
+    document = {"name": "r", "subsets": {"shapes": {"world": {"rows": 64}}}, "train": {"a": train}}
+    with pytest.raises(RecipeError, match="model.patch 3 does not divide the 8 x 8 latents of shapes; set it to one of 1, 2, 4"):
+        plan(parse_recipe(document, tmp_path), Store(str(tmp_path / "store")))
