@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stages.runner.contract import StageError
+from stages.runner.contract import StageError, result_fields
+from stages.train.fits import why_not
+from stages.train.origin import ORDER_STAYS, order_told, other_reading
 from training.config import TrainConfig
 
 
@@ -48,3 +50,19 @@ def check_sizes(config: TrainConfig, data: Mapping[str, Any]) -> None:
                 f"model.patch {config.model.patch} does not divide the {side} x {side} latents of {subset}{told}; set it to one "
                 f"of {fits}"
             )
+
+
+def check_origin(config: Any, parent: Any) -> None:
+    """Whether a training can take over what it keeps of another one of its recipe, whose turn comes before.
+
+    Args:
+        config, parent: configurations of both.
+
+    Raises:
+        StageError: it cannot.
+    """
+    keep = config.origin.keep
+    if (why := why_not(result_fields(parent), result_fields(config), keep)) is not None:
+        raise StageError(why)
+    if "order" in keep and (lost := other_reading(config, order_told(parent, []))):
+        raise StageError(ORDER_STAYS.format(lost[0]))

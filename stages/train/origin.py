@@ -32,16 +32,14 @@ from stages.runner.graph import Planned, changed_fields
 from stages.runner.keys import outside_digests
 from stages.runner.ledger import DamagedStep, Entry, Head, Ledger, Parent, Start
 from stages.runner.recipe import DATASET
+from stages.train.fits import other_network, other_optimizer, why_not
 from training.begin import ALL, Kept, counts_on
 from training.config import Section
 
 # Fields that say how far a training goes, not what it is.
 LENGTH = frozenset({"steps", "growth_steps"})
-# Of the model, what decides the shapes of its weights.
-SHAPE = ("width", "depth", "heads", "patch", "data_type_token")
 ORDER_FILE = "order.json"
-# A change of which nothing that the optimizer has kept can go on.
-OTHER_OPTIMIZER = "optimizer.kind:"
+ORDER_STAYS = "from: the order cannot go on: {}; leave order out of keep"
 
 
 class Origin(Section):
@@ -108,7 +106,8 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
             step = "step" if origin.step == "newest" else f"step {origin.step}"
             raise StageError(f"{job.node}: from: no {'whole ' if ledger.damaged else ''}{step} of it is there; {_those(head)}")
         order, changed = order_of(job.store, found.record), _changes(stage, job, planned, found)
-        return Start(_parent(job, planned, found.entry.key, found.step, planned.name, order, changed), found.entry.root)
+        parent = _parent(job, planned, found.entry.key, found.step, planned.name, order, changed, found.entry.config)
+        return Start(parent, found.entry.root)
     if head is not None and not planned.generation:
         raise StageError(_refusal(stage, job, planned, head))
     return Start(_elsewhere(job, planned, ledger) if origin is not None else None, root or "")
@@ -205,19 +204,31 @@ def _elsewhere(job: Job, planned: Planned, ledger: Ledger) -> Parent:
         why = "damaged; name another with `step`" if damaged else "not there"
         told = ", ".join(map(str, there)) or "none"
         raise StageError(f"{job.node}: from: step {step} of {origin.run} is {why}; those that are: {told}")
-    changed = changed_fields(dataset.manifest.config, job.config, LENGTH)
-    return _parent(job, planned, chain, step, dataset.manifest.node, order_of(job.store, record), changed)
+    old = dataset.manifest.config
+    changed = changed_fields(old, job.config, LENGTH)
+    return _parent(job, planned, chain, step, dataset.manifest.node, order_of(job.store, record), changed, old)
 
 
 def _parent(
-    job: Job, planned: Planned, chain: str, step: int, node: str, order: Mapping[str, Any], changed: Sequence[str] = ()
+    job: Job,
+    planned: Planned,
+    chain: str,
+    step: int,
+    node: str,
+    order: Mapping[str, Any],
+    changed: Sequence[str] = (),
+    old: Mapping[str, Any] | None = None,
 ) -> Parent:
-    """The step to begin from, once it is clear that what is kept of it can go on."""
+    """The step to begin from, once it is clear that what is kept of it can go on.
+
+    Args:
+        old: the configuration of its training, where that is known.
+    """
     keep = job.config.origin.keep
+    if old is not None and (why := why_not(old, result_fields(job.config), keep)) is not None:
+        raise StageError(f"{job.node}: {why}")
     if "order" in keep and (lost := _other_order(job, planned, order)):
-        raise StageError(f"{job.node}: from: the order cannot go on: {lost[0]}; leave order out of keep")
-    if "optimizer" in keep and (other := [line for line in changed if line.startswith(OTHER_OPTIMIZER)]):
-        raise StageError(f"{job.node}: from: what an optimizer keeps is of no use to another ({other[0]}); leave it out of keep")
+        raise StageError(f"{job.node}: {ORDER_STAYS.format(lost[0])}")
     # That it begins elsewhere is said already.
     elsewise = tuple(line for line in changed if not line.startswith("from"))
     return Parent(node=node, chain=chain, step=step, begins=step if counts_on(keep) else 0, keep=keep, changed=elsewise)
@@ -226,13 +237,14 @@ def _parent(
 def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
     changed = _changes(stage, job, planned, head) or ["files from outside are others"]
     line = f"{job.node}: would begin at step 0; {head.step} steps are there ({'; '.join(changed)})"
-    if other := _other_shape(head.entry.config, result_fields(job.config)):
-        return f"{line}; a model of another {other} cannot go on from them: begin anew with --force {job.node}"
+    old, new = head.entry.config, result_fields(job.config)
+    if (other := other_network(old, new)) is not None:
+        return f"{line}; {other.what} cannot go on from them: begin anew with --force {job.node}"
     try:
         keeps_order = not _other_order(job, planned, order_of(job.store, head.record))
     except KeyError:
         keeps_order = True
-    keeps = {"order": keeps_order, "optimizer": not any(line.startswith(OTHER_OPTIMIZER) for line in changed)}
+    keeps = {"order": keeps_order, "optimizer": other_optimizer(old, new) is None}
     keep = [kind for kind in ALL if keeps.get(kind, True)]
     return f"{line}: fork with `{fork(job.node, keep)}`, or begin anew with --force {job.node}"
 
@@ -257,10 +269,6 @@ def _changes(stage: type[Stage], job: Job, planned: Planned, head: Head) -> list
     return lines
 
 
-def _other_shape(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    return next((name for name in SHAPE if old["model"][name] != new["model"][name]), None)
-
-
 def order_told(config: Any, digests: list[str]) -> dict[str, Any]:
     """All that decides which row is read when: `order.json` of a checkpoint. The shards are in the order in which they came."""
     return {
@@ -274,6 +282,12 @@ def order_told(config: Any, digests: list[str]) -> dict[str, Any]:
         "validation.fraction": config.validation.fraction,
         "shards": digests,
     }
+
+
+def other_reading(config: Any, before: Mapping[str, Any]) -> list[str]:
+    """What a configuration has otherwise than an order that `order_told` gave, but for the shards, a line each."""
+    now = order_told(config, [])
+    return [f"{name}: {before[name]!r} -> {value!r}" for name, value in now.items() if name != "shards" and before[name] != value]
 
 
 def order_of(store: Any, record: UnitRecord) -> dict[str, Any]:
@@ -305,10 +319,7 @@ def _other_order(job: Job, planned: Planned, before: Mapping[str, Any]) -> list[
     Raises:
         KeyError: the data is not made yet.
     """
-    now = order_told(job.config, [])
-    lines = [
-        f"{name}: {before[name]!r} -> {value!r}" for name, value in now.items() if name != "shards" and before[name] != value
-    ]
+    lines = other_reading(job.config, before)
     digests = [shard.digest for shard in shards(job, planned.inputs)]
     if gone := sum((Counter(before["shards"]) - Counter(digests)).values()):
         lines.append(f"data: {gone} of {len(before['shards'])} shards are no longer there")

@@ -29,7 +29,7 @@ from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, 
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
-from stages.train.before import by_subset, check_sizes
+from stages.train.before import by_subset, check_origin, check_sizes
 from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
 from stages.train.foreign import Start, check_data, check_network, files_of
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
@@ -286,6 +286,8 @@ class Train(Stage):
         inputs: Mapping[str, Any],
     ) -> None:
         check_sizes(config, by_subset(inputs))
+        if "init" in inputs:
+            check_origin(config, inputs["init"])
         if config.evaluate.every:
             check_beside_before(config.evaluate, before)
         named = {name for stage in ("select", "folder") for source in before.get(stage, ()) for name in source.captions}

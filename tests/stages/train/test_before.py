@@ -84,3 +84,23 @@ def test_the_latents_of_a_world_have_a_size_too(tmp_path: Path) -> None:
     document = {"name": "r", "subsets": {"shapes": {"world": {"rows": 64}}}, "train": {"a": train}}
     with pytest.raises(RecipeError, match="model.patch 3 does not divide the 8 x 8 latents of shapes; set it to one of 1, 2, 4"):
         plan(parse_recipe(document, tmp_path), Store(str(tmp_path / "store")))
+
+
+def test_a_training_is_refused_before_the_one_that_it_begins_from_where_that_does_not_fit(
+    planning: Planning,
+) -> None:
+    def line(origin: dict[str, Any] | None = None, **fields: Any) -> str:
+        trainings = {"first": stage(), "next": stage(**{"from": {"run": "first", **(origin or {})}, **fields})}
+        return planning.refused(trainings)
+
+    wider = "a model of another width cannot go on from it (model.width: 16 -> 32): write the same, or leave `from` out"
+    assert line(model={"width": 32}) == f"train-next: from: {wider}"
+    assert "another patch cannot go on from it (model.patch: 2 -> 1)" in line(model={"patch": 1})
+    muon: dict[str, Any] = {"optimizer": {"kind": "muon"}}
+    another = "what an optimizer keeps is of no use to another (optimizer.kind: 'adamw' -> 'muon'); leave it out of keep"
+    assert line({"keep": ["weights", "optimizer"]}, **muon) == f"train-next: from: {another}"
+    assert line({"keep": ["weights", "order"]}, global_batch=4) == (
+        "train-next: from: the order cannot go on: global_batch: 8 -> 4; leave order out of keep"
+    )
+    for origin, changes in ({}, muon), ({}, {"global_batch": 4}), ({"keep": ["weights", "optimizer", "order"]}, {"seed": 0}):
+        planning({"first": stage(), "next": stage(**{"from": {"run": "first", **origin}, **changes})})

@@ -267,5 +267,8 @@ def test_a_model_of_another_size_cannot_go_on(training: Trainings) -> None:
     training(steps=5)
     error = refusal(training, steps=8, model={"width": 16, "depth": 4, "heads": 2})
     assert "a model of another depth cannot go on from them: begin anew with --force train-256" in str(error.value)
+    of_it, model = {"from": {"run": "train-256"}}, {"width": 32, "depth": 2, "heads": 2}
+    wider = "a model of another width cannot go on from it (model.width: 16 -> 32): write the same, or leave `from` out"
+    assert str(refusal(training, steps=8, model=model, **of_it).value) == f"train-256: from: {wider}"
     (state,) = phase_states(training.planned(steps=8, seed=3), training.store, Train)
     assert (state.done, state.total, state.keys) == (0, 8, frozenset())
