@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from training.adapters import Adapters
+from training.adapters import A, Adapters, is_adapter
 from training.begin import Growth
 from training.damage import Damage
 from training.ema import Ema
@@ -32,6 +32,8 @@ from training.masters import Masters
 from training.rates import Plateau
 from training.saving import Piece
 from training.shares import DamagedShare, Shares, key_of
+from training.weights import parts_to_change
+from unidiffuser.modalities import token_order
 from unidiffuser.uvit import UViTConfig, resize_positions
 
 COPIED_AT_ONCE = 2**22
@@ -132,6 +134,10 @@ def read_state(folder: str | Path) -> TrainerState:
         raise CheckpointError(f"{folder}: trainer.json is damaged: {error.errors()[0]['msg']}") from error
 
 
+def _field(model: UViTConfig, name: str) -> object:
+    return next(part.patch for part in token_order(model.modalities) if part.is_grid) if name == "patch" else getattr(model, name)
+
+
 class Checkpoint:
     """A checkpoint opened for reading, for a model whose grids may have other sizes.
 
@@ -150,10 +156,12 @@ class Checkpoint:
         except ValidationError as error:
             raise CheckpointError(f"{self.folder}: config.json is damaged: {error.errors()[0]['msg']}") from error
         self.state = read_state(self.folder)
-        for field in ("width", "depth", "heads", "mlp_ratio", "data_type_token"):
-            ours, theirs = getattr(model, field), getattr(self.saved, field)
+        for field in ("width", "depth", "heads", "mlp_ratio", "data_type_token", "patch"):
+            ours, theirs = (_field(config, field) for config in (model, self.saved))
             if ours != theirs:
                 raise CheckpointError(f"{self.folder}: its model has {field} {theirs}, this run's has {ours}")
+        if wrong := parts_to_change(self.saved, model):
+            raise CheckpointError(f"{self.folder}: its model does not fit the shards: {'; '.join(wrong)}")
         try:
             self.shares = Shares(self.folder)
         except DamagedShare as error:
@@ -190,6 +198,24 @@ class Checkpoint:
         with safe_open(self.folder / "model.safetensors", framework="pt") as file:
             return list(file.keys())
 
+    def check_adapters(self, adapters: Mapping[str, tuple[int, ...]]) -> None:
+        """Whether a run with these adapters, shapes by name, can take over those that were saved: what is left out would be lost.
+
+        Raises:
+            CheckpointError: it cannot, or has adapters where none were saved.
+        """
+        saved = {name: shape for name, shape in self.shares.shapes.items() if is_adapter(name)}
+        if adapters and not saved:
+            raise CheckpointError(f"{self.folder}: its training had no lora; name it in `weights` for adapters to begin on it")
+        mend = "export it, which merges the adapters, and name the export in `weights`"
+        for name in sorted(adapters.keys() ^ saved.keys()) if adapters else ():
+            layer, whose = name.partition(".lora_")[0], "this run" if name in adapters else "it"
+            raise CheckpointError(f"{self.folder}: lora.targets: only {whose} has adapters on {layer}; {mend}")
+        for name, shape in adapters.items():
+            if shape != saved[name] and name.endswith(A):
+                theirs, ours = saved[name][0], shape[0]
+                raise CheckpointError(f"{self.folder}: lora.rank: its adapters have {theirs}, this run's {ours}; {mend}")
+
     def check_same_order(self, global_batch: int, seed: int, rows: int) -> None:
         """Raise CheckpointError unless a run with these values reads the data in the order of the one that was saved."""
         for field, ours in (("global_batch", global_batch), ("seed", seed), ("rows", rows)):
@@ -218,6 +244,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder}: its optimizer kept {', '.join(self.state.optimizer)}, this run's keeps "
                 f"{', '.join(masters.state_kinds)}; choose the same optimizer.kind, or start without its state"
+            )
+        if lost := [name for name in masters.shapes if name not in self.shares.shapes]:
+            raise CheckpointError(
+                f"{self.folder}: its optimizer kept what its adapters need, and nothing of {lost[0]}; leave optimizer out of keep"
             )
         tensors = {kind: masters.empty() for kind in masters.state_kinds}
         for kind, vectors in tensors.items():

@@ -154,7 +154,8 @@ class _Run:
             self.adapters = Adapters(self.config.lora, weights)
             self.adapters.inject(model)
             if saved is not None:
-                adapters = [name for name, _ in model.named_parameters() if is_adapter(name)]
+                adapters = {name: tuple(tensor.shape) for name, tensor in model.named_parameters() if is_adapter(name)}
+                saved.check_adapters(adapters)
                 model.load_state_dict({name: saved.tensor("model", name) for name in adapters}, strict=False)
         if compiled(model, self.config, self.device):
             log.info("training with torch.compile")

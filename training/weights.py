@@ -6,6 +6,7 @@ starts at the weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import safe_open
@@ -85,11 +86,18 @@ def fields_to_set(saved: UViTConfig, model: ModelConfig, told: tuple[str, ...]) 
 
 def parts_to_change(saved: UViTConfig, model: UViTConfig) -> list[str]:
     """Which parts of the data have another shape than in the model that was saved, grids but for their sides; a phrase a part."""
-    theirs, ours = ({part.name: part for part in token_order(config.modalities)} for config in (saved, model))
-    if list(theirs) != list(ours):
+    theirs, ours = (
+        {part.name: part.shape[:1] if part.is_grid else part.shape for part in token_order(config.modalities)}
+        for config in (saved, model)
+    )
+    return shapes_to_change(theirs, ours)
+
+
+def shapes_to_change(theirs: Mapping[str, tuple[int, ...]], ours: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """As `parts_to_change`, of shapes by part, of a grid its channels alone."""
+    if sorted(theirs) != sorted(ours):
         return [f"it models {', '.join(theirs)}, and the latents hold {', '.join(ours)}"]
-    shapes = {name: [part.shape[:1] if part.is_grid else part.shape for part in (theirs[name], ours[name])] for name in theirs}
-    return [part_to_change(name, *pair) for name, pair in shapes.items() if pair[0] != pair[1]]
+    return [part_to_change(name, shape, ours[name]) for name, shape in theirs.items() if shape != ours[name]]
 
 
 def part_to_change(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> str:

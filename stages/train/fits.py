@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from infra.dataset import Dataset
+from stages.runner.contract import Job
 from training.begin import Kept
+from training.latents import LatentSpec
 
 # Of the model, what decides the shapes of its weights.
 SHAPE = ("width", "depth", "heads", "patch", "data_type_token")
 
 
+SAME = "write the same, or leave `from` out"
+MERGED = "export it, which merges the adapters, and name the export in `weights`"
+
+
 class Other(NamedTuple):
-    """What it is that cannot go on, the change in the configuration that makes it so, and what a person can do instead."""
+    """What it is that cannot go on, the change in the configuration that makes it so, and what a person can do to go on, if
+    anything."""
 
     what: str
     change: str
-    mend: str
+    mend: str = ""
 
 
 def other_network(old: Mapping[str, Any], new: Mapping[str, Any]) -> Other | None:
@@ -28,21 +40,69 @@ def other_network(old: Mapping[str, Any], new: Mapping[str, Any]) -> Other | Non
     for name in SHAPE:
         was, now = old["model"][name], new["model"][name]
         if was != now:
-            return Other(f"a model of another {name}", f"model.{name}: {was!r} -> {now!r}", "write the same, or leave `from` out")
+            return Other(f"a model of another {name}", f"model.{name}: {was!r} -> {now!r}")
+    before, after = old.get("lora"), new["lora"]
+    if after is None:
+        # A checkpoint of adapters has the weights with the adapters merged in.
+        return None
+    if before is None:
+        return Other("a training of adapters", "lora: None -> a mapping", "export it, and name the export in `weights`")
+    if before["rank"] != after["rank"]:
+        return Other("adapters of another rank", f"lora.rank: {before['rank']} -> {after['rank']}", MERGED)
+    if {*before["targets"]} != {*after["targets"]}:
+        change = f"lora.targets: {', '.join(before['targets'])} -> {', '.join(after['targets'])}"
+        return Other("adapters of other layers", change, MERGED)
     return None
 
 
 def other_optimizer(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The change after which nothing that the optimizer has kept can go on; None where it can. Arguments as `other_network`."""
     was, now = old["optimizer"]["kind"], new["optimizer"]["kind"]
-    return f"optimizer.kind: {was!r} -> {now!r}" if was != now else None
+    if was != now:
+        return f"optimizer.kind: {was!r} -> {now!r}"
+    return "lora: a mapping -> None" if old.get("lora") is not None and new["lora"] is None else None
+
+
+def other_parts(job: Job, saved: Mapping[str, Any]) -> str | None:
+    """Which parts of the data have another shape than in a model, and what would make them fit, as far as the data is made.
+
+    Args:
+        saved: config.json of the model's checkpoint.
+    """
+    theirs = {part["name"]: _fixed(part["shape"]) for modality in saved["modalities"] for part in modality["parts"]}
+    for name, dataset in job.inputs.items():
+        if not name.startswith("data.") or (spec := _spec(dataset)) is None:
+            continue
+        shapes = {"latent": spec.latent, "clip": spec.clip, "text": spec.text}
+        ours = {part: _fixed(shape) for part, shape in shapes.items() if shape is not None}
+        if ours != theirs:
+            # It takes torch.
+            from training.weights import shapes_to_change
+
+            return "; ".join(shapes_to_change(theirs, ours))
+    return None
+
+
+def _fixed(shape: Collection[int]) -> tuple[int, ...]:
+    """Of a grid, whose sides may differ, the channels."""
+    return tuple(shape)[:1] if len(shape) == 3 else tuple(shape)
+
+
+def _spec(dataset: Dataset) -> LatentSpec | None:
+    """Shapes of a dataset's rows; None where its first shard cannot be read, which is said when it is to be trained on."""
+    entry = next((entry for entry in dataset.files if entry.name.endswith(".parquet")), None)
+    with suppress(OSError, ValueError, pa.ArrowException):
+        if entry is not None:
+            with dataset.open(entry) as file:
+                return LatentSpec.of(pq.read_schema(file), entry.name)
+    return None
 
 
 def why_not(old: Mapping[str, Any], new: Mapping[str, Any], keep: Collection[Kept]) -> str | None:
     """Why what is kept cannot go on, but for the order, with what would make it fit; None where it can. Arguments as
     `other_network`."""
     if (other := other_network(old, new)) is not None:
-        return f"from: {other.what} cannot go on from it ({other.change}): {other.mend}"
+        return f"from: {other.what} cannot go on from it ({other.change}): {other.mend or SAME}"
     if "optimizer" in keep and (change := other_optimizer(old, new)) is not None:
         return f"from: what an optimizer keeps is of no use to another ({change}); leave it out of keep"
     return None

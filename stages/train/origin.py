@@ -32,13 +32,13 @@ from stages.runner.graph import Planned, changed_fields
 from stages.runner.keys import outside_digests
 from stages.runner.ledger import DamagedStep, Entry, Head, Ledger, Parent, Start
 from stages.runner.recipe import DATASET
-from stages.train.fits import other_network, other_optimizer, why_not
+from stages.train.fits import other_network, other_optimizer, other_parts, why_not
 from training.begin import ALL, Kept, counts_on
 from training.config import Section
 
 # Fields that say how far a training goes, not what it is.
 LENGTH = frozenset({"steps", "growth_steps"})
-ORDER_FILE = "order.json"
+ORDER_FILE, MODEL_FILE = "order.json", "config.json"
 ORDER_STAYS = "from: the order cannot go on: {}; leave order out of keep"
 
 
@@ -105,8 +105,8 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
         if head is None or found is None:
             step = "step" if origin.step == "newest" else f"step {origin.step}"
             raise StageError(f"{job.node}: from: no {'whole ' if ledger.damaged else ''}{step} of it is there; {_those(head)}")
-        order, changed = order_of(job.store, found.record), _changes(stage, job, planned, found)
-        parent = _parent(job, planned, found.entry.key, found.step, planned.name, order, changed, found.entry.config)
+        changed, old = _changes(stage, job, planned, found), found.entry.config
+        parent = _parent(job, planned, found.entry.key, found.step, planned.name, found.record, changed, old)
         return Start(parent, found.entry.root)
     if head is not None and not planned.generation:
         raise StageError(_refusal(stage, job, planned, head))
@@ -192,7 +192,7 @@ def _elsewhere(job: Job, planned: Planned, ledger: Ledger) -> Parent:
         state = outside(planned.sources, "trainer.json")
         if origin.step not in ("newest", state["step"]):
             raise StageError(f"{job.node}: from: {origin.folder} is a checkpoint of step {state['step']}, not {origin.step}")
-        return _parent(job, planned, "", state["step"], origin.folder, outside(planned.sources, ORDER_FILE))
+        return _parent(job, planned, "", state["step"], origin.folder)
     dataset: Dataset = job.inputs["init"]
     chain, _, last = dataset.files[0].unit.rpartition("-")
     there = ledger.whole(job, chain)
@@ -206,7 +206,7 @@ def _elsewhere(job: Job, planned: Planned, ledger: Ledger) -> Parent:
         raise StageError(f"{job.node}: from: step {step} of {origin.run} is {why}; those that are: {told}")
     old = dataset.manifest.config
     changed = changed_fields(old, job.config, LENGTH)
-    return _parent(job, planned, chain, step, dataset.manifest.node, order_of(job.store, record), changed, old)
+    return _parent(job, planned, chain, step, dataset.manifest.node, record, changed, old)
 
 
 def _parent(
@@ -215,18 +215,23 @@ def _parent(
     chain: str,
     step: int,
     node: str,
-    order: Mapping[str, Any],
+    record: UnitRecord | None = None,
     changed: Sequence[str] = (),
     old: Mapping[str, Any] | None = None,
 ) -> Parent:
     """The step to begin from, once it is clear that what is kept of it can go on.
 
     Args:
+        record: of the step, unless that is a folder's.
         old: the configuration of its training, where that is known.
     """
     keep = job.config.origin.keep
+    order = order_of(job.store, record) if record is not None else outside(planned.sources, ORDER_FILE)
+    saved = model_of(job.store, record) if record is not None else outside(planned.sources, MODEL_FILE)
     if old is not None and (why := why_not(old, result_fields(job.config), keep)) is not None:
         raise StageError(f"{job.node}: {why}")
+    if (why := other_parts(job, saved)) is not None:
+        raise StageError(f"{job.node}: from: {why}")
     if "order" in keep and (lost := _other_order(job, planned, order)):
         raise StageError(f"{job.node}: {ORDER_STAYS.format(lost[0])}")
     # That it begins elsewhere is said already.
@@ -237,16 +242,18 @@ def _parent(
 def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
     changed = _changes(stage, job, planned, head) or ["files from outside are others"]
     line = f"{job.node}: would begin at step 0; {head.step} steps are there ({'; '.join(changed)})"
-    old, new = head.entry.config, result_fields(job.config)
+    old, new, anew = head.entry.config, result_fields(job.config), f"begin anew with --force {job.node}"
     if (other := other_network(old, new)) is not None:
-        return f"{line}; {other.what} cannot go on from them: begin anew with --force {job.node}"
+        return f"{line}; {other.what} cannot go on from them: {other.mend and f'{other.mend}, or '}{anew}"
+    if (why := other_parts(job, model_of(job.store, head.record))) is not None:
+        return f"{line}; their model is of other data: {why}, or {anew}"
     try:
         keeps_order = not _other_order(job, planned, order_of(job.store, head.record))
     except KeyError:
         keeps_order = True
     keeps = {"order": keeps_order, "optimizer": other_optimizer(old, new) is None}
     keep = [kind for kind in ALL if keeps.get(kind, True)]
-    return f"{line}: fork with `{fork(job.node, keep)}`, or begin anew with --force {job.node}"
+    return f"{line}: fork with `{fork(job.node, keep)}`, or {anew}"
 
 
 def fork(node: str, keep: Any = ALL) -> str:
@@ -296,7 +303,16 @@ def order_of(store: Any, record: UnitRecord) -> dict[str, Any]:
     Raises:
         DamagedStep: its file is damaged or gone.
     """
-    entry = record.file(ORDER_FILE)
+    return _json_of(store, record, ORDER_FILE)
+
+
+def model_of(store: Any, record: UnitRecord) -> dict[str, Any]:
+    """The configuration of a checkpoint's model. Raises as `order_of`."""
+    return _json_of(store, record, MODEL_FILE)
+
+
+def _json_of(store: Any, record: UnitRecord, name: str) -> dict[str, Any]:
+    entry = record.file(name)
     try:
         data = store.read(entry.path)
     except StoreError as error:

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tests.stages.train.published import published
 from tests.training.plain import loss_of
 from tests.training.synthetic import KeepIn, config, history, losses, poison, write_shards
-from training.checkpoint import read_state
+from training.begin import ALL
+from training.checkpoint import CheckpointError, read_state
 from training.job import TrainingError, TrainJob
 from training.loader import Loader
 from training.loop import run
@@ -139,3 +140,36 @@ def test_adapters_need_weights_and_layers_that_are_there(alone: None, shards: tu
         run(TrainJob(config(lora=LORA), shards, str(tmp_path), KeepIn(str(tmp_path))), CPU)
     with pytest.raises(ValueError, match="Input should be 'attn.qkv', "):
         config(lora={"targets": ("attn.query",)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"lora": LORA | {"rank": 4}}, "lora.rank: its adapters have 2, this run's 4; export it, which merges"),
+        ({"lora": LORA | {"targets": ("attn.qkv",)}}, "lora.targets: only it has adapters on in_blocks.0.mlp.fc2; export it"),
+        (
+            {"lora": LORA | {"targets": (*LORA["targets"], "attn.proj")}},
+            "lora.targets: only this run has adapters on in_blocks.0.attn.proj; export it",
+        ),
+        ({}, "its optimizer kept what its adapters need, and nothing of position; leave optimizer out of keep"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_a_line_and_none_is_left_out_unsaid(
+    adapted: Path, base: str, shards: tuple[str, ...], tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    job = TrainJob(
+        config(steps=8, **changes), shards, str(tmp_path / "work"), KeepIn(str(tmp_path)), weights=base,
+        init_from=str(adapted / "6"), keep=ALL,
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=f"^{adapted}/6: {line}"):
+        run(job, CPU)
+
+
+def test_adapters_cannot_begin_from_a_checkpoint_without_them(
+    adapted: Path, base: str, shards: tuple[str, ...], tmp_path: Path
+) -> None:
+    run(TrainJob(config(steps=0), shards, str(tmp_path / "work"), KeepIn(str(tmp_path)), weights=base), CPU)
+    plain = str(tmp_path / "0")
+    job = TrainJob(config(lora=LORA), shards, str(tmp_path / "work"), KeepIn(str(tmp_path / "a")), weights=base, init_from=plain)
+    with pytest.raises(CheckpointError, match="its training had no lora; name it in `weights` for adapters to begin on it"):
+        run(job, CPU)

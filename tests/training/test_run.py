@@ -308,6 +308,12 @@ def test_checkpoints_of_other_runs_are_refused(every_step: Path, shards: tuple[s
     deeper = config(model={"width": 16, "depth": 4, "heads": 2})
     with pytest.raises(CheckpointError, match="its model has depth 2, this run's has 4"):
         run(job(tmp_path, shards, deeper, init_from=previous), CPU)
+    finer = config(model={"width": 16, "depth": 2, "heads": 2, "patch": 1})
+    with pytest.raises(CheckpointError, match="its model has patch 2, this run's has 1"):
+        run(job(tmp_path, shards, finer, init_from=previous), CPU)
+    without = write_shards(tmp_path / "without", clip=False)
+    with pytest.raises(CheckpointError, match="it models text, clip, latent, and the latents hold text, latent$"):
+        run(job(tmp_path, without, config(), init_from=previous), CPU)
     with pytest.raises(CheckpointError, match="is this a checkpoint folder"):
         run(job(tmp_path, shards, config(), resume=str(tmp_path)), CPU)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from stages.runner.document import parse
 from stages.runner.run import phase_states
 from stages.train.origin import Shard, arrived
 from stages.train.stage import Train, TrainStageConfig
+from tests.stages.train.published import published
 from tests.stages.train.trainings import Trainings, same_tensors
+from tests.training.synthetic import write_shards
 from training.averaging import EmaConfig
+from unidiffuser.weights import save_native
 
 # What changes the result of a training, and whether the order of its rows can go on.
 CHANGES: list[tuple[dict[str, Any], bool]] = [
@@ -272,3 +276,51 @@ def test_a_model_of_another_size_cannot_go_on(training: Trainings) -> None:
     assert str(refusal(training, steps=8, model=model, **of_it).value) == f"train-256: from: {wider}"
     (state,) = phase_states(training.planned(steps=8, seed=3), training.store, Train)
     assert (state.done, state.total, state.keys) == (0, 8, frozenset())
+
+
+def test_adapters_of_another_rank_or_other_layers_cannot_go_on_and_merged_they_can(training: Trainings, tmp_path: Path) -> None:
+    save_native(tmp_path / "base", published())
+    base = {"weights": str(tmp_path / "base"), "validation": {"fraction": 0.2, "every": 100, "samples": 4}}
+    lora = {"rank": 2, "alpha": 2, "targets": ["attn.qkv", "mlp.fc2"]}
+    training(steps=5, lora=lora, **base)
+    merged = "export it, which merges the adapters, and name the export in `weights`"
+    itself: dict[str, Any] = {"from": {"run": "train-256", "keep": ["weights"]}}
+    for changes, what, change in (
+        ({"rank": 4}, "adapters of another rank", "lora.rank: 2 -> 4"),
+        ({"targets": ["attn.qkv"]}, "adapters of other layers", "lora.targets: attn.qkv, mlp.fc2 -> attn.qkv"),
+    ):
+        line = str(refusal(training, steps=8, lora={**lora, **changes}, **base).value)
+        assert line.endswith(f"; {what} cannot go on from them: {merged}, or begin anew with --force train-256")
+        line = str(refusal(training, steps=8, lora={**lora, **changes}, **base, **itself).value)
+        assert line == f"train-256: from: {what} cannot go on from it ({change}): {merged}"
+    # The order in which the layers are written is no matter.
+    assert "fork with `from" in str(refusal(training, steps=8, lora={**lora, "targets": lora["targets"][::-1]}, **base).value)
+    error = refusal(training, steps=8, **base)
+    assert told(error)["from"]["keep"] == ["weights", "ema", "schedule", "order"]
+    with pytest.raises(StageError, match=r"of no use to another \(lora: a mapping -> None\); leave it out of keep"):
+        training(steps=8, **base, **{"from": {"run": "train-256", "keep": ["weights", "optimizer"]}})
+    training(steps=8, **base, **told(error))
+    assert training.began == [0, 5]
+    line = str(refusal(training, steps=9, lora=lora, **base, **itself).value)
+    assert line.endswith(
+        "a training of adapters cannot go on from it (lora: None -> a mapping): export it, and name the export in `weights`"
+    )
+
+
+def test_data_of_another_encoder_cannot_go_on(training: Trainings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training(steps=5)
+    with monkeypatch.context() as other:
+        other.setattr("tests.training.synthetic.CLIP", (12,))
+        training.grow(tmp_path / "other", 2)
+    why = "its clip has 6 numbers, the data's 12: encode with the CLIP of pictures that it was trained with"
+    assert str(refusal(training, steps=8).value) == (
+        "train-256: would begin at step 0; 5 steps are there (input data.x is another dataset); their model is of other data: "
+        f"{why}, or begin anew with --force train-256"
+    )
+    assert str(refusal(training, steps=8, **{"from": {"run": "train-256"}}).value) == f"train-256: from: {why}"
+    # Pictures of another size are no other model.
+    with monkeypatch.context() as other:
+        other.setattr("tests.stages.train.trainings.write_shards", partial(write_shards, side=8))
+        training.grow(tmp_path / "larger", 2, "8" * 24)
+    training(steps=8, **told(refusal(training, steps=8)))
+    assert training.began == [0, 5]

@@ -83,8 +83,9 @@ class Trainings:
         config = TrainStageConfig.model_validate(fields)
         inputs = self.inputs | Train.datasets(config, self.store)
         sources = resolve(Train.sources(config), self.store)
+        lists = {part: resolve(patterns, self.store) for part, patterns in Train.lists(config).items()}
         told = digest_of([result_fields(config), {n: i.fingerprint for n, i in inputs.items()}, self.generation, self.recipe])
-        return Planned(self.recipe, "train-256", "train", config, inputs, {}, sources, {}, self.generation, told)
+        return Planned(self.recipe, "train-256", "train", config, inputs, {}, sources, {}, self.generation, told, lists=lists)
 
     def __call__(self, **changes: Any) -> Dataset:
         return run_stage(self.planned(**changes), self.store, Train)
