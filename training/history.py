@@ -33,10 +33,6 @@ from typing import Any, Literal, TypeVar
 Row = dict[str, Any]
 Wait = Literal["data", "checkpoint"]
 WAITS: tuple[Wait, ...] = ("data", "checkpoint")
-TIMINGS = (
-    "samples_per_s", "tokens_per_s", "mfu", "memory", "seconds", "core_seconds", *(f"{kind}_wait" for kind in WAITS),
-    "damaged_groups",
-)  # fmt: skip
 
 T = TypeVar("T")
 

@@ -29,7 +29,7 @@ from infra.store import Store
 from stages.runner.graph import plan
 from stages.runner.recipe import load_recipe
 from tests.pipelines.conftest import start, survivors
-from training.history import TIMINGS
+from tests.training.synthetic import TIMINGS
 
 ROWS = 110
 

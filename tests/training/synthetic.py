@@ -18,11 +18,16 @@ import pyarrow.parquet as pq
 
 from infra.store import Store, sha256_of
 from training.config import TrainConfig
-from training.history import TIMINGS, Row, read_history
+from training.history import WAITS, Row, read_history
 from training.job import Written
 from training.shares import Shares, merge
 
 MOMENTS, CLIP, TEXT, SCALE = (4, 4, 4), (6,), (3, 5), 0.18215
+# What a row of a history has of how a run went, not of what it trained.
+TIMINGS = (
+    "samples_per_s", "tokens_per_s", "mfu", "memory", "seconds", "core_seconds", *(f"{kind}_wait" for kind in WAITS),
+    "damaged_groups",
+)  # fmt: skip
 
 
 def write_shards(
