@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 PLATEAU_DIVISOR = 10
+# Fields that only some values of `decay` read.
+READ_BY = {
+    "decay_start": ("linear",), "decay_steps": ("cosine", "linear"), "final_fraction": ("cosine", "linear"),
+    "patience": ("plateau",), "look_every": ("plateau",), "look_samples": ("plateau",),
+}  # fmt: skip
 
 
 class ScheduleConfig(Section):
@@ -43,6 +48,11 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:
+        for name, kinds in READ_BY.items():
+            if self.decay not in kinds and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"{name} is for decay {' or '.join(kinds)}, and decay is {self.decay}: set that, or leave {name} out"
+                )
         if self.decay == "cosine" and (self.decay_steps is None or self.decay_steps <= self.warmup_steps):
             raise ValueError(f"decay cosine needs decay_steps greater than warmup_steps ({self.warmup_steps})")
         if self.decay == "linear":

@@ -87,6 +87,12 @@ class TrainStageConfig(TrainConfig):
             raise ValueError("lora trains adapters on given weights, and nothing else: name them in `weights`, or leave out lora")
         return self
 
+    @model_validator(mode="after")
+    def _profile_is_reached(self) -> TrainStageConfig:
+        if self.profile is not None and self.growth_steps is None and self.profile.begin > self.steps:
+            raise ValueError(f"profile.from is {self.profile.begin}, and the last step is {self.steps}: nothing would be traced")
+        return self
+
     @field_validator("data")
     @classmethod
     def _known_columns(cls, data: DataConfig) -> DataConfig:

@@ -349,6 +349,13 @@ def test_config_errors_say_what_is_expected() -> None:
             {"schedule": {"decay": "linear", "warmup_steps": 5, "decay_start": 8}},
             r"needs decay_steps greater than decay_start \(8",
         ),
+        ({"schedule": {"decay_steps": 9}}, "decay_steps is for decay cosine or linear, and decay is none: set that, or leave"),
+        (
+            {"schedule": {"decay": "cosine", "decay_steps": 9, "decay_start": 3}},
+            "decay_start is for decay linear, and decay is cosine",
+        ),
+        ({"schedule": {"decay": "plateau", "final_fraction": 0.1}}, "final_fraction is for decay cosine or linear"),
+        ({"schedule": {"patience": 3}}, "patience is for decay plateau, and decay is none"),
         ({"schedule": {"decay": "plateau"}, "validation": {"fraction": 0}}, "give validation.fraction a value above 0"),
         ({"zero_stage": 0, "precision": "bf16"}, "use zero_stage 1, or precision fp32"),
         ({"optimizer": {"kind": "sgd"}}, "kind is adamw or muon"),

@@ -30,7 +30,8 @@ def reduced(config: Any, shrinks: int) -> TrainConfig:
     told = {name: value for name, value in config.model_dump().items() if name in TrainConfig.model_fields}
     side = config.model.position_side
     told["model"] |= {"width": 16, "depth": 2, "heads": 2, "position_side": side and side * shrinks // REDUCED}
-    told["schedule"] |= {"look_every": 1, "look_samples": 4}
+    if config.schedule.decay == "plateau":
+        told["schedule"] |= {"look_every": 1, "look_samples": 4}
     if told["validation"]["fraction"]:
         told["validation"] = {"fraction": 0.2, "every": STEPS, "samples": 4}
     told |= {"steps": STEPS, "global_batch": 8, "workers": 1, "checkpoint_every": STEPS, "log_every": 1, "compile": False}
