@@ -53,6 +53,19 @@ def files_of(weights: str) -> list[str]:
     return [local_or_url(fs, file) for file in found]
 
 
+def is_lone_file(address: str) -> bool:
+    """Whether there is a file of tensors at a path or URL.
+
+    Raises:
+        OutsideError: the place cannot be looked at.
+    """
+    if not address.endswith(LONE):
+        return False
+    with readable(address):
+        fs, path = place(address)
+        return bool(fs.isfile(path))
+
+
 def _in_folder(fs: Any, folder: str) -> list[str]:
     for below in (folder, f"{folder}/uvit", f"{folder}/unet"):
         if fs.isfile(f"{below}/config.json"):

@@ -22,6 +22,7 @@ from uuid import uuid4
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from infra.dataset import InputRef, by_prefix
+from infra.listing import OutsideError
 from infra.scratch import scratch_folder
 from infra.store import NotThere, Store, StoreError
 from stages.runner.chain import Chain, Gang
@@ -31,7 +32,7 @@ from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.before import by_subset, check_origin, check_sizes
 from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
-from stages.train.foreign import Start, check_data, check_network, files_of
+from stages.train.foreign import Start, check_data, check_network, files_of, is_lone_file
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
 from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, root_of, shards
 from stages.train.preview import PreviewConfig, Previews
@@ -51,6 +52,7 @@ log = logging.getLogger("stages")
 # Numbers that encode writes beside the latents.
 COLUMNS = (*SCORES, "width", "height")
 PROFILES = ".state/profiles"
+OF_WEIGHTS = "weights alone, in any layout, are named in `weights` in place of `from`"
 # Files without which a folder is no checkpoint to begin from.
 NEEDED = frozenset({"config.json", "history.jsonl", "trainer.json", ORDER_FILE})
 
@@ -250,7 +252,11 @@ class Train(Stage):
     @classmethod
     def sources(cls, config: TrainStageConfig) -> list[str]:
         folder = config.origin.folder if config.origin is not None else None
-        return [f"{folder}/*"] if folder is not None else []
+        if folder is None:
+            return []
+        if is_lone_file(folder):
+            raise OutsideError(folder, f"a file of weights, and no folder of a checkpoint; {OF_WEIGHTS}")
+        return [f"{folder}/*"]
 
     @classmethod
     def datasets(cls, config: TrainStageConfig, store: Store) -> dict[str, InputRef]:
@@ -274,7 +280,8 @@ class Train(Stage):
         missing = sorted(NEEDED - names) or ([] if any(name.startswith("share-") for name in names) else ["share"])
         if config.origin is not None and sources and missing:
             raise StageError(
-                f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote"
+                f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote; "
+                f"{OF_WEIGHTS}"
             )
         if config.evaluate.every:
             check_beside(config.evaluate)

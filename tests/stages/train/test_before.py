@@ -112,3 +112,15 @@ def test_a_trace_of_steps_that_do_not_come_is_refused(planning: Planning) -> Non
     )
     planning({"a": stage(profile={"from": 4})})
     planning({"a": stage(profile={"from": 5}, growth_steps=1)})
+
+
+def test_weights_that_a_training_is_to_begin_from_are_said_to_have_a_field_of_their_own(
+    planning: Planning, tmp_path: Path
+) -> None:
+    field = "weights alone, in any layout, are named in `weights` in place of `from`"
+    (tmp_path / "x").mkdir()
+    (file := tmp_path / "x" / "uvit_v1.pth").write_bytes(b"tensors")
+    of_file, of_folder = (planning.refused({"a": stage(**{"from": str(place)})}) for place in (file, file.parent))
+    assert of_file == f"train.a: {file}: a file of weights, and no folder of a checkpoint; {field}"
+    assert of_folder.endswith(f"x has no config.json; name the folder of a checkpoint that a training wrote; {field}")
+    assert "x.pth/*: no such file" in planning.refused({"a": stage(**{"from": str(tmp_path / "x.pth")})})
