@@ -22,12 +22,14 @@ Heard = dict[int, tuple[Sign, float]]
 
 @ray.remote(num_cpus=0)
 class Board:
-    """Rows that the driver has not read yet, the newest sign of every rank, and whether the run should stop."""
+    """Rows that the driver has not read yet, the newest sign of every rank, whether the run should stop, and, of a group that has
+    lost a worker, the stacks of the ranks that answer."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self.signs: dict[int, tuple[Sign, float]] = {}
         self.stopping = False
+        self.told: dict[int, str] = {}
 
     def post(self, rows: list[Row]) -> bool:
         self.rows += rows
@@ -40,8 +42,17 @@ class Board:
     def read(self, stop: bool) -> tuple[list[Row], Heard]:
         self.stopping |= stop
         rows, self.rows = self.rows, []
+        return rows, self.heard()
+
+    def heard(self) -> Heard:
         now = time.monotonic()
-        return rows, {rank: (sign, now - came) for rank, (sign, came) in self.signs.items()}
+        return {rank: (sign, now - came) for rank, (sign, came) in self.signs.items()}
+
+    def tell(self, stacks: dict[int, str]) -> None:
+        self.told = stacks
+
+    def stacks(self) -> dict[int, str]:
+        return self.told
 
 
 def new_board() -> Any:

@@ -62,7 +62,10 @@ def test_a_run_whose_worker_is_killed_goes_on_and_stops_when_it_is_asked_to(
     whole = config(steps=12, checkpoint_every=10, log_every=5)
     run(TrainJob(whole, shards, str(tmp_path / "work"), KeepIn(str(tmp_path / "whole"))), torch.device("cpu"))
     assert losses(tmp_path / "kept/10") == pytest.approx(losses(tmp_path / "whole/10"), abs=1e-5)
-    (told,) = [record.getMessage() for record in caplog.records if "going on" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records]
+    (at,) = [number for number, said in enumerate(messages) if said.endswith("the stacks of the ranks that answer follow")]
+    assert messages[at + 1].startswith("rank 1 on node ") and "training/loop.py" in messages[at + 1]
+    (told,) = [said for said in messages if "going on" in said]
     host = ray.util.get_node_ip_address()
     assert re.fullmatch(
         rf"rank 0 on node {re.escape(host)} \(pid \d+\) was killed \(SIGKILL, .*\)(, after step \d+)?; "

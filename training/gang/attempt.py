@@ -8,7 +8,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from infra.ray_nodes import marked
 from infra.scratch import held, sweep
 from training.board import Heard, Reporter, new_board
 from training.gang.ranks import end, last_words, on_machines, stacks
-from training.gang.signs import Sign
+from training.gang.signs import HERE, Sign
 from training.gang.silence import Silence
 from training.history import Row
 from training.job import Outcome, TrainingBug, TrainingError, TrainJob
@@ -83,6 +84,7 @@ def _work(config: dict[str, Any]) -> Outcome:
             raise TrainingError(f"{which} is not enough; lower micro_batch (now {at_once}) or the model") from error
         if not is_echo(error):
             raise
+        HERE.broke_off(traceback.format_exc())
         time.sleep(ECHO_SECONDS)
         words = " ".join(str(error).split())
         raise Lost(f"rank {reporter.rank} lost its connection to the others: {words}") from error
@@ -176,10 +178,11 @@ class Attempt:
                 self.verdict, self.given_up = found, pids
                 self._give_up()
         self._read(on_row, False)
+        told = ray.get(self.board.stacks.remote())
         ray.kill(self.board)
         result = ended[0]
         if isinstance(result, BaseException):
-            raise self._failure(result)
+            raise self._failure(result, told)
         return result.return_value
 
     def _read(self, on_row: Callable[[Row], None], stop: bool) -> None:
@@ -201,7 +204,12 @@ class Attempt:
         self.no_answer = frozenset(sign.node for sign in signs if sign.rank not in found)
         on_machines(end, [sign for sign in signs if sign.rank in found])
 
-    def _failure(self, error: BaseException) -> TrainingError:
+    def _failure(self, error: BaseException, told_stacks: Mapping[int, str]) -> TrainingError:
+        """What to raise for the end of a group.
+
+        Args:
+            told_stacks: of the ranks that were left when one was lost.
+        """
         if self.verdict is not None:
             return _caused(Lost(self.verdict, self.no_answer), error)
         failures = dict(sorted(getattr(error, "worker_failures", {}).items()))
@@ -217,6 +225,11 @@ class Attempt:
         # The last sign may be a second old.
         after = f", after step {self.step}" if self.step else ""
         words = f"{told}{after}" if told else str(found)
+        if told_stacks:
+            log.warning("%s; the stacks of the ranks that answer follow", words)
+            for sign in signs:
+                if sign.rank in told_stacks:
+                    log.warning("%s: %s", sign, told_stacks[sign.rank])
         return _caused(Lost(words, frozenset(sign.node for sign in signs if sign.rank not in traces)), error)
 
 

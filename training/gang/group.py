@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Any
 
 from psutil import net_if_addrs
+from ray.exceptions import RayError
 from ray.train.torch import TorchConfig
 
+from training.gang.ranks import on_machines, stacks
 from training.gang.signs import begin
 
 # Seconds that a collective operation waits. Greater than any step or checkpoint, as it is the last resort: who is dead or
 # silent is found sooner, from the signs.
 TIMEOUT = 900
+# Seconds since its last sign of life, up to which a worker is asked for its stacks: a node that is lost would be waited for.
+FRESH = 5.0
 
 _Torch: Any = TorchConfig().backend_cls
 # The server at which the workers meet, in the process of rank 0 and for as long as that lives.
@@ -38,7 +43,20 @@ class _Group(_Torch):
         ray.get([worker_group.execute_single_async(rank, _join, rank, *told) for rank in range(workers)])
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
-        """Workers that wait for a dead one would be waited for; all are killed anyway."""
+        """Of a group that has lost a worker, ask the others for their stacks, since all are killed next. Workers that wait for a
+        dead one would be waited for; nobody does."""
+        import ray
+
+        status = worker_group.get_latest_poll_status()
+        errors = status.errors if status is not None else {}
+        # Ray Train's own say that a worker does not answer; what a worker raised has another class.
+        if not any(type(error).__module__.startswith("ray.train") for error in errors.values()):
+            return
+        board = backend_config.board
+        with suppress(RayError):
+            heard = ray.get(board.heard.remote()).values()
+            asked = [sign for sign, age in heard if sign.rank not in errors and age < FRESH]
+            ray.get(board.tell.remote(on_machines(stacks, asked)))
 
 
 def _open() -> tuple[str, int]:

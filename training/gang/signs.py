@@ -49,20 +49,26 @@ class Signs:
     def __init__(self) -> None:
         self.step, self.termed = 0, False
         self.trace: Path | None = None
+        self.handle = -1
 
     def begin(self, board: Any) -> None:
         """Take SIGTERM and the question for stacks, and post signs from now on; only in the main thread of a Ray Train worker."""
         import ray
         from ray.train import get_context
 
-        handle, path = tempfile.mkstemp(prefix="unidiffuser-stacks-")
+        self.handle, path = tempfile.mkstemp(prefix="unidiffuser-stacks-")
         self.trace = Path(path)
-        faulthandler.enable(handle)
-        faulthandler.register(TELL_STACKS, handle, all_threads=True)
+        faulthandler.enable(self.handle)
+        faulthandler.register(TELL_STACKS, self.handle, all_threads=True)
         signal.signal(signal.SIGTERM, self._term)
         node = ray.get_runtime_context().get_node_id()
         first = Sign(get_context().get_world_rank(), node, ray.util.get_node_ip_address(), os.getpid(), path)
         threading.Thread(target=self._beat, args=(board, first), name="signs", daemon=True).start()
+
+    def broke_off(self, words: str) -> None:
+        """Put where this worker was before the stacks that it is asked for, which no longer say it."""
+        if self.handle >= 0:
+            os.write(self.handle, words.encode())
 
     def end(self) -> None:
         """Remove the file: what comes now is the end of the process."""
