@@ -92,7 +92,9 @@ class TrainStageConfig(TrainConfig):
     @model_validator(mode="after")
     def _profile_is_reached(self) -> TrainStageConfig:
         if self.profile is not None and self.growth_steps is None and self.profile.begin > self.steps:
-            raise ValueError(f"profile.from is {self.profile.begin}, and the last step is {self.steps}: nothing would be traced")
+            raise ValueError(
+                f"profile.from is {self.profile.begin}, and the last step is {self.steps}: lower it, or nothing is traced"
+            )
         return self
 
     @field_validator("data")

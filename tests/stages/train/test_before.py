@@ -108,7 +108,7 @@ def test_a_training_is_refused_before_the_one_that_it_begins_from_where_that_doe
 
 def test_a_trace_of_steps_that_do_not_come_is_refused(planning: Planning) -> None:
     assert planning.refused({"a": stage(profile={"from": 5})}) == (
-        "train.a: profile.from is 5, and the last step is 4: nothing would be traced"
+        "train.a: profile.from is 5, and the last step is 4: lower it, or nothing is traced"
     )
     planning({"a": stage(profile={"from": 4})})
     planning({"a": stage(profile={"from": 5}, growth_steps=1)})
