@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -63,18 +63,18 @@ def other_optimizer(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
     return "lora: a mapping -> None" if old.get("lora") is not None and new["lora"] is None else None
 
 
-def other_parts(job: Job, saved: Mapping[str, Any]) -> str | None:
+def other_parts(job: Job, read: Callable[[], Mapping[str, Any]]) -> str | None:
     """Which parts of the data have another shape than in a model, and what would make them fit, as far as the data is made.
 
     Args:
-        saved: config.json of the model's checkpoint.
+        read: gives config.json of the model's checkpoint.
     """
-    theirs = {part["name"]: _fixed(part["shape"]) for modality in saved["modalities"] for part in modality["parts"]}
     for name, dataset in job.inputs.items():
         if not name.startswith("data.") or (spec := _spec(dataset)) is None:
             continue
         shapes = {"latent": spec.latent, "clip": spec.clip, "text": spec.text}
         ours = {part: _fixed(shape) for part, shape in shapes.items() if shape is not None}
+        theirs = {part["name"]: _fixed(part["shape"]) for modality in read()["modalities"] for part in modality["parts"]}
         if ours != theirs:
             # It takes torch.
             from training.weights import shapes_to_change

@@ -227,10 +227,13 @@ def _parent(
     """
     keep = job.config.origin.keep
     order = order_of(job.store, record) if record is not None else outside(planned.sources, ORDER_FILE)
-    saved = model_of(job.store, record) if record is not None else outside(planned.sources, MODEL_FILE)
     if old is not None and (why := why_not(old, result_fields(job.config), keep)) is not None:
         raise StageError(f"{job.node}: {why}")
-    if (why := other_parts(job, saved)) is not None:
+
+    def model() -> dict[str, Any]:
+        return model_of(job.store, record) if record is not None else outside(planned.sources, MODEL_FILE)
+
+    if (why := other_parts(job, model)) is not None:
         raise StageError(f"{job.node}: from: {why}")
     if "order" in keep and (lost := _other_order(job, planned, order)):
         raise StageError(f"{job.node}: {ORDER_STAYS.format(lost[0])}")
@@ -245,7 +248,7 @@ def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
     old, new, anew = head.entry.config, result_fields(job.config), f"begin anew with --force {job.node}"
     if (other := other_network(old, new)) is not None:
         return f"{line}; {other.what} cannot go on from them: {other.mend and f'{other.mend}, or '}{anew}"
-    if (why := other_parts(job, model_of(job.store, head.record))) is not None:
+    if (why := other_parts(job, lambda: model_of(job.store, head.record))) is not None:
         return f"{line}; their model is of other data: {why}, or {anew}"
     try:
         keeps_order = not _other_order(job, planned, order_of(job.store, head.record))
