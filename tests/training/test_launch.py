@@ -110,7 +110,7 @@ def test_what_a_worker_raises_is_a_bug_and_no_worker_that_was_killed(raised: Exc
     statuses = {0: WorkerStatus(running=False, error=told), 1: WorkerStatus(running=True)}
     attempt = Attempt.__new__(Attempt)
     attempt.verdict, attempt.heard = None, {}
-    error = attempt._failure(WorkerGroupPollStatus(statuses).get_worker_group_error())
+    error = attempt._failure(WorkerGroupPollStatus(statuses).get_worker_group_error(), {})
     assert (type(error), str(error)) == (TrainingBug, " ".join(str(raised).split()))
 
 
