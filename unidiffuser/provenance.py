@@ -38,15 +38,21 @@ def identity(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return {name: provenance[name] for name in IDENTITY if provenance.get(name) is not None}
 
 
-def weights_sha256(source: Path) -> str:
-    """SHA-256 over the names and contents of the files of weights of a set, as hex; of layouts that lie inside, none."""
-    inside = [source / layout for layout in LOADING]
-    digest = hashlib.sha256()
+def weights_digests(source: Path) -> dict[str, str]:
+    """SHA-256, as hex, of each file of weights of a set by its path there; of layouts that lie inside, none."""
+    inside, found = [source / layout for layout in LOADING], {}
     for path in sorted(path for path in source.rglob("*") if path.suffix in WEIGHTS):
         if not any(path.is_relative_to(folder) for folder in inside):
-            digest.update(path.relative_to(source).as_posix().encode() + b"\0")
             with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+                found[path.relative_to(source).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def weights_sha256(source: Path) -> str:
+    """SHA-256 over the names and contents of the files of weights of a set, as hex; of layouts that lie inside, none."""
+    digest = hashlib.sha256()
+    for name, own in weights_digests(source).items():
+        digest.update(name.encode() + b"\0" + bytes.fromhex(own))
     return digest.hexdigest()
 
 

@@ -109,6 +109,7 @@ def _fields(made: Made) -> dict[str, Any]:
     told = dict(leaves(made.config)) | {f"code: {name}": value for name, value in code.items()}
     names = sorted(made.sources)
     told |= {f"file: {name.rsplit('/', 1)[-1]}": made.sources[name][:12] for name in names[:FILES]}
+    told |= {f"weights: {name}": digest for name, digest in made.weights.items()}
     return told | ({"files": len(names)} if names else {})
 
 
@@ -148,7 +149,10 @@ def _judges(pair: Pair) -> bool:
 
 def _same(pair: Pair) -> bool:
     a, b = pair
-    return a is not None and b is not None and a.fingerprint == b.fingerprint != ""
+    if a is None or b is None or not a.fingerprint or a.fingerprint != b.fingerprint:
+        return False
+    # The files of a folder may have been changed since they were written.
+    return a.dataset is not None or b.dataset is not None or (a.weights, a.summary) == (b.weights, b.summary)
 
 
 def _together(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
@@ -162,11 +166,13 @@ def _together(pairs: Mapping[str, Pair]) -> dict[str, Pair]:
 
 
 def _figures(made: Made) -> dict[str, float]:
-    """What `_measured` finds in the JSON files of an evaluation, and in the metrics of a training."""
+    """What `_measured` finds in an evaluation, in its JSON files or in what a folder tells of it; and in a training's metrics."""
     if made.stage == "evaluate" and made.dataset is not None:
         files = [entry for entry in made.dataset.files if entry.name.endswith(".json")]
         read = [json.loads(made.dataset.store.read(entry.path)) for entry in files]
         return dict(pair for each in read for pair in _measured(each))
+    if made.stage == "evaluate":
+        return dict(_measured(made.summary))
     return dict(_measured(made.summary.get("metrics", {}))) if made.stage == "train" else {}
 
 

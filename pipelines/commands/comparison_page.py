@@ -107,7 +107,7 @@ def _figures(figures: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
         sides = [letter for letter, place in (("A", 0), ("B", 1)) if any(both[place] is not None for both in found.values())]
         whole = len(sides) == 2 or "evaluate" in node
         parts.append(f"<h3>{escape(node)}</h3>{table}" if whole else _folded(f"{node}, which only {sides[0]} has", table))
-    return "".join(parts) if figures else f"{parts[0]}<p>Neither side has been evaluated or trained.</p>"
+    return "".join(parts) if figures else f"{parts[0]}<p>Neither side has an evaluation or a training that the other lacks.</p>"
 
 
 def _measured(found: Mapping[str, Sequence[Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,11 @@ CHECKPOINTS = ("export", "train")
 
 @dataclass(frozen=True)
 class Made:
-    """A dataset of a side, of which a folder's provenance tells less than the dataset itself: its files are only in the store."""
+    """A dataset of a side, of which a folder's provenance tells less than the dataset itself: its files are only in the store.
+
+    Attributes:
+        weights: SHA-256 of a folder's files of weights, by name.
+    """
 
     node: str
     stage: str
@@ -33,6 +37,7 @@ class Made:
     created: str | None = None
     summary: dict[str, Any] = field(default_factory=dict)
     dataset: Dataset | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,21 +112,27 @@ def _dataset(text: str, dataset: Dataset) -> Side:
 
 
 def _folder(text: str, path: Path, store: Store) -> Side:
-    from unidiffuser.provenance import PROVENANCE
+    from unidiffuser.provenance import PROVENANCE, weights_digests
     from unidiffuser.tensors import read_settings
 
     told = read_settings(path / PROVENANCE) if (path / PROVENANCE).is_file() else {}
-    records = [*told.get("datasets", ()), {**told, "node": told.get("node", path.name), "stage": told.get("stage", "folder")}]
-    made = {}
-    for record in records:
-        one = Made(
-            node=record.get("node") or f"removed-{record['stage']}", stage=record["stage"],
-            fingerprint=record.get("fingerprint", ""), config=record.get("config", {}),
-            code={"git": record.get("commit")}, sources={}, rows_in=record.get("rows_in", 0),
-            rows_out=record.get("rows_out", 0), dropped=record.get("dropped", {}), inputs=(),
-        )  # fmt: skip
-        made[one.node] = one
-    return Side(text, records[-1]["node"], made, store, text)
+    own = {**told, "node": told.get("node", path.name), "stage": told.get("stage", "folder")}
+    made = [_recorded(each) for each in told.get("datasets", ())]
+    head = replace(_recorded(own), weights=weights_digests(path))
+    if evaluation := told.get("evaluation"):
+        found = _recorded({"node": "evaluate", "stage": "evaluate", "fingerprint": evaluation["fingerprint"]})
+        made.append(replace(found, summary={"figures": evaluation["figures"]}))
+    return Side(text, head.node, {one.node: one for one in [*made, head]}, store, text)
+
+
+def _recorded(record: Mapping[str, Any]) -> Made:
+    """A dataset as provenance tells of it."""
+    return Made(
+        node=record.get("node") or f"removed-{record['stage']}", stage=record["stage"],
+        fingerprint=record.get("fingerprint", ""), config=record.get("config", {}),
+        code={"git": record.get("commit")}, sources={}, rows_in=record.get("rows_in", 0),
+        rows_out=record.get("rows_out", 0), dropped=record.get("dropped", {}), inputs=(),
+    )  # fmt: skip
 
 
 def _with_ancestors(datasets: Iterable[Dataset]) -> Iterator[Made]:

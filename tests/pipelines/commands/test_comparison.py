@@ -165,7 +165,31 @@ def test_two_checkpoints_draw_the_same_prompts_with_the_same_seeds(export, tmp_p
     assert pictures[0][:1] + pictures[0][2:4] == pictures[0][1:2] + pictures[0][4:]
     assert not set(pictures[1][:1] + pictures[1][2:4]) & set(pictures[1][1:2] + pictures[1][4:])
     assert pictures[1][0] == pictures[0][0]
-    assert told["nodes"][-1]["differ"] == {"global_batch": [1024, 2048]}
+    assert list(told["nodes"][-1]["differ"]) == ["global_batch", "weights: uvit/model.safetensors"]
+    assert told["nodes"][-1]["differ"]["global_batch"] == [1024, 2048]
+
+
+def test_folders_tell_their_evaluations_and_whether_their_weights_are_the_same(export, tmp_path):  # noqa: F811
+    def folder(name: str, fid: float, scale: float) -> str:
+        place = Path(shutil.copytree(export, tmp_path / name))
+        figures = [{"name": "fid", "value": fid, "by": "inception", "samples": 5}]
+        write_provenance(place, {**TOLD, "evaluation": {"fingerprint": f"{fid:.0f}" * 12, "figures": figures}})
+        weights = load_file(place / "uvit" / "model.safetensors")
+        save_file({key: scale * value for key, value in weights.items()}, place / "uvit" / "model.safetensors")
+        return str(place)
+
+    store = Store(str(tmp_path / "store"))
+    good, bad, zeroed = folder("good", 10, 1), folder("bad", 99, 1), folder("zeroed", 10, 0)
+    told = facts(store, good, bad)
+    assert told["figures"] == {"evaluate": {"fid (inception)": [10, 99]}}
+    assert "Measured, A → B: fid (inception) 10 → 99." in told["glance"]
+    assert re.search(r"fid \(inception\) 10 99 \+89", " ".join(Read(page(told, None, {})).words))
+    assert facts(store, good, good)["glance"] == ["Both sides are the same datasets."]
+    [node] = [each for each in facts(store, good, zeroed)["nodes"] if not each["same"]]
+    assert list(node["differ"]) == ["weights: uvit/model.safetensors"]
+    digests = [sha256_of(Path(side, "uvit", "model.safetensors")) for side in (good, zeroed)]
+    assert node["differ"]["weights: uvit/model.safetensors"] == digests
+    assert facts(store, good, zeroed)["glance"][0].startswith("train-256: weights: uvit/model.safetensors ")
 
 
 def test_what_cannot_be_drawn_is_compared_without_samples_and_said(two, say):  # noqa: F811
