@@ -59,8 +59,7 @@ class Fid(_OfPictures):
 
     def result(self, view: View, out: Output) -> Result:
         drawn, real = self.both(view)
-        note = f"of fewer than {FID_SAMPLES:,} samples: not comparable with others" if len(drawn) < FID_SAMPLES else ""
-        return Result([self.figure(view, "fid", fid(drawn, real), "lower", len(drawn), note)])
+        return Result([self.figure(view, "fid", fid(drawn, real), "lower", len(drawn), fid_note(len(drawn)))])
 
 
 class Kid(_OfPictures):
@@ -111,6 +110,11 @@ class PrecisionRecall(_OfPictures):
                 for name, value in (("precision", precision), ("recall", recall))
             ]
         )
+
+
+def fid_note(samples: int) -> str:
+    """What is to be said beside an FID of so many samples."""
+    return f"of fewer than {FID_SAMPLES:,} samples: not comparable with others" if samples < FID_SAMPLES else ""
 
 
 def fid(drawn: np.ndarray, real: np.ndarray) -> float:

@@ -50,8 +50,8 @@ class Robustness(Sweep):
         for point in points:
             if "damage" in point:
                 for name, value in point["values"].items():
-                    told = f"{name}_{point['damage']}".replace("-", "_")
-                    yield Figure(told, value, scored[name].better, scored[name].needs[0].count, self.seen_by(view))
+                    told, score = f"{name}_{point['damage']}".replace("-", "_"), scored[name]
+                    yield Figure(told, value, score.better, score.needs[0].count, self.seen_by(view), score.note)
 
     def draw(self, points: Sequence[Mapping[str, Any]], names: Sequence[str], out: Output) -> None:
         robustness_curves(out.path("robustness.png"), points, names)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from stages.measuring.matching import clip_score
-from stages.measuring.pictures import fid
+from stages.measuring.pictures import fid, fid_note
 from stages.measuring.samples import Asked, Need, Network, Samples
 
 if TYPE_CHECKING:
@@ -25,12 +25,14 @@ class Score:
 
     Attributes:
         needs: what is read, in the order in which `of` takes their features.
+        note: what is to be said beside it.
     """
 
     name: str
     better: Better
     needs: tuple[Need, ...]
     of: Callable[..., float]
+    note: str = ""
 
     def value(self, view: View) -> float:
         return self.of(*(view.features(need) for need in self.needs))
@@ -53,7 +55,7 @@ def scores_of(samples: Samples, asked: Asked, features: Features, count: int) ->
     if asked.pictures:
         network: Network = "inception" if features == "inception" else "clip-image"
         name = "fid" if features == "inception" else "fid_clip"
-        found.append(Score(name, "lower", (Need(samples, count, network), Need(None, count, network)), fid))
+        found.append(Score(name, "lower", (Need(samples, count, network), Need(None, count, network)), fid, fid_note(count)))
     return found
 
 

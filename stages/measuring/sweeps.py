@@ -84,8 +84,8 @@ class Sweep(Measure):
             having = [point for point in points if name in point["values"]]
             best = (min if score.better == "lower" else max)(having, key=lambda point: point["values"][name])
             where = ", ".join(f"{key} {value}" for key, value in best.items() if key != "values")
-            told = f"{self.kind}_best_{name}"
-            yield Figure(told, best["values"][name], score.better, score.needs[0].count, self.seen_by(view), where)
+            told, note = f"{self.kind}_best_{name}", "; ".join(filter(None, (where, score.note)))
+            yield Figure(told, best["values"][name], score.better, score.needs[0].count, self.seen_by(view), note)
 
     def seen_by(self, view: View) -> str:
         if self.features == "scenes":

@@ -75,7 +75,9 @@ def test_a_sweep_of_guidance_scores_every_scale_both_ways(tmp_path: Path) -> Non
         assert point["values"]["clip_score_i2t"] == pytest.approx(cosine(real, said), rel=1e-4)
     best = {figure.name: (figure.value, figure.note) for figure in found.figures}
     lowest = min(points, key=lambda point: point["values"]["fid_clip"])
-    assert best["guidance_best_fid_clip"] == (lowest["values"]["fid_clip"], f"guidance {lowest['guidance']}")
+    note = f"guidance {lowest['guidance']}; of fewer than 2,048 samples: not comparable with others"
+    assert best["guidance_best_fid_clip"] == (lowest["values"]["fid_clip"], note)
+    assert best["guidance_best_clip_score_t2i"][1].startswith("guidance ") and ";" not in best["guidance_best_clip_score_t2i"][1]
     assert (tmp_path / "guidance.md").read_text().count("\n| ") == 4 and (tmp_path / "guidance.png").stat().st_size > 5000
 
 
@@ -99,7 +101,9 @@ def test_robustness_noises_what_is_given_and_damages_it_one_way_at_a_time(tmp_pa
     noised = {(task, t, "") for task in ("t2i", "i2t") for t in (0, 500)}
     assert found == noised | {("t2i", 0, name) for name in CAPTIONS} | {("i2t", 0, name) for name in PICTURES}
     result = Robustness().result(Seen(), Written(tmp_path))  # type: ignore[arg-type]
-    assert "clip_score_i2t_jpeg_10" in {figure.name for figure in result.figures}
+    notes = {figure.name: figure.note for figure in result.figures}
+    assert notes["clip_score_i2t_jpeg_10"] == ""
+    assert notes["fid_clip_words_dropped"] == "of fewer than 2,048 samples: not comparable with others"
     assert (tmp_path / "robustness.png").stat().st_size > 5000
 
 
