@@ -53,7 +53,7 @@ class Evaluate(Stage):
     """report.json, sample-sheet.png, loss-curve.png and what a measure adds; its rows are samples."""
 
     name = "evaluate"
-    version = 7
+    version = 8
     Config = EvaluateConfig
     whole = frozenset({"checkpoint", "codec"})
     names_datasets = "data"

@@ -15,6 +15,7 @@ from stages.measuring.networks import inception_missing, judge_of
 from stages.measuring.presets import PRESETS
 from stages.measuring.prompts import Prompts
 from stages.measuring.samples import Asked, SamplerName, Samples
+from stages.measuring.sweeps import Sweep
 from stages.runner.contract import StageConfig, StageError, operational
 from stages.runner.recipe import encoder, external_file
 from unidiffuser.references import weights_digest
@@ -54,7 +55,9 @@ class EvaluationConfig(StageConfig):
     def _each_once(self) -> EvaluationConfig:
         if not self.measures:
             raise ValueError("measures: name at least one")
-        count = Counter((measure.kind, getattr(measure, "features", None)) for measure in self.measures)
+        # Figures and files of a sweep are named by its kind, whatever scores.
+        seen_by = [None if isinstance(measure, Sweep) else getattr(measure, "features", None) for measure in self.measures]
+        count = Counter((measure.kind, features) for measure, features in zip(self.measures, seen_by, strict=True))
         if twice := [kind for (kind, _), found in count.items() if found > 1]:
             raise ValueError(f"measures: {twice[0]} is there twice; its figures would have one name, so leave one")
         if any(getattr(measure, "features", None) == "inception" for measure in self.measures) and self.inception is None:

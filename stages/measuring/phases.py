@@ -192,12 +192,12 @@ class Report:
         asked = asked_of(self.job)
         view = View(self.job, asked, stored)
         figures: list[dict[str, Any]] = []
-        details: dict[str, Any] = {}
+        details: dict[str, dict[str, Any]] = {}
         for measure in self.job.config.measures:
             found = measure.result(view, out)
             figures += [{"measure": measure.kind, **asdict(figure)} for figure in found.figures]
             if found.details:
-                details[measure.kind] = dict(found.details)
+                details.setdefault(measure.kind, {}).update(found.details)
         trained = histories(self.job)
         facts = {"figures": figures, **self._about(asked)}
         losses = {

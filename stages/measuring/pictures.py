@@ -74,7 +74,8 @@ class Kid(_OfPictures):
         few = len(drawn) < self.subset
         note = f"of fewer than the {self.subset:,} samples of a subset: of all of them, once" if few else ""
         mean, deviation = kid(drawn, real, 1 if few else self.subsets, min(self.subset, len(drawn)), view.job.config.seed)
-        return Result([self.figure(view, "kid", mean, "lower", len(drawn), note)], {"deviation": round(deviation, DIGITS)})
+        figure = self.figure(view, "kid", mean, "lower", len(drawn), note)
+        return Result([figure], {f"{figure.name}_deviation": round(deviation, DIGITS)})
 
 
 class Cmmd(_OfPictures):

@@ -75,6 +75,10 @@ def test_a_folder_is_measured_once_by_the_measures_of_a_preset(export, prompts, 
         ),
         (["--set", "measures=[{kind: fod}]"], "evaluate.measures.0: input tag 'fod' found using 'kind' does not match any of"),
         (["--set", "measures=[{kind: fid}, {kind: fid}]"], "evaluate: measures: fid is there twice; its figures would have one"),
+        (
+            ["--set", "measures=[{kind: guidance}, {kind: guidance, features: inception}]", "--set", "inception=a.pth"],
+            "evaluate: measures: guidance is there twice; its figures would have one name, so leave one",
+        ),
     ],
 )
 def test_misuse_is_one_line(export, prompts, tmp_path, say, arguments, line):  # noqa: F811

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -148,6 +149,21 @@ def test_units_that_are_run_here_are_those_of_the_stage(
     monkeypatch.setattr("stages.runner.pool.run_pool", lambda *_: pytest.fail("a unit was done again"))
     run_here(Evaluate, job)
     assert make(Evaluate, store, inputs, **few).manifest.summary["figures"] == summary["figures"]
+
+
+def test_one_measure_over_two_networks_has_figures_and_details_of_both(
+    inputs: dict[str, Dataset], store: Store, no_pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stages.measuring.phases.network", lambda name, _: lambda values: np.full((len(values), 4), len(name)))
+    monkeypatch.setattr("stages.measuring.pictures.kid", lambda drawn, *_: (float(drawn[0, 0]), 0.5))
+    kids = [{"kind": "kid"}, {"kind": "kid", "features": "inception"}]
+    config = Evaluate.Config.model_validate({**ASKED, "measures": kids, "inception": "weights.pth"})
+    report = run_here(Evaluate, Job(store, "evaluate", "kids", config, inputs, {}, dict.fromkeys(("judge", "inception"), "")))[
+        "report"
+    ][0]
+    assert {figure["name"]: figure["value"] for figure in report.notes["figures"]} == {"kid_clip": 10, "kid": 9}
+    [path] = [entry.path for entry in report.files if entry.path.endswith("report.json")]
+    assert json.loads(store.read(path))["details"] == {"kid": {"kid_clip_deviation": 0.5, "kid_deviation": 0.5}}
 
 
 def test_the_floor_is_drawn_by_a_network_that_has_learned_nothing(
