@@ -139,11 +139,10 @@ def detect(
     from infra.store import Store
     from pipelines.commands import detection
 
-    rows = detection.detect(images, Store(store), mark_weights)
-    if as_json:
-        print("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    else:
-        for row in rows:
+    for row in detection.detect(images, Store(store), mark_weights):
+        if as_json:
+            print(json.dumps(row, ensure_ascii=False))
+        else:
             console.print(detection.words(row), soft_wrap=True, highlight=False, markup=False)
 
 

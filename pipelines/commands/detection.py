@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from infra.dataset import by_prefix
 from infra.store import NotThere, Store
 from pipelines.commands.brief import short
+from pipelines.commands.checkpoints import Misuse
 from pipelines.commands.sampling import by_weights, read_image
 
 
-def detect(images: Sequence[Path], store: Store, weights: Path | None) -> list[dict[str, Any]]:
+def detect(images: Iterable[Path], store: Store, weights: Path | None) -> Iterator[dict[str, Any]]:
     """A row a picture: `mark`, which is None or a kind, a checkpoint and its dataset, and `lineage` of its text fields or None.
 
     Args:
         weights: folder of TrustMark's, whose mark is looked for beside ours.
 
     Raises:
-        Misuse: one of the files is no picture that can be read, or weights are missing.
+        Misuse: weights are missing; or, behind the rows of the others, files that are no pictures that can be read.
     """
     from unidiffuser.watermarks.tiled import Tiled
 
-    pictures = [read_image(path, "") for path in images]
-    kinds = [*([by_weights(weights, "cpu")] if weights is not None else []), Tiled()]
-    rows = []
-    for path, picture in zip(images, pictures, strict=True):
+    kinds, unread = [*([by_weights(weights, "cpu")] if weights is not None else []), Tiled()], []
+    for path in images:
+        try:
+            picture = read_image(path, "")
+        except Misuse as error:
+            unread.append(str(error))
+            continue
         found = next((mark for kind in kinds if (mark := kind.find(picture)) is not None), None)
         told = {"kind": found.name, "checkpoint": found.checkpoint, **_dataset(found.checkpoint, store)} if found else None
-        rows.append({"image": str(path), "mark": told, "lineage": _lineage(path)})
-    return rows
+        yield {"image": str(path), "mark": told, "lineage": _lineage(path)}
+    if unread:
+        raise Misuse("; ".join(unread))
 
 
 def _dataset(checkpoint: str | None, store: Store) -> dict[str, str | None]:

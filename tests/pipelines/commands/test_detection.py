@@ -69,11 +69,15 @@ def test_a_checkpoint_of_the_store_is_named_by_its_node(store, say, tmp_path):  
     assert "checkpoint 6578706f: x-export export/6578706f72746578706f7274" in words(row)
 
 
-def test_what_cannot_be_read_is_one_line(tmp_path, say):  # noqa: F811
+def test_what_cannot_be_read_is_one_line_behind_what_is_told_of_the_others(tmp_path, say):  # noqa: F811
     (tmp_path / "text.png").write_text("no picture")
     noise_image(0).save(tmp_path / "good.png")
-    for name, told in (("text.png", "not a picture that can be read (not_an_image)"), ("none.png", "no such file")):
-        assert say("detect", tmp_path / "good.png", tmp_path / name) == (2, "", f"error: {tmp_path / name}: {told}\n")
+    good, text, none = (tmp_path / f"{name}.png" for name in ("good", "text", "none"))
+    found, absent, damaged = f"{good}: no mark found\n", f"{none}: no such file", f"{text}: not a picture that can be read"
+    assert say("detect", good, none) == (2, found, f"error: {absent}\n")
+    assert say("detect", none, good, text) == (2, found, f"error: {absent}; {damaged} (not_an_image)\n")
+    code, printed, _ = say("detect", none, good, "--json")
+    assert code == 2 and json.loads(printed) == {"image": str(good), "mark": None, "lineage": None}
     code, _, complaint = say("detect", tmp_path / "good.png", "--mark-weights", tmp_path)
     assert code == 2 and complaint.startswith(f"error: --mark-weights {tmp_path}/encoder_Q.ckpt: no such file")
     assert len(complaint.splitlines()) == 1
@@ -93,4 +97,4 @@ def test_text_fields_of_others_are_nobodys_word(tmp_path, text):
     for name, value in text.items():
         fields.add_text(name, value)
     noise_image(0).save(tmp_path / "a.png", pnginfo=fields)
-    assert detect([tmp_path / "a.png"], Store(str(tmp_path / "none")), None)[0]["lineage"] is None
+    assert next(detect([tmp_path / "a.png"], Store(str(tmp_path / "none")), None))["lineage"] is None
