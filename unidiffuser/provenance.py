@@ -140,9 +140,16 @@ def _index(provenance: Mapping[str, Any], title: str) -> list[dict[str, Any]]:
     if not provenance.get("evaluation", {}).get("figures"):
         return []
     evaluation = provenance["evaluation"]
-    metrics = [{"type": figure["name"].replace(" ", "_"), "value": figure["value"]} for figure in evaluation["figures"]]
     held_out = {"type": "held-out", "name": f"held-out data of evaluation {evaluation['fingerprint'][:12]}"}
-    return [{"name": title, "results": [{"task": {"type": "text-to-image"}, "dataset": held_out, "metrics": metrics}]}]
+    tasks: dict[str, list[dict[str, Any]]] = {"text-to-image": [], "image-to-text": []}
+    for figure in evaluation["figures"]:
+        task = "image-to-text" if "i2t" in figure["name"] or figure.get("measure") == "captions" else "text-to-image"
+        tasks[task].append({"type": figure["name"].replace(" ", "_"), "value": figure["value"]})
+    # A copy each: YAML writes of one object twice an anchor.
+    results = [
+        {"task": {"type": task}, "dataset": dict(held_out), "metrics": metrics} for task, metrics in tasks.items() if metrics
+    ]
+    return [{"name": title, "results": results}]
 
 
 def _counted(dataset: Mapping[str, Any]) -> str:

@@ -67,7 +67,7 @@ class Export(Stage):
     of a training with `lora`; its rows are files. What an evaluation of the checkpoint found stands in provenance and card."""
 
     name = "export"
-    version = 4
+    version = 5
     Config = ExportConfig
     whole = frozenset({"checkpoint", "codec", "evaluation"})
     phases = (Phase("export", plan_export, worker=Exporter),)

@@ -10,7 +10,6 @@ from stages.runner.contract import digest_of
 Task = Literal["t2i", "i2t", "joint", "i", "t"]
 Network = Literal["inception", "clip-image", "clip-text", "scenes-shown", "scenes-said"]
 SamplerName = Literal["dpm++2m", "dpm++3m", "unipc", "ddim", "dpm++2m-sde", "era", "analytic-dpm"]
-SHOWS = ("t2i", "joint", "i")
 SAYS = ("i2t", "joint", "t")
 
 

@@ -125,13 +125,19 @@ def test_a_card_has_the_results_of_the_evaluation_as_a_table_and_as_model_hubs_r
     figures = [
         {"name": "fid", "value": 12.5, "samples": 100, "note": "of fewer than 2,048 samples"},
         {"name": "clip score", "value": 3},
+        {"measure": "captions", "name": "cider", "value": 0.5},
+        {"measure": "clip-score", "name": "clip_score_i2t", "value": 20},
     ]
     write_provenance(told, TOLD | {"evaluation": {"fingerprint": "e" * 24, "figures": figures}})
     convert(told, tmp_path / "pipeline", "diffusers")
     for folder in (told, tmp_path / "pipeline"):
         read = ModelCard.load(folder / "README.md").data.eval_results
-        assert [(each.metric_type, each.metric_value) for each in read] == [("fid", 12.5), ("clip_score", 3)]
+        assert [(each.task_type, each.metric_type, each.metric_value) for each in read] == [
+            ("text-to-image", "fid", 12.5), ("text-to-image", "clip_score", 3),
+            ("image-to-text", "cider", 0.5), ("image-to-text", "clip_score_i2t", 20),
+        ]  # fmt: skip
         text = (folder / "README.md").read_text()
         assert "| fid | 12.5 | samples 100, of fewer than 2,048 samples |" in text and "e" * 24 in text
+        assert "&id" not in text
     write_provenance(told, TOLD)
     assert ModelCard.load(told / "README.md").data.eval_results is None
