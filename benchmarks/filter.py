@@ -45,6 +45,7 @@ def write(folder: Path, rows: int, shards: int, copies: float) -> None:
         columns: dict[str, Any] = {
             "key": [f"{shard:05d}{row:08d}" for row in range(count)],
             "caption": ["a picture of something"] * count,
+            "fault": pa.nulls(count, pa.string()),
             "width": sides,
             "height": sides,
             "phash": pa.array([row.tobytes() for row in np.packbits(bits, axis=1)], pa.binary(32)),

@@ -76,6 +76,7 @@ def looks(chance: np.random.Generator, files: int, rows: int) -> Iterator[pa.Tab
         seen = known[chance.integers(0, len(known), rows)]
         columns: dict[str, Any] = dict.fromkeys(SCORES, pa.nulls(rows, pa.float32()))
         columns |= {
+            duplicates.FAULT: pa.nulls(rows, pa.string()),
             "width": np.full(rows, 512, np.int32),
             "height": np.full(rows, 512, np.int32),
             "caption": ["a picture"] * rows,

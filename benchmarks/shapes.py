@@ -47,7 +47,7 @@ CHANGES = {
     "adamw": Change(_training(optimizer="{kind: adamw, lr: 2.0e-3, weight_decay: 0.01, betas: [0.9, 0.98]}")),
     "half-the-rate": Change(_training(optimizer__lr="1.0e-3", optimizer__rest__lr="1.0e-3")),
     "twice-the-rate": Change(_training(optimizer__lr="4.0e-3", optimizer__rest__lr="4.0e-3")),
-    "constant-rate": Change(_training(schedule__decay="none")),
+    "constant-rate": Change(_training(schedule__decay="none", schedule__decay_steps="null")),
     "uniform-timesteps": Change(_training(timesteps="uniform")),
     "shuffled-rows": Change(_training(data__order="shuffled")),
     "random-scenes": Change(("subsets.shapes.world.draws=random",)),

@@ -27,6 +27,7 @@ from stages.download import outage
 from stages.download.fetch import can_heal
 from stages.download.politeness import Hosts, spread
 from stages.download.proxy import ENVIRONMENT, Proxies
+from stages.runner.attempts import LEAST_LIMIT
 from stages.runner.contract import (
     Job,
     Output,
@@ -68,7 +69,9 @@ class DownloadConfig(ImageConfig):
 
     timeout: float = Field(10.0, gt=0, description="seconds without a byte")
     deadline: float = Field(60.0, gt=0, description="seconds for one URL, retries included")
-    shard_deadline: float = Field(3600.0, gt=0, description="seconds for one shard; rows not reached by then can be retried")
+    shard_deadline: float = Field(
+        3600.0, gt=0, description="seconds for one shard, all tries included; rows not reached by then can be retried"
+    )
     retries: int = Field(2, ge=0, description="further tries after server errors, timeouts and broken connections")
     host_failures: int = Field(
         16, ge=0, description="attempts that a host lets end in silence in a row until a worker leaves it alone; 0 never does"
@@ -163,35 +166,34 @@ class Fetcher:
             SetAside: it still does, and it was not the servers that refused.
         """
         wanted = [row for row in range(len(urls)) if row not in kept]
-        for pause in (*outage.PAUSES, None):
-            self._fetch(wanted, urls, sink, out)
+        end = time.monotonic() + self.config.shard_deadline
+        for tries, pause in enumerate((*outage.PAUSES, None), 1):  # noqa: B007
+            self._fetch(wanted, urls, sink, out, end)
             wanted = [row for row in wanted if (sink.outcomes.get(row) or Outcome(LOST)).reason]
             found = kept | sink.outcomes
             tally = outage.Tally.of((url, (found.get(row) or Outcome(LOST)).reason) for row, url in enumerate(urls))
             alarm = self.usual.alarm(tally)
-            if alarm is None or pause is None:
+            if alarm is None or pause is None or time.monotonic() + pause >= end:
                 break
             log.warning("%s: download %s is tried again in %.0f s: %s", self.job.node, unit.name, pause, alarm)
             time.sleep(pause)
             self.guard.names.forget()
             self.hosts.forgive()
         if alarm and not self.usual.is_refusal(tally):
-            raise SetAside(
-                f"{alarm}, in {len(outage.PAUSES) + 1} tries; is it this machine's network, resolver or proxy that fails?"
-            )
+            raise SetAside(f"{alarm}, in {tries} tries; is it this machine's network, resolver or proxy that fails?")
         if alarm:
             log.warning("%s: download %s is kept, for it is servers that refuse: %s", self.job.node, unit.name, alarm)
         self.usual.add(tally)
 
-    def _fetch(self, wanted: list[int], urls: list[str], sink: ShardSink, out: Output) -> None:
-        """Fetch some rows; those of other shards wait until all of these have begun."""
+    def _fetch(self, wanted: list[int], urls: list[str], sink: ShardSink, out: Output, end: float) -> None:
+        """Fetch some rows until the moment `end`; those of other shards wait until all of these have begun."""
         order = spread([urls[row] for row in wanted])
         table = pa.table({"row": pa.array([wanted[i] for i in order], pa.int64()), "url": [urls[wanted[i]] for i in order]})
         with TemporaryDirectory(dir=out.folder) as scratch, ExitStack() as begun:
             begun.callback(out.give_room)
             begun.enter_context(self.beginning)
             self.hosts.next_shard()
-            self.download(table, self.config, Path(scratch), sink, time.monotonic() + self.config.shard_deadline, begun.close)
+            self.download(table, self.config, Path(scratch), sink, end, begun.close)
 
     def _compared(self, rows: pa.Table, tried: list[int], sink: ShardSink) -> dict[int, Outcome]:
         """The outcomes of the rows that were tried, compared with the digests that the metadata lists."""
@@ -288,8 +290,8 @@ def _resources(config: DownloadConfig) -> Resources:
 
 
 def _longest(config: DownloadConfig) -> float:
-    """Seconds that a shard may take: all tries of one of which slow hosts have much, which only its own deadline ends."""
-    return (len(outage.PAUSES) + 1) * config.shard_deadline + sum(outage.PAUSES)
+    """Seconds that a shard may take: where slow hosts have much of it, its own deadline ends it, and what came is written."""
+    return config.shard_deadline + LEAST_LIMIT
 
 
 class Download(Stage):

@@ -160,9 +160,12 @@ def test_a_large_host_among_many_that_falls_silent_is_none():
     assert Usual().alarm(Tally.of(rows)), "but not where it has all"
 
 
-def test_a_shard_may_take_as_long_as_its_deadline_allows_in_all_its_tries():
-    config = Download.Config(shard_deadline=1000.0)
-    assert Download.phases[0].least_limit(config) == 4 * 1000.0 + sum(PAUSES)
+def test_all_tries_of_a_shard_end_with_its_deadline_and_nobody_ends_it_before(store, select, make, resolver, monkeypatch):
+    monkeypatch.setattr("stages.download.outage.PAUSES", (0.01, 60.0))
+    resolver.away = {"a": 99}
+    with pytest.raises(SetAside, match=r"in 2 tries; is it"):
+        make(Download, store, {"rows": select(store, pages("a", 30))}, **SETTINGS, shard_deadline=30.0)
+    assert Download.phases[0].least_limit(Download.Config(shard_deadline=1000.0)) > 1000.0
 
 
 def test_the_next_shard_begins_while_the_last_waits_for_slow_hosts(store, select, resolver):
