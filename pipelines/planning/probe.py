@@ -25,8 +25,9 @@ DRAWN, FEW, MORE = 12, 2, 30
 PRODUCT = 768
 
 
-def rate_of(work: Callable[[], object], seconds: float = SECONDS) -> float:
-    """Seconds of one call: the mean over some, after a first that does not count."""
+def rate_of(work: Callable[[], object], seconds: float | None = None) -> float:
+    """Seconds of one call: the mean over some (for `SECONDS`, unless told), after a first that does not count."""
+    seconds = SECONDS if seconds is None else seconds
     work()
     start, calls = time.perf_counter(), 0
     while calls < 1 or time.perf_counter() - start < seconds:

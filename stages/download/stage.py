@@ -166,9 +166,9 @@ class Fetcher:
             SetAside: it still does, and it was not the servers that refused.
         """
         wanted = [row for row in range(len(urls)) if row not in kept]
-        end = time.monotonic() + self.config.shard_deadline
-        for tries, pause in enumerate((*outage.PAUSES, None), 1):  # noqa: B007
-            self._fetch(wanted, urls, sink, out, end)
+        end, tries = None, 0
+        for pause in (*outage.PAUSES, None):
+            end, tries = self._fetch(wanted, urls, sink, out, end), tries + 1
             wanted = [row for row in wanted if (sink.outcomes.get(row) or Outcome(LOST)).reason]
             found = kept | sink.outcomes
             tally = outage.Tally.of((url, (found.get(row) or Outcome(LOST)).reason) for row, url in enumerate(urls))
@@ -185,15 +185,24 @@ class Fetcher:
             log.warning("%s: download %s is kept, for it is servers that refuse: %s", self.job.node, unit.name, alarm)
         self.usual.add(tally)
 
-    def _fetch(self, wanted: list[int], urls: list[str], sink: ShardSink, out: Output, end: float) -> None:
-        """Fetch some rows until the moment `end`; those of other shards wait until all of these have begun."""
+    def _fetch(self, wanted: list[int], urls: list[str], sink: ShardSink, out: Output, end: float | None) -> float:
+        """Fetch some rows; those of other shards wait until all of these have begun.
+
+        Args:
+            end: moment at which the shard must be over; None: `shard_deadline` after its turn has come.
+
+        Returns:
+            that moment.
+        """
         order = spread([urls[row] for row in wanted])
         table = pa.table({"row": pa.array([wanted[i] for i in order], pa.int64()), "url": [urls[wanted[i]] for i in order]})
         with TemporaryDirectory(dir=out.folder) as scratch, ExitStack() as begun:
             begun.callback(out.give_room)
             begun.enter_context(self.beginning)
             self.hosts.next_shard()
+            end = end or time.monotonic() + self.config.shard_deadline
             self.download(table, self.config, Path(scratch), sink, end, begun.close)
+            return end
 
     def _compared(self, rows: pa.Table, tried: list[int], sink: ShardSink) -> dict[int, Outcome]:
         """The outcomes of the rows that were tried, compared with the digests that the metadata lists."""
@@ -290,8 +299,11 @@ def _resources(config: DownloadConfig) -> Resources:
 
 
 def _longest(config: DownloadConfig) -> float:
-    """Seconds that a shard may take: where slow hosts have much of it, its own deadline ends it, and what came is written."""
-    return config.shard_deadline + LEAST_LIMIT
+    """Seconds that a shard may take: where slow hosts have much of it, its own deadline ends it, and what came is written.
+
+    Before its turn comes it may wait for another that is tried again, as long as for that one's deadline.
+    """
+    return 2 * config.shard_deadline + LEAST_LIMIT
 
 
 class Download(Stage):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks import plan as benchmark
@@ -21,6 +22,7 @@ from pipelines.planning.probe import Probe
 from stages.runner.contract import StageError
 from stages.runner.recipe import load_recipe
 from tests.pipelines.commands.test_comparison import put
+from unidiffuser.encoders import ImageLatents
 
 TINY = ["train.shapes.workers=1", "train.shapes.model.width=16", "train.shapes.model.depth=2", "train.shapes.model.heads=2"]
 
@@ -31,12 +33,25 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 
 
 @pytest.fixture(scope="module")
-def found(demo: Asked) -> dict[str, float]:
-    """What one process measures, in a hurry, but for training steps."""
+def measured(demo: Asked) -> tuple[dict[str, float], list[tuple[int, ...]]]:
+    """What one process measures, in a hurry, but for training steps; and the shapes of the pictures that were encoded."""
+    shapes: list[tuple[int, ...]] = []
+    moments = ImageLatents.moments
+
+    def noted(self: ImageLatents, pixels: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(pixels.shape))
+        return moments(self, pixels)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe, "SECONDS", 0.0)
         patch.setattr(probe, "PICTURES", 2)
-        return Probe(demo.recipe, (), 0, 1, lambda: None).measure(Path("none"))
+        patch.setattr(ImageLatents, "moments", noted)
+        return Probe(demo.recipe, (), 0, 1, lambda: None).measure(Path("none")), shapes
+
+
+@pytest.fixture
+def found(measured: tuple[dict[str, float], list[tuple[int, ...]]]) -> dict[str, float]:
+    return measured[0]
 
 
 @pytest.fixture
@@ -52,10 +67,11 @@ def machine(found: dict[str, float]) -> Machine:
     return Machine(2, 2, 0, 40.0, found | steps | {"around t2i": 0.01, "around i2t": 0.02})
 
 
-def test_every_piece_of_the_demo_is_measured(found: dict[str, float]) -> None:
+def test_every_piece_of_the_demo_is_measured(measured: tuple[dict[str, float], list[tuple[int, ...]]]) -> None:
+    found, shapes = measured
     pieces = {"look", "score", "store", "text", "decode", "vae little-encode", "square large-encode", "torch", "flops"}
     assert pieces <= found.keys() and all(seconds > 0 for seconds in found.values())
-    assert found["vae large-encode"] > found["vae little-encode"]
+    assert [(shape[0], shape[-1]) for shape in shapes] == 2 * [(2, 256)] + 2 * [(2, 512)], "each at its node's size, and one more"
 
 
 def test_more_rows_and_slower_pieces_take_longer(demo: Asked, machine: Machine) -> None:

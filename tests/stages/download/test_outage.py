@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -165,7 +167,7 @@ def test_all_tries_of_a_shard_end_with_its_deadline_and_nobody_ends_it_before(st
     resolver.away = {"a": 99}
     with pytest.raises(SetAside, match=r"in 2 tries; is it"):
         make(Download, store, {"rows": select(store, pages("a", 30))}, **SETTINGS, shard_deadline=30.0)
-    assert Download.phases[0].least_limit(Download.Config(shard_deadline=1000.0)) > 1000.0
+    assert Download.phases[0].least_limit(Download.Config(shard_deadline=1000.0)) > 2000.0
 
 
 def test_the_next_shard_begins_while_the_last_waits_for_slow_hosts(store, select, resolver):
@@ -188,3 +190,17 @@ def test_the_next_shard_begins_while_the_last_waits_for_slow_hosts(store, select
     resolver.slow.set()
     first.join()
     assert ended == [(1, 8), (0, 8)]
+
+
+def test_the_deadline_of_a_shard_that_waits_for_another_begins_with_its_turn(store, select, resolver):
+    shards = select(store, pages("a", 4))
+    config = Download.Config(**SETTINGS, shard_deadline=5.0)
+    fetcher = Fetcher(Job(store, "download", "test", config, {"rows": shards}, {}, {}))
+    ends = []
+    fetcher.download = lambda rows, config, scratch, sink, end, all_begun: ends.append(end - time.monotonic())
+    fetcher.usual = SimpleNamespace(alarm=lambda tally: None, add=lambda tally: None)
+    fetcher.beginning.acquire()
+    threading.Timer(0.5, fetcher.beginning.release).start()
+    with scratch_output(store) as out:
+        fetcher.run(Unit("0", (), {"path": shards.files[0].path}), out)
+    assert 4.6 < ends[0] <= 5.0
