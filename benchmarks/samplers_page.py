@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unidiffuser.solver import SAMPLERS
+from unidiffuser.solver import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS
 
 INK = "#8b949e"
 # The last steps that samplers have.
@@ -28,6 +28,10 @@ marked rows are what `--sampler` takes; the lowest figure of each column is bold
 
 Samplers without fresh noise carry the start's error to the end: the schedule leaves some of the data at its last timestep, and
 they begin with pure noise. So they have a floor, and the others have none.
+
+Where nothing else is said, samples are drawn in {DEFAULT_STEPS} steps of `{DEFAULT_SAMPLER}`. With Stable Diffusion's schedule,
+which is the paper's, it is the nearest to the truth from 20 steps on, and of the trained network of shapes too, which gains
+nothing from 50 steps. With the shapes' schedule `era` is nearer in this world, and with 5 steps most are.
 
 {tables}
 ### With guidance

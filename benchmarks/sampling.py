@@ -56,10 +56,13 @@ class Work:
     def run(self, task: str, steps: int | None = None) -> list:
         """Pictures or captions."""
         if self.side == "ours":
-            settings = {"count": self.count, "batch": self.count, "steps": steps or self.steps, "guidance": self.guidance}
-            if task == "t2i":
-                return [result.image for result in self.model.generate(task, prompts=[PROMPT], mark=False, **settings)]
-            return [result.caption for result in self.model.generate(task, images=[self.picture], **settings)]
+            given: dict[str, Any] = {"prompts": [PROMPT]} if task == "t2i" else {"images": [self.picture]}
+            # The solver that the peer's pipeline has.
+            drawn = self.model.generate(
+                task, count=self.count, batch=self.count, steps=steps or self.steps, guidance=self.guidance, sampler="dpm++2m",
+                mark=False, **given,
+            )  # fmt: skip
+            return [result.image if task == "t2i" else result.caption for result in drawn]
         settings = {"num_inference_steps": steps or self.steps, "guidance_scale": self.guidance + 1}
         if task == "t2i":
             self.model.set_text_to_image_mode()

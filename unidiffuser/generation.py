@@ -19,9 +19,9 @@ from unidiffuser.modalities import all_parts, resized
 from unidiffuser.pictures import Picture, as_pictures
 from unidiffuser.provenance import PROVENANCE
 from unidiffuser.references import Encoders
-from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, sample
+from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, default_sampler, sample
 from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.solver import Callback
+from unidiffuser.solver import DEFAULT_STEPS, Callback
 from unidiffuser.tasks import TASK_NAMES
 from unidiffuser.tensors import NotFinite, read_settings
 from unidiffuser.text_decoder import TextCodec
@@ -47,7 +47,7 @@ def check_request(
     task: str,
     prompts: Sequence[str] | None,
     images: Sequence[Image.Image] | None,
-    sampler: str = "dpm++2m",
+    sampler: str | None = None,
     condition_t: int = 0,
     guidance_interval: tuple[int, int] | None = None,
     guidance: float = 0.0,
@@ -63,6 +63,7 @@ def check_request(
     last = NoiseSchedule().steps
     if task not in TASK_NAMES:
         raise ValueError(f"no task named {task!r}; there are {', '.join(TASK_NAMES)}")
+    sampler = sampler or default_sampler(task)
     if sampler not in SAMPLERS:
         raise ValueError(f"no sampler named {sampler!r}; there are {', '.join(SAMPLERS)}")
     if task in TAKES_PROMPTS and (not prompts or images):
@@ -235,10 +236,10 @@ class UniDiffuser:
         prompts: str | Sequence[str] | None = None,
         images: Picture | Sequence[Picture] | None = None,
         count: int = 1,
-        steps: int = 50,
+        steps: int = DEFAULT_STEPS,
         guidance: float = 7.0,
         seeds: Sequence[int] | None = None,
-        sampler: str = "dpm++2m",
+        sampler: str | None = None,
         condition_t: int = 0,
         guidance_interval: tuple[int, int] | None = None,
         size: int | None = None,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from unidiffuser.guidance import GuidedNoise, check_interval
 from unidiffuser.modalities import Modality, all_parts
 from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.solver import DETERMINISTIC, SAMPLERS, Callback, invert, solve
+from unidiffuser.solver import DEFAULT_DETERMINISTIC, DEFAULT_SAMPLER, DETERMINISTIC, SAMPLERS, Callback, invert, solve
 from unidiffuser.tasks import CHAINS, TASKS, Task, task_named
 from unidiffuser.uvit import UViT
 
-__all__ = ["DETERMINISTIC", "SAMPLERS", "NoiseSource", "Sampler", "sample", "slerp"]
+__all__ = ["DETERMINISTIC", "SAMPLERS", "NoiseSource", "Sampler", "default_sampler", "sample", "slerp"]
 
 
 class NoiseSource:
@@ -45,7 +45,7 @@ class Sampler:
     schedule: NoiseSchedule
     steps: int
     guidance: float = 0.0
-    sampler: str = "dpm++2m"
+    sampler: str = DEFAULT_SAMPLER
     guidance_interval: tuple[int, int] | None = None
     data_type: int | None = None
     callback: Callback | None = None
@@ -152,6 +152,11 @@ class Sampler:
         return [part for modality in self.modalities if modality.name in names for part in modality.parts]
 
 
+def default_sampler(task: str | Task) -> str:
+    """The sampler of a draw that names none."""
+    return DEFAULT_DETERMINISTIC if task == "interpolate" else DEFAULT_SAMPLER
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -161,7 +166,7 @@ def sample(
     steps: int,
     guidance: float,
     seeds: Sequence[int],
-    sampler: str = "dpm++2m",
+    sampler: str | None = None,
     condition: Mapping[str, Tensor] | None = None,
     condition_t: int = 0,
     guidance_interval: tuple[int, int] | None = None,
@@ -180,7 +185,7 @@ def sample(
         steps: network calls a draw.
         guidance: scale s in c + s (c - u); 0 is none, the paper uses 7. (diffusers' pipeline counts from 1.)
         seeds: one a sample. For ``interpolate``, one a frame, of which the first counts.
-        sampler: a name in ``SAMPLERS``; for ``interpolate`` in ``DETERMINISTIC``.
+        sampler: a name in ``SAMPLERS``; for ``interpolate`` in ``DETERMINISTIC``; ``default_sampler`` of the task if None.
         condition: clean given parts, (len(seeds), *shape); for ``interpolate`` the two images, (2, *shape).
         condition_t: noise the condition up to this timestep first, 0 .. 1000: 0 conditions fully, 1000 not at all. Only for a
             task of one draw that is given something: a chain's later draws are given what it drew itself.
@@ -199,7 +204,7 @@ def sample(
         ValueError: an unknown task or sampler, one that does not go with the task, a ``condition_t`` or an interval that means
             nothing, a condition that is missing, unknown or wrongly shaped.
     """
-    condition = dict(condition or {})
+    condition, sampler = dict(condition or {}), sampler or default_sampler(task)
     schedule = schedule or (NoiseSchedule.of(model.config.noise) if isinstance(model, UViT) else NoiseSchedule())
     if not seeds or batch < 1 or rounds < 1:
         raise ValueError(f"give at least one seed, and a batch and rounds of 1 or more, not {len(seeds)}, {batch} and {rounds}")

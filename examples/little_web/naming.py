@@ -133,7 +133,7 @@ def main() -> None:
     drawing.add_argument("folder", type=Path)
     drawing.add_argument("--steps", type=int, default=25)
     drawing.add_argument("--guidance", type=float, default=3.0)
-    drawing.add_argument("--sampler", default="dpm++2m")
+    drawing.add_argument("--sampler", default="dpm++2m-sde")
     scoring = what.add_parser("score", help="compare names with the truth")
     scoring.add_argument("folder", type=Path)
     scoring.add_argument("names", type=Path, nargs="+")

@@ -33,7 +33,7 @@ def sample(
     task: Annotated[str, typer.Option("--task", help="t2i, i2t, joint, i, t, i2t2i, t2i2t, gibbs or interpolate.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What the picture shows (repeatable).")] = None,
     image: Annotated[list[Path] | None, typer.Option("--image", help="Picture of any kind (repeatable).")] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, max=999, help="Network calls a draw.")] = 50,
+    steps: Annotated[int, typer.Option("--steps", min=1, max=999, help="Network calls a draw.")] = 25,
     guidance: Annotated[float, typer.Option("--guidance", min=0, max=100, help="Scale s of c + s (c - u); 0 is none.")] = 7.0,
     seed: Annotated[
         int, typer.Option("--seed", min=0, max=2**63 - 1, help="Seed of the first result; the n-th has seed + n.")
@@ -43,8 +43,12 @@ def sample(
         int, typer.Option("--condition-t", help="Noise on the condition: 0 conditions fully, 1000 not at all.")
     ] = 0,
     sampler: Annotated[
-        str, typer.Option("--sampler", help="dpm++2m, dpm++3m, unipc, ddim, dpm++2m-sde, era or analytic-dpm.")
-    ] = "dpm++2m",
+        str | None,
+        typer.Option(
+            "--sampler",
+            help="dpm++2m-sde (default), dpm++2m (that of interpolate), dpm++3m, unipc, ddim, era or analytic-dpm.",
+        ),
+    ] = None,
     size: Annotated[
         int | None, typer.Option("--size", min=1, max=4096, help="Pixels a side, if not those it was trained for.")
     ] = None,

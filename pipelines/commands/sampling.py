@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import ceil
 from os import SEEK_END
 from pathlib import Path
@@ -38,9 +38,9 @@ PLAIN_EVERY = 10.0
 class Settings:
     """How to draw; goes into every result and every picture. Fields as in `UniDiffuser.generate`."""
 
-    steps: int = 50
+    steps: int = 25
     guidance: float = 7.0
-    sampler: str = "dpm++2m"
+    sampler: str | None = None
     condition_t: int = 0
     guidance_interval: tuple[int, int] | None = None
     size: int | None = None
@@ -91,11 +91,14 @@ def run(request: Request, store: Store, named: Named, out: Path | None, console:
         StageError: the checkpoint is damaged, a public encoder cannot be fetched, a network overflows, or memory is not enough.
     """
     from unidiffuser.generation import DRAWS_IMAGES, UniDiffuser, check_request
+    from unidiffuser.sampling import default_sampler
     from unidiffuser.tensors import NotFinite
 
     quiet_libraries()
     images = [read_image(path) for path in request.images]
-    settings = request.settings
+    settings = replace(request.settings, sampler=request.settings.sampler or default_sampler(request.task))
+    # What is written beside a result names its sampler.
+    request = replace(request, settings=settings)
     try:
         check_request(
             request.task, request.prompts, images, settings.sampler, settings.condition_t, settings.guidance_interval,

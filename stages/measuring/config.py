@@ -34,9 +34,9 @@ class EvaluationConfig(StageConfig):
         "pictures, and `captions` (a list) where each has several; a world of its own has them itself",
     )
     count: int = Field(200, ge=2, description="captions to use, the first of the files")
-    steps: int = Field(20, ge=1, le=999, description="network calls a sample")
+    steps: int = Field(25, ge=1, le=999, description="network calls a sample")
     guidance: float = Field(3.0, ge=0, le=100, description="scale s of c + s * (c - u)")
-    sampler: SamplerName = Field("dpm++2m", description="sampler's name")
+    sampler: SamplerName = Field("dpm++2m-sde", description="sampler's name")
     beams: int = Field(5, ge=1, description="beams of the captions; 1 writes greedily")
     seed: int = Field(0, ge=0, lt=2**62, description="seed of the first sample; the n-th has seed + n")
     judge: str | None = encoder(None, "open_clip model that judges; the one that embeds the model's images when not given")

@@ -13,6 +13,7 @@ from tests.unidiffuser.gaussian import IMAGE_AND_TEXT, GaussianWorld
 from unidiffuser.modalities import Modality, Part, resized
 from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, NoiseSource, sample, slerp
 from unidiffuser.schedule import NoiseSchedule
+from unidiffuser.solver import DEFAULT_SAMPLER
 from unidiffuser.tasks import TASK_NAMES, Task
 from unidiffuser.uvit import UViT, UViTConfig
 
@@ -284,6 +285,13 @@ def test_interpolation_goes_from_image_to_image_along_the_flow(world, sampler, g
         expected = mean[frame] + shrink @ (start - mean[frame])
         found = world.flat({name: out[name][frame : frame + 1] for name in images})[0]
         torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
+
+
+def test_a_draw_that_names_no_sampler_has_the_default_of_its_task(world):
+    parts = {name: part[:2] for name, part in fixed(world, "image")[0].items()}
+    for task, sampler in (("i2t", DEFAULT_SAMPLER), ("interpolate", "dpm++2m")):
+        plain, named = (sample(world, task, IMAGE_AND_TEXT, 2, 5, 0.0, [1, 1], by, parts) for by in (None, sampler))
+        assert all(torch.equal(plain[name], named[name]) for name in plain)
 
 
 def test_slerp_keeps_the_norm_of_unit_vectors_and_its_ends():

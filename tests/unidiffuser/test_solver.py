@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from math import floor, log
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from tests.unidiffuser.gaussian import IMAGE_AND_TEXT, GaussianWorld
 from unidiffuser import era
 from unidiffuser.analytic import optimal_variance
 from unidiffuser.modalities import all_parts
-from unidiffuser.sampling import DETERMINISTIC, sample
+from unidiffuser.sampling import DETERMINISTIC, SAMPLERS, sample
 from unidiffuser.schedule import NoiseSchedule
-from unidiffuser.solver import solve
+from unidiffuser.solver import DEFAULT_SAMPLER, DEFAULT_STEPS, solve
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +198,9 @@ def test_era_is_its_formula_written_out(world):
             x = then.sqrt() * (x - (1 - now).sqrt() * noise) / now.sqrt() + (1 - then).sqrt() * noise
         torch.testing.assert_close(found[row : row + 1], x, atol=1e-3, rtol=1e-3)
         assert len(used) > 1
+
+
+def test_the_default_is_what_the_table_says():
+    rows = json.loads(Path("docs/results/samplers.json").read_text())["details"]["gaussian"]["Stable Diffusion's"]
+    taken = {row["sampler"]: row["error"][str(DEFAULT_STEPS)] for row in rows if row["last step"] in ("first order", "its own")}
+    assert min(taken, key=taken.get) == DEFAULT_SAMPLER and taken.keys() == SAMPLERS.keys()

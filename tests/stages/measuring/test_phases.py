@@ -81,7 +81,7 @@ def test_all_measures_share_what_is_drawn_and_an_interrupted_evaluation_ends_wit
     assert [figure["name"] for figure in report["figures"]] == FIGURES
     assert whole.manifest.summary["figures"] == report["figures"]
     assert report["checkpoint"] == inputs["checkpoint"].manifest.fingerprint and report["prompts"] == 8
-    assert report["sampling"] == {"sampler": "dpm++2m", "steps": 1, "guidance": 1.0, "beams": 1}
+    assert report["sampling"] == {"sampler": "dpm++2m-sde", "steps": 1, "guidance": 1.0, "beams": 1}
     for name in ("sample-sheet.png", "loss-curve.png", "shapes-samples.png"):
         with whole.open(whole.file(name)) as file:
             assert min(Image.open(file).size) > 200
