@@ -14,7 +14,7 @@ two embeddings have a cosine of 0.9997 or more at 256 px and of 0.9999 or more a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
@@ -27,7 +27,19 @@ from pydantic import Field
 
 from infra.scratch import scratch_folder
 from stages.encode.square import Squared, Squaring
-from stages.runner.contract import Job, NodeConfig, Output, Phase, Records, Resources, Stage, Unit, UnitRecord, operational
+from stages.runner.contract import (
+    Job,
+    NodeConfig,
+    Output,
+    Phase,
+    Records,
+    Resources,
+    Stage,
+    StageError,
+    Unit,
+    UnitRecord,
+    operational,
+)  # fmt: skip
 from stages.runner.recipe import encoder
 from stages.runner.skipping import skipped_shards
 from stages.shards.box import boxed
@@ -65,13 +77,22 @@ class EncodeConfig(NodeConfig):
         """Side of the latents; None where the autoencoder is a public name other than the published model's.
 
         Raises:
-            FileNotFoundError: there is no autoencoder. ValueError: its config.json is damaged.
+            StageError: there is no autoencoder, or its config.json is damaged.
         """
+        return None if (reduction := self.reduction) is None else self.size // reduction
+
+    @property
+    def reduction(self) -> int | None:
+        """Pixels of a side that are one number of the latents; None and errors as of `latent_side`."""
         if (folder := local_folder(self.vae, "vae")) is None:
-            return self.size // PUBLISHED_REDUCTION if public_name(self.vae)[0] == Encoders.vae else None
+            return PUBLISHED_REDUCTION if public_name(self.vae)[0] == Encoders.vae else None
+        try:
+            levels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("block_out_channels")
+        except (OSError, ValueError) as error:
+            told = " ".join(str(error).split())
+            raise StageError(f"vae: {self.vae}/config.json cannot be read: {told}; fetch it again") from None
         # Every level but the last halves the side.
-        levels = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("block_out_channels")
-        return None if levels is None else self.size // 2 ** (len(levels) - 1)
+        return None if levels is None else 2 ** (len(levels) - 1)
 
 
 class Encoder:
@@ -90,6 +111,7 @@ class Encoder:
         half = config.precision == "bf16" or (config.precision == "auto" and self.device == "cuda")
         dtype = torch.bfloat16 if half else torch.float32
         self.vae = ImageLatents.load(config.vae, self.device, dtype)
+        self.vae.latent_shape(config.size)
         self.text = ClipEncoder.load(config.text, self.device, dtype)
         self.clip: ClipEncoder | None = None
         if not passed_on(job):
@@ -263,6 +285,12 @@ class Encode(Stage):
             "clip": weights_digest(config.clip, "clip"),
             "text": weights_digest(config.text, "clip"),
         }
+
+    @classmethod
+    def check(cls, config: EncodeConfig, sources: Mapping[str, str], lists: Mapping[str, Mapping[str, str]]) -> None:
+        # What is left over would be lost at two sides, and pictures come back smaller.
+        if (reduction := config.reduction) is not None and config.size % reduction:
+            raise StageError(f"size {config.size}: vae {config.vae} needs a multiple of {reduction} pixels")
 
     @classmethod
     def bytes_needed(cls, job: Job) -> int:

@@ -62,9 +62,6 @@ def test_a_patch_that_does_not_divide_the_latents_is_refused(planning: Planning,
         "train-a: model.patch 3 does not divide the 4 x 4 latents of mine (subsets.mine.encode.size 256, vae embedded); set it "
         "to one of 1, 2, 4"
     )
-    assert planning.refused({"a": stage()}, mine={"size": 32}) == (
-        "train-a: data: mine would have latents without a number (subsets.mine.encode.size 32, vae embedded); raise the size"
-    )
     own = tmp_path / "vae"
     own.mkdir()
     (own / "config.json").write_text(json.dumps({"block_out_channels": [8, 8, 8]}))
@@ -74,9 +71,20 @@ def test_a_patch_that_does_not_divide_the_latents_is_refused(planning: Planning,
     public = {"size": 264, "vae": "stabilityai/sd-vae-ft-mse"}
     assert "divide the 33 x 33 latents of mine" in planning.refused({"a": stage()}, mine=public)
     planning({"a": stage()}, mine={"size": 264, "vae": f"some/other@{'0' * 40}"})
+
+
+def test_a_size_that_an_autoencoder_would_cut_is_refused(planning: Planning, tmp_path: Path) -> None:
+    for size in (32, 260):
+        assert planning.refused({"a": stage()}, mine={"size": size}) == (
+            f"mine-encode: size {size}: vae embedded needs a multiple of 64 pixels"
+        )
+    public = {"size": 260, "vae": "stabilityai/sd-vae-ft-mse"}
+    assert planning.refused({"a": stage()}, mine=public).endswith("sd-vae-ft-mse needs a multiple of 8 pixels")
+    own = tmp_path / "vae"
+    own.mkdir()
     (own / "config.json").write_text("{")
     damaged = planning.refused({"a": stage()}, mine={"vae": str(own)})
-    assert damaged.startswith(f"train-a: subsets.mine.encode.vae: {own}/config.json cannot be read: Expecting property name")
+    assert damaged.startswith(f"mine-encode: vae: {own}/config.json cannot be read: Expecting property name")
 
 
 def test_the_latents_of_a_world_have_a_size_too(tmp_path: Path) -> None:
