@@ -86,7 +86,7 @@ def test_text_to_image_gives_the_same_picture(model, pipeline):
     kind = 1 if model.uvit.config.data_type_token else None  # the pipeline's own default
     schedule = NoiseSchedule.of(model.uvit.config.noise)
     ours = sample(
-        FromZero(model.uvit, "image"), "t2i", modalities, 2, steps, 0.0, seeds, condition=condition, data_type=kind,
+        FromZero(model.uvit, "image"), "t2i", modalities, 2, steps, 0.0, seeds, "dpm++2m", condition, data_type=kind,
         schedule=schedule,
     )  # fmt: skip
     latent = ours["latent"] / model.vae.scaling_factor
