@@ -46,7 +46,8 @@ def sample(
         str | None,
         typer.Option(
             "--sampler",
-            help="dpm++2m-sde (default), dpm++2m (that of interpolate), dpm++3m, unipc, ddim, era or analytic-dpm.",
+            help="dpm++2m-sde, dpm++2m, dpm++3m, unipc, ddim, era or analytic-dpm. "
+            "If not given the first, for interpolate the second.",
         ),
     ] = None,
     size: Annotated[

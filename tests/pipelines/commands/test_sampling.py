@@ -25,6 +25,7 @@ from tests.stages.committed import dataset_of
 from tests.unidiffuser.test_generation import export, noise_image  # noqa: F401
 from unidiffuser.layouts import set_layout
 from unidiffuser.references import weights_digest
+from unidiffuser.sampling import default_sampler
 from unidiffuser.solver import SAMPLERS
 from unidiffuser.weights import load_native
 
@@ -33,7 +34,8 @@ PROMPT = "a small panda"
 
 def test_the_help_names_every_sampler() -> None:
     options = {option.name: option for option in get_command(app).commands["sample"].params}  # type: ignore[attr-defined]
-    assert set(re.split(r", | or ", options["sampler"].help.rstrip("."))) == set(SAMPLERS)
+    named = re.split(r", | or ", options["sampler"].help.split(". ")[0])
+    assert set(named) == set(SAMPLERS) and named[:2] == [default_sampler("t2i"), default_sampler("interpolate")]
 
 
 @pytest.fixture
