@@ -113,6 +113,7 @@ def main(
     count: Annotated[int | None, typer.Option(min=2, help="Captions; 200 if not given.")] = None,
     samples: Annotated[int, typer.Option(min=2, help="Samples without an input, of --scenes.")] = 2000,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance where it does not change; 3 if not given.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler where it does not change; the default if not given.")] = None,
     store: Annotated[str, typer.Option(help="Folder of the datasets.")] = "runs",
     out: Annotated[Path, typer.Option(help="Folder of the pages.")] = RESULTS,
 ) -> None:
@@ -121,7 +122,7 @@ def main(
     if unknown := set(kinds) - set(CURVES):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(CURVES)}", param_hint="--kind")
     words = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    settings = {"prompts": prompts and prompts.resolve(), "count": count, "guidance": guidance, "beams": 1}
+    settings = {"prompts": prompts and prompts.resolve(), "count": count, "guidance": guidance, "sampler": sampler, "beams": 1}
     features = "scenes" if scenes else "clip"
     own = {"samplers": {"samples": samples}}
     measures = [{"kind": each, "features": features, **own.get(each, {})} for each in kinds]

@@ -77,6 +77,7 @@ def draw_sheet(job: Job, files: list[FileEntry], path: str) -> None:
         seeds = range(SEED, SEED + settings.count)
         return model.generate(
             task, seeds=seeds, steps=settings.steps, guidance=settings.guidance, batch=settings.count, beams=1,
+            sampler="dpm++2m",  # of few steps it makes the better pictures
             data_type=kind if isinstance(kind, int) else None, mark=False, **wanted,
         )  # fmt: skip
 
