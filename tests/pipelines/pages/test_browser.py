@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 
@@ -144,7 +145,8 @@ def submit(page: Any, fill: Callable[[], None]) -> str:
     page.get_by_text("Min Side (Optional)").wait_for()
     fill()
     page.get_by_role("button", name="Submit").click()
-    page.get_by_role("link", name="View run").click()
+    # The notice with the link goes by itself, on a busy machine before it could be clicked.
+    page.goto(urljoin(page.url, page.get_by_role("link", name="View run").get_attribute("href")))
     return run_of(page)
 
 
