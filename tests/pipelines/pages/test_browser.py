@@ -313,12 +313,14 @@ def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: An
     assert run_of(page) == alone
 
 
-def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str) -> None:
+def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str, web: Web) -> None:
+    # A job that waits for the web, so that it does not end before the cancel comes.
+    web.answering.clear()
     run = start_by_form(page, world, lambda: change(page, "128", "300"))
-    planned = plan(load_recipe(world.recipe, [world.hosts, "subsets.little.select.min_side=300"]), world.store)["little-select"]
+    planned = plan(load_recipe(world.recipe, [world.hosts, "subsets.little.select.min_side=300"]), world.store)["little-download"]
     ray = recorded("ray", Path(world.store.root, ".state"))
     assert ray is not None
-    jobs, job = RayJobs(ray.address, ray.token), f"little-select-{planned.fingerprint}-1"
+    jobs, job = RayJobs(ray.address, ray.token), f"little-download-{planned.fingerprint}-1"
     deadline = time.monotonic() + 120
     while jobs.statuses().get(job) != "RUNNING":
         assert time.monotonic() < deadline, "the job never ran"
@@ -328,3 +330,4 @@ def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str) -> None:
     assert world.end(run) == "Cancelled"
     page.get_by_text("Cancelled", exact=True).first.wait_for()
     assert jobs.statuses()[job] == "STOPPED"
+    web.answering.set()
