@@ -314,10 +314,10 @@ def test_a_nodes_run_feeds_a_copy_of_a_whole_run_with_one_field_changed(page: An
 
 
 def test_cancel_stops_the_ray_job(page: Any, world: World, failed: str, web: Web) -> None:
-    # A job that waits for the web, so that it does not end before the cancel comes.
+    # A job that waits for the web, so that it does not end before the cancel comes; for rows that no run has had yet.
     web.answering.clear()
-    run = start_by_form(page, world, lambda: change(page, "128", "300"))
-    planned = plan(load_recipe(world.recipe, [world.hosts, "subsets.little.select.min_side=300"]), world.store)["little-download"]
+    run = start_by_form(page, world, lambda: change(page, "128", "640"))
+    planned = plan(load_recipe(world.recipe, [world.hosts, "subsets.little.select.min_side=640"]), world.store)["little-download"]
     ray = recorded("ray", Path(world.store.root, ".state"))
     assert ray is not None
     jobs, job = RayJobs(ray.address, ray.token), f"little-download-{planned.fingerprint}-1"
