@@ -65,7 +65,7 @@ SAMPLERS: dict[str, Maker] = {
 # `invert`.
 STOCHASTIC = ("dpm++2m-sde", "analytic-dpm")
 DETERMINISTIC = tuple(name for name in SAMPLERS if name not in STOCHASTIC)
-# Of all, the nearest to the truth from 20 steps on, and more steps gain little: docs/results/samplers.md. What goes back to the
+# With the paper's schedule the nearest of all to known truth from 20 steps on: docs/results/samplers.md. What goes back to the
 # noise of a picture takes the other, which adds none.
 DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_DETERMINISTIC = "dpm++2m-sde", 25, "dpm++2m"
 

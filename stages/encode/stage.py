@@ -39,7 +39,7 @@ from stages.runner.contract import (
     Unit,
     UnitRecord,
     operational,
-)  # fmt: skip
+)
 from stages.runner.recipe import encoder
 from stages.runner.skipping import skipped_shards
 from stages.shards.box import boxed
@@ -77,7 +77,7 @@ class EncodeConfig(NodeConfig):
         """Side of the latents; None where the autoencoder is a public name other than the published model's.
 
         Raises:
-            StageError: there is no autoencoder, or its config.json is damaged.
+            FileNotFoundError: there is no autoencoder. StageError: its config.json cannot be read.
         """
         return None if (reduction := self.reduction) is None else self.size // reduction
 
