@@ -9,13 +9,14 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from pydantic import ValidationError
 
 from tests.training.gang import ROOT
 from tests.training.synthetic import KeepIn, config
-from training.gang.attempt import Lost, _how_it_ended
+from training.gang.attempt import Attempt, Lost, _how_it_ended
 from training.gang.signs import Sign
 from training.gang.silence import STILL_TIMES, Silence
 from training.job import Outcome, TrainingError
@@ -78,6 +79,19 @@ def test_the_end_of_a_worker_is_told_by_what_it_left() -> None:
     assert _how_it_ended("", None).startswith("was killed (SIGKILL")
     assert "low on memory" in _how_it_ended("", RuntimeError("Memory on the node was low on memory"))
     assert "node" in _how_it_ended(None, None)
+
+
+def test_the_step_of_a_loss_is_that_of_the_newest_row_where_no_sign_has_come_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many short steps may pass between two signs of life: the driver has their rows already."""
+    attempt = object.__new__(Attempt)
+    attempt.newest_row, attempt.board = 0, MagicMock()
+    heard = {0: (sign(0, 20), 1.0), 1: (sign(1), 1.0)}
+    monkeypatch.setattr("ray.get", lambda read: ([{"step": 19}, {"step": 20}], heard))
+    attempt._read(lambda row: None, False)
+    assert attempt.step == 20
+    heard.update({0: (sign(0, 24), 2.0), 1: (sign(1, 23), 2.0)})
+    attempt._read(lambda row: None, False)
+    assert attempt.step == 23
 
 
 class Cluster:

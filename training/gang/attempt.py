@@ -106,6 +106,7 @@ class Attempt:
         self.board = new_board()
         self.silence = Silence(job.config.silent_after)
         self.heard: Heard = {}
+        self.newest_row = 0
         self.verdict: str | None = None
         self.no_answer: frozenset[str] = frozenset()
         self.given_up: set[int] = set()
@@ -144,8 +145,9 @@ class Attempt:
 
     @property
     def step(self) -> int:
-        """Steps that all ranks have told of as done, 0 before the first of this group."""
-        return min((sign.step for sign, _ in self.heard.values()), default=0)
+        """Steps that all ranks have done, as far as is known; 0 before the first of this group."""
+        # A row tells of a step of all ranks, and may come before the next sign of any.
+        return max(self.newest_row, min((sign.step for sign, _ in self.heard.values()), default=0))
 
     @property
     def termed(self) -> list[Sign]:
@@ -188,6 +190,7 @@ class Attempt:
     def _read(self, on_row: Callable[[Row], None], stop: bool) -> None:
         rows, self.heard = ray.get(self.board.read.remote(stop))
         for row in rows:
+            self.newest_row = row["step"]
             on_row(row)
 
     def _signs(self) -> list[Sign]:
