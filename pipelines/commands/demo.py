@@ -25,6 +25,8 @@ FROM_SCRATCH = (
     *(f"train.{name}.optimizer.{field}=2.0e-3" for name in (256, 512) for field in ("lr", "rest.lr")),
     "train.256.weights=null",
     "train.256.steps=1100",
+    "train.512.steps=600",
+    "train.512.schedule.decay_steps=600",
 )
 
 
