@@ -11,8 +11,9 @@ fp32, master weights, moving average and each tensor that the optimizer keeps (A
     a block   T d times 16 of its activations, 19 where it merges a skip, or 1 where they are computed again; of the one at work,
               all of them, and 8 of their gradients
 
-It is the least: measured on a CPU, where freed memory is kept in pieces, training takes up to a third more
-(`tests/training/test_footprint.py`), and CUDA and its libraries come on top.
+That is what tensors hold, up to a third more (`tests/training/test_footprint.py`): a step's own memory and activations are not at
+their most at once, and one worker alone needs no buckets under ZeRO 1. A process takes more than its tensors hold. On a CPU freed
+memory is kept in pieces, and CUDA and its libraries come on top.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def _memory(plan: Mapping[str, Any]) -> Iterator[Block]:
         for found in each.get("memory", ())
     ]
     if rows:
-        lines = ["* is the recipe's, ! does not fit. It is the least; the most at once are samples that a GPU has room for."]
+        lines = ["* is the recipe's, ! does not fit: what tensors hold; the most at once are samples that a GPU has room for."]
         yield Block("Memory of a GPU", head, rows, lines, frozenset({"node"}))
         sizes = [
             f"{each['node']}: {', '.join(f'{count} {size(found)}' for count, found in each['memory_by_micro_batch'].items())}"

@@ -24,17 +24,19 @@ def measured(folder: Path, **changes: Any) -> tuple[int, TrainConfig]:
 
 
 SMALL, LARGE = ({"width": width, "depth": 6, "heads": 4} for width in (256, 512))
+# So that activations take most of it.
+MANY = {"global_batch": 32}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": SMALL},
+        {"model": SMALL, **MANY},
         *(
             pytest.param(changes, marks=pytest.mark.trainer)
             for changes in (
-                {"model": {**SMALL, "activation_checkpointing": 1}},
-                {"model": {**SMALL, "activation_checkpointing": 2}},
+                {"model": {**SMALL, "activation_checkpointing": 1}, **MANY},
+                {"model": {**SMALL, "activation_checkpointing": 2}, **MANY},
                 {"model": LARGE, "micro_batch": 1, "zero_stage": 0},
                 {"model": LARGE, "micro_batch": 1, "zero_stage": 1},
                 {"model": LARGE, "micro_batch": 1, "zero_stage": 2},
@@ -44,9 +46,9 @@ SMALL, LARGE = ({"width": width, "depth": 6, "heads": 4} for width in (256, 512)
     ],
     ids=lambda changes: " ".join(f"{name}={value}" for name, value in {**changes, **changes["model"]}.items() if name != "model"),
 )
-def test_the_estimate_is_the_least_that_is_taken_and_near_it(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_estimate_is_what_is_held_and_at_most_a_third_more(tmp_path: Path, changes: dict[str, Any]) -> None:
     took, settings = measured(tmp_path, **changes)
-    assert 0.75 * took < footprint(settings, half=False, tokens=TOKENS).device < 1.05 * took
+    assert 0.95 * took < footprint(settings, half=False, tokens=TOKENS).device < 1.33 * took
 
 
 @pytest.mark.parametrize(
