@@ -101,6 +101,7 @@ class Cluster:
         self.cpus, self.ends, self.workers = cpus, ends, []
         monkeypatch.setattr("training.launch.total", lambda kind, machines: self.next() if kind == "CPU" else 0.0)
         monkeypatch.setattr("training.launch.may_come", lambda kind, machines: 0.0)
+        monkeypatch.setattr("training.launch.missing", lambda machines: None)
         monkeypatch.setattr("ray.nodes", lambda: [])
         monkeypatch.setattr("training.launch.Attempt", self.attempt)
 
