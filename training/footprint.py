@@ -132,7 +132,7 @@ def too_much(config: TrainConfig, found: Footprint, have: int, whose: str) -> st
     parts += [f"buckets {_gib(found.buckets)}"] if found.buckets else []
     at_once = 1 if config.micro_batch == "auto" else config.worker_micro_batch
     parts += [f"activations of {at_once} samples at once {_gib(found.activations)}"] if found.activations else []
-    takes = f"it takes {_gib(found.device)} GiB at least ({', '.join(parts)}), {whose} {_gib(have)}"
+    takes = f"it takes {_gib(found.device)} GiB ({', '.join(parts)}), {whose} {_gib(have)}"
     if found.activations and found.model + found.buckets < have:
         smaller = "" if at_once == 1 else f"lower micro_batch (now {config.micro_batch or 'all'}), or "
         return f"{takes}; {smaller}set model.activation_checkpointing: 1"

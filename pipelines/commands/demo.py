@@ -24,6 +24,7 @@ FROM_SCRATCH = (
     *(f"train.{name}.model.position_side=null" for name in (256, 512)),
     *(f"train.{name}.optimizer.{field}=2.0e-3" for name in (256, 512) for field in ("lr", "rest.lr")),
     "train.256.weights=null",
+    *(f"train.{name}.{field}" for name in (256, 512) for field in ("checkpoint_every=150", "validation.every=100")),
     "train.256.steps=1100",
     "train.512.steps=600",
     "train.512.schedule.decay_steps=600",

@@ -176,7 +176,7 @@ def test_a_model_that_no_worker_can_hold_is_refused(tmp_path: Path, say) -> None
     activations = 336 * 24000 * 4 * (51 * 16 + 50 * 19 + 13) / 2**30
     assert code == 1 and space.startswith("error: train-huge: needs about ")
     assert memory.startswith(
-        f"error: train-huge: it takes {model + activations + 4 * 5e8 / 2**30:.1f} GiB at least (weights, gradients and optimizer "
+        f"error: train-huge: it takes {model + activations + 4 * 5e8 / 2**30:.1f} GiB (weights, gradients and optimizer "
         f"{model:.1f}, buckets 1.9, activations of 1 samples at once {activations:.1f}), the machine here has "
     )
     assert memory.endswith("; raise zero_stage and workers, set zero.offload_optimizer, or lower model.width or model.depth")
