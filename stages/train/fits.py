@@ -13,11 +13,14 @@ from infra.dataset import Dataset
 from stages.runner.contract import Job
 from training.begin import Kept
 from training.latents import LatentSpec
+from training.optimizers.choice import kind_that_keeps
 
 # Of the model, what decides the shapes of its weights.
 SHAPE = ("width", "depth", "heads", "patch", "data_type_token")
 
-
+MODEL_FILE, STATE_FILE, ADAPTERS_FILE = "config.json", "trainer.json", "adapter_config.json"
+# Files of a checkpoint that tell what it was trained with; the last one where it was adapters.
+TELLING = (MODEL_FILE, STATE_FILE, ADAPTERS_FILE)
 SAME = "write the same, or leave `from` out"
 MERGED = "export it, which merges the adapters, and name the export in `weights`"
 
@@ -49,6 +52,8 @@ def other_network(old: Mapping[str, Any], new: Mapping[str, Any]) -> Other | Non
         return Other("a training of adapters", "lora: None -> a mapping", "export it, and name the export in `weights`")
     if before["rank"] != after["rank"]:
         return Other("adapters of another rank", f"lora.rank: {before['rank']} -> {after['rank']}", MERGED)
+    if before["alpha"] != after["alpha"]:
+        return Other("adapters of another alpha", f"lora.alpha: {before['alpha']} -> {after['alpha']}", MERGED)
     if {*before["targets"]} != {*after["targets"]}:
         change = f"lora.targets: {', '.join(before['targets'])} -> {', '.join(after['targets'])}"
         return Other("adapters of other layers", change, MERGED)
@@ -61,6 +66,24 @@ def other_optimizer(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | Non
     if was != now:
         return f"optimizer.kind: {was!r} -> {now!r}"
     return "lora: a mapping -> None" if old.get("lora") is not None and new["lora"] is None else None
+
+
+def told_by(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the files of a checkpoint tell of its training's configuration, of which the rest is unknown.
+
+    Args:
+        files: content of `TELLING` by name.
+    """
+    model, adapters = files[MODEL_FILE], files.get(ADAPTERS_FILE)
+    parts = [part for modality in model["modalities"] for part in modality["parts"]]
+    patch = next((part["patch"] for part in parts if _is_grid(part["shape"])), None)
+    return {
+        "model": {name: patch if name == "patch" else model[name] for name in SHAPE},
+        "optimizer": {"kind": kind_that_keeps(files[STATE_FILE]["optimizer"])},
+        "lora": adapters and {
+            "rank": adapters["r"], "alpha": adapters["lora_alpha"], "targets": adapters["target_modules"]
+        },
+    }  # fmt: skip
 
 
 def other_parts(job: Job, read: Callable[[], Mapping[str, Any]]) -> str | None:
@@ -85,7 +108,11 @@ def other_parts(job: Job, read: Callable[[], Mapping[str, Any]]) -> str | None:
 
 def _fixed(shape: Collection[int]) -> tuple[int, ...]:
     """Of a grid, whose sides may differ, the channels."""
-    return tuple(shape)[:1] if len(shape) == 3 else tuple(shape)
+    return tuple(shape)[:1] if _is_grid(shape) else tuple(shape)
+
+
+def _is_grid(shape: Collection[int]) -> bool:
+    return len(shape) == 3
 
 
 def _spec(dataset: Dataset) -> LatentSpec | None:

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, cast
 from pydantic import ConfigDict, Field, field_validator
 
 from infra.dataset import Dataset, find
-from infra.queries import opened
+from infra.queries import file_name, opened, unmarked
 from infra.store import StoreError
 from stages.runner.chain import unit_key
 from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
@@ -32,13 +32,14 @@ from stages.runner.graph import Planned, changed_fields
 from stages.runner.keys import outside_digests
 from stages.runner.ledger import DamagedStep, Entry, Head, Ledger, Parent, Start
 from stages.runner.recipe import DATASET
-from stages.train.fits import other_network, other_optimizer, other_parts, why_not
+from stages.train.fits import MODEL_FILE, STATE_FILE, TELLING, other_network, other_optimizer, other_parts, told_by, why_not
 from training.begin import ALL, Kept, counts_on
 from training.config import Section
 
 # Fields that say how far a training goes, not what it is.
 LENGTH = frozenset({"steps", "growth_steps"})
-ORDER_FILE, MODEL_FILE = "order.json", "config.json"
+ORDER_FILE = "order.json"
+WROTE = "name the folder of a checkpoint that a training wrote"
 ORDER_STAYS = "from: the order cannot go on: {}; leave order out of keep"
 
 
@@ -106,7 +107,7 @@ def begins(stage: type[Stage], job: Job, planned: Planned, ledger: Ledger) -> St
             step = "step" if origin.step == "newest" else f"step {origin.step}"
             raise StageError(f"{job.node}: from: no {'whole ' if ledger.damaged else ''}{step} of it is there; {_those(head)}")
         changed, old = _changes(stage, job, planned, found), found.entry.config
-        parent = _parent(job, planned, found.entry.key, found.step, planned.name, found.record, changed, old)
+        parent = _parent(job, planned, found.entry.key, found.step, planned.name, found.record, changed, old=old)
         return Start(parent, found.entry.root)
     if head is not None and not planned.generation:
         raise StageError(_refusal(stage, job, planned, head))
@@ -189,10 +190,17 @@ def _elsewhere(job: Job, planned: Planned, ledger: Ledger) -> Parent:
     """The step of another run that is named; in place of its last, if that is damaged, the newest one before it that is whole."""
     origin: Origin = job.config.origin
     if origin.folder is not None:
-        state = outside(planned.sources, "trainer.json")
-        if origin.step not in ("newest", state["step"]):
-            raise StageError(f"{job.node}: from: {origin.folder} is a checkpoint of step {state['step']}, not {origin.step}")
-        return _parent(job, planned, "", state["step"], origin.folder)
+        names = {file_name(address) for address in planned.sources}
+        told = {name: outside(job, planned.sources, name) for name in TELLING if name in names}
+        try:
+            step: int = told[STATE_FILE]["step"]
+            trained = told_by(told)
+        except KeyError as error:
+            # One that gets out says that an input is not made yet.
+            raise StageError(f"{job.node}: from: {origin.folder}: its JSON files tell no {error.args[0]}; {WROTE}") from None
+        if origin.step not in ("newest", step):
+            raise StageError(f"{job.node}: from: {origin.folder} is a checkpoint of step {step}, not {origin.step}")
+        return _parent(job, planned, "", step, origin.folder, old=trained)
     dataset: Dataset = job.inputs["init"]
     chain, _, last = dataset.files[0].unit.rpartition("-")
     there = ledger.whole(job, chain)
@@ -202,11 +210,11 @@ def _elsewhere(job: Job, planned: Planned, ledger: Ledger) -> Parent:
         step = max((before for before in there if before < step), default=step)
     if (record := there.get(step)) is None:
         why = "damaged; name another with `step`" if damaged else "not there"
-        told = ", ".join(map(str, there)) or "none"
-        raise StageError(f"{job.node}: from: step {step} of {origin.run} is {why}; those that are: {told}")
+        those = ", ".join(map(str, there)) or "none"
+        raise StageError(f"{job.node}: from: step {step} of {origin.run} is {why}; those that are: {those}")
     old = dataset.manifest.config
     changed = changed_fields(old, job.config, LENGTH)
-    return _parent(job, planned, chain, step, dataset.manifest.node, record, changed, old)
+    return _parent(job, planned, chain, step, dataset.manifest.node, record, changed, old=old)
 
 
 def _parent(
@@ -217,21 +225,22 @@ def _parent(
     node: str,
     record: UnitRecord | None = None,
     changed: Sequence[str] = (),
-    old: Mapping[str, Any] | None = None,
+    *,
+    old: Mapping[str, Any],
 ) -> Parent:
     """The step to begin from, once it is clear that what is kept of it can go on.
 
     Args:
         record: of the step, unless that is a folder's.
-        old: the configuration of its training, where that is known.
+        old: the configuration of its training, as far as that is known.
     """
     keep = job.config.origin.keep
-    order = order_of(job.store, record) if record is not None else outside(planned.sources, ORDER_FILE)
-    if old is not None and (why := why_not(old, result_fields(job.config), keep)) is not None:
+    order = order_of(job.store, record) if record is not None else outside(job, planned.sources, ORDER_FILE)
+    if (why := why_not(old, result_fields(job.config), keep)) is not None:
         raise StageError(f"{job.node}: {why}")
 
     def model() -> dict[str, Any]:
-        return model_of(job.store, record) if record is not None else outside(planned.sources, MODEL_FILE)
+        return model_of(job.store, record) if record is not None else outside(job, planned.sources, MODEL_FILE)
 
     if (why := other_parts(job, model)) is not None:
         raise StageError(f"{job.node}: from: {why}")
@@ -325,11 +334,14 @@ def _json_of(store: Any, record: UnitRecord, name: str) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(data))
 
 
-def outside(sources: Iterable[str], name: str) -> dict[str, Any]:
-    """A JSON file of the folder that is named."""
-    address = next(address for address in sources if address.rsplit("/", 1)[-1] == name)
+def outside(job: Job, sources: Iterable[str], name: str) -> dict[str, Any]:
+    """A JSON file of the folder that is named. Raises StageError where it holds no JSON."""
+    address = next(address for address in sources if file_name(address) == name)
     with opened(address) as file:
-        return cast(dict[str, Any], json.loads(file.read()))
+        try:
+            return cast(dict[str, Any], json.loads(file.read()))
+        except ValueError as error:
+            raise StageError(f"{job.node}: from: {unmarked(address)} is damaged ({error}); {WROTE}") from None
 
 
 def _other_order(job: Job, planned: Planned, before: Mapping[str, Any]) -> list[str]:

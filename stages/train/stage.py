@@ -32,9 +32,10 @@ from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.before import by_subset, check_origin, check_sizes
 from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
+from stages.train.fits import MODEL_FILE, STATE_FILE
 from stages.train.foreign import Start, check_data, check_network, files_of, is_lone_file
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
-from stages.train.origin import LENGTH, ORDER_FILE, Origin, arrived, begins, end, fork, order_of, outside, root_of, shards
+from stages.train.origin import LENGTH, ORDER_FILE, WROTE, Origin, arrived, begins, end, fork, order_of, outside, root_of, shards
 from stages.train.preview import PreviewConfig, Previews
 from stages.train.trackers import Name, not_installed
 from stages.train.tracking import Tracking
@@ -54,7 +55,7 @@ COLUMNS = (*SCORES, "width", "height")
 PROFILES = ".state/profiles"
 OF_WEIGHTS = "weights alone, in any layout, are named in `weights` in place of `from`"
 # Files without which a folder is no checkpoint to begin from.
-NEEDED = frozenset({"config.json", "history.jsonl", "trainer.json", ORDER_FILE})
+NEEDED = frozenset({MODEL_FILE, "history.jsonl", STATE_FILE, ORDER_FILE})
 
 
 class TrainStageConfig(TrainConfig):
@@ -126,7 +127,7 @@ def _begin(chain: Chain, folder: str) -> tuple[Callable[[], str] | None, list[st
     if parent is None:
         return None, []
     if not parent.chain:
-        before = outside(job.sources, ORDER_FILE)["shards"] if "order" in parent.keep else []
+        before = outside(job, job.sources, ORDER_FILE)["shards"] if "order" in parent.keep else []
         return Outside(dict(job.sources), f"{folder}/init"), before
     record = job.unit_done(parent.unit)
     if record is None:
@@ -281,10 +282,7 @@ class Train(Stage):
         names = {address.rsplit("/", 1)[-1] for address in sources}
         missing = sorted(NEEDED - names) or ([] if any(name.startswith("share-") for name in names) else ["share"])
         if config.origin is not None and sources and missing:
-            raise StageError(
-                f"from: {config.origin.folder} has no {missing[0]}; name the folder of a checkpoint that a training wrote; "
-                f"{OF_WEIGHTS}"
-            )
+            raise StageError(f"from: {config.origin.folder} has no {missing[0]}; {WROTE}; {OF_WEIGHTS}")
         if config.evaluate.every:
             check_beside(config.evaluate)
         if (line := not_installed(config.track)) is not None:

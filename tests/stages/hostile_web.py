@@ -287,7 +287,8 @@ def served(server: Server) -> Iterator[str]:
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     try:
-        yield f"{server.server_address[0]}:{server.server_port}"
+        host, port = server.socket.getsockname()
+        yield f"{host}:{port}"
     finally:
         server.shutdown()
         server.server_close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Named = list[tuple[str, "nn.Parameter"]]
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -50,7 +51,7 @@ class AdamWFields(Section):
             {
                 "params": [parameter for _, parameter in members],
                 "names": tuple(name for name, _ in members),
-                "state": ("exp_avg", "exp_avg_sq"),
+                "state": MOMENTS,
                 "lr": self.lr,
                 "initial_lr": self.lr,
                 "betas": self.betas,
@@ -65,11 +66,8 @@ class AdamW(AdamWFields):
     """AdamW, with the values of U-ViT."""
 
     kind: Literal["adamw"] = Field("adamw", description="AdamW for all parameters.")
-
-    @property
-    def matrix_state(self) -> int:
-        """Numbers that it keeps of each number of a block's matrix."""
-        return 2
+    kept: ClassVar = MOMENTS
+    matrix_state: ClassVar = 2
 
     def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         """torch's. Fused: one pass over the memory, and no temporaries of the parameters' size."""

@@ -7,16 +7,18 @@ weight decays serve both.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from training.optimizers.adamw import AdamWFields, is_matrix
+from training.optimizers.adamw import MOMENTS, AdamWFields, is_matrix
 from training.section import Section
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
+
+MOMENTUM = ("momentum_buffer",)
 
 
 def of_a_block(name: str, parameter: nn.Parameter) -> bool:
@@ -35,11 +37,8 @@ class Muon(Section):
         "auto", description="Arithmetic of the orthogonalisation; auto: bf16, as torch's, where all devices have it, else fp32."
     )
     rest: AdamWFields = Field(default_factory=AdamWFields, description="AdamW for the rest.")
-
-    @property
-    def matrix_state(self) -> int:
-        """Numbers that it keeps of each number of a block's matrix."""
-        return 1
+    kept: ClassVar = (*MOMENTS, *MOMENTUM)
+    matrix_state: ClassVar = 1
 
     def build(self, named: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
         """Both in one optimizer, for every ZeRO stage."""
@@ -50,7 +49,7 @@ class Muon(Section):
         group = {
             "params": [parameter for _, parameter in matrices],
             "names": tuple(name for name, _ in matrices),
-            "state": ("momentum_buffer",),
+            "state": MOMENTUM,
             "lr": self.lr,
             "initial_lr": self.lr,
             "weight_decay": self.weight_decay,

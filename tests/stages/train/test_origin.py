@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,7 @@ def test_what_is_forked_unchanged_from_a_dataset_or_its_folder_is_the_same_to_th
         training(steps=12, **fork(fingerprint, 7))
     with pytest.raises(NotThere, match="no dataset in .* has this fingerprint"):
         training(steps=12, **fork("f" * 24))
-    record = training.chain(steps=11).record(10)
-    assert record is not None
-    folder = training.store.url(record.file("trainer.json").path).removesuffix("/trainer.json")
+    folder = str(folder_of(training, 10, steps=11))
     training.recipe = "outside"
     assert same_tensors(whole, training(steps=11, **fork(folder))) and training.began == [0, 5, 10]
     training.recipe = "other-step"
@@ -177,6 +176,47 @@ def test_what_is_forked_unchanged_from_a_dataset_or_its_folder_is_the_same_to_th
     training.recipe = "other-order"
     with pytest.raises(StageError, match="from: the order cannot go on: seed: 0 -> 1; leave order out of keep"):
         training(steps=12, seed=1, **fork(folder))
+
+
+def folder_of(training: Trainings, step: int, **changes: Any) -> Path:
+    """The folder of a checkpoint of this training."""
+    record = training.chain(**changes).record(step)
+    assert record is not None
+    return Path(training.store.url(record.file("trainer.json").path).removeprefix("file://")).parent
+
+
+def planned_refusal(training: Trainings, folder: Path, keep: list[str], **changes: Any) -> str:
+    """Why the plan of another recipe refuses to begin from a folder; nothing begins."""
+    recipe, training.recipe = training.recipe, "outside"
+    plan = {"train-256": training.planned(steps=8, **{"from": {"run": str(folder), "keep": keep}}, **changes)}
+    (problem,) = chain_problems(training.store, plan, ["train-256"])
+    training.recipe = recipe
+    return str(problem)
+
+
+def test_a_folder_of_another_model_or_optimizer_is_refused_by_the_plan(training: Trainings, tmp_path: Path) -> None:
+    training(steps=5)
+    folder, made = folder_of(training, 5, steps=5), training.inputs
+    # Also while the data is not made yet.
+    training.inputs = {"data.x": InputRef(stage="encode", fingerprint="0" * 24)}
+    for size, change in (("width", "16 -> 32"), ("depth", "2 -> 4"), ("heads", "2 -> 4"), ("patch", "2 -> 1")):
+        model = {"width": 16, "depth": 2, "heads": 2, size: int(change.split()[-1])}
+        told = f"a model of another {size} cannot go on from it (model.{size}: {change}): write the same, or leave `from` out"
+        assert planned_refusal(training, folder, ["weights"], model=model) == f"train-256: from: {told}"
+    muon = {"optimizer": {"kind": "muon"}}
+    assert planned_refusal(training, folder, ["weights", "optimizer"], **muon) == (
+        "train-256: from: what an optimizer keeps is of no use to another (optimizer.kind: 'adamw' -> 'muon'); "
+        "leave it out of keep"
+    )
+    training.inputs, training.recipe = made, "muon"
+    training(steps=5, **muon)
+    muons = folder_of(training, 5, steps=5, **muon)
+    assert "(optimizer.kind: 'muon' -> 'adamw')" in planned_refusal(training, muons, ["weights", "optimizer"])
+    for text, why in (('{"step": 5', " is damaged ("), ('{"step": 5}', ": its JSON files tell no optimizer;")):
+        damaged = shutil.copytree(folder, tmp_path / "damaged", dirs_exist_ok=True)
+        (damaged / "trainer.json").write_text(text)
+        line = planned_refusal(training, damaged, ["weights"])
+        assert line.startswith("train-256: from: ") and why in line and line.endswith("of a checkpoint that a training wrote")
 
 
 def test_new_shards_come_behind_the_old_ones_whatever_their_place_in_the_recipe() -> None:
@@ -285,13 +325,17 @@ def test_adapters_of_another_rank_or_other_layers_cannot_go_on_and_merged_they_c
     training(steps=5, lora=lora, **base)
     merged = "export it, which merges the adapters, and name the export in `weights`"
     itself: dict[str, Any] = {"from": {"run": "train-256", "keep": ["weights"]}}
+    folder = folder_of(training, 5, steps=5, lora=lora, **base)
     for changes, what, change in (
         ({"rank": 4}, "adapters of another rank", "lora.rank: 2 -> 4"),
+        ({"alpha": 4}, "adapters of another alpha", "lora.alpha: 2 -> 4"),
         ({"targets": ["attn.qkv"]}, "adapters of other layers", "lora.targets: attn.qkv, mlp.fc2 -> attn.qkv"),
     ):
         line = str(refusal(training, steps=8, lora={**lora, **changes}, **base).value)
         assert line.endswith(f"; {what} cannot go on from them: {merged}, or begin anew with --force train-256")
         line = str(refusal(training, steps=8, lora={**lora, **changes}, **base, **itself).value)
+        assert line == f"train-256: from: {what} cannot go on from it ({change}): {merged}"
+        line = planned_refusal(training, folder, ["weights"], lora={**lora, **changes}, **base)
         assert line == f"train-256: from: {what} cannot go on from it ({change}): {merged}"
     # The order in which the layers are written is no matter.
     assert "fork with `from" in str(refusal(training, steps=8, lora={**lora, "targets": lora["targets"][::-1]}, **base).value)
