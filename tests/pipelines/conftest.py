@@ -149,12 +149,13 @@ def survivors(store: Path) -> list[psutil.Process]:
 
 @dataclass
 class Kept:
-    """The first run of `tiny`, whose servers were kept up."""
+    """The first run of `tiny`, whose servers were kept up; `of_it` filters what the server has of other tests' runs."""
 
     store: Path
     recipe: Path
     command: Command
     address: str
+    of_it: dict[str, Any]
 
     def settings(self) -> dict[Any, Any]:
         """For Prefect's client in this process."""
@@ -175,7 +176,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     try:
         line = command.read_until("This run in the Prefect UI: ")
         command.read_until("Ctrl-C stops the servers.")
-        yield Kept(store, recipe, command, line.split(": ", 1)[1].split("/v2/")[0])
+        address, _, run = line.split(": ", 1)[1].strip().partition("/v2/runs/flow-run/")
+        yield Kept(store, recipe, command, address, {"flow_runs": {"id": {"any_": [run]}}})
     finally:
         if command.process.poll() is None:
             command.process.send_signal(signal.SIGINT)

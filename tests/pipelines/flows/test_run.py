@@ -12,11 +12,11 @@ from tests.pipelines.conftest import Kept, ask, start
 
 def tasks_by_node(kept: Kept) -> dict[str, Any]:
     """Task runs by node; Prefect leaves a random suffix on the name of one that it never began."""
-    return {re.sub("-[0-9a-f]{3}$", "", task["name"]): task for task in ask(kept.store, "POST", "task_runs/filter", {})}
+    return {re.sub("-[0-9a-f]{3}$", "", task["name"]): task for task in ask(kept.store, "POST", "task_runs/filter", kept.of_it)}
 
 
 def test_the_graph_has_one_task_a_node_and_the_edges_of_the_data(kept: Kept) -> None:
-    (run,) = ask(kept.store, "POST", "flow_runs/filter", {})
+    (run,) = ask(kept.store, "POST", "flow_runs/filter", kept.of_it)
     assert run["name"] == "tiny"
     tasks = tasks_by_node(kept)
     assert sorted(tasks) == ["bad-download", "bad-select", "good-select"]
@@ -44,7 +44,7 @@ def test_a_failing_node_says_why_in_the_terminal_and_in_the_ui_and_what_follows_
 
 
 def test_a_made_node_leaves_its_page_with_counts_and_reasons(kept: Kept) -> None:
-    pages = {page["key"]: page["data"] for page in ask(kept.store, "POST", "artifacts/filter", {}) if page["key"]}
+    pages = {page["key"]: page["data"] for page in ask(kept.store, "POST", "artifacts/filter", kept.of_it) if page["key"]}
     assert sorted(pages) == ["tiny-good-select", "tiny-lineage"]
     (dataset,) = all_datasets(Store(str(kept.store)))
     page = pages["tiny-good-select"]

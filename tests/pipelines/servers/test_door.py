@@ -126,7 +126,7 @@ def test_the_ui_is_signed_in_and_a_wrong_link_does_not_sign_it_out(kept: Kept, s
     signed_in.get_by_text("run `unidiffuser ui` again").wait_for()
     assert "guess" not in signed_in.url
     signed_in.goto(f"{kept.address}/v2/runs")
-    (run,) = ask(kept.store, "POST", "flow_runs/filter", {})
+    (run,) = ask(kept.store, "POST", "flow_runs/filter", kept.of_it)
     signed_in.locator(f"main a[href$='/runs/flow-run/{run['id']}']").first.wait_for(timeout=20_000)
 
 
