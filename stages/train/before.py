@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stages.runner.contract import StageError, result_fields
 from stages.train.fits import why_not
 from stages.train.origin import ORDER_STAYS, order_told, other_reading
 from training.config import TrainConfig
+
+ENCODERS = ("vae", "clip", "text")
 
 
 def by_subset(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,6 +44,44 @@ def check_sizes(config: TrainConfig, data: Mapping[str, Any]) -> None:
                 f"model.patch {config.model.patch} does not divide the {side} x {side} latents of {subset}{told}; set it to one "
                 f"of {fits}"
             )
+
+
+def check_encoders(data: Mapping[str, Any], encodes: Iterable[Any], latent_width: int | None) -> None:
+    """Whether all latents will be of the same encoders, and of those shapes that the trainings before were of.
+
+    Args:
+        data: as `by_subset` gives it.
+        encodes: the configurations of all nodes that encode, also those of the trainings before.
+        latent_width: numbers of a text token, where that is known.
+
+    Raises:
+        StageError: they will not.
+    """
+    ours = {subset: node for subset, node in data.items() if hasattr(node, "vae")}
+    if not ours:
+        return
+    first, *others = ours
+    for subset in others:
+        for kind in ENCODERS:
+            one, other = getattr(ours[first], kind), getattr(ours[subset], kind)
+            if one != other:
+                raise StageError(
+                    f"data: {first} is encoded with {one} (subsets.{first}.encode.{kind}) and {subset} with {other} "
+                    f"(subsets.{subset}.encode.{kind}), and a training reads latents of one {kind}: encode both with the same"
+                )
+    mine = tuple(getattr(ours[first], kind) for kind in ENCODERS)
+    for encode in encodes:
+        if tuple(getattr(encode, kind) for kind in ENCODERS) == mine:
+            continue
+        # It takes torch.
+        from stages.train.foreign import made_by
+        from training.weights import shapes_to_change
+
+        then, now = (made_by(one, latent_width) for one in (encode, ours[first]))
+        # What a public name makes is not known.
+        known = [part for part in now if part in then]
+        if wrong := shapes_to_change({part: then[part] for part in known}, {part: now[part] for part in known}):
+            raise StageError(f"from: {'; '.join(wrong)}")
 
 
 def check_origin(config: Any, parent: Any) -> None:

@@ -123,22 +123,32 @@ def check_data(config: TrainConfig, files: Mapping[str, str], text: str, encode:
         StageError: they take other data; the line says which encoder would make them fit.
     """
     from training.weights import part_to_change
+
+    saved = described(config, files, text)
+    theirs = {part.name: part.shape for modality in saved.modalities for part in modality.parts}
+    for name, shape in made_by(encode, latent_width).items():
+        if name in theirs and theirs[name][: len(shape)] != shape:
+            phrase = part_to_change(name, theirs[name][: len(shape)], shape)
+            raise StageError(f"{_parts(files)[1]}: weights of another model: {phrase}")
+
+
+def made_by(encode: Any, latent_width: int | None) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parts that encoders will make, of a latent its channels, as far as they are known. Arguments as `check_data`.
+
+    Raises:
+        StageError: what tells them cannot be read.
+    """
     from unidiffuser.clip_settings import clip_settings, context_length
     from unidiffuser.references import local_folder
     from unidiffuser.tensors import read_settings
 
-    saved = described(config, files, text)
-    theirs = {part.name: part.shape for modality in saved.modalities for part in modality.parts}
     with _failing_as(StageError):
-        ours: dict[str, tuple[int, ...]] = {"clip": (clip_settings(encode.clip)["embed_dim"],)}
+        made: dict[str, tuple[int, ...]] = {"clip": (clip_settings(encode.clip)["embed_dim"],)}
         if latent_width is not None:
-            ours["text"] = (context_length(encode.text), latent_width)
+            made["text"] = (context_length(encode.text), latent_width)
         if (folder := local_folder(encode.vae, "vae")) is not None:
-            ours["latent"] = (read_settings(folder / "config.json")["latent_channels"],)
-    for name, shape in ours.items():
-        if name in theirs and theirs[name][: len(shape)] != shape:
-            phrase = part_to_change(name, theirs[name][: len(shape)], shape)
-            raise StageError(f"{_parts(files)[1]}: weights of another model: {phrase}")
+            made["latent"] = (read_settings(folder / "config.json")["latent_channels"],)
+    return made
 
 
 def described(config: TrainConfig, files: Mapping[str, str], text: str) -> UViTConfig:

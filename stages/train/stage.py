@@ -30,7 +30,7 @@ from stages.runner.contract import Bug, Job, Phase, Records, Stage, StageError, 
 from stages.runner.recipe import encoder, external_file
 from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
-from stages.train.before import by_subset, check_origin, check_sizes
+from stages.train.before import by_subset, check_encoders, check_origin, check_sizes
 from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
 from stages.train.fits import MODEL_FILE, STATE_FILE
 from stages.train.foreign import Start, check_data, check_network, files_of, is_lone_file
@@ -298,7 +298,9 @@ class Train(Stage):
         before: Mapping[str, Sequence[Any]],
         inputs: Mapping[str, Any],
     ) -> None:
+        width = next((codec.latent_width for codec in before.get("text-codec", ())), None)
         check_sizes(config, by_subset(inputs))
+        check_encoders(by_subset(inputs), before.get("encode", ()), width)
         if "init" in inputs:
             check_origin(config, inputs["init"])
         if config.evaluate.every:
@@ -309,7 +311,6 @@ class Train(Stage):
             raise StageError(
                 f"data.captions names {lost[0]}, which no subset's select or folder has among its captions; there are: {have}"
             )
-        width = next((codec.latent_width for codec in before.get("text-codec", ())), None)
         for encode in before.get("encode", ()) if "weights" in lists else ():
             check_data(config, lists["weights"], config.text, encode, width)
 

@@ -11,6 +11,8 @@ import pytest
 from infra.store import Store
 from stages.runner.graph import plan
 from stages.runner.recipe import RecipeError, parse_recipe
+from tests.stages.train.published import clip_of
+from unidiffuser.clip_settings import clip_settings
 
 
 class Planning:
@@ -55,6 +57,29 @@ def test_latents_of_two_sizes_are_refused_in_one_training_and_not_in_two(plannin
     planned = planning({"small": stage(), "large": stage(["large"], **{"from": "small"})}, **large)
     assert planned["train-large"].state == "miss"
     planning({"all": stage(["mine", "again"])}, again={"size": 256, "precision": "fp32"})
+
+
+def test_latents_of_two_encoders_are_refused_in_one_training(planning: Planning, tmp_path: Path) -> None:
+    other = {"other": {"size": 256, "clip": clip_of(tmp_path / "other", numbers=7)}}
+    assert planning.refused({"all": stage(["mine", "other"])}, **other) == (
+        f"train-all: data: mine is encoded with embedded (subsets.mine.encode.clip) and other with {tmp_path}/other "
+        "(subsets.other.encode.clip), and a training reads latents of one clip: encode both with the same"
+    )
+
+
+def test_a_training_goes_on_with_another_encoder_only_if_it_makes_the_same_shapes(planning: Planning, tmp_path: Path) -> None:
+    def chain(numbers: int) -> Any:
+        other = {"other": {"size": 256, "clip": clip_of(tmp_path / str(numbers), numbers=numbers)}}
+        return {"first": stage(), "then": stage(["other"], **{"from": "first"})}, other
+
+    own = clip_settings("embedded")["embed_dim"]
+    trainings, other = chain(own + 1)
+    assert planning.refused(trainings, **other) == (
+        f"train-then: from: its clip has {own} numbers, the data's {own + 1}: encode with the CLIP of pictures that it was "
+        "trained with"
+    )
+    trainings, other = chain(own)
+    assert planning(trainings, **other)["train-then"].state == "miss"
 
 
 def test_a_patch_that_does_not_divide_the_latents_is_refused(planning: Planning, tmp_path: Path) -> None:
