@@ -125,9 +125,9 @@ shapes: setup
 	$(VENV)/bin/unidiffuser run configs/shapes.yaml
 	$(PY) -m examples.shapes
 
-# What single changes of that recipe give, each in a short training of its own: two hours on 2 cores, resumable.
+# What single changes of that recipe give, each in a short training of its own: three hours on 2 slow cores, resumable.
 shapes-changes: setup
-	$(PY) -m benchmarks.shapes --changes --steps 4000 --json docs/results/shapes-changes.json
+	$(PY) -m benchmarks.shapes_changes --json docs/results/shapes-changes.json
 
 # Every sampler against a known truth: some seconds.
 samplers: setup

@@ -156,4 +156,5 @@ All samples are drawn in {sampling["steps"]} steps of `{sampling["sampler"]}`, w
 ![Losses against minutes of training](shapes-curve.png)
 
 `make shapes` runs `{COMMAND}`, which goes on where it was stopped, and keeps its report here; the figures are in `shapes.json`.
+What single choices of the recipe give is [a table of its own](shapes-changes.md).
 """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import efficiency, samplers, samplers_page, shapes, sweeps, training
+from benchmarks import efficiency, samplers, samplers_page, shapes, shapes_changes, sweeps, training
 from benchmarks.frame import interleaved
 from benchmarks.matmuls import Product, replay
 from stages.measuring.damage import CAPTIONS, PICTURES
@@ -200,11 +200,30 @@ def test_sides_take_turns_in_changing_order():
 
 def test_every_change_of_shapes_changes_what_it_names():
     plain = load_recipe(shapes.RECIPE).nodes
-    for name, change in shapes.CHANGES.items():
+    for name, change in shapes_changes.CHANGES.items():
         nodes = load_recipe(shapes.RECIPE, [f"name=shapes-{name}", *change.fields]).nodes
         changed = [node for node in plain if nodes[node].config != plain[node].config]
         assert len(changed) == bool(change.fields), name
         assert change.fields or change.share != 1 or name == "none"
+
+
+def test_the_table_of_changes_has_the_best_first_and_names_what_is_missing():
+    figures = dict.fromkeys(shapes_changes.FIGURES, 0.5) | {"tv_floor": 0.1}
+    table = {
+        name: {"told": shapes_changes.CHANGES[name].told, **figures, "joint_consistency": joint}
+        for name, joint in (("none", 0.6), ("adamw", 0.1), ("twice-the-steps", 0.9))
+    }
+    details = {"steps": 1000, "recipe_steps": 20_000, "samples": 7, "draw_steps": 25, "table": table}
+    text = shapes_changes.page({"details": details, "date": "today", "command": "this", "machine": "a machine"})
+    rows = [line.split(" | ")[0].strip("| *") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == ["twice the steps", "the recipe", shapes_changes.CHANGES["adamw"].told]
+    (missing,) = (line for line in text.splitlines() if line.startswith("Not measured: "))
+    assert missing.count("; ") == len(shapes_changes.CHANGES) - len(table) - 1 and "AdamW" not in missing
+
+
+def test_the_committed_table_of_changes_is_the_page_of_its_result():
+    file = Path(shapes.ROOT, "docs", "results", "shapes-changes.json")
+    assert file.with_suffix(".md").read_text() == shapes_changes.page(json.loads(file.read_text()))
 
 
 def test_shapes_meets_its_bars_only_with_all_of_them():
