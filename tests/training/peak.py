@@ -27,8 +27,9 @@ def peak_of(job: TrainJob, folder: Path) -> int:
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.training.peak", str(folder / "job")]
-    said = subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return int(said.splitlines()[-1])
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr}"
+    return int(done.stdout.splitlines()[-1])
 
 
 def _most_resident() -> int:

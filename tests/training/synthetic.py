@@ -137,6 +137,10 @@ class KeepIn:
         folder = Path(self.folder, str(step))
         for file in files:
             assert sha256_of(folder / file.name) == file.sha256 and os.path.getsize(folder / file.name) == file.bytes
+        # Workers that were lost while they wrote this step may have been more, and have left theirs.
+        for path in folder.glob("share-*"):
+            if path.name not in {file.name for file in files}:
+                path.unlink()
         shares = Shares(folder)
         for kind in shares.kinds:
             if not (folder / f"{kind}.safetensors").exists():
