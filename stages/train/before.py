@@ -7,7 +7,7 @@ from typing import Any
 
 from stages.runner.contract import StageError, result_fields
 from stages.train.fits import why_not
-from stages.train.origin import ORDER_STAYS, order_told, other_reading
+from stages.train.order import ORDER_STAYS, order_told, other_reading
 from training.config import TrainConfig
 
 ENCODERS = ("vae", "clip", "text")

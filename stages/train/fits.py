@@ -1,16 +1,24 @@
-"""Whether what is kept of one training can go on in another, told from what the two are trained with, before anything runs."""
+"""Whether what is kept of one training can go on in another, told from what the two are trained with, before anything runs.
+
+A checkpoint tells it in JSON files, which are read here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from hashlib import sha256
+from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from infra.dataset import Dataset
-from stages.runner.contract import Job
+from infra.queries import file_name, opened, unmarked
+from infra.store import StoreError
+from stages.runner.contract import Job, StageError, UnitRecord
+from stages.runner.ledger import DamagedStep
 from training.begin import Kept
 from training.latents import LatentSpec
 from training.optimizers.choice import kind_that_keeps
@@ -21,6 +29,7 @@ SHAPE = ("width", "depth", "heads", "patch", "data_type_token")
 MODEL_FILE, STATE_FILE, ADAPTERS_FILE = "config.json", "trainer.json", "adapter_config.json"
 # Files of a checkpoint that tell what it was trained with; the last one where it was adapters.
 TELLING = (MODEL_FILE, STATE_FILE, ADAPTERS_FILE)
+WROTE = "name the folder of a checkpoint that a training wrote"
 SAME = "write the same, or leave `from` out"
 MERGED = "export it, which merges the adapters, and name the export in `weights`"
 
@@ -133,3 +142,29 @@ def why_not(old: Mapping[str, Any], new: Mapping[str, Any], keep: Collection[Kep
     if "optimizer" in keep and (change := other_optimizer(old, new)) is not None:
         return f"from: what an optimizer keeps is of no use to another ({change}); leave it out of keep"
     return None
+
+
+def json_of(store: Any, record: UnitRecord, name: str) -> dict[str, Any]:
+    """A JSON file of a checkpoint.
+
+    Raises:
+        DamagedStep: it is damaged or gone.
+    """
+    entry = record.file(name)
+    try:
+        data = store.read(entry.path)
+    except StoreError as error:
+        raise DamagedStep(str(error), record.key) from None
+    if sha256(data).hexdigest() != entry.sha256:
+        raise DamagedStep(f"{store.url(entry.path)}: damaged (its record tells another sha256)", record.key)
+    return cast(dict[str, Any], json.loads(data))
+
+
+def outside(job: Job, sources: Iterable[str], name: str) -> dict[str, Any]:
+    """A JSON file of the folder that is named. Raises StageError where it holds no JSON."""
+    address = next(address for address in sources if file_name(address) == name)
+    with opened(address) as file:
+        try:
+            return cast(dict[str, Any], json.loads(file.read()))
+        except ValueError as error:
+            raise StageError(f"{job.node}: from: {unmarked(address)} is damaged ({error}); {WROTE}") from None

@@ -23,7 +23,7 @@ from infra.room import NoRoom, check_room
 from infra.store import Store, StoreError, Writing, sha256_of
 from stages.runner.chain import Chain
 from stages.runner.contract import UnitRecord, write_record
-from stages.train.origin import ORDER_FILE, order_told
+from stages.train.order import ORDER_FILE, order_told
 from training.config import TrainConfig
 from training.job import Written
 

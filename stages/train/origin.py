@@ -14,33 +14,40 @@ because a field, an input or the code is another, this decides:
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
 from infra.dataset import Dataset, find
-from infra.queries import file_name, opened, unmarked
-from infra.store import StoreError
+from infra.queries import file_name
 from stages.runner.chain import unit_key
 from stages.runner.contract import Job, Stage, StageError, UnitRecord, digest_of, operational, result_fields
 from stages.runner.graph import Planned, changed_fields
 from stages.runner.keys import outside_digests
-from stages.runner.ledger import DamagedStep, Entry, Head, Ledger, Parent, Start
+from stages.runner.ledger import Entry, Head, Ledger, Parent, Start
 from stages.runner.recipe import DATASET
-from stages.train.fits import MODEL_FILE, STATE_FILE, TELLING, other_network, other_optimizer, other_parts, told_by, why_not
+from stages.train.fits import (
+    MODEL_FILE,
+    STATE_FILE,
+    TELLING,
+    WROTE,
+    json_of,
+    other_network,
+    other_optimizer,
+    other_parts,
+    outside,
+    told_by,
+    why_not,
+)
+from stages.train.order import ORDER_FILE, ORDER_STAYS, order_of, other_order, shards
 from training.begin import ALL, Kept, counts_on
 from training.config import Section
 
 # Fields that say how far a training goes, not what it is.
 LENGTH = frozenset({"steps", "growth_steps"})
-ORDER_FILE = "order.json"
-WROTE = "name the folder of a checkpoint that a training wrote"
-ORDER_STAYS = "from: the order cannot go on: {}; leave order out of keep"
 
 
 class Origin(Section):
@@ -240,11 +247,11 @@ def _parent(
         raise StageError(f"{job.node}: {why}")
 
     def model() -> dict[str, Any]:
-        return model_of(job.store, record) if record is not None else outside(job, planned.sources, MODEL_FILE)
+        return json_of(job.store, record, MODEL_FILE) if record is not None else outside(job, planned.sources, MODEL_FILE)
 
     if (why := other_parts(job, model)) is not None:
         raise StageError(f"{job.node}: from: {why}")
-    if "order" in keep and (lost := _other_order(job, planned, order)):
+    if "order" in keep and (lost := other_order(job, planned, order)):
         raise StageError(f"{job.node}: {ORDER_STAYS.format(lost[0])}")
     # That it begins elsewhere is said already.
     elsewise = tuple(line for line in changed if not line.startswith("from"))
@@ -257,10 +264,10 @@ def _refusal(stage: type[Stage], job: Job, planned: Planned, head: Head) -> str:
     old, new, anew = head.entry.config, result_fields(job.config), f"begin anew with --force {job.node}"
     if (other := other_network(old, new)) is not None:
         return f"{line}; {other.what} cannot go on from them: {other.mend and f'{other.mend}, or '}{anew}"
-    if (why := other_parts(job, lambda: model_of(job.store, head.record))) is not None:
+    if (why := other_parts(job, lambda: json_of(job.store, head.record, MODEL_FILE))) is not None:
         return f"{line}; their model is of other data: {why}, or {anew}"
     try:
-        keeps_order = not _other_order(job, planned, order_of(job.store, head.record))
+        keeps_order = not other_order(job, planned, order_of(job.store, head.record))
     except KeyError:
         keeps_order = True
     keeps = {"order": keeps_order, "optimizer": other_optimizer(old, new) is None}
@@ -286,116 +293,3 @@ def _changes(stage: type[Stage], job: Job, planned: Planned, head: Head) -> list
         if head.entry.inputs.get(name) != planned.inputs.get(name):
             lines.append(f"input {name} is another dataset")
     return lines
-
-
-def order_told(config: Any, digests: list[str]) -> dict[str, Any]:
-    """All that decides which row is read when: `order.json` of a checkpoint. The shards are in the order in which they came."""
-    return {
-        "seed": config.seed,
-        "global_batch": config.global_batch,
-        "data.lanes": list(config.lanes),
-        "data.order": config.data.order,
-        "data.shuffle_window": config.data.shuffle_window,
-        "data.where": list(config.data.where),
-        "data.weights": config.data.weights,
-        "validation.fraction": config.validation.fraction,
-        "shards": digests,
-    }
-
-
-def other_reading(config: Any, before: Mapping[str, Any]) -> list[str]:
-    """What a configuration has otherwise than an order that `order_told` gave, but for the shards, a line each."""
-    now = order_told(config, [])
-    return [f"{name}: {before[name]!r} -> {value!r}" for name, value in now.items() if name != "shards" and before[name] != value]
-
-
-def order_of(store: Any, record: UnitRecord) -> dict[str, Any]:
-    """What a checkpoint says of its order.
-
-    Raises:
-        DamagedStep: its file is damaged or gone.
-    """
-    return _json_of(store, record, ORDER_FILE)
-
-
-def model_of(store: Any, record: UnitRecord) -> dict[str, Any]:
-    """The configuration of a checkpoint's model. Raises as `order_of`."""
-    return _json_of(store, record, MODEL_FILE)
-
-
-def _json_of(store: Any, record: UnitRecord, name: str) -> dict[str, Any]:
-    entry = record.file(name)
-    try:
-        data = store.read(entry.path)
-    except StoreError as error:
-        raise DamagedStep(str(error), record.key) from None
-    if sha256(data).hexdigest() != entry.sha256:
-        raise DamagedStep(f"{store.url(entry.path)}: damaged (its record tells another sha256)", record.key)
-    return cast(dict[str, Any], json.loads(data))
-
-
-def outside(job: Job, sources: Iterable[str], name: str) -> dict[str, Any]:
-    """A JSON file of the folder that is named. Raises StageError where it holds no JSON."""
-    address = next(address for address in sources if file_name(address) == name)
-    with opened(address) as file:
-        try:
-            return cast(dict[str, Any], json.loads(file.read()))
-        except ValueError as error:
-            raise StageError(f"{job.node}: from: {unmarked(address)} is damaged ({error}); {WROTE}") from None
-
-
-def _other_order(job: Job, planned: Planned, before: Mapping[str, Any]) -> list[str]:
-    """What keeps the order of another training from going on in this one, a line each.
-
-    Raises:
-        KeyError: the data is not made yet.
-    """
-    lines = other_reading(job.config, before)
-    digests = [shard.digest for shard in shards(job, planned.inputs)]
-    if gone := sum((Counter(before["shards"]) - Counter(digests)).values()):
-        lines.append(f"data: {gone} of {len(before['shards'])} shards are no longer there")
-    return lines
-
-
-class Shard(NamedTuple):
-    """A shard by what knows it again, where it lies, and the subset that it is of."""
-
-    digest: str
-    address: str
-    subset: str
-
-
-def shards(job: Job, inputs: Iterable[str]) -> list[Shard]:
-    """Every shard of these inputs; several are one list, in the order of the recipe. Where subsets have weights, a shard of
-    another subset is another shard.
-
-    Raises:
-        KeyError: an input is not made yet.
-    """
-    found = []
-    for name in inputs:
-        if name.startswith("data."):
-            subset = name.removeprefix("data.")
-            before = f"{subset}/" if job.config.data.weights else ""
-            found += [
-                Shard(f"{before}{entry.sha256[:24]}", job.store.url(entry.path), subset)
-                for entry in job.inputs[name].files
-                if entry.name.endswith(".parquet")
-            ]
-    return found
-
-
-def arrived(found: list[Shard], before: list[str]) -> list[Shard]:
-    """Shards in the order in which they came: those of before first, as they were, then the others."""
-    waiting: dict[str, list[Shard]] = {}
-    for shard in found:
-        waiting.setdefault(shard.digest, []).append(shard)
-    first = [waiting[digest].pop(0) for digest in before]
-    taken = Counter(before)
-    rest = []
-    for shard in found:
-        if taken[shard.digest]:
-            taken[shard.digest] -= 1
-        else:
-            rest.append(shard)
-    return first + rest

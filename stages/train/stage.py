@@ -32,10 +32,11 @@ from stages.runner.run import emit_progress, time_left
 from stages.shards.scores import SCORES
 from stages.train.before import by_subset, check_encoders, check_origin, check_sizes
 from stages.train.evaluation import BesideConfig, Evaluations, check_beside, check_beside_before
-from stages.train.fits import MODEL_FILE, STATE_FILE
+from stages.train.fits import MODEL_FILE, STATE_FILE, WROTE, outside
 from stages.train.foreign import Start, check_data, check_network, files_of, is_lone_file
 from stages.train.kept import Fetched, Newest, Outside, Publisher, kept_at_most
-from stages.train.origin import LENGTH, ORDER_FILE, WROTE, Origin, arrived, begins, end, fork, order_of, outside, root_of, shards
+from stages.train.order import ORDER_FILE, arrived, order_of, shards
+from stages.train.origin import LENGTH, Origin, begins, end, fork, root_of
 from stages.train.preview import PreviewConfig, Previews
 from stages.train.trackers import Name, not_installed
 from stages.train.tracking import Tracking

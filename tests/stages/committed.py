@@ -16,7 +16,8 @@ from stages.runner.graph import Planned
 from stages.runner.keys import chain_key
 from stages.runner.ledger import Entry, grown_with, ledger_of
 from stages.runner.run import make_job
-from stages.train.origin import ORDER_FILE, begins, order_told
+from stages.train.order import ORDER_FILE, order_told
+from stages.train.origin import begins
 
 
 def dataset_of(

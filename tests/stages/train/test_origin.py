@@ -17,7 +17,7 @@ from pipelines.pages.lineage import ancestors
 from stages.runner.contract import StageError
 from stages.runner.document import parse
 from stages.runner.run import phase_states
-from stages.train.origin import Shard, arrived
+from stages.train.order import Shard, arrived
 from stages.train.stage import Train, TrainStageConfig
 from tests.stages.train.published import published
 from tests.stages.train.trainings import Trainings, same_tensors
